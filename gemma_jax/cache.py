@@ -1,0 +1,152 @@
+"""Key/value caches: a ring of the window for local layers, the full length for global ones.
+
+A token at position `p` lives in slot `p % capacity`, so a full cache is a ring that never wraps.
+Positions are stored once per capacity, not once per layer, and masks are made from them alone:
+an empty slot holds -1. Rows of a batch may have different lengths.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from gemma_jax.config import GemmaConfig, LayerSpec
+from gemma_jax.segments import Segment
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerCache:
+    """Rotated keys and values of one layer, `[B, S, K, H]` (in a `Cache`: `[repeats, B, ...]`)."""
+
+    k_BSKH: jax.Array
+    v_BSKH: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """Caches of all layers, in the segments of the model.
+
+    Attributes:
+      layers: `layers[segment][position in the period]`.
+      positions: capacity -> int32 `[B, capacity]`, -1 where empty.
+      max_len: Longest sequence that fits, in tokens.
+      slack: How many tokens beyond one a single pass may write into a ring without evicting a key
+        that its own first query needs (0 for plain decoding).
+    """
+
+    layers: tuple[tuple[LayerCache, ...], ...]
+    positions: dict[int, jax.Array]
+    max_len: int = field(metadata={"static": True})
+    slack: int = field(default=0, metadata={"static": True})
+
+    def capacity(self, spec: LayerSpec) -> int:
+        return layer_capacity(spec, self.max_len, self.slack)
+
+    @property
+    def length_B(self) -> jax.Array:
+        """Position of the next token of each row."""
+        return jnp.max(self.positions[self.max_len], axis=1) + 1
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Slots:
+    """How one pass over new tokens meets the caches of one capacity.
+
+    Attributes:
+      write_BT: Slot of each new token. `capacity`, which is out of range, drops it: padding, or a
+        token that a later one of the same pass would overwrite.
+      order_BS: Attention reads the old slots and the new tokens, joined and put into this order;
+        `None`: it reads the cache after the write.
+      kv_pos_BS: Positions of the keys that attention reads.
+    """
+
+    write_BT: jax.Array
+    order_BS: jax.Array | None
+    kv_pos_BS: jax.Array
+
+
+def layer_capacity(spec: LayerSpec, max_len: int, slack: int = 0) -> int:
+    """Slots a layer needs for sequences of up to `max_len` tokens."""
+    return max_len if spec.window is None else min(spec.window + slack, max_len)
+
+
+def init_cache(
+    cfg: GemmaConfig,
+    segments: tuple[Segment, ...],
+    batch: int,
+    max_len: int,
+    dtype: jax.typing.DTypeLike,
+    slack: int = 0,
+) -> Cache:
+    """An empty cache for `batch` rows of up to `max_len` tokens."""
+
+    def layer(spec: LayerSpec, repeats: int) -> LayerCache:
+        capacity = layer_capacity(spec, max_len, slack)
+        shape = (repeats, batch, capacity, cfg.num_kv_heads, cfg.head_dim)
+        return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    capacities = {max_len} | {layer_capacity(spec, max_len, slack) for spec in cfg.layers}
+    return Cache(
+        layers=tuple(tuple(layer(s, seg.repeats) for s in seg.period) for seg in segments),
+        positions={c: jnp.full((batch, c), -1, jnp.int32) for c in sorted(capacities)},
+        max_len=max_len,
+        slack=slack,
+    )
+
+
+def cache_bytes(cfg: GemmaConfig, batch: int, max_len: int, dtype: jax.typing.DTypeLike) -> int:
+    """Bytes of keys and values that `init_cache` allocates (positions left out)."""
+    per_slot = 2 * batch * cfg.num_kv_heads * cfg.head_dim * jnp.dtype(dtype).itemsize
+    return per_slot * sum(layer_capacity(spec, max_len) for spec in cfg.layers)
+
+
+def plan_slots(cache: Cache, pos_BT: jax.Array) -> tuple[dict[int, Slots], dict[int, jax.Array]]:
+    """Slots by capacity for new tokens at `pos_BT`, and the cache's positions after the write.
+
+    A pass writes first and reads the cache alone where nothing it needs is evicted: in full
+    caches always, in rings for up to `1 + slack` tokens. Longer passes read old and new keys
+    together, ordered by position: empty slots and left padding first, right padding last, so that
+    keys end up in the order of the queries (the promise of `AttentionSpec.window`).
+    """
+    slots, after = {}, {}
+    last_B1 = jnp.max(pos_BT, axis=1, keepdims=True)
+    for capacity, old_BS in cache.positions.items():
+        keep_BT = (pos_BT >= 0) & (pos_BT < cache.max_len) & (pos_BT > last_B1 - capacity)
+        write_BT = jnp.where(keep_BT, pos_BT % capacity, capacity)
+        after[capacity] = _write(old_BS, pos_BT, write_BT)
+        if capacity == cache.max_len or pos_BT.shape[1] <= 1 + cache.slack:
+            slots[capacity] = Slots(write_BT, None, after[capacity])
+        else:
+            joined_BS = jnp.concatenate([old_BS, pos_BT], axis=1)
+            after_first_BT = jnp.cumsum(pos_BT >= 0, axis=1) > 0
+            rank_BT = jnp.where((pos_BT < 0) & after_first_BT, cache.max_len, pos_BT)
+            order_BS = jnp.argsort(jnp.concatenate([old_BS, rank_BT], axis=1), axis=1, stable=True)
+            kv_pos_BS = jnp.take_along_axis(joined_BS, order_BS, axis=1)
+            slots[capacity] = Slots(write_BT, order_BS, kv_pos_BS)
+    return slots, after
+
+
+def extend(
+    layer: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slots: Slots
+) -> tuple[jax.Array, jax.Array, LayerCache]:
+    """Keys and values for attention (at `slots.kv_pos_BS`), and the layer's cache after the write."""
+    old = (layer.k_BSKH, layer.v_BSKH)
+    new = (k_BTKH, v_BTKH)
+    written = tuple(_write(o, n, slots.write_BT) for o, n in zip(old, new))
+    if slots.order_BS is None:
+        return *written, LayerCache(*written)
+    order_BS11 = slots.order_BS[:, :, None, None]
+    joined = (
+        jnp.take_along_axis(jnp.concatenate(pair, axis=1), order_BS11, axis=1)
+        for pair in zip(old, new)
+    )
+    return *joined, LayerCache(*written)
+
+
+@partial(jax.vmap, in_axes=(0, 0, 0))
+def _write(old_S, new_T, slot_T):
+    return old_S.at[slot_T].set(new_T.astype(old_S.dtype), mode="drop")

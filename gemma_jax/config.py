@@ -1,0 +1,107 @@
+"""What a Gemma is made of, as frozen data. No arrays, no dtypes, no device.
+
+A model is one `GemmaConfig`; what may differ from layer to layer lives in a `LayerSpec`. The
+generations differ only in these values: Gemma 1 has global layers alone, Gemma 2 adds soft caps
+and post-norms and alternates local with global, Gemma 3 drops the caps for QK-norm and makes five
+of six layers local.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """The facts of one decoder layer.
+
+    Attributes:
+      kind: `"local"` (sees `window` keys, itself included) or `"global"` (sees all keys before it).
+      window: Number of visible keys of a local layer; `None` for a global one.
+      rope_theta: Base wavelength of the rotary embedding.
+      rope_scale: Linear position scaling; angles are divided by it (8 in the global layers of
+        Gemma 3 4B, 12B and 27B, else 1).
+      d_ff: Width `F` of the feed-forward network.
+    """
+
+    kind: Literal["local", "global"]
+    window: int | None = None
+    rope_theta: float = 10_000.0
+    rope_scale: float = 1.0
+    d_ff: int
+
+    def __post_init__(self):
+        if self.kind not in ("local", "global"):
+            raise ValueError(f"kind={self.kind!r} must be 'local' or 'global'")
+        if (self.window is not None) != (self.kind == "local"):
+            raise ValueError(f"a {self.kind} layer cannot have window={self.window}")
+        _check_positive(self, "rope_theta", "rope_scale", "d_ff")
+        if self.window is not None:
+            _check_positive(self, "window")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemmaConfig:
+    """Architecture of one model: sizes, switches and one `LayerSpec` per layer.
+
+    Attributes:
+      vocab_size, d_model, num_heads, num_kv_heads, head_dim: V, D, N, K, H.
+      query_pre_attn_scalar: Attention scores are multiplied by its inverse square root. It is
+        `head_dim` everywhere except Gemma 2 27B (144) and Gemma 3 27B (168).
+      layers: One spec per decoder layer, first to last.
+      max_positions: Context length the model was trained for, in tokens.
+      norm_eps: Added to the mean square in every RMSNorm.
+      qk_norm: RMSNorm over each query and key head (Gemma 3).
+      post_norms: RMSNorm after attention and feed-forward, before the residual sum (Gemma 2, 3).
+      attn_soft_cap, final_soft_cap: `cap * tanh(x / cap)` on scores / logits (Gemma 2).
+    """
+
+    vocab_size: int
+    d_model: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    query_pre_attn_scalar: float
+    layers: tuple[LayerSpec, ...]
+    max_positions: int
+    norm_eps: float = 1e-6
+    qk_norm: bool = False
+    post_norms: bool = False
+    attn_soft_cap: float | None = None
+    final_soft_cap: float | None = None
+
+    def __post_init__(self):
+        _check_positive(
+            self, "vocab_size", "d_model", "num_heads", "num_kv_heads", "head_dim", "max_positions",
+            "query_pre_attn_scalar", "norm_eps",
+        )  # fmt: skip
+        for cap in ("attn_soft_cap", "final_soft_cap"):
+            if getattr(self, cap) is not None:
+                _check_positive(self, cap)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
+        if not self.layers:
+            raise ValueError("layers must hold at least one LayerSpec")
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Dimension letter -> size, for every letter that is the same in all layers."""
+        return {
+            "V": self.vocab_size,
+            "D": self.d_model,
+            "N": self.num_heads,
+            "K": self.num_kv_heads,
+            "G": self.num_heads // self.num_kv_heads,
+            "H": self.head_dim,
+            "L": len(self.layers),
+        }
+
+
+def _check_positive(owner, *fields: str) -> None:
+    for field in fields:
+        if not getattr(owner, field) > 0:
+            raise ValueError(f"{field}={getattr(owner, field)} must be positive")

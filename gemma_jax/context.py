@@ -1,0 +1,70 @@
+"""What all layers of one forward pass share: computed once, read by every block."""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+
+from gemma_jax.cache import Slots
+from gemma_jax.config import GemmaConfig, LayerSpec
+from gemma_jax.nn.rope import RopeTable, rope_table
+from gemma_jax.numerics import NUMERICS, Numerics
+from gemma_kernels.attention import causal_interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """How a model computes, as opposed to what it is (`GemmaConfig`).
+
+    Attributes:
+      dtype: Dtype of activations and caches. Parameters may be stored in another.
+      numerics: Whose roundings to follow; see `numerics.py`.
+      attention_impl: Name of an attention implementation, or `None` for the best that fits.
+    """
+
+    dtype: jnp.dtype = field(default_factory=lambda: jnp.dtype("float32"))
+    numerics: Numerics = NUMERICS["hf"]
+    attention_impl: str | None = None
+
+
+@dataclass(frozen=True)
+class Context:
+    """Positions, masks, rope tables and cache slots of one forward pass.
+
+    Attributes:
+      pos_BT: Positions of the new tokens, -1 for padding.
+      intervals: window (`None` for global) -> `(lo_BT, hi_BT)`, the key positions each query sees.
+      tables: `(theta, scale)` -> rope table.
+      slots: cache capacity -> where new tokens go; empty without a cache.
+      capture: Names of intermediate results to return.
+    """
+
+    runtime: Runtime
+    pos_BT: jax.Array
+    intervals: dict[int | None, tuple[jax.Array, jax.Array]]
+    tables: dict[tuple[float, float], RopeTable]
+    slots: dict[int, Slots]
+    capture: frozenset[str]
+
+    def table(self, spec: LayerSpec) -> RopeTable:
+        return self.tables[spec.rope_theta, spec.rope_scale]
+
+
+def make_context(
+    cfg: GemmaConfig,
+    runtime: Runtime,
+    pos_BT: jax.Array,
+    rope_pos_BT: jax.Array,
+    slots: dict[int, Slots],
+    capture: frozenset[str],
+) -> Context:
+    """One mask per window and one rope table per base, however many layers there are."""
+    ropes = {(spec.rope_theta, spec.rope_scale) for spec in cfg.layers}
+    return Context(
+        runtime=runtime,
+        pos_BT=pos_BT,
+        intervals={w: causal_interval(pos_BT, w) for w in {spec.window for spec in cfg.layers}},
+        tables={r: rope_table(rope_pos_BT, cfg.head_dim, *r, runtime.numerics) for r in ropes},
+        slots=slots,
+        capture=capture,
+    )

@@ -1,0 +1,148 @@
+"""The decoder: blocks, the stack of them, and one forward pass.
+
+    x = embed(tokens) * sqrt(D)
+    for each layer:  x = x + post_norm(attention(pre_norm(x)))
+                     x = x + post_norm(ffn(pre_norm(x)))
+    logits = embed.T(final_norm(x))
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gemma_jax.cache import Cache, LayerCache, plan_slots
+from gemma_jax.config import GemmaConfig, LayerSpec
+from gemma_jax.context import Context, Runtime, make_context
+from gemma_jax.nn.attention import Attention
+from gemma_jax.nn.embed import Embedder
+from gemma_jax.nn.ffn import FeedForward
+from gemma_jax.nn.norm import RMSNorm
+from gemma_jax.segments import Layout, segment_layers
+from gemma_jax.stack import run_layers, stack_layers
+
+CAPTURES = ("embeddings", "layer_outputs", "attention_weights", "final_norm")
+
+
+class Block(nnx.Module):
+    """One decoder layer: attention and feed-forward, each between norms, on a residual stream."""
+
+    def __init__(self, cfg: GemmaConfig, spec: LayerSpec, *, rngs: nnx.Rngs):
+        def norm():
+            return RMSNorm("D", cfg.d_model, cfg.norm_eps)
+
+        self.pre_attn_norm = norm()
+        self.attn = Attention(cfg, spec, rngs=rngs)
+        self.post_attn_norm = norm() if cfg.post_norms else None
+        self.pre_ffn_norm = norm()
+        self.ffn = FeedForward(cfg, spec, rngs=rngs)
+        self.post_ffn_norm = norm() if cfg.post_norms else None
+
+    def __call__(self, x_BTD: jax.Array, ctx: Context, cache: LayerCache | None):
+        """`(x_BTD, cache after this pass, captured intermediates)`."""
+        numerics = ctx.runtime.numerics
+        with jax.named_scope("attention"):
+            y_BTD, cache, taps = self.attn(self.pre_attn_norm(x_BTD, numerics), ctx, cache)
+            x_BTD += y_BTD if self.post_attn_norm is None else self.post_attn_norm(y_BTD, numerics)
+        with jax.named_scope("ffn"):
+            y_BTD = self.ffn(self.pre_ffn_norm(x_BTD, numerics))
+            x_BTD += y_BTD if self.post_ffn_norm is None else self.post_ffn_norm(y_BTD, numerics)
+        return x_BTD, cache, taps | {"layer_outputs": x_BTD}
+
+
+class Gemma(nnx.Module):
+    """Parameters of a model. Stateless: caches are passed to `forward` and come back from it."""
+
+    def __init__(
+        self,
+        cfg: GemmaConfig,
+        *,
+        rngs: nnx.Rngs,
+        runtime: Runtime = Runtime(),
+        layout: Layout = "scan",
+    ):
+        self.cfg, self.runtime = cfg, runtime
+        self.segments = segment_layers(cfg.layers, layout)
+        self.embed = Embedder(cfg, rngs=rngs)
+        self.blocks = stack_layers(lambda spec, r: Block(cfg, spec, rngs=r), self.segments, rngs)
+        self.final_norm = RMSNorm("D", cfg.d_model, cfg.norm_eps)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Output:
+    """Result of `forward`.
+
+    Attributes:
+      logits: float32 `[B, T, V]`, `[B, 1, V]` for `logits="last"`, `None` for `"none"`.
+      cache: The cache with the new tokens in it; `None` if none was given.
+      captured: name -> array; per-layer results are stacked to `[L, ...]`, or a tuple of L arrays
+        where the layers' shapes differ.
+    """
+
+    logits: jax.Array | None
+    cache: Cache | None
+    captured: dict[str, jax.Array | tuple[jax.Array, ...]]
+
+
+def forward(
+    model: Gemma,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array | None = None,
+    *,
+    cache: Cache | None = None,
+    rope_positions_BT: jax.Array | None = None,
+    logits: Literal["all", "last", "none"] = "all",
+    capture: tuple[str, ...] = (),
+) -> Output:
+    """One pass over `T` new tokens per row: training, scoring, prefill and decoding alike.
+
+    Args:
+      model: Parameters, and the `Runtime` to compute with.
+      tokens_BT: int32 ids in `[0, V)`.
+      positions_BT: int32, ascending along each row, -1 for padding on either side. Masks are made
+        from them. Default: every token is real and follows on what the cache holds.
+      cache: Keys and values of earlier tokens, from `init_cache` or an earlier pass.
+      rope_positions_BT: Positions for the rotary embedding if they are not `positions_BT`.
+      logits: For every token, for the last real one of each row, or for none.
+      capture: Names out of `CAPTURES`. `attention_weights` are dense `[B, N, T, S]`.
+    """
+    if unknown := set(capture) - set(CAPTURES):
+        raise ValueError(f"cannot capture {sorted(unknown)}; choose from {', '.join(CAPTURES)}")
+    if positions_BT is None:
+        start_B = jnp.zeros(len(tokens_BT), jnp.int32) if cache is None else cache.length_B
+        positions_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+    if rope_positions_BT is None:
+        rope_positions_BT = positions_BT
+    slots, positions = plan_slots(cache, positions_BT) if cache is not None else ({}, {})
+    ctx = make_context(
+        model.cfg, model.runtime, positions_BT, rope_positions_BT, slots, frozenset(capture)
+    )
+
+    x_BTD = model.embed.encode(tokens_BT, model.runtime.dtype)
+    captured = {"embeddings": x_BTD}
+    layers = cache.layers if cache is not None else None
+    x_BTD, layers, taps = run_layers(model.blocks, model.segments, x_BTD, ctx, layers)
+    x_BTD = model.final_norm(x_BTD, model.runtime.numerics)
+    captured |= taps | {"final_norm": x_BTD}
+    return Output(
+        logits=_head(model, x_BTD, positions_BT, logits),
+        cache=None if cache is None else replace(cache, layers=layers, positions=positions),
+        captured={name: captured[name] for name in capture},
+    )
+
+
+def _head(model: Gemma, x_BTD: jax.Array, pos_BT: jax.Array, which: str) -> jax.Array | None:
+    if which == "none":
+        return None
+    if which == "last":
+        last_B1 = jnp.argmax(pos_BT, axis=1, keepdims=True)
+        x_BTD = jnp.take_along_axis(x_BTD, last_B1[:, :, None], axis=1)
+    elif which != "all":
+        raise ValueError(f"logits={which!r} must be 'all', 'last' or 'none'")
+    logits_BTV = model.embed.decode(x_BTD).astype(jnp.float32)
+    if (cap := model.cfg.final_soft_cap) is not None:
+        logits_BTV = cap * jnp.tanh(logits_BTV / cap)
+    return logits_BTV

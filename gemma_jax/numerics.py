@@ -1,0 +1,58 @@
+"""Where two reference implementations round differently, by name.
+
+In float32 the differences are rounding noise; in bfloat16 they are not, so parity must say with
+whom. `"hf"` follows Hugging Face transformers (`models/gemma3/modeling_gemma3.py`), `"gdm"`
+google-deepmind/gemma (`gemma/gm/nn/_modules.py`, `_layers.py`, `gm/math/_positional_embeddings.py`).
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numerics:
+    """One field per known difference.
+
+    Attributes:
+      norm_in_float32: RMSNorm runs in float32 and casts its product back (hf `Gemma3RMSNorm`), or
+        stays in the activation dtype (gdm `_layers.RMSNorm`).
+      rotate_in_float32: RoPE rotates in float32 and casts the result (gdm `apply_rope`), or casts
+        cos and sin to the activation dtype first (hf `Gemma3RotaryEmbedding.forward`).
+      divide_positions: Angles are `position / timescale / factor` (gdm), or
+        `position * (1 / timescale / factor)` with a rounded inverse frequency (hf).
+      scale_queries: The attention scale multiplies the queries (gdm), or the scores (hf).
+      softmax_in_float32: Scores go through the softmax in float32 (hf), or in the activation
+        dtype (gdm).
+    """
+
+    norm_in_float32: bool
+    rotate_in_float32: bool
+    divide_positions: bool
+    scale_queries: bool
+    softmax_in_float32: bool
+
+
+NUMERICS = {
+    "hf": Numerics(
+        norm_in_float32=True,
+        rotate_in_float32=False,
+        divide_positions=False,
+        scale_queries=False,
+        softmax_in_float32=True,
+    ),
+    "gdm": Numerics(
+        norm_in_float32=False,
+        rotate_in_float32=True,
+        divide_positions=True,
+        scale_queries=True,
+        softmax_in_float32=False,
+    ),
+}
+
+
+def resolve_numerics(numerics: str | Numerics) -> Numerics:
+    """`"hf"` or `"gdm"` -> `Numerics`; a `Numerics` passes through."""
+    if isinstance(numerics, Numerics):
+        return numerics
+    if numerics not in NUMERICS:
+        raise ValueError(f"{numerics=} must be one of: {', '.join(NUMERICS)}")
+    return NUMERICS[numerics]

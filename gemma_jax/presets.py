@@ -1,0 +1,96 @@
+"""Every released size, as data: the numbers of the technical reports and published configs.
+
+Gemma 3's 4B, 12B and 27B are the text decoders of multimodal checkpoints, whose vocabulary has 64
+extra rows (image soft token and padding).
+"""
+
+from gemma_jax.config import GemmaConfig, LayerSpec
+
+LOCAL_THETA, GLOBAL_THETA = 10_000.0, 1_000_000.0
+
+
+def _gemma1(layers: int, d_model: int, d_ff: int, heads: tuple[int, int]) -> GemmaConfig:
+    return GemmaConfig(
+        vocab_size=256_000,
+        d_model=d_model,
+        num_heads=heads[0],
+        num_kv_heads=heads[1],
+        head_dim=256,
+        query_pre_attn_scalar=256,
+        layers=(LayerSpec(kind="global", d_ff=d_ff),) * layers,
+        max_positions=8_192,
+    )
+
+
+def _gemma2(
+    layers: int, d_model: int, d_ff: int, heads: tuple[int, int], head_dim: int, scalar: float
+) -> GemmaConfig:
+    pair = (
+        LayerSpec(kind="local", window=4_096, d_ff=d_ff),
+        LayerSpec(kind="global", d_ff=d_ff),
+    )
+    return GemmaConfig(
+        vocab_size=256_000,
+        d_model=d_model,
+        num_heads=heads[0],
+        num_kv_heads=heads[1],
+        head_dim=head_dim,
+        query_pre_attn_scalar=scalar,
+        layers=pair * (layers // 2),
+        max_positions=8_192,
+        post_norms=True,
+        attn_soft_cap=50.0,
+        final_soft_cap=30.0,
+    )
+
+
+def _gemma3(
+    layers: int,
+    d_model: int,
+    d_ff: int,
+    heads: tuple[int, int],
+    head_dim: int = 256,
+    scalar: float = 256,
+    *,
+    vocab_size: int = 262_208,
+    window: int = 1_024,
+    max_positions: int = 131_072,
+    rope_scale: float = 8.0,
+) -> GemmaConfig:
+    local = LayerSpec(kind="local", window=window, rope_theta=LOCAL_THETA, d_ff=d_ff)
+    wide = LayerSpec(kind="global", rope_theta=GLOBAL_THETA, rope_scale=rope_scale, d_ff=d_ff)
+    return GemmaConfig(
+        vocab_size=vocab_size,
+        d_model=d_model,
+        num_heads=heads[0],
+        num_kv_heads=heads[1],
+        head_dim=head_dim,
+        query_pre_attn_scalar=scalar,
+        layers=tuple(wide if (i + 1) % 6 == 0 else local for i in range(layers)),
+        max_positions=max_positions,
+        qk_norm=True,
+        post_norms=True,
+    )
+
+
+_SMALL = dict(vocab_size=262_144, window=512, max_positions=32_768, rope_scale=1.0)
+
+PRESETS: dict[str, GemmaConfig] = {
+    "gemma-2b": _gemma1(18, 2_048, 16_384, (8, 1)),
+    "gemma-7b": _gemma1(28, 3_072, 24_576, (16, 16)),
+    "gemma2-2b": _gemma2(26, 2_304, 9_216, (8, 4), 256, 256),
+    "gemma2-9b": _gemma2(42, 3_584, 14_336, (16, 8), 256, 256),
+    "gemma2-27b": _gemma2(46, 4_608, 36_864, (32, 16), 128, 144),
+    "gemma3-270m": _gemma3(18, 640, 2_048, (4, 1), **_SMALL),
+    "gemma3-1b": _gemma3(26, 1_152, 6_912, (4, 1), **_SMALL),
+    "gemma3-4b": _gemma3(34, 2_560, 10_240, (8, 4)),
+    "gemma3-12b": _gemma3(48, 3_840, 15_360, (16, 8)),
+    "gemma3-27b": _gemma3(62, 5_376, 21_504, (32, 16), 128, 168),
+}
+
+
+def preset(name: str) -> GemmaConfig:
+    """The config of a released size; raises `ValueError` naming all sizes for an unknown one."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; choose one of: {', '.join(PRESETS)}")
+    return PRESETS[name]

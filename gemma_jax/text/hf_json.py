@@ -1,0 +1,117 @@
+"""Reads `tokenizer.json`, the file of Hugging Face's `tokenizers`.
+
+There BPE is a list of merges, best first; in SentencePiece it is a score per piece, and any two
+neighbours whose concatenation is a piece may merge. For a vocabulary that came out of SentencePiece
+(transformers' `generate_merges` lists every split of every piece) the two say the same, with the
+rank of a piece's first merge as its score.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from .vocabulary import SPACE, Kind, Vocabulary, is_byte_piece
+
+_TO_MARK = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE.decode()}
+_MAX_HOLES = 4096  # Gemma 3n leaves 126 ids free between its image and its audio placeholders
+
+
+def read_tokenizer_json(data: bytes | str) -> Vocabulary:
+    """The vocabulary of a `tokenizer.json`.
+
+    Raises:
+      ValueError: not JSON, or not a tokenizer that splits text as Gemma's does.
+    """
+    try:
+        root = json.loads(data)
+    except RecursionError:
+        raise ValueError("expected a tokenizer.json, got JSON nested too deeply") from None
+    if not isinstance(root, dict):
+        raise ValueError(f"expected a JSON object, got {type(root).__name__}")
+    model = _get(root, "model", dict)
+    _check_algorithm(root, model)
+    ids = _get(model, "vocab", dict)
+    added = [_added_token(token) for token in root.get("added_tokens") or []]
+    pieces = _by_id({**ids, **{content: i for i, content, _ in added}})
+    ranks = _ranks(_get(model, "merges", list))
+    # Pieces of one character have no merge and need no score.
+    scores = np.fromiter((ranks.get(piece, 0) for piece in pieces), np.float32, len(pieces))
+    encoded = [piece.encode() for piece in pieces]
+    kinds = bytearray(Kind.BYTE if is_byte_piece(piece) else Kind.NORMAL for piece in encoded)
+    for i, content, special in added:
+        if pieces[i] != content:
+            raise ValueError(f"added token {content!r} has id {i}, which is {pieces[i]!r}")
+        kinds[i] = Kind.CONTROL if special else Kind.USER_DEFINED
+    for i, piece in enumerate(encoded):
+        if not piece:
+            kinds[i] = Kind.CONTROL
+    return Vocabulary.build(encoded, scores, kinds)
+
+
+def _check_algorithm(root: dict, model: dict) -> None:
+    kind = model.get("type", "BPE")  # files of old versions leave it out
+    if kind != "BPE":
+        raise ValueError(f"expected model.type 'BPE', got {kind!r}")
+    if not model.get("byte_fallback"):
+        raise ValueError("expected model.byte_fallback true, as Gemma's tokenizer has it")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
+        if model.get(name):
+            raise ValueError(f"expected no model.{name}, got {model[name]!r}")
+    normalizer = root.get("normalizer")
+    if isinstance(normalizer, dict) and normalizer.get("type") == "Sequence":
+        steps = normalizer.get("normalizers")
+        normalizer = steps[0] if isinstance(steps, list) and len(steps) == 1 else normalizer
+    if normalizer != _TO_MARK:
+        raise ValueError(f"expected a normalizer that writes ' ' as U+2581, got {normalizer!r:.200}")
+    splitter = root.get("pre_tokenizer")
+    # Splitting at spaces is what Gemma's file says, and does nothing: none is left by then.
+    if splitter is not None and splitter.get("pattern") != {"String": " "}:
+        raise ValueError(f"expected no pre_tokenizer but a split at ' ', got {splitter!r:.200}")
+
+
+def _added_token(token: object) -> tuple[int, str, bool]:
+    if not isinstance(token, dict):
+        raise ValueError(f"expected an object per added token, got {token!r:.80}")
+    for name in ("single_word", "lstrip", "rstrip"):
+        if token.get(name):
+            raise ValueError(f"expected added tokens without {name}, got {token!r:.200}")
+    content = _get(token, "content", str).replace(" ", SPACE.decode())
+    return _get(token, "id", int), content, bool(token.get("special"))
+
+
+def _by_id(ids: dict[str, int]) -> list[str]:
+    """Pieces in the order of their ids; "" where no piece has the id."""
+    try:
+        low, high = min(ids.values()), max(ids.values())
+        if low < 0 or high >= len(ids) + _MAX_HOLES:
+            raise ValueError(f"expected ids 0..{len(ids) - 1} or few more, got {low}..{high}")
+        pieces = [""] * (high + 1)
+        for piece, i in ids.items():
+            if pieces[i]:
+                raise ValueError(f"id {i} is both {pieces[i]!r} and {piece!r}")
+            pieces[i] = piece
+    except TypeError:
+        raise ValueError("expected model.vocab to map pieces to whole numbers") from None
+    return pieces
+
+
+def _ranks(merges: list) -> dict[str, int]:
+    """Piece -> minus the index of the first merge that makes it."""
+    try:
+        if merges and isinstance(merges[0], str):  # "a b", as written before tokenizers 0.20
+            made = [merge.replace(" ", "", 1) for merge in merges]
+        else:
+            made = [left + right for left, right in merges]
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError("expected model.merges to be pairs of pieces") from None
+    # Backwards, so that the first one stays.
+    return dict(zip(reversed(made), range(1 - len(made), 1), strict=True))
+
+
+def _get(table: dict, key: str, kind: type):
+    value = table.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"expected {key!r} ({kind.__name__}), got {type(value).__name__}")
+    return value

@@ -1,0 +1,120 @@
+"""What a Gemma vocabulary is, whichever file it came from.
+
+A vocabulary is a table: row `i` is piece `i` with its merge score and its kind. The readers
+(`sentencepiece_proto.read_model`, `hf_json.read_tokenizer_json`, `gguf_header.read_vocabulary`)
+all produce this table, `sentencepiece_proto.write_model` turns it into the one engine that encodes.
+So three file formats cannot disagree anywhere but in their readers.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+SPACE = "\u2581".encode()  # how pieces spell a space (SentencePiece's "lower one eighth block")
+
+
+class Kind(IntEnum):
+    """`ModelProto.SentencePiece.Type`; GGUF's `token_type` has the same numbers."""
+
+    NORMAL = 1  # made by merges
+    UNKNOWN = 2  # what a character without any piece becomes; exactly one
+    CONTROL = 3  # never made by merges; `Tokenizer` looks for these in the text when asked to
+    USER_DEFINED = 4  # found in the text before any merge, longest first
+    UNUSED = 5
+    BYTE = 6  # "<0x00>" ... "<0xFF>"
+
+
+# The pieces that structure a prompt. A text can be encoded with these as plain text, and decoding
+# can leave them out. Files disagree about which these are (SentencePiece knows the turn markers as
+# user-defined, llama.cpp marks every "<unused12>" as control), hence the list: the ones that
+# Hugging Face's tokenizers flag as special.
+SPECIAL = frozenset(
+    b"<pad> <eos> <bos> <unk> <start_of_turn> <end_of_turn> <start_of_image> <end_of_image> "
+    b"<image_soft_token> <start_of_audio> <end_of_audio> <audio_soft_token>".split()
+)
+
+# Placeholders beyond the 262,144 trained pieces: every `tokenizer.json` lists them, no
+# `tokenizer.model` or GGUF does. The key is piece 256000, which tells Gemma 3 from Gemma 3n; the
+# ids are those of `Gemma3Config` and `Gemma3nConfig` (transformers).
+_TRAINED_PIECES, _MARK = 262_144, 256_000
+_PLACEHOLDERS = {
+    b"<end_of_image>": {262_144: b"<image_soft_token>"},
+    b"<start_of_audio>": {
+        262_144: b"<end_of_image>",
+        262_145: b"<image_soft_token>",
+        262_272: b"<end_of_audio>",
+        262_273: b"<audio_soft_token>",
+    },
+}
+
+_BYTE_PIECE = re.compile(rb"<0x([0-9A-F]{2})>")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Pieces by id.
+
+    Attributes:
+      pieces: UTF-8, spaces spelled U+2581; `b""` is a hole, an id that stands for nothing.
+      scores: float32 [len(pieces)]; of two possible merges the one whose result scores higher wins.
+      kinds: `Kind` values, one byte per piece.
+    """
+
+    pieces: list[bytes]
+    scores: np.ndarray
+    kinds: bytearray
+
+    def __post_init__(self):
+        sizes = len(self.pieces), len(self.scores), len(self.kinds)
+        if len(set(sizes)) != 1:
+            raise ValueError("pieces, scores and kinds must be equally many, got %d, %d, %d" % sizes)
+        if not np.isfinite(self.scores).all():
+            raise ValueError("every score must be finite")
+
+    @classmethod
+    def build(cls, pieces: list[bytes], scores: np.ndarray, kinds: bytearray) -> Vocabulary:
+        """The table as every file should have written it: specials marked, placeholders added."""
+        if len(pieces) == _TRAINED_PIECES:
+            pieces, scores, kinds = _with_placeholders(pieces, scores, kinds)
+        vocab = cls(pieces, np.asarray(scores, np.float32), kinds)
+        for i, piece in enumerate(pieces):
+            if piece in SPECIAL:
+                kinds[i] = Kind.UNKNOWN if piece == b"<unk>" else Kind.CONTROL
+        unknown = [i for i, kind in enumerate(kinds) if kind == Kind.UNKNOWN]
+        if len(unknown) != 1:
+            raise ValueError(f"expected one piece <unk>, got {len(unknown)} of kind UNKNOWN")
+        return vocab
+
+    def specials(self) -> dict[str, int]:
+        """Name -> id of the pieces that `parse_special` and `skip_special` speak of."""
+        wanted = (Kind.CONTROL, Kind.UNKNOWN)
+        rows = zip(self.pieces, self.kinds, strict=True)
+        return {p.decode(): i for i, (p, kind) in enumerate(rows) if kind in wanted and p}
+
+    def texts(self) -> list[bytes]:
+        """What each piece contributes to a decoded text: real spaces, real bytes."""
+        texts = [piece.replace(SPACE, b" ") for piece in self.pieces]
+        for i, kind in enumerate(self.kinds):
+            if kind == Kind.BYTE:
+                texts[i] = bytes.fromhex(_BYTE_PIECE.fullmatch(self.pieces[i])[1].decode())
+        return texts
+
+
+def is_byte_piece(piece: bytes) -> bool:
+    """True for `<0x00>` ... `<0xFF>`, spelled as SentencePiece spells them."""
+    return _BYTE_PIECE.fullmatch(piece) is not None
+
+
+def _with_placeholders(pieces, scores, kinds):
+    extra = _PLACEHOLDERS.get(pieces[_MARK], {})
+    count = max(extra, default=_TRAINED_PIECES - 1) + 1 - _TRAINED_PIECES
+    added = [extra.get(_TRAINED_PIECES + i, b"") for i in range(count)]
+    return (
+        pieces + added,
+        np.concatenate([scores, np.zeros(count, np.float32)]),
+        kinds + bytes([Kind.CONTROL]) * count,
+    )

@@ -1,0 +1,1 @@
+"""Attention for Gemma-shaped models, usable without the models themselves."""

@@ -1,0 +1,14 @@
+"""Attention under Gemma's masks: causal, sliding-window, padded; grouped queries; soft cap."""
+
+from gemma_kernels.attention.dispatch import IMPLEMENTATIONS, attention
+from gemma_kernels.attention.mask import causal_interval
+from gemma_kernels.attention.reference import attention_weights
+from gemma_kernels.attention.spec import AttentionSpec
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "AttentionSpec",
+    "attention",
+    "attention_weights",
+    "causal_interval",
+]

@@ -1,0 +1,138 @@
+"""Attention in plain XLA, for any backend: query blocks, and for each only the keys it can see.
+
+A block of queries meets its keys in tiles `[B, K, G, block_q, tile]`:
+
+    decode, short prompts    one tile of all keys
+    local layers             one tile of `block_q + window - 1` keys, cut out of the key axis
+    global layers            tiles of `BLOCK_K` keys under a running softmax; tiles that hold no
+                             visible key (later tokens, empty cache slots) cost a branch each
+
+So local layers are linear in the length, no `[T, S]` array exists beyond a tile, and the backward
+pass recomputes each query block instead of storing its tiles.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gemma_kernels.attention.mask import visible
+from gemma_kernels.attention.spec import AttentionSpec
+
+BLOCK_Q, BLOCK_K = 128, 512
+MASKED = -1e30  # below any score; finite, so that a row without keys gives 0 and not nan
+
+
+def attention_xla(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    lo_BT: jax.Array,
+    hi_BT: jax.Array,
+    kv_pos_BS: jax.Array,
+    spec: AttentionSpec,
+) -> jax.Array:
+    """Same result as `reference.attention_reference`, `[B, T, N, H]` in the queries' dtype."""
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    keys = (k_BSKH, v_BSKH, kv_pos_BS)
+    if T <= BLOCK_Q:
+        return _query_block(q_BTKGH, lo_BT, hi_BT, keys, spec, S - T).reshape(B, T, N, H)
+
+    blocks = math.ceil(T / BLOCK_Q)
+    # Padding queries have an empty interval [0, 0): they see nothing and are cut off below.
+    q_nBtKGH, lo_nBt, hi_nBt = (_split(x, blocks) for x in (q_BTKGH, lo_BT, hi_BT))
+    offsets = S - T + BLOCK_Q * jnp.arange(blocks)
+    block = jax.checkpoint(lambda q, lo, hi, offset: _query_block(q, lo, hi, keys, spec, offset))
+    _, out_nBtKGH = lax.scan(
+        lambda carry, xs: (carry, block(*xs)), None, (q_nBtKGH, lo_nBt, hi_nBt, offsets)
+    )
+    out_BTNH = jnp.moveaxis(out_nBtKGH, 0, 1).reshape(B, blocks * BLOCK_Q, N, H)
+    return out_BTNH[:, :T]
+
+
+def _query_block(q_BTKGH, lo_BT, hi_BT, keys, spec, offset):
+    """One block of queries; `offset` is the key row of its first query under `spec.window`."""
+    T, S = q_BTKGH.shape[1], keys[0].shape[1]
+    if spec.window is not None and T + spec.window - 1 < S:
+        start = jnp.clip(offset - (spec.window - 1), 0, S - (T + spec.window - 1))
+        keys = tuple(lax.dynamic_slice_in_dim(x, start, T + spec.window - 1, 1) for x in keys)
+    elif T > 1 and S >= 2 * BLOCK_K:
+        return _running_softmax(q_BTKGH, lo_BT, hi_BT, keys, spec)
+    p_BKGTS, _ = _exp_scores(q_BTKGH, keys[0], lo_BT, hi_BT, keys[2], spec)
+    return _normalise(_weigh(p_BKGTS, keys[1]), jnp.sum(p_BKGTS, axis=-1), q_BTKGH.dtype)
+
+
+def _running_softmax(q_BTKGH, lo_BT, hi_BT, keys, spec):
+    B, T, K, G, H = q_BTKGH.shape
+    tiles = math.ceil(keys[0].shape[1] / BLOCK_K)
+    k_nBSKH, v_nBSKH = (_split(x, tiles, BLOCK_K) for x in keys[:2])
+    pos_nBS = _split(keys[2], tiles, BLOCK_K, fill=-1)
+    first_B, last_B = jnp.min(jnp.where(hi_BT > lo_BT, lo_BT, 2**30), 1), jnp.max(hi_BT, 1)
+
+    def tile(carry, xs):
+        k_BSKH, v_BSKH, pos_BS = xs
+        live = jnp.any((pos_BS >= first_B[:, None]) & (pos_BS < last_B[:, None]) & (pos_BS >= 0))
+
+        def update(carry):
+            top_BKGT, total_BKGT, sum_BTKGH = carry
+            p_BKGTS, new_top = _exp_scores(q_BTKGH, k_BSKH, lo_BT, hi_BT, pos_BS, spec, top_BKGT)
+            keep_BKGT = jnp.exp(top_BKGT - new_top)
+            total_BKGT = total_BKGT * keep_BKGT + jnp.sum(p_BKGTS, axis=-1)
+            keep_BTKG1 = jnp.moveaxis(keep_BKGT, 3, 1)[..., None]
+            return new_top, total_BKGT, sum_BTKGH * keep_BTKG1 + _weigh(p_BKGTS, v_BSKH)
+
+        return lax.cond(live, update, lambda carry: carry, carry), None
+
+    start = (
+        jnp.full((B, K, G, T), MASKED, jnp.float32),
+        jnp.zeros((B, K, G, T), jnp.float32),
+        jnp.zeros((B, T, K, G, H), jnp.float32),
+    )
+    (_, total_BKGT, sum_BTKGH), _ = lax.scan(tile, start, (k_nBSKH, v_nBSKH, pos_nBS))
+    return _normalise(sum_BTKGH, total_BKGT, q_BTKGH.dtype)
+
+
+def _exp_scores(q_BTKGH, k_BSKH, lo_BT, hi_BT, kv_pos_BS, spec, floor_BKGT=MASKED):
+    """`exp(scores - top)` (0 where masked) and `top`, at least `floor_BKGT`."""
+    s_BKGTS = spec.scale * jnp.einsum(
+        "BTKGH,BSKH->BKGTS",
+        q_BTKGH,
+        k_BSKH,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    if not spec.softmax_in_float32:
+        s_BKGTS = s_BKGTS.astype(q_BTKGH.dtype).astype(jnp.float32)
+    if spec.soft_cap is not None:
+        s_BKGTS = spec.soft_cap * jnp.tanh(s_BKGTS / spec.soft_cap)
+    seen_B11TS = visible(lo_BT, hi_BT, kv_pos_BS)[:, None, None]
+    s_BKGTS = jnp.where(seen_B11TS, s_BKGTS, MASKED)
+    top_BKGT = lax.stop_gradient(jnp.maximum(jnp.max(s_BKGTS, axis=-1), floor_BKGT))
+    p_BKGTS = jnp.where(seen_B11TS, jnp.exp(s_BKGTS - top_BKGT[..., None]), 0.0)
+    return p_BKGTS, top_BKGT
+
+
+def _weigh(p_BKGTS, v_BSKH):
+    return jnp.einsum(
+        "BKGTS,BSKH->BTKGH",
+        p_BKGTS.astype(v_BSKH.dtype),
+        v_BSKH,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _normalise(sum_BTKGH, total_BKGT, dtype):
+    total_BTKG1 = jnp.moveaxis(total_BKGT, 3, 1)[..., None]
+    return (sum_BTKGH / jnp.where(total_BTKG1 == 0, 1.0, total_BTKG1)).astype(dtype)
+
+
+def _split(x, blocks: int, size: int = BLOCK_Q, fill: int = 0):
+    """`[B, X, ...]` padded with `fill` and cut into `[blocks, B, size, ...]`."""
+    pad = [(0, 0)] * x.ndim
+    pad[1] = (0, blocks * size - x.shape[1])
+    x = jnp.pad(x, pad, constant_values=fill)
+    return jnp.moveaxis(x.reshape(x.shape[0], blocks, size, *x.shape[2:]), 1, 0)
