@@ -1,0 +1,40 @@
+"""Gemma 3 in JAX and Flax.
+
+    import gemma_jax as gj
+
+    model, tok = gj.load("gemma3-270m")
+    print(gj.generate(model, tok, "The capital of France is"))
+
+Names below are imported at first use: `import gemma_jax` itself costs next to nothing.
+"""
+
+import importlib
+
+_HOMES = {
+    "gemma_jax.cache": ("Cache", "cache_bytes", "init_cache"),
+    "gemma_jax.config": ("GemmaConfig", "LayerSpec"),
+    "gemma_jax.context": ("Runtime",),
+    "gemma_jax.generation": ("Completion", "Conversation", "generate"),
+    "gemma_jax.loading": ("load", "load_model", "load_tokenizer"),
+    "gemma_jax.model": ("Gemma", "Output", "forward"),
+    "gemma_jax.numerics": ("Numerics",),
+    "gemma_jax.presets": ("PRESETS", "preset"),
+    "gemma_jax.sampling": ("Sampling",),
+    "gemma_jax.scoring": ("score",),
+    "gemma_jax.session": ("Session",),
+    "gemma_jax.text": ("Tokenizer", "encode_chat"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'gemma_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

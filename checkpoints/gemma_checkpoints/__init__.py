@@ -1,0 +1,33 @@
+"""Bytes in and out: where weights come from, how they become a model, how a model becomes files.
+
+Importing this package imports nothing heavy; names are looked up when they are used.
+"""
+
+from importlib import import_module
+
+_HOMES = {
+    "CATALOG": "catalog",
+    "CheckpointError": "errors",
+    "Description": "description",
+    "Source": "source",
+    "describe": "description",
+    "load_model": "api",
+    "load_source": "load",
+    "open_source": "opening",
+    "resolve": "catalog",
+    "save_hf": "export",
+    "save_orbax": "orbax_folder",
+    "tokenizer_path": "api",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

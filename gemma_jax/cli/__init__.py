@@ -1,0 +1,14 @@
+"""`gemma-jax`: one file per command, thin over the library.
+
+stdout carries results only; progress, warnings and errors go to stderr. Exit code 2 means wrong use
+or input, 1 a failure. A traceback appears only with `--debug`.
+"""
+
+import sys
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the console script; always ends in `sys.exit`."""
+    from gemma_jax.cli.app import run
+
+    sys.exit(run(sys.argv[1:] if argv is None else argv))

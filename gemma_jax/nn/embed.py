@@ -15,7 +15,7 @@ class Embedder(nnx.Module):
 
     def __init__(self, cfg: GemmaConfig, *, rngs: nnx.Rngs):
         shape = (cfg.vocab_size, cfg.d_model)
-        self.table = nnx.Param(rngs.normal(shape) * cfg.d_model**-0.5, dims="VD")
+        self.table = nnx.Param(rngs.normal(shape) * cfg.d_model**-0.5, dims="VD", inputs="D")
 
     def encode(self, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """Rows of the table times sqrt(D), `[B, T, D]` in `dtype`.
@@ -23,9 +23,9 @@ class Embedder(nnx.Module):
         The scalar is rounded to `dtype` first (hf `Gemma3TextScaledWordEmbedding`): in bfloat16
         sqrt(640) is 25.25. Text only: soft tokens of images and audio are not scaled.
         """
-        x_BTD = self.table[...][tokens_BT].astype(dtype)
+        x_BTD = self.table.get_value()[tokens_BT].astype(dtype)
         return x_BTD * jnp.asarray(math.sqrt(x_BTD.shape[-1]), dtype)
 
     def decode(self, x_BTD: jax.Array) -> jax.Array:
         """Logits `[B, T, V]`, with the unscaled table."""
-        return contract("BTD,VD->BTV", x_BTD, self.table[...])
+        return contract("BTD,VD->BTV", x_BTD, self.table.get_value())

@@ -9,10 +9,11 @@ rank of a piece's first merge as its score.
 from __future__ import annotations
 
 import json
+from itertools import repeat
 
 import numpy as np
 
-from .vocabulary import SPACE, Kind, Vocabulary, is_byte_piece
+from .vocabulary import BYTE_PIECES, SPACE, Kind, Vocabulary
 
 _TO_MARK = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE.decode()}
 _MAX_HOLES = 4096  # Gemma 3n leaves 126 ids free between its image and its audio placeholders
@@ -26,27 +27,25 @@ def read_tokenizer_json(data: bytes | str) -> Vocabulary:
     """
     try:
         root = json.loads(data)
-    except RecursionError:
-        raise ValueError("expected a tokenizer.json, got JSON nested too deeply") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"expected a tokenizer.json, got broken JSON: {error}") from None
     if not isinstance(root, dict):
         raise ValueError(f"expected a JSON object, got {type(root).__name__}")
     model = _get(root, "model", dict)
     _check_algorithm(root, model)
     ids = _get(model, "vocab", dict)
     added = [_added_token(token) for token in root.get("added_tokens") or []]
+    for i, content, _ in added:
+        if ids.get(content, i) != i:
+            raise ValueError(f"added token {content!r} has id {i}, in model.vocab {ids[content]}")
     pieces = _by_id({**ids, **{content: i for i, content, _ in added}})
     ranks = _ranks(_get(model, "merges", list))
     # Pieces of one character have no merge and need no score.
-    scores = np.fromiter((ranks.get(piece, 0) for piece in pieces), np.float32, len(pieces))
+    scores = np.array(list(map(ranks.get, pieces, repeat(0))), np.float32)
     encoded = [piece.encode() for piece in pieces]
-    kinds = bytearray(Kind.BYTE if is_byte_piece(piece) else Kind.NORMAL for piece in encoded)
-    for i, content, special in added:
-        if pieces[i] != content:
-            raise ValueError(f"added token {content!r} has id {i}, which is {pieces[i]!r}")
+    kinds = [Kind.BYTE if piece in BYTE_PIECES else Kind.NORMAL for piece in encoded]
+    for i, _, special in added:
         kinds[i] = Kind.CONTROL if special else Kind.USER_DEFINED
-    for i, piece in enumerate(encoded):
-        if not piece:
-            kinds[i] = Kind.CONTROL
     return Vocabulary.build(encoded, scores, kinds)
 
 
@@ -64,10 +63,12 @@ def _check_algorithm(root: dict, model: dict) -> None:
         steps = normalizer.get("normalizers")
         normalizer = steps[0] if isinstance(steps, list) and len(steps) == 1 else normalizer
     if normalizer != _TO_MARK:
-        raise ValueError(f"expected a normalizer that writes ' ' as U+2581, got {normalizer!r:.200}")
+        raise ValueError(
+            f"expected a normalizer that writes ' ' as U+2581, got {normalizer!r:.200}"
+        )
     splitter = root.get("pre_tokenizer")
     # Splitting at spaces is what Gemma's file says, and does nothing: none is left by then.
-    if splitter is not None and splitter.get("pattern") != {"String": " "}:
+    if splitter is not None and _get(root, "pre_tokenizer", dict).get("pattern") != {"String": " "}:
         raise ValueError(f"expected no pre_tokenizer but a split at ' ', got {splitter!r:.200}")
 
 
@@ -83,6 +84,8 @@ def _added_token(token: object) -> tuple[int, str, bool]:
 
 def _by_id(ids: dict[str, int]) -> list[str]:
     """Pieces in the order of their ids; "" where no piece has the id."""
+    if not ids:
+        raise ValueError("expected pieces in model.vocab, got none")
     try:
         low, high = min(ids.values()), max(ids.values())
         if low < 0 or high >= len(ids) + _MAX_HOLES:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from .vocabulary import Kind, Vocabulary, is_byte_piece
+from .vocabulary import Kind, Vocabulary
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_FIXED = {_FIXED64: 8, _FIXED32: 4}
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3  # fields of ModelProto
 _MODEL_TYPE, _BYTE_FALLBACK = 3, 35  # fields of TrainerSpec
 _IDS, _NAMES = range(40, 44), range(45, 49)  # unk, bos, eos, pad
@@ -30,44 +31,38 @@ def read_model(data: bytes) -> Vocabulary:
     Raises:
       ValueError: the bytes are no ModelProto, or one that splits text in another way than Gemma's.
     """
-    messages = {_PIECES: [], _TRAINER: [b""], _NORMALIZER: [b""]}
+    rows, specs = [], {_TRAINER: b"", _NORMALIZER: b""}
     for field, value in _fields(data):
-        if field in messages:
-            if not isinstance(value, bytes):
-                raise ValueError(f"field {field} of a SentencePiece model must be a message")
-            messages[field].append(value)
-    if not messages[_PIECES]:
-        raise ValueError("a SentencePiece model with pieces was expected, none were found")
-    _check_spec(dict(_fields(messages[_TRAINER][-1])), dict(_fields(messages[_NORMALIZER][-1])))
-    pieces, scores, kinds = zip(*map(_piece, messages[_PIECES]), strict=True)
-    return Vocabulary.build(
-        list(pieces), np.frombuffer(b"".join(scores), "<f4"), bytearray(_kinds(pieces, kinds))
-    )
+        if field == _PIECES and isinstance(value, bytes):
+            rows.append(_piece(value))
+        elif field in specs and isinstance(value, bytes):
+            specs[field] = value
+        elif field in (_PIECES, *specs):
+            raise ValueError(f"field {field} of a SentencePiece model must be a message")
+    if not rows:
+        raise ValueError("expected a SentencePiece model with pieces, got none")
+    _check_spec(dict(_fields(specs[_TRAINER])), dict(_fields(specs[_NORMALIZER])))
+    pieces, scores, kinds = map(list, zip(*rows, strict=True))
+    if b"" in pieces:
+        raise ValueError(f"expected a text in every piece, got none in piece {pieces.index(b'')}")
+    return Vocabulary.build(pieces, np.frombuffer(b"".join(scores), "<f4"), kinds)
 
 
 def _piece(message: bytes) -> tuple[bytes, bytes, int]:
     """(piece, float32 score as stored, kind) of one SentencePiece message."""
-    end = 2 + message[1] if len(message) > 1 else 0
+    size = len(message)
+    end = 2 + message[1] if size > 1 else 0
     # Every writer puts the fields in order, and most pieces are short: 262,144 times this branch.
-    if message[:1] == b"\n" and end < 130 and message[end : end + 1] == b"\x15":
-        if len(message) == end + 5:
+    if message[0:1] == b"\n" and end < 130 and message[end : end + 1] == b"\x15":
+        if size == end + 5:
             return message[2:end], message[end + 1 :], Kind.NORMAL
-        if len(message) == end + 7 and message[end + 5] == 0x18:
+        if size == end + 7 and message[end + 5] == 0x18:
             return message[2:end], message[end + 1 : end + 5], message[end + 6]
     fields = dict(_fields(message))
     piece, score, kind = fields.get(1, b""), fields.get(2, bytes(4)), fields.get(3, Kind.NORMAL)
     if not (isinstance(piece, bytes) and isinstance(score, bytes) and len(score) == 4):
         raise ValueError("a piece needs a text and a float32 score, got other field types")
     return piece, score, kind
-
-
-def _kinds(pieces, kinds):
-    for i, (piece, kind) in enumerate(zip(pieces, kinds, strict=True)):
-        if kind not in Kind._value2member_map_ or not piece:
-            raise ValueError(f"piece {i} must have a text and a type of 1..6, got {piece!r}, {kind}")
-        if kind == Kind.BYTE and not is_byte_piece(piece):
-            raise ValueError(f"byte piece {i} must be spelled <0x00> ... <0xFF>, got {piece!r}")
-    return kinds
 
 
 def _check_spec(trainer: dict, normalizer: dict) -> None:
@@ -93,27 +88,31 @@ def _fields(data: bytes):
         if wire == _VARINT:
             value, pos = _varint(data, pos)
         elif wire in (_BYTES, _FIXED32, _FIXED64):
-            length, pos = _varint(data, pos) if wire == _BYTES else ({5: 4, 1: 8}[wire], pos)
+            length, pos = _varint(data, pos) if wire == _BYTES else (_FIXED[wire], pos)
             if length > size - pos:
-                raise ValueError(f"truncated: {length} bytes expected at {pos}, {size - pos} left")
+                raise ValueError(
+                    f"truncated model: {length} bytes expected at {pos}, got {size - pos}"
+                )
             value, pos = data[pos : pos + length], pos + length
         else:
-            raise ValueError(f"no protobuf message: wire type {wire} at byte {pos}")
+            raise ValueError(f"expected a SentencePiece model, got wire type {wire} at byte {pos}")
         yield tag >> 3, value
 
 
 def _varint(data: bytes, pos: int) -> tuple[int, int]:
+    if pos < len(data) and data[pos] < 128:  # nearly always
+        return data[pos], pos + 1
     value = shift = 0
     while shift < 64:
         if pos >= len(data):
-            raise ValueError(f"truncated: a number is cut off at byte {pos}")
+            raise ValueError(f"truncated model: a number is cut off at byte {pos}")
         byte = data[pos]
         pos += 1
         value |= (byte & 127) << shift
         if byte < 128:
             return value, pos
         shift += 7
-    raise ValueError(f"no protobuf message: a number longer than 64 bits ends at byte {pos}")
+    raise ValueError(f"expected a SentencePiece model, got a number of over 64 bits at {pos}")
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -126,7 +125,9 @@ def write_model(vocab: Vocabulary) -> bytes:
         # Both lengths fit one byte for all but a handful of pieces; formatting is then fastest.
         b"\n%c\n%c%b\x15%b\x18%c" % (len(piece) + 9, len(piece), piece, score, kind)
         if 0 < len(piece) < 119
-        else _message(_PIECES, _entry(1, piece or b"<hole_%d>" % i), b"\x15", score, _entry(3, kind))
+        else _message(
+            _PIECES, _entry(1, piece or b"<hole_%d>" % i), b"\x15", score, _entry(3, kind)
+        )
         for i, (piece, score, kind) in enumerate(rows)
     ]
     trainer = [_entry(_MODEL_TYPE, _BPE), _entry(_BYTE_FALLBACK, 1)]

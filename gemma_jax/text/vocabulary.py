@@ -8,7 +8,7 @@ So three file formats cannot disagree anywhere but in their readers.
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -51,7 +51,7 @@ _PLACEHOLDERS = {
     },
 }
 
-_BYTE_PIECE = re.compile(rb"<0x([0-9A-F]{2})>")
+BYTE_PIECES = {b"<0x%02X>" % byte: bytes([byte]) for byte in range(256)}
 
 
 @dataclass(frozen=True)
@@ -66,55 +66,63 @@ class Vocabulary:
 
     pieces: list[bytes]
     scores: np.ndarray
-    kinds: bytearray
+    kinds: bytes
 
     def __post_init__(self):
         sizes = len(self.pieces), len(self.scores), len(self.kinds)
         if len(set(sizes)) != 1:
-            raise ValueError("pieces, scores and kinds must be equally many, got %d, %d, %d" % sizes)
+            raise ValueError(f"expected as many pieces as scores and kinds, got {sizes}")
         if not np.isfinite(self.scores).all():
-            raise ValueError("every score must be finite")
+            raise ValueError("expected finite scores only")
+        try:
+            b"\n".join(self.pieces).decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"expected pieces in UTF-8: {error}") from None
 
     @classmethod
-    def build(cls, pieces: list[bytes], scores: np.ndarray, kinds: bytearray) -> Vocabulary:
-        """The table as every file should have written it: specials marked, placeholders added."""
+    def build(cls, pieces: list[bytes], scores: np.ndarray, kinds: Sequence[int]) -> Vocabulary:
+        """The table as every file should have written it: specials marked, placeholders added.
+
+        Raises:
+          ValueError: a kind that does not exist or does not fit its piece, not exactly one <unk>.
+        """
+        if not set(kinds) <= set(Kind):
+            raise ValueError(f"expected kinds of 1..6, got {sorted(set(kinds) - set(Kind))}")
+        kinds = bytearray(kinds)
         if len(pieces) == _TRAINED_PIECES:
             pieces, scores, kinds = _with_placeholders(pieces, scores, kinds)
-        vocab = cls(pieces, np.asarray(scores, np.float32), kinds)
-        for i, piece in enumerate(pieces):
-            if piece in SPECIAL:
-                kinds[i] = Kind.UNKNOWN if piece == b"<unk>" else Kind.CONTROL
-        unknown = [i for i, kind in enumerate(kinds) if kind == Kind.UNKNOWN]
-        if len(unknown) != 1:
-            raise ValueError(f"expected one piece <unk>, got {len(unknown)} of kind UNKNOWN")
+        for i in (i for i, piece in enumerate(pieces) if not piece):
+            kinds[i] = Kind.CONTROL
+        for name in SPECIAL.intersection(pieces):
+            kinds[pieces.index(name)] = Kind.UNKNOWN if name == b"<unk>" else Kind.CONTROL
+        vocab = cls(pieces, np.asarray(scores, np.float32), bytes(kinds))
+        if (count := kinds.count(Kind.UNKNOWN)) != 1:
+            raise ValueError(f"expected one piece <unk>, got {count} of kind UNKNOWN")
+        if strangers := set(vocab.of_kind(Kind.BYTE).values()) - BYTE_PIECES.keys():
+            raise ValueError(f"expected byte pieces '<0x00>' ... '<0xFF>', got {min(strangers)!r}")
         return vocab
+
+    def of_kind(self, *kinds: Kind) -> dict[int, bytes]:
+        """Id -> piece of the pieces of these kinds, holes left out."""
+        ids = np.flatnonzero(np.isin(np.frombuffer(self.kinds, np.uint8), kinds)).tolist()
+        return {i: self.pieces[i] for i in ids if self.pieces[i]}
 
     def specials(self) -> dict[str, int]:
         """Name -> id of the pieces that `parse_special` and `skip_special` speak of."""
-        wanted = (Kind.CONTROL, Kind.UNKNOWN)
-        rows = zip(self.pieces, self.kinds, strict=True)
-        return {p.decode(): i for i, (p, kind) in enumerate(rows) if kind in wanted and p}
+        return {p.decode(): i for i, p in self.of_kind(Kind.CONTROL, Kind.UNKNOWN).items()}
 
     def texts(self) -> list[bytes]:
         """What each piece contributes to a decoded text: real spaces, real bytes."""
-        texts = [piece.replace(SPACE, b" ") for piece in self.pieces]
-        for i, kind in enumerate(self.kinds):
-            if kind == Kind.BYTE:
-                texts[i] = bytes.fromhex(_BYTE_PIECE.fullmatch(self.pieces[i])[1].decode())
+        # As one string, for speed; 0xFF is in no UTF-8 text.
+        texts = b"\xff".join(self.pieces).replace(SPACE, b" ").split(b"\xff")
+        for i, piece in self.of_kind(Kind.BYTE).items():
+            texts[i] = BYTE_PIECES[piece]
         return texts
-
-
-def is_byte_piece(piece: bytes) -> bool:
-    """True for `<0x00>` ... `<0xFF>`, spelled as SentencePiece spells them."""
-    return _BYTE_PIECE.fullmatch(piece) is not None
 
 
 def _with_placeholders(pieces, scores, kinds):
     extra = _PLACEHOLDERS.get(pieces[_MARK], {})
     count = max(extra, default=_TRAINED_PIECES - 1) + 1 - _TRAINED_PIECES
     added = [extra.get(_TRAINED_PIECES + i, b"") for i in range(count)]
-    return (
-        pieces + added,
-        np.concatenate([scores, np.zeros(count, np.float32)]),
-        kinds + bytes([Kind.CONTROL]) * count,
-    )
+    scores = np.concatenate([scores, np.zeros(count, np.float32)])
+    return pieces + added, scores, kinds + bytes([Kind.CONTROL]) * count

@@ -29,7 +29,7 @@ def attention_weights(
     if spec.soft_cap is not None:
         scores_BKGTS = spec.soft_cap * jnp.tanh(scores_BKGTS / spec.soft_cap)
     seen_B11TS = visible(lo_BT, hi_BT, kv_pos_BS)[:, None, None]
-    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1, where=seen_B11TS, initial=-1e30)
+    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1, where=seen_B11TS)
     return jnp.where(seen_B11TS, weights_BKGTS, 0.0).reshape(B, N, T, S)
 
 

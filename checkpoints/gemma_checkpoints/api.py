@@ -1,0 +1,69 @@
+"""The functions that most callers want: a name or a path in, a model out."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from gemma_jax.context import Runtime
+from gemma_jax.model import Gemma
+from gemma_jax.segments import Layout
+
+from .catalog import Notify, resolve
+from .errors import CheckpointError
+from .load import Placement, Transform, load_source
+from .opening import open_source
+from .tokenizers import VOCABULARIES, find_tokenizer
+
+
+def load_model(
+    src: str | Path,
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    layout: Layout = "scan",
+    runtime: Runtime = Runtime(),
+    placement: Placement | None = None,
+    transform: Transform | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    notify: Notify | None = None,
+) -> Gemma:
+    """Loads a checkpoint of any format, holding one small piece per thread in host memory.
+
+    Args:
+      src: A `.gguf` file, a Hugging Face folder, a folder that `save_orbax` wrote, or a name of
+        the catalog.
+      dtype: Of the parameters. Default: as stored; quantised tensors become float32.
+      layout: How layers are stacked; see `gemma_jax.segments`.
+      runtime: How the model will compute. Independent of `dtype`.
+      placement: `(path, dims, shape) -> Sharding | None`: where each Param goes. Its pieces go
+        straight there.
+      transform: `(path, dims, array) -> array`, applied to each Param as soon as it is complete,
+        so that a model can be quantised while it never exists as a whole.
+      progress: Called with (bytes done, bytes in all), counted after decoding.
+      notify: See `resolve`.
+
+    Raises:
+      CheckpointError: everything that is wrong with the checkpoint, in one error.
+    """
+    return load_source(
+        open_source(resolve(src, notify=notify)),
+        dtype=dtype,
+        layout=layout,
+        runtime=runtime,
+        placement=placement,
+        transform=transform,
+        progress=progress,
+    )
+
+
+def tokenizer_path(src: str | Path, *, notify: Notify | None = None) -> Path:
+    """The file with the vocabulary of `src`; a GGUF file has it inside.
+
+    Raises:
+      CheckpointError: there is none.
+    """
+    path = resolve(src, notify=notify)
+    found = find_tokenizer(path)
+    if found is None:
+        raise CheckpointError(path, f"no tokenizer found: expected {' or '.join(VOCABULARIES[:2])}")
+    return found

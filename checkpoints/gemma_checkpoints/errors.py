@@ -1,0 +1,27 @@
+"""The one error of this room."""
+
+from collections.abc import Iterable
+
+SHOWN = 8  # of each kind of problem: a wrong config makes every tensor wrong
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used as it is: `where`, and everything that is wrong with it.
+
+    Attributes:
+      where: The file or folder.
+      problems: One line each: what was expected, what was found, what to do.
+    """
+
+    def __init__(self, where: object, problems: str | Iterable[str]):
+        self.where = str(where)
+        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__(self._message())
+
+    def _message(self) -> str:
+        if len(self.problems) == 1:
+            return f"{self.where}: {self.problems[0]}"
+        lines = [f"{self.where}: {len(self.problems)} problems", *self.problems[:SHOWN]]
+        if len(self.problems) > SHOWN:
+            lines.append(f"and {len(self.problems) - SHOWN} more")
+        return "\n  ".join(lines)

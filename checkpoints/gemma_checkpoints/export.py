@@ -1,0 +1,197 @@
+"""Writes a model as a Hugging Face folder, losslessly."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from gemma_jax.model import Gemma
+
+from .errors import CheckpointError
+from .folders import new_folder
+from .hf import CONFIG, INDEX, SINGLE, read_json
+from .hf_config import config_from_hf, text_config
+from .hf_config_out import config_to_hf
+from .hf_names import hf_table
+from .params import ParamPath, Slot, flat_params, named_slots
+from .rearrange import shape as side_shape
+from .safetensors_file import ENCODINGS, write_safetensors
+from .table import Row, expand
+from .tokenizers import copy_tokenizer
+
+PREFIX = "model."
+MAX_SHARD = 5_000_000_000  # bytes
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of the export, and the parameter that it comes from."""
+
+    name: str
+    row: Row
+    slot: Slot
+    dtype: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        parsed = self.row.parsed
+        return self.slot.shape if parsed is None else side_shape(parsed.left, self.slot.sizes)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def save_hf(
+    model: Gemma,
+    folder: str | Path,
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    max_shard_bytes: int = MAX_SHARD,
+    source: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Writes `model` to a new folder, which appears whole or not at all.
+
+    A model that was loaded with `dtype=None` comes out with the bytes that went in. The export is
+    text-only: of a multimodal `gemma3` folder it holds the decoder, as `gemma3_text`.
+
+    Args:
+      model: Dense parameters in float32, float16 or bfloat16.
+      folder: Must not exist, or be empty.
+      dtype: To cast to; default: as the parameters are.
+      max_shard_bytes: A larger model becomes several files with an index.
+      source: The checkpoint that the model came from: its tokenizer goes along, and if it is a
+        Hugging Face folder of the same architecture, its `config.json` as well.
+      progress: Called with (bytes done, bytes in all).
+
+    Raises:
+      CheckpointError: the folder is taken or cannot be written, or transformers has no class for
+        this architecture.
+    """
+    target, params = Path(folder), flat_params(model)
+    refuse_inexact(target, params)
+    tensors = _tensors(model, params, dtype)
+    total = sum(tensor.nbytes for tensor in tensors)
+    try:
+        text = _config_text(model, tensors[0].dtype, source)
+    except ValueError as error:
+        raise CheckpointError(target, f"cannot be exported: {error}") from None
+    with new_folder(target, needed=total) as part:
+        (part / CONFIG).write_bytes(text)
+        if source is not None:
+            copy_tokenizer(Path(source), part)
+        done = 0
+        for file, shard in _shards(tensors, max_shard_bytes).items():
+            for size in _write_shard(part / file, shard, params):
+                done += size
+                if progress is not None:
+                    progress(done, total)
+        _write_index(part, tensors, max_shard_bytes)
+    return target
+
+
+def refuse_inexact(target: Path, params: dict[ParamPath, nnx.Param]) -> None:
+    """Raises `CheckpointError` if a parameter is not a plain array of floats."""
+    problems = []
+    for path, param in params.items():
+        dtype = getattr(param.get_value(), "dtype", type(param.get_value()).__name__)
+        if dtype not in ENCODINGS:
+            problems.append(
+                f"{'.'.join(map(str, path))} is {dtype}: only plain floats can be saved"
+            )
+    if problems:
+        raise CheckpointError(target, problems)
+
+
+def tensor_bytes(params: dict[ParamPath, nnx.Param]) -> int:
+    return sum(param.get_value().nbytes for param in params.values())
+
+
+def host_array(param: nnx.Param, row: int | None) -> np.ndarray:
+    """One layer's parameter as NumPy; a view where the array lies in host memory."""
+    value = param.get_value()
+    if row is None:
+        return np.asarray(value)
+    on_cpu = all(device.platform == "cpu" for device in value.devices())
+    return np.asarray(value)[row] if on_cpu else np.asarray(value[row])
+
+
+def _tensors(model: Gemma, params: dict[ParamPath, nnx.Param], dtype) -> list[Tensor]:
+    """In the order of the layers."""
+    slots, rows = named_slots(model), expand(hf_table(model.cfg), len(model.cfg.layers))
+
+    def stored(slot: Slot) -> np.dtype:
+        return np.dtype(params[slot.path].get_value().dtype if dtype is None else dtype)
+
+    return [
+        Tensor(PREFIX + rows[ours].theirs, rows[ours], slots[ours], stored(slots[ours]))
+        for ours in sorted(rows, key=_layer)
+    ]
+
+
+def _layer(name: str) -> int:
+    """Layer of a parameter; what belongs to none comes first."""
+    return int(name.split(".")[1]) if name.startswith("blocks.") else -1
+
+
+def _shards(tensors: list[Tensor], limit: int) -> dict[str, list[Tensor]]:
+    """File name -> tensors, each file filled up to `limit`."""
+    shards: list[list[Tensor]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > limit:
+            shards.append([])
+        shards[-1].append(tensor)
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    count = len(shards)
+    return {f"model-{i:05}-of-{count:05}.safetensors": s for i, s in enumerate(shards, 1)}
+
+
+def _write_shard(
+    path: Path, shard: list[Tensor], params: dict[ParamPath, nnx.Param]
+) -> Iterator[int]:
+    """Yields the bytes of each tensor that was written, in the safetensors package's order."""
+    ordered = sorted(shard, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
+    header = {tensor.name: (tensor.shape, tensor.dtype) for tensor in ordered}
+    arrays = (_theirs(tensor, params) for tensor in ordered)
+    for array in write_safetensors(path, header, arrays):
+        yield array.nbytes
+
+
+def _theirs(tensor: Tensor, params: dict[ParamPath, nnx.Param]) -> np.ndarray:
+    array = host_array(params[tensor.slot.path], tensor.slot.row)
+    if tensor.row.parsed is not None:
+        array = tensor.row.parsed.inverse(array, tensor.slot.sizes)
+    return array.astype(tensor.dtype, copy=False)
+
+
+def _write_index(folder: Path, tensors: list[Tensor], limit: int) -> None:
+    shards = _shards(tensors, limit)
+    if len(shards) == 1:
+        return
+    where = {tensor.name: file for file, shard in shards.items() for tensor in shard}
+    size = sum(tensor.nbytes for tensor in tensors)
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _config_text(model: Gemma, dtype: np.dtype, source: str | Path | None) -> bytes:
+    """The source's own config where it describes this model, else one made from `model.cfg`."""
+    own = None if source is None else Path(source) / CONFIG
+    if own is None or not own.is_file() or config_from_hf(read_json(own)) != model.cfg:
+        return _json(config_to_hf(model.cfg) | {"torch_dtype": dtype.name})
+    raw = read_json(own)
+    config, key = text_config(raw), "dtype" if "dtype" in raw else "torch_dtype"
+    if config == raw and raw.get(key) == dtype.name:
+        return own.read_bytes()
+    return _json(config | {key: dtype.name})
+
+
+def _json(value: dict) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()

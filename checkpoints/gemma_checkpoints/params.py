@@ -1,0 +1,65 @@
+"""The parameters of a model by names that do not depend on how its layers are stacked."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import jax
+from flax import nnx
+
+from gemma_jax.config import GemmaConfig
+from gemma_jax.context import Runtime
+from gemma_jax.model import Gemma
+from gemma_jax.segments import Layout, Segment
+
+ParamPath = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one named parameter lives.
+
+    Attributes:
+      path: Of the (possibly stacked) Param in the model's state.
+      row: Along the leading axis of a stacked Param; `None` if it is not stacked.
+      dims: Letters of the axes, without the leading one.
+      shape: Their sizes.
+    """
+
+    path: ParamPath
+    row: int | None
+    dims: str
+    shape: tuple[int, ...]
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        return dict(zip(self.dims, self.shape, strict=True))
+
+
+def abstract_model(cfg: GemmaConfig, *, runtime: Runtime = Runtime(), layout: Layout) -> Gemma:
+    """The model with `jax.ShapeDtypeStruct`s for arrays: costs no memory and no device."""
+    return jax.eval_shape(lambda: Gemma(cfg, rngs=nnx.Rngs(0), runtime=runtime, layout=layout))
+
+
+def flat_params(model: Gemma) -> dict[ParamPath, nnx.Param]:
+    return dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+
+
+def named_slots(model: Gemma) -> dict[str, Slot]:
+    """Name -> slot: `embed.table`, `blocks.0.attn.q.w`, ..., `final_norm.scale`."""
+    return {
+        name: slot
+        for path, param in flat_params(model).items()
+        for name, slot in _slots(path, param, model.segments)
+    }
+
+
+def _slots(path: ParamPath, param: nnx.Param, segments: tuple[Segment, ...]) -> Iterator:
+    shape, dims = tuple(param.get_value().shape), param.dims
+    if path[0] != "blocks":
+        yield ".".join(map(str, path)), Slot(path, None, dims, shape)
+        return
+    _, segment, position, *rest = path
+    for repeat in range(shape[0]):
+        layer = segments[segment].layer_index(position, repeat)
+        name = ".".join(map(str, ("blocks", layer, *rest)))
+        yield name, Slot(path, repeat, dims, shape[1:])

@@ -1,0 +1,53 @@
+"""What the loader needs to know of a checkpoint, whatever its format."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from gemma_jax.config import GemmaConfig
+
+from .table import Table
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor.
+
+    Attributes:
+      shape: Row = output, as Hugging Face has it, also for GGUF.
+      encoding: How it is stored: `BF16`, `Q4_K`, ...
+      dtype: Of the NumPy array that reading gives.
+      nbytes: In the file.
+    """
+
+    shape: tuple[int, ...]
+    encoding: str
+    dtype: np.dtype
+    nbytes: int
+
+
+class Source(Protocol):
+    """An opened checkpoint: headers are read and checked, weights are not.
+
+    Attributes:
+      path: Where it lies.
+      format: For people: `"Hugging Face"`, `"GGUF"`, `"Orbax"`.
+      config: The architecture that the checkpoint declares.
+      table: Which of its tensors is which parameter.
+      tensors: Name as in `table` -> what is known of it.
+      reads_rows: Whether some rows of a tensor can be had without reading all of it.
+    """
+
+    path: Path
+    format: str
+    config: GemmaConfig
+    table: Table
+    tensors: Mapping[str, TensorInfo]
+    reads_rows: bool
+
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """Rows of one tensor along its first axis, `TensorInfo.dtype`. May run in any thread."""
+        ...

@@ -1,0 +1,40 @@
+"""Where the tokenizer of a checkpoint lies, and how it travels with an export."""
+
+import shutil
+from pathlib import Path
+
+from .gguf_file import MAGIC, copy_metadata
+
+# Preferred first. The last is what exports of a GGUF file carry: its metadata without the weights.
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tokenizer.gguf")
+COMPANIONS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def find_tokenizer(path: Path) -> Path | None:
+    """The vocabulary of a checkpoint: in a GGUF file it is the file itself."""
+    if path.is_file():
+        return path if is_gguf(path) else None
+    return next((path / name for name in VOCABULARIES if (path / name).is_file()), None)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Puts the tokenizer of the checkpoint `source`, if it has one, into `folder`."""
+    if source.is_file() and is_gguf(source):
+        copy_metadata(source, folder / VOCABULARIES[-1])
+        return
+    for name in (*VOCABULARIES, *COMPANIONS):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def is_gguf(path: Path) -> bool:
+    """By its first bytes, not its name."""
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC

@@ -1,0 +1,3 @@
+from gemma_jax.cli import main
+
+main()

@@ -1,0 +1,76 @@
+"""`gemma-jax info`: what a model is and what it needs."""
+
+from typing import Annotated
+
+import typer
+
+from gemma_jax.cli import common
+
+CONTEXTS = (1_024, 8_192, 32_768, 131_072)
+
+
+def command(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Preset, catalog name or path.")],
+    as_json: common.Json = False,
+) -> None:
+    """Parameters, bytes, layers by kind, and cache bytes per context length. Reads no weights."""
+    facts = _facts(source)
+    if as_json:
+        common.print_json(facts)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=source, show_header=False)
+    for name, value in facts.items():
+        if not isinstance(value, dict):
+            table.add_row(name.replace("_", " "), f"{value:,}" if type(value) is int else str(value))
+    for length, size in facts["cache_bytes_bfloat16"].items():
+        table.add_row(f"cache at {int(length):,} tokens (bfloat16)", _megabytes(size))
+    for dtype, size in facts["weight_bytes"].items():
+        table.add_row(f"weights ({dtype})", _megabytes(size))
+    Console().print(table)
+
+
+def _facts(source: str) -> dict:
+    import jax
+    from flax import nnx
+
+    from gemma_jax.cache import cache_bytes
+    from gemma_jax.model import Gemma
+    from gemma_jax.presets import PRESETS
+
+    stored = {}
+    if source in PRESETS:
+        cfg = PRESETS[source]
+    else:
+        from gemma_checkpoints import describe
+
+        summary = describe(source)
+        cfg, stored = summary.config, {"file_bytes": summary.tensor_bytes}
+    shapes = jax.eval_shape(lambda: Gemma(cfg, rngs=nnx.Rngs(0)))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    local = [spec for spec in cfg.layers if spec.kind == "local"]
+    contexts = [n for n in CONTEXTS if n <= cfg.max_positions]
+    return {
+        "parameters": parameters,
+        "embedding_parameters": shapes.embed.table[...].size,
+        **stored,
+        "layers": len(cfg.layers),
+        "local_layers": len(local),
+        "global_layers": len(cfg.layers) - len(local),
+        "window": local[0].window if local else 0,
+        "d_model": cfg.d_model,
+        "d_ff": cfg.layers[0].d_ff,
+        "query_heads": cfg.num_heads,
+        "kv_heads": cfg.num_kv_heads,
+        "head_dim": cfg.head_dim,
+        "vocabulary": cfg.vocab_size,
+        "context": cfg.max_positions,
+        "weight_bytes": {"float32": 4 * parameters, "bfloat16": 2 * parameters},
+        "cache_bytes_bfloat16": {str(n): cache_bytes(cfg, 1, n, "bfloat16") for n in contexts},
+    }
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

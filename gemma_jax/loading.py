@@ -1,0 +1,73 @@
+"""The short way in: a model and its tokenizer from one name."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from gemma_jax.context import Runtime
+from gemma_jax.model import Gemma
+from gemma_jax.numerics import Numerics, resolve_numerics
+from gemma_jax.segments import Layout
+from gemma_jax.text import Tokenizer
+
+
+def load(source: str, **options) -> tuple[Gemma, Tokenizer]:
+    """`(model, tokenizer)` from a catalog name, a Hugging Face folder, a GGUF file or our Orbax.
+
+    Args:
+      source: Name or path. Paths never touch the network; `gemma_checkpoints.catalog` lists names.
+      **options: As in `load_model`.
+
+    Raises:
+      ValueError: Unknown name, or a checkpoint that cannot be read; says all that is wrong.
+    """
+    tokenizer = load_tokenizer(source)
+    return load_model(source, **options), tokenizer
+
+
+def load_model(
+    source: str,
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    weights: str | None = None,
+    numerics: str | Numerics = "hf",
+    attention_impl: str | None = None,
+    layout: Layout | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Gemma:
+    """The model alone.
+
+    Args:
+      dtype: Dtype of activations. Default: float32 on CPU, bfloat16 elsewhere.
+      weights: Dtype the weights are stored in: `"float32"`, `"bfloat16"`, or `"int8"` with a
+        float32 scale per output channel. Default: `dtype`.
+      numerics: `"hf"` or `"gdm"`; see `gemma_jax.numerics`.
+      attention_impl: A name out of `gemma_kernels.attention.IMPLEMENTATIONS`; default: the best.
+      layout: `"scan"` compiles fast, `"unrolled"` decodes fast on CPU. Default: by platform.
+      progress: Called with bytes read so far and in total.
+    """
+    from gemma_checkpoints import load_model as load_checkpoint
+    from gemma_checkpoints import resolve
+    from gemma_jax.quant import store_weights
+
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16"))
+    runtime = Runtime(
+        dtype=dtype, numerics=resolve_numerics(numerics), attention_impl=attention_impl
+    )
+    return load_checkpoint(
+        resolve(source),
+        dtype=dtype,
+        runtime=runtime,
+        layout=layout or ("unrolled" if on_cpu else "scan"),
+        transform=None if weights is None else store_weights(weights),
+        progress=progress,
+    )
+
+
+def load_tokenizer(source: str) -> Tokenizer:
+    """The tokenizer alone; for a GGUF it is inside the file."""
+    from gemma_checkpoints import resolve, tokenizer_path
+
+    return Tokenizer.from_file(tokenizer_path(resolve(source)))

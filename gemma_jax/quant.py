@@ -1,0 +1,136 @@
+"""Weights stored narrower than the arithmetic: bfloat16 or int8 in memory, float32 in use.
+
+Decoding on a CPU is bound by reading the weights, so half or a quarter of the bytes is close to
+twice or thrice the speed, if XLA never writes the widened weights back to memory. Which form of
+the product achieves that was measured (`kernels/bench`), hence the three ways of `contract`.
+
+`store_weights` is the transform that `load` applies to each parameter as it arrives; `quantise`
+applies it to a whole model. The model does not know: a Param holds a `StoredWeight` in place of an
+array.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gemma_jax.compat import FUSED_MATRIX_VECTOR
+from gemma_jax.model import Gemma
+
+Storage = Literal["float32", "bfloat16", "int8"]
+VECTOR_ROWS = 4  # up to here, one matrix-vector product per row of x
+TILE_ROWS = 64  # up to here, large matrices are widened tile by tile
+WHOLE_BYTES = 64 << 20  # a widened matrix up to this size may exist as a whole
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StoredWeight:
+    """A weight with output letters first.
+
+    Attributes:
+      values: bfloat16 as its uint16 bits (XLA's CPU backend widens these in place, but converts
+        whole stacks of bfloat16), or int8.
+      scale: float32 factor per output channel for int8, `None` for bfloat16.
+    """
+
+    values: jax.Array
+    scale: jax.Array | None
+
+    def __getitem__(self, index: Any) -> jax.Array:
+        """Rows along the first axis, widened to float32."""
+        rows = _widen(self.values[index])
+        if self.scale is None:
+            return rows
+        scale = self.scale[index]
+        return rows * scale.reshape(scale.shape + (1,) * (rows.ndim - scale.ndim))
+
+    def contract(self, equation: str, x: jax.Array) -> jax.Array:
+        """`einsum(equation, x, self)` in float32, returned in the dtype of `x`."""
+        letters_x, dims, result = equation.replace("->", ",").split(",")
+        inputs = [letter for letter in dims if letter not in result]
+        free = len(letters_x) - len(inputs)
+        outputs = len(dims) - len(inputs)
+        rows_RI = x.reshape(math.prod(x.shape[:free]), -1).astype(jnp.float32)
+        w_OI = self.values.reshape(math.prod(self.values.shape[:outputs]), -1)
+        # Ties the weights to this step's activations: XLA would otherwise widen them once, outside
+        # the token loop, and keep the float32 copy.
+        w_OI, rows_RI = jax.lax.optimization_barrier((w_OI, rows_RI))
+        y_RO = _matmul(rows_RI, w_OI)
+        if self.scale is not None:
+            y_RO = y_RO * self.scale.reshape(-1)
+        shape = x.shape[:free] + self.values.shape[:outputs]
+        return y_RO.reshape(shape).astype(x.dtype)
+
+
+def store_weights(storage: Storage) -> Callable[[nnx.Param, jax.Array], Any]:
+    """A function `(param, array) -> array or StoredWeight` for one loaded parameter.
+
+    Vectors (norm scales) keep their dtype. int8 is symmetric, one scale per output channel.
+    """
+    if storage not in ("float32", "bfloat16", "int8"):
+        raise ValueError(f"{storage=} must be 'float32', 'bfloat16' or 'int8'")
+
+    def store(param: nnx.Param, array: jax.Array) -> Any:
+        inputs = param.get_metadata().get("inputs", "")
+        if not inputs or storage == "float32":
+            return array
+        axes = tuple(range(array.ndim - len(inputs), array.ndim))
+        return _STORE[storage](array, axes)
+
+    return store
+
+
+def quantise(model: Gemma, storage: Storage) -> Gemma:
+    """The model with its matrices stored as `storage`; arithmetic stays what it was."""
+    store = store_weights(storage)
+    return jax.tree.map(
+        lambda param: param.replace(store(param, param.get_value())),
+        model,
+        is_leaf=lambda node: isinstance(node, nnx.Param),
+    )
+
+
+@jax.jit
+def _as_bits(array: jax.Array) -> StoredWeight:
+    bits = jax.lax.bitcast_convert_type(array.astype(jnp.bfloat16), jnp.uint16)
+    return StoredWeight(bits, None)
+
+
+def _as_int8(array: jax.Array, axes: tuple[int, ...]) -> StoredWeight:
+    largest = jnp.max(jnp.abs(array), axis=axes, keepdims=True).astype(jnp.float32)
+    scale = jnp.where(largest == 0, 1.0, largest / 127)
+    values = jnp.round(array.astype(jnp.float32) / scale).astype(jnp.int8)
+    return StoredWeight(values, jnp.squeeze(scale, axes))
+
+
+_STORE = {
+    "bfloat16": lambda array, axes: _as_bits(array),
+    "int8": jax.jit(_as_int8, static_argnums=1),
+}
+
+
+def _widen(values: jax.Array) -> jax.Array:
+    if values.dtype == jnp.uint16:
+        return jax.lax.bitcast_convert_type(values.astype(jnp.uint32) << 16, jnp.float32)
+    return values.astype(jnp.float32)
+
+
+def _matmul(rows_RI: jax.Array, w_OI: jax.Array) -> jax.Array:
+    """`rows_RI @ widen(w_OI).T`."""
+    R, (O, I) = len(rows_RI), w_OI.shape
+    if R <= VECTOR_ROWS and FUSED_MATRIX_VECTOR:
+        rows = []
+        for r in range(R):  # the barrier keeps XLA from merging them into one product of matrices
+            rows.append(jnp.dot(rows_RI[r], _widen(w_OI).T))
+            w_OI, _ = jax.lax.optimization_barrier((w_OI, rows[-1]))
+        return jnp.stack(rows)
+    if R > TILE_ROWS or 4 * O * I <= WHOLE_BYTES:
+        return jnp.dot(rows_RI, _widen(w_OI).T)
+    tiles = w_OI.reshape(-1, math.gcd(O, 512), I)
+    y_OR = jax.lax.map(lambda tile: jnp.dot(_widen(tile), rows_RI.T), tiles)
+    return y_OR.reshape(O, R).T

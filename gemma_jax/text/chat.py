@@ -1,0 +1,172 @@
+"""Gemma's chat format: messages to the text of a prompt, character for character the official one.
+
+The format is the `chat_template` in the tokenizer configuration of the released models:
+
+    <bos><start_of_turn>user
+    {system}
+
+    {user}<end_of_turn>
+    <start_of_turn>model
+    {answer}<end_of_turn>
+
+There is no system role; a system message is put in front of the first user message. Messages are
+dicts as in Hugging Face's API, `{"role": "user", "content": "Hi"}`; a content may also be a list of
+items, `{"type": "text", "text": ...}` or `{"type": "image"}`.
+
+What the template would pass over in silence (unknown roles and item types, a system message that no
+user message follows) is refused here: the model would not see what the caller wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from .tokenizer import Tokenizer
+
+BOS = "<bos>"
+END_OF_TURN = "<end_of_turn>\n"
+GENERATION_PROMPT = "<start_of_turn>model\n"
+
+# How an item that is no text is written. The model's processor later expands the marker into soft
+# tokens; Gemma 3 expands its start marker, Gemma 3n the soft token itself.
+GEMMA3_MEDIA: Mapping[str, str] = {"image": "<start_of_image>"}
+GEMMA3N_MEDIA: Mapping[str, str] = {"image": "<image_soft_token>", "audio": "<audio_soft_token>"}
+
+Message = Mapping[str, object]
+_ROLES = {"user": "user", "assistant": "model", "model": "model"}
+
+
+def render(
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = True,
+    media: Mapping[str, str] = GEMMA3_MEDIA,
+) -> str:
+    """The prompt of a whole conversation, beginning with "<bos>".
+
+    Args:
+      messages: an optional "system" message, then "user" and "assistant" (or "model") in turn.
+      add_generation_prompt: end with the opening of a model turn, so that the model answers.
+      media: item type -> marker.
+
+    Raises:
+      ValueError: roles out of turn or unknown, or a content that is neither text nor items.
+    """
+    messages = list(messages)
+    system = messages.pop(0) if messages and _role(messages[0]) == "system" else None
+    if not messages:
+        raise ValueError("expected at least one user message, got none")
+    turns = []
+    for i, message in enumerate(messages):
+        if (_role(message) == "user") != (i % 2 == 0):
+            raise ValueError(
+                "Conversation roles must alternate user/assistant/user/assistant/...; "
+                f"message {i} after the system message, if any, is from {_role(message)!r}"
+            )
+        turns.append(render_turn(message, system=None if i else system, media=media))
+    return BOS + "".join(turns) + (GENERATION_PROMPT if add_generation_prompt else "")
+
+
+def render_turn(
+    message: Message, *, system: Message | None = None, media: Mapping[str, str] = GEMMA3_MEDIA
+) -> str:
+    """One turn, markers included; `system` goes in front of its content.
+
+    Raises:
+      ValueError: an unknown role or content.
+    """
+    role = _role(message)
+    if role not in _ROLES:
+        raise ValueError(
+            f"expected role {' or '.join(map(repr, _ROLES))} ('system' in front only), got {role!r}"
+        )
+    prefix = "" if system is None else _system_text(system)
+    return f"<start_of_turn>{_ROLES[role]}\n{prefix}{_content(message, media)}{END_OF_TURN}"
+
+
+def render_next(
+    message: Message,
+    *,
+    first: bool,
+    system: Message | None = None,
+    media: Mapping[str, str] = GEMMA3_MEDIA,
+) -> str:
+    """What to append to a conversation, so that the model answers this user message.
+
+    For a cache that is kept between turns: it holds the earlier increments and answers, and has not
+    seen the <end_of_turn> at which the last answer stopped. Increments and stripped answers, strung
+    together, are `render` of the whole conversation.
+
+    Args:
+      message: the new message of the user.
+      first: nothing precedes it; only then may there be a `system` message.
+    """
+    if _role(message) != "user":
+        raise ValueError(f"expected a message from 'user', got {_role(message)!r}")
+    if system is not None and not first:
+        raise ValueError("expected a system message only with first=True")
+    before = BOS if first else END_OF_TURN
+    return before + render_turn(message, system=system, media=media) + GENERATION_PROMPT
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = True,
+    media: Mapping[str, str] = GEMMA3_MEDIA,
+) -> list[int]:
+    """Ids of `render(messages)`, with <bos> exactly once.
+
+    Markers inside the messages count as markers, as in Hugging Face's `apply_chat_template`: take
+    "<start_of_turn>" and its like out of a text that is not to be trusted.
+    """
+    text = render(messages, add_generation_prompt=add_generation_prompt, media=media)
+    return tokenizer.encode(text, bos=True)
+
+
+def _role(message: object) -> str:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise ValueError(
+            f"expected a message {{'role': ..., 'content': ...}}, got {message!r:.200}"
+        )
+    return message["role"]
+
+
+def _content(message: Message, media: Mapping[str, str]) -> str:
+    content = message.get("content")
+    if isinstance(content, str):
+        return content.strip()
+    return "".join(_item(item, media) for item in _items(content))
+
+
+def _item(item: Mapping[str, object], media: Mapping[str, str]) -> str:
+    kind = item.get("type")
+    if kind == "text" and isinstance(item.get("text"), str):
+        return item["text"].strip()
+    if kind in media:
+        return media[kind]
+    raise ValueError(
+        f"expected items of type 'text' (with a text) or {list(media)}, got {item!r:.200}"
+    )
+
+
+def _system_text(message: Message) -> str:
+    if _role(message) != "system":
+        raise ValueError(f"expected a message from 'system', got {_role(message)!r}")
+    content = message.get("content")
+    if not isinstance(content, str):
+        items = list(_items(content))
+        # The template takes the text of the first item and drops the rest.
+        if len(items) != 1 or not isinstance(items[0].get("text"), str):
+            raise ValueError(f"expected a system message with one text, got {content!r:.200}")
+        content = items[0]["text"]
+    return content + "\n\n"  # not stripped, unlike every other text
+
+
+def _items(content: object) -> Iterable[Mapping[str, object]]:
+    if not isinstance(content, Sequence) or not all(isinstance(i, Mapping) for i in content):
+        raise ValueError(
+            f"Invalid content type: expected text or a list of items, got {content!r:.200}"
+        )
+    return content

@@ -1,0 +1,206 @@
+"""Text to token ids and back, the same for every file that holds a Gemma vocabulary."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import gc
+import operator
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import sentencepiece
+
+from . import gguf_header, hf_json, sentencepiece_proto
+from .vocabulary import SPACE, Kind, Vocabulary
+
+_MAX_FILE = 1 << 28  # the largest tokenizer.json of the family has 33 MB
+_FOLDER_FILES = "tokenizer.json", "tokenizer.model"  # the first one also names the placeholders
+
+# Bytes that are no UTF-8 become one U+FFFD each, as in SentencePiece; Python's "replace" would make
+# one of a whole cut-off character. The codecs registry is how Python takes such a rule, and the one
+# that `StreamDecoder` can share.
+UTF8_ERRORS = "gemma_jax.one_mark_per_byte"
+codecs.register_error(UTF8_ERRORS, lambda error: ("\ufffd" * (error.end - error.start), error.end))
+
+
+class Tokenizer:
+    """A Gemma vocabulary and the engine that splits text with it. Immutable; threads may share it.
+
+    Spaces are spelled U+2581 in pieces, no space is added in front, nothing is normalised, and what
+    has no piece is spelled in bytes. So `decode(encode(text)) == text`, but for a U+2581 in `text`,
+    which comes back as a space.
+
+    Attributes:
+      vocab_size: one more than the largest id. May exceed the rows of a text-only model's
+        embedding: the placeholders of images and audio come last.
+      bos_id, eos_id, pad_id, unk_id: the four ids every Gemma vocabulary has.
+      stop_ids: ids that end an answer: <eos> and, where it exists, <end_of_turn>.
+      special_ids: name -> id of every piece that `parse_special` and `skip_special` are about.
+    """
+
+    def __init__(self, vocabulary: Vocabulary):
+        """Raises ValueError if this is no Gemma vocabulary, or not a usable one."""
+        self.special_ids = vocabulary.specials()
+        missing = {"<bos>", "<eos>", "<pad>", "<unk>"} - self.special_ids.keys()
+        if missing:
+            raise ValueError(f"expected a Gemma vocabulary, got one without {sorted(missing)}")
+        model = sentencepiece_proto.write_model(vocabulary)
+        try:
+            self._engine = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise ValueError(f"SentencePiece refuses the vocabulary: {error}") from None
+        self._pieces = vocabulary.pieces
+        self._texts = vocabulary.texts()
+        # Hugging Face's tokenizers look for added pieces before spaces become U+2581, so a literal
+        # run of U+2581 does not join the spaces beside it. SentencePiece alone would let it.
+        marks = [p.decode() for p in vocabulary.of_kind(Kind.USER_DEFINED).values() if SPACE in p]
+        names = sorted([*self.special_ids, *marks], key=len, reverse=True)  # the longest wins
+        self._special = re.compile("(" + "|".join(map(re.escape, names)) + ")")
+        self._skipped = frozenset(self.special_ids.values())
+        self.vocab_size = len(self._pieces)
+        self.bos_id, self.eos_id = self.special_ids["<bos>"], self.special_ids["<eos>"]
+        self.pad_id, self.unk_id = self.special_ids["<pad>"], self.special_ids["<unk>"]
+        stops = {self.eos_id, self.special_ids.get("<end_of_turn>", self.eos_id)}
+        self.stop_ids: tuple[int, ...] = tuple(sorted(stops))
+
+    def __repr__(self) -> str:
+        return f"Tokenizer(vocab_size={self.vocab_size}, stop_ids={self.stop_ids})"
+
+    # --- where it comes from ---------------------------------------------------------------------
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike) -> Tokenizer:
+        """From a `tokenizer.model`, a `tokenizer.json` or a `.gguf` (only its header is read).
+
+        Raises:
+          OSError: the file cannot be read.
+          ValueError: it is none of the three, broken, or not Gemma's; the message names the file.
+        """
+        path = Path(path)
+        with open(path, "rb") as file:
+            head = file.read(4)
+        if head == gguf_header.MAGIC or path.suffix == ".gguf":
+            make, content = cls.from_gguf_header, gguf_header.read_header(path)
+        elif path.suffix == ".json" or head[:1] == b"{":
+            make, content = cls.from_hf_json, _read(path)
+        elif path.suffix == ".model" or head[:1] == b"\n":  # the tag of a ModelProto's first piece
+            make, content = cls.from_sentencepiece_bytes, _read(path)
+        else:
+            raise ValueError(
+                f"{path}: expected a SentencePiece tokenizer.model, a tokenizer.json or a GGUF file"
+            )
+        try:
+            with _collector_paused():
+                return make(content)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_folder(cls, path: str | os.PathLike) -> Tokenizer:
+        """From a Hugging Face folder: its `tokenizer.json`, else its `tokenizer.model`."""
+        for name in _FOLDER_FILES:
+            if (Path(path) / name).is_file():
+                return cls.from_file(Path(path) / name)
+        raise FileNotFoundError(f"{os.fspath(path)}: expected {' or '.join(_FOLDER_FILES)} in it")
+
+    @classmethod
+    def from_sentencepiece_bytes(cls, data: bytes) -> Tokenizer:
+        """From the content of a `tokenizer.model`."""
+        return cls(sentencepiece_proto.read_model(data))
+
+    @classmethod
+    def from_hf_json(cls, data: bytes | str) -> Tokenizer:
+        """From the content of a `tokenizer.json`."""
+        return cls(hf_json.read_tokenizer_json(data))
+
+    @classmethod
+    def from_gguf_header(cls, header: dict[str, object]) -> Tokenizer:
+        """From what `gguf_header.read_header` returned for a GGUF file."""
+        return cls(gguf_header.read_vocabulary(header))
+
+    # --- what it does ----------------------------------------------------------------------------
+
+    def encode(self, text: str, *, bos: bool = False, parse_special: bool = True) -> list[int]:
+        """Ids of a text.
+
+        Args:
+          text: any text that has a UTF-8 form.
+          bos: begin with <bos>; a text that already does keeps its one.
+          parse_special: read "<start_of_turn>" and its like as the one piece they name, as Hugging
+            Face's tokenizers do. False takes them for what a user typed.
+
+        Raises:
+          ValueError: a lone surrogate in `text`.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"expected text that has a UTF-8 form, got a lone surrogate {text[error.start]!r} "
+                f"at index {error.start}; decode the bytes it came from with errors='replace'"
+            ) from None
+        ids = []
+        # The pattern is one group, so what it matched is every second part.
+        for i, part in enumerate(self._special.split(text) if parse_special else [text]):
+            if i % 2 and part in self.special_ids:
+                ids.append(self.special_ids[part])
+            elif part:
+                ids += self._engine.encode(part)
+        if bos and ids[:1] != [self.bos_id]:
+            ids.insert(0, self.bos_id)
+        return ids
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+        """Text of ids; a byte that is part of no character becomes U+FFFD.
+
+        Raises:
+          ValueError: an id that names no piece.
+        """
+        return self.decode_bytes(ids, skip_special=skip_special).decode("utf-8", UTF8_ERRORS)
+
+    def decode_bytes(self, ids: Iterable[int], *, skip_special: bool = False) -> bytes:
+        """As `decode`, before the bytes are read as UTF-8: this one is a plain concatenation."""
+        ids = self._checked(ids)
+        if skip_special:
+            ids = [i for i in ids if i not in self._skipped]
+        return b"".join([self._texts[i] for i in ids])
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """The piece of each id as the vocabulary spells it: "▁the", "<0x0D>", "<bos>"."""
+        return [self._pieces[i].decode() for i in self._checked(ids)]
+
+    def id_of(self, piece: str) -> int:
+        """The id of a piece, spelled as `pieces` spells it; ValueError if there is none."""
+        found = self._engine.piece_to_id(piece)
+        if self._pieces[found] != piece.encode():
+            raise ValueError(f"the vocabulary has no piece {piece!r}")
+        return found
+
+    def _checked(self, ids: Iterable[int]) -> list[int]:
+        ids = [operator.index(i) for i in ids]
+        for i in ids:
+            if not 0 <= i < self.vocab_size or not self._pieces[i]:
+                raise ValueError(f"expected ids of 0..{self.vocab_size - 1} with a piece, got {i}")
+        return ids
+
+
+@contextlib.contextmanager
+def _collector_paused():
+    """Half a million small objects, none of them garbage: the collector would double the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _read(path: Path) -> bytes:
+    size = path.stat().st_size
+    if size > _MAX_FILE:
+        raise ValueError(f"{path}: expected a tokenizer of at most {_MAX_FILE} bytes, got {size}")
+    return path.read_bytes()

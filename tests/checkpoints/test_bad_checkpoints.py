@@ -1,0 +1,260 @@
+"""Whatever is wrong with a checkpoint is said in one error, with names, before anything is built."""
+
+import json
+
+import gemma_checkpoints as gc
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tiny_checkpoints import plain, random_model, tiny, write_gguf
+
+
+@pytest.fixture
+def edit_tensors(hf_folder):
+    """`edit_tensors(change)` lets `change(tensors)` work on `model.safetensors`."""
+
+    def edit(change):
+        file = hf_folder / "model.safetensors"
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file)
+        return hf_folder
+
+    return edit
+
+
+def refused(path, *messages):
+    with pytest.raises(gc.CheckpointError) as caught:
+        gc.load_model(path)
+    for message in messages:
+        assert message in str(caught.value)
+    return caught.value
+
+
+def test_everything_wrong_at_once(edit_tensors):
+    """Missing, surplus, misshapen and of a wrong type: one error names all four."""
+
+    def change(tensors):
+        del tensors["model.layers.3.mlp.up_proj.weight"]
+        tensors["model.layers.9.mlp.up_proj.weight"] = np.zeros((2, 2), np.float32)
+        tensors["model.norm.weight"] = np.zeros(71, np.float32)
+        tensors["model.layers.0.self_attn.q_norm.weight"] = np.zeros(24, np.int32)
+
+    error = refused(
+        edit_tensors(change),
+        "4 problems",
+        "layers.3.mlp.up_proj.weight is missing: expected [96, 72]",
+        "layers.9.mlp.up_proj.weight is surplus: the config (7 layers) has no place for it",
+        "norm.weight has shape [71], but the config makes it [72]",
+        "layers.0.self_attn.q_norm.weight is stored as I32; expected F32, F16, BF16",
+    )
+    assert len(error.problems) == 4
+
+
+def test_a_long_list_is_cut(edit_config):
+    error = refused(edit_config(hidden_size=80), "and ", " more")
+    assert len(error.problems) > 50 and len(str(error).splitlines()) < 12
+
+
+def test_transposed_weights(edit_tensors):
+    name = "model.layers.2.mlp.down_proj.weight"
+
+    def change(tensors):
+        tensors[name] = np.ascontiguousarray(tensors[name].T)
+
+    refused(edit_tensors(change), "has shape [96, 72], but the config makes it [72, 96]")
+
+
+def test_vision_tensors_in_a_text_only_folder(edit_tensors):
+    def change(tensors):
+        tensors["vision_tower.x"] = np.zeros(1, np.float32)
+
+    refused(edit_tensors(change), "vision_tower.x is surplus")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_no_numbers(dtype, value, edit_tensors):
+    def change(tensors):
+        for i, name in ((1, "model.layers.1.mlp.up_proj.weight"), (2, "model.norm.weight")):
+            array = tensors[name].astype(dtype)
+            array.reshape(-1)[:i] = value
+            tensors[name] = array
+
+    refused(
+        edit_tensors(change),
+        "layers.1.mlp.up_proj.weight: 1 values are NaN or infinite",
+        "norm.weight: 2 values are NaN or infinite",
+    )
+
+
+def test_a_scale_that_is_no_number_in_a_gguf(tmp_path):
+    gguf = pytest.importorskip("gguf")
+
+    def encode(name, array):
+        blocks = gguf.quantize(array, gguf.GGMLQuantizationType.Q8_0)
+        if name == "blk.2.ffn_up.weight":
+            blocks[3, :2] = 0xFF  # NaN as float16
+        return blocks, gguf.GGMLQuantizationType.Q8_0
+
+    path = write_gguf(tmp_path / "m.gguf", random_model(tiny("gemma3-1b")), "gemma3", encode)
+    refused(path, "blk.2.ffn_up.weight: 32 values are NaN or infinite")
+
+
+@pytest.mark.parametrize("part", [0, 4, 8, 2_000, 20_000, 641_263])
+def test_cut_off_safetensors(part, hf_folder):
+    file = hf_folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:part])
+    refused(hf_folder, "model.safetensors", "cut off")
+
+
+def test_safetensors_with_a_tail(hf_folder):
+    with open(hf_folder / "model.safetensors", "ab") as file:
+        file.write(b"tail")
+    refused(hf_folder, "too long")
+
+
+def rewrite_header(hf_folder, change):
+    file = hf_folder / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    text = change(data[8 : 8 + length])
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    return hf_folder
+
+
+def edited(name="model.norm.weight", **entry):
+    def change(text):
+        header = json.loads(text)
+        header[name] |= entry
+        return json.dumps(header).encode()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[:-20] + b"x" * 20, "not valid JSON"),
+        (lambda text: b"[" * 100_000, "not valid JSON"),
+        (lambda text: b"[]", "not a JSON object"),
+        (lambda text: b'{"a":1,"a":2}', "a name occurs twice"),
+        (edited(shape=[73]), "takes 146 bytes, not 144"),
+        (edited(shape=[-72]), "must be sizes"),
+        (edited(shape=[1] * 72), "must be sizes"),
+        (edited(shape=[1 << 60]), "must be sizes"),
+        (edited(data_offsets=[0, 144]), "overlap or leave a gap"),
+        (edited(data_offsets=[0]), "broken header entry"),
+        (edited(dtype="F32"), "F32 of shape [72] takes 288 bytes, not 144"),
+        (edited(dtype="U8"), "norm.weight is stored as U8"),
+    ],
+)
+def test_broken_safetensors_headers(change, message, hf_folder):
+    refused(rewrite_header(hf_folder, change), message)
+
+
+@pytest.mark.parametrize("length", [0, 1 << 40, (1 << 64) - 1])
+def test_forged_header_lengths(length, hf_folder):
+    file = hf_folder / "model.safetensors"
+    file.write_bytes(length.to_bytes(8, "little") + file.read_bytes()[8:])
+    refused(hf_folder, f"a header of {length}")
+
+
+def sharded(hf_folder, tmp_path):
+    return gc.save_hf(gc.load_model(hf_folder), tmp_path / "shards", max_shard_bytes=150_000)
+
+
+def test_missing_shard(hf_folder, tmp_path):
+    out = sharded(hf_folder, tmp_path)
+    next(out.glob("model-00002*")).unlink()
+    refused(out, "model-00002-of-", "is missing")
+
+
+def test_broken_index(hf_folder, tmp_path):
+    out = sharded(hf_folder, tmp_path)
+    index = out / "model.safetensors.index.json"
+    good = json.loads(index.read_text())
+    where = good["weight_map"]
+    first = where["model.norm.weight"]
+    for bad, message in (
+        (index.read_text()[:100], "not valid JSON"),
+        ("{}", "expected a weight_map"),
+        (json.dumps({"weight_map": where | {"a": "../secret"}}), "'../secret' is not a file name"),
+        (json.dumps({"weight_map": where | {"a": first}}), f"a: in the index, but not in {first}"),
+    ):
+        index.write_text(bad)
+        refused(out, message)
+
+
+def test_a_name_in_two_shards(hf_folder, tmp_path):
+    out = sharded(hf_folder, tmp_path)
+    files = sorted(out.glob("*.safetensors"))
+    tensors = load_file(files[1]) | {"model.norm.weight": np.zeros(72, ml_dtypes.bfloat16)}
+    save_file(tensors, files[1])
+    refused(out, "model.norm.weight: occurs twice")
+
+
+def test_wrong_configs(hf_folder, edit_config):
+    refused(edit_config(num_hidden_layers=6, layer_types=None), "layers.6.", "surplus")
+    refused(edit_config(model_type="mistral"), "model_type 'mistral' is not supported")
+    (hf_folder / "config.json").write_text("{")
+    refused(hf_folder, "config.json: not valid JSON")
+    (hf_folder / "config.json").write_text("[1]")
+    refused(hf_folder, "expected a JSON object, got list")
+
+
+def test_no_checkpoint_at_all(tmp_path):
+    refused(tmp_path, "not a checkpoint: expected a .gguf file")
+    (tmp_path / "weights.gguf").write_bytes(b"PK\x03\x04")
+    refused(tmp_path / "weights.gguf", "not a checkpoint")
+    (tmp_path / "config.json").write_text('{"model_type": "gemma3_text"}')
+    refused(tmp_path, "model.safetensors is missing")
+    with pytest.raises(gc.CheckpointError, match="no tokenizer found"):
+        gc.tokenizer_path(tmp_path)
+
+
+@pytest.mark.parametrize("part", [4, 5, 24, 100, 700, 3_000, 100_000, -1])
+def test_cut_off_gguf(part, gguf_file):
+    gguf_file.write_bytes(gguf_file.read_bytes()[:part])
+    refused(gguf_file, "cut off" if part == 100_000 or part == -1 else "cut-off")
+
+
+def patched(gguf_file, offset, value, size=8):
+    data = bytearray(gguf_file.read_bytes())
+    data[offset : offset + size] = value.to_bytes(size, "little")
+    gguf_file.write_bytes(data)
+    return gguf_file
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "message"),
+    [
+        (4, (1 << 32) | 99, "version 2 or 3"),
+        (8, 1 << 62, "tensors declared"),
+        (16, 1 << 62, "GGUF header"),
+        (24, (1 << 64) - 1, "bytes declared at byte"),
+    ],
+)
+def test_forged_gguf_counts(offset, value, message, gguf_file):
+    refused(patched(gguf_file, offset, value), message)
+
+
+def test_forged_gguf_tensors(gguf_file):
+    """The last 32 bytes before the data hold the last tensor's entry: rank, shape, type, offset."""
+    at = gguf_file.read_bytes().index(b"output_norm.weight") + len(b"output_norm.weight")
+    refused(patched(gguf_file, at + 12, 999, 4), "unknown tensor type 999")
+    refused(patched(gguf_file, at + 12, 26, 4), "output_norm.weight is stored as I32")
+    refused(patched(gguf_file, at + 12, 0, 4), "output_norm.weight")  # I32 -> F32: whole again
+
+
+def test_other_architectures(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", random_model(tiny("gemma3-1b")), "llama", plain)
+    refused(path, "general.architecture 'llama' is not supported")
+
+
+def test_surplus_tensors_in_a_gguf(tmp_path):
+    extra = {"v.patch_embd.weight": np.zeros((2, 2), np.float32)}
+    model = random_model(tiny("gemma3-1b"))
+    path = write_gguf(tmp_path / "m.gguf", model, "gemma3", plain, **extra)
+    refused(path, "v.patch_embd.weight is surplus")

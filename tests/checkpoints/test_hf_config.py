@@ -1,0 +1,139 @@
+"""`config.json` in all its spellings."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from gemma_checkpoints.hf_config import config_from_hf, text_config
+from gemma_checkpoints.hf_config_out import config_to_hf
+from tiny_checkpoints import DATA
+
+from gemma_jax.presets import PRESETS, preset
+
+# The published files, without the keys that say nothing about the architecture.
+PUBLISHED = {
+    "gemma-2b": {
+        "model_type": "gemma", "head_dim": 256, "hidden_act": "gelu", "hidden_activation": None,
+        "hidden_size": 2048, "intermediate_size": 16384, "max_position_embeddings": 8192,
+        "num_attention_heads": 8, "num_hidden_layers": 18, "num_key_value_heads": 1,
+        "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 10000.0, "vocab_size": 256000,
+    },
+    "gemma2-27b": {
+        "model_type": "gemma2", "attention_bias": False, "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0, "head_dim": 128, "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 4608, "intermediate_size": 36864,
+        "max_position_embeddings": 8192, "num_attention_heads": 32, "num_hidden_layers": 46,
+        "num_key_value_heads": 16, "query_pre_attn_scalar": 144, "rms_norm_eps": 1e-06,
+        "rope_theta": 10000.0, "sliding_window": 4096, "sliding_window_size": 4096,
+        "vocab_size": 256000,
+    },
+    "gemma3-1b": {
+        "model_type": "gemma3_text", "attention_bias": False, "attn_logit_softcapping": None,
+        "final_logit_softcapping": None, "head_dim": 256, "hidden_size": 1152,
+        "hidden_activation": "gelu_pytorch_tanh", "intermediate_size": 6912,
+        "max_position_embeddings": 32768, "num_attention_heads": 4, "num_hidden_layers": 26,
+        "num_key_value_heads": 1, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06,
+        "rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000,
+        "sliding_window": 512, "sliding_window_pattern": 6, "vocab_size": 262144,
+    },
+    "gemma3-4b": {
+        "model_type": "gemma3",
+        "text_config": {
+            "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text",
+            "num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+        },
+        "vision_config": {"model_type": "siglip_vision_model"},
+    },
+    "gemma3-27b": {
+        "model_type": "gemma3",
+        "text_config": {
+            "head_dim": 128, "hidden_size": 5376, "intermediate_size": 21504,
+            "model_type": "gemma3_text", "num_attention_heads": 32, "num_hidden_layers": 62,
+            "num_key_value_heads": 16, "query_pre_attn_scalar": 168,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_files(name):
+    assert config_from_hf(PUBLISHED[name]) == preset(name)
+
+
+def test_both_spellings_say_the_same():
+    new, old = (
+        json.loads((DATA / "g3_text" / f"config{s}.json").read_text()) for s in ("", "_legacy")
+    )
+    assert "rope_parameters" in new and "rope_parameters" not in old
+    assert config_from_hf(new) == config_from_hf(old)
+    assert config_from_hf(new).layers[5].rope_scale == 8
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("spelling", ["both", "new", "published"])
+def test_there_and_back(name, spelling):
+    hf, cfg = config_to_hf(preset(name)), preset(name)
+    unread = {
+        "both": (),
+        "new": ("rope_theta", "rope_local_base_freq", "rope_scaling"),
+        "published": ("rope_parameters", "layer_types"),
+    }
+    hf = {key: value for key, value in hf.items() if key not in unread[spelling]}
+    assert config_from_hf(json.loads(json.dumps(hf))) == cfg
+
+
+def test_caps_are_those_that_the_classes_apply():
+    gemma3 = PUBLISHED["gemma3-1b"] | {
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    }
+    assert config_from_hf(gemma3).attn_soft_cap is None, "Gemma3Attention ignores it"
+    assert config_from_hf(gemma3).final_soft_cap == 30.0, "Gemma3ForCausalLM applies it"
+    multimodal = {"model_type": "gemma3", "text_config": gemma3}
+    assert config_from_hf(multimodal).final_soft_cap is None, "...ForConditionalGeneration does not"
+    assert text_config(multimodal)["final_logit_softcapping"] is None, (
+        "so the export must not either"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "model_type 'llama' is not supported"),
+        ({"model_type": None}, "model_type None"),
+        ({"model_type": []}, "model_type"),
+        ({"hidden_activation": "silu"}, "hidden_activation 'silu'"),
+        ({"hidden_activation": "gelu"}, "hidden_activation 'gelu'"),
+        ({"attention_bias": True}, "attention_bias is set"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is set"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is set"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is false"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope_type 'default' or 'linear'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor must be a positive number, got None"),
+        ({"rope_scaling": 8}, "rope_scaling must be an object"),
+        ({"rope_theta": "1e6"}, "rope_theta must be a positive number"),
+        ({"layer_types": ["full_attention"]}, "layer_types must hold"),
+        ({"layer_types": ["chunked"] * 26}, "layer_types must hold"),
+        ({"sliding_window": None}, "sliding_window must be a positive whole number"),
+        ({"sliding_window_pattern": 0}, "sliding_window_pattern must be"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000 is beyond"),
+        ({"hidden_size": "big"}, "hidden_size must be"),
+        ({"head_dim": True}, "head_dim must be"),
+        ({"num_key_value_heads": 3}, "must be a multiple of num_kv_heads=3"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be"),
+    ],
+)
+def test_what_is_unknown_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_hf(PUBLISHED["gemma3-1b"] | changes)
+
+
+def test_only_what_transformers_has_is_exported():
+    cfg = preset("gemma3-1b")
+    with pytest.raises(ValueError, match="no transformers class"):
+        config_to_hf(replace(cfg, attn_soft_cap=50.0))
+    wider = (replace(cfg.layers[0], d_ff=8), *cfg.layers[1:])
+    with pytest.raises(ValueError, match="differ"):
+        config_to_hf(replace(cfg, layers=wider))

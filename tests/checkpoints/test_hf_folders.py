@@ -1,0 +1,173 @@
+"""Hugging Face folders in and out, byte for byte."""
+
+import json
+
+import gemma_checkpoints as gc
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gemma_checkpoints.params import flat_params
+from safetensors.numpy import load_file, save_file
+from tiny_checkpoints import DATA, by_name, random_model, tiny
+
+from gemma_jax.model import forward
+
+LAYOUTS = ("scan", "unrolled")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_round_trip_is_the_same_file(layout, tmp_path):
+    source = DATA / "g3_text"
+    out = gc.save_hf(gc.load_model(source, layout=layout), tmp_path / "out", source=source)
+    for name in ("model.safetensors", "config.json"):
+        assert (out / name).read_bytes() == (source / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_are_where_they_belong(layout):
+    model = gc.load_model(DATA / "g3_text", layout=layout)
+    stored = load_file(DATA / "g3_text" / "model.safetensors")
+    ours = by_name(model)
+    q = stored["model.layers.4.self_attn.q_proj.weight"].reshape(4, 24, 72)
+    np.testing.assert_array_equal(ours["blocks.4.attn.q.w"], q)
+    norm = stored["model.layers.6.post_feedforward_layernorm.weight"]
+    np.testing.assert_array_equal(ours["blocks.6.post_ffn_norm.scale"], norm)
+    assert {a.dtype.name for a in ours.values()} == {"bfloat16"}
+
+
+def test_logits_from_loaded_weights():
+    model = gc.load_model(DATA / "g3_text", dtype="float32")
+    case = load_file(DATA / "g3_text" / "forward.safetensors")
+    logits = forward(model, jnp.asarray(case["in.input_ids"], jnp.int32)).logits
+    np.testing.assert_allclose(logits, case["out.logits"], atol=5e-5)
+
+
+def test_text_part_of_a_multimodal_folder(tmp_path):
+    source = DATA / "g3_mm"
+    model = gc.load_model(source, dtype="float32")
+    case = load_file(source / "forward_text_only.safetensors")
+    logits = forward(model, jnp.asarray(case["in.input_ids"], jnp.int32)).logits
+    np.testing.assert_allclose(logits, case["out.logits"], atol=5e-5)
+
+    out = gc.save_hf(gc.load_model(source), tmp_path / "out", source=source)
+    stored, text = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
+    assert text and all(
+        value.tobytes() == stored["language_model." + name].tobytes()
+        for name, value in text.items()
+    )
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == "gemma3_text" and "vision_config" not in config
+    assert gc.open_source(out).config == model.cfg
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model.", ""])
+def test_prefixes_of_all_times(prefix, hf_folder):
+    file = hf_folder / "model.safetensors"
+    before = by_name(gc.load_model(hf_folder))
+    renamed = {prefix + k.removeprefix("model."): v for k, v in load_file(file).items()}
+    save_file(renamed, file)
+    after = by_name(gc.load_model(hf_folder))
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_tied_copies_are_dropped(hf_folder):
+    file = hf_folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors, file)
+    assert gc.load_model(hf_folder).cfg.vocab_size == 320
+
+
+def test_shards_with_an_index(tmp_path):
+    model, reference = (
+        gc.load_model(DATA / "g3_text"),
+        load_file(DATA / "g3_text/model.safetensors"),
+    )
+    out = gc.save_hf(model, tmp_path / "out", max_shard_bytes=100_000)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == reference.keys()
+    assert index["metadata"]["total_size"] == sum(v.nbytes for v in reference.values())
+    files = sorted(out.glob("*.safetensors"))
+    assert len(files) > 3 and {f.name for f in files} == set(index["weight_map"].values())
+    assert all(f.stat().st_size < 110_000 for f in files)
+    stored = {name: value for file in files for name, value in load_file(file).items()}
+    assert all(stored[name].tobytes() == value.tobytes() for name, value in reference.items())
+    again = gc.save_hf(gc.load_model(out), tmp_path / "again", source=DATA / "g3_text")
+    single = (again / "model.safetensors").read_bytes()
+    assert single == (DATA / "g3_text" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["gemma-2b", "gemma2-2b", "gemma3-4b"])
+def test_every_generation(name, tmp_path):
+    model = random_model(tiny(name))
+    out = gc.save_hf(model, tmp_path / "out", dtype="bfloat16")
+    loaded = gc.load_model(out)
+    assert loaded.cfg == model.cfg
+    ours, theirs = by_name(model), by_name(loaded)
+    for key, value in ours.items():
+        np.testing.assert_array_equal(value.astype(theirs[key].dtype), theirs[key], err_msg=key)
+
+
+def test_the_config_of_a_changed_model_is_its_own(tmp_path):
+    """The source's config.json is copied only if it describes the model."""
+    model = random_model(tiny("gemma3-4b"))
+    out = gc.save_hf(model, tmp_path / "out", source=DATA / "g3_text")
+    assert gc.open_source(out).config == model.cfg
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_straight_to_a_device(layout):
+    """With a sharding, arrays are filled on the device instead of adopted from host memory."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    seen = []
+
+    def placement(path, dims, shape):
+        seen.append((path, dims))
+        assert len(shape) == len(dims) + (path[0] == "blocks")
+        return sharding
+
+    placed = gc.load_model(DATA / "g3_text", layout=layout, dtype="float32", placement=placement)
+    adopted = gc.load_model(DATA / "g3_text", layout=layout, dtype="float32")
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), placed, adopted))
+    assert (("embed", "table"), "VD") in seen
+
+
+def test_transform_sees_each_param_once_and_complete():
+    seen = {}
+
+    def negate(path, dims, array):
+        seen[path] = dims
+        return -array
+
+    model = gc.load_model(DATA / "g3_text", transform=negate)
+    plain = gc.load_model(DATA / "g3_text")
+    assert seen.keys() == flat_params(plain).keys()
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == -b).all()), model, plain))
+
+
+def test_progress_ends_at_the_total():
+    calls = []
+    gc.load_model(DATA / "g3_text", progress=lambda done, total: calls.append((done, total)))
+    assert calls == sorted(calls) and calls[-1][0] == calls[-1][1] == 641_264 - 8 - _header_bytes()
+
+
+def _header_bytes() -> int:
+    head = (DATA / "g3_text" / "model.safetensors").read_bytes()[:8]
+    return int.from_bytes(head, "little")
+
+
+def test_description(hf_folder):
+    (hf_folder / "tokenizer.json").write_text("{}")
+    found = gc.describe(hf_folder)
+    assert found.format == "Hugging Face" and found.config.d_model == 72
+    assert found.tensor_bytes == {"BF16": 2 * found.num_params}
+    assert found.tokenizer == gc.tokenizer_path(hf_folder) == hf_folder / "tokenizer.json"
+
+
+def test_tokenizer_files_go_along(hf_folder, tmp_path):
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json")
+    for name in names:
+        (hf_folder / name).write_text(name)
+    out = gc.save_hf(gc.load_model(hf_folder), tmp_path / "out", source=hf_folder)
+    assert all((out / name).read_text() == name for name in names)

@@ -1,0 +1,91 @@
+"""Loading takes the memory of the model, and little beside it."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import gemma_checkpoints as gc
+import numpy as np
+import pytest
+from gemma_checkpoints.hf_config_out import config_to_hf
+from gemma_checkpoints.hf_names import hf_table
+from gemma_checkpoints.params import abstract_model, named_slots
+from gemma_checkpoints.table import expand
+from tiny_checkpoints import plain, random_model, tiny, write_gguf
+
+from gemma_jax.presets import preset
+
+MEASURE = """
+import resource, sys, jax
+import gemma_checkpoints as gc
+from gemma_checkpoints.load import load_source
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+jax.block_until_ready(jax.numpy.zeros(3) + 1)
+tiny, path, dtype, place = sys.argv[1:]
+to_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+options = dict(dtype=dtype, placement=(lambda *_: to_device) if place == "device" else None)
+gc.load_model(tiny, **options)  # imports, threads and programs are not what is measured
+before = peak()
+model = gc.load_model(path, **options)
+size = sum(x.nbytes for x in jax.tree.leaves(model))
+print(size, peak() - before)
+"""
+
+
+def big_config():
+    """Small enough for a test, large enough for 150 MB in bfloat16."""
+    cfg = preset("gemma3-270m")
+    return replace(cfg, vocab_size=40_000, d_model=1_024, layers=cfg.layers[:6])
+
+
+@pytest.fixture(scope="module")
+def big_folder(tmp_path_factory):
+    """Written by our own writer, tensor by tensor, so that this process stays small."""
+    import json
+
+    from gemma_checkpoints.safetensors_file import write_safetensors
+
+    cfg, folder = big_config(), tmp_path_factory.mktemp("big")
+    (folder / "config.json").write_text(json.dumps(config_to_hf(cfg)))
+    slots, bf16 = named_slots(abstract_model(cfg, layout="scan")), np.dtype("bfloat16")
+    header = {}
+    for ours, row in expand(hf_table(cfg), len(cfg.layers)).items():
+        shape = slots[ours].shape
+        if row.parsed is not None:
+            joined = {"(N H) D -> N H D": 2, "(K H) D -> K H D": 2}.get(row.rearrange, 1)
+            shape = (int(np.prod(shape[:joined])), int(np.prod(shape[joined:])))
+        header["model." + row.theirs] = (shape, bf16)
+    arrays = (np.full(shape, 0.5, dtype) for shape, dtype in header.values())
+    for _ in write_safetensors(folder / "model.safetensors", header, arrays):
+        pass
+    return folder
+
+
+@pytest.mark.parametrize("place", ["host", "device"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_peak_is_the_model_and_a_little(dtype, place, big_folder, tmp_path):
+    small = gc.save_hf(random_model(tiny("gemma3-1b")), tmp_path / "small")
+    size, grown = measure(small, big_folder, dtype, place)
+    assert size > 140e6 * (2 if dtype == "float32" else 1)
+    largest = 40_000 * 1_024 * (4 if dtype == "float32" else 2)
+    assert grown < size + largest / 2, f"model {size:,}, peak {grown:,}, largest {largest:,}"
+
+
+def test_quantised_files_too(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    kind = gguf.GGMLQuantizationType.Q8_0
+
+    def encode(name, array):
+        return np.zeros((array.shape[0], array.shape[1] // 32 * 34), np.uint8), kind
+
+    small = write_gguf(tmp_path / "s.gguf", random_model(tiny("gemma3-1b")), "gemma3", plain)
+    cfg = replace(big_config(), vocab_size=60_000)
+    big = write_gguf(tmp_path / "b.gguf", random_model(cfg), "gemma3", encode)
+    size, grown = measure(small, big, "float32", "host")
+    assert grown < size + 60_000 * 1_024 * 2
+
+
+def measure(*arguments) -> tuple[int, int]:
+    command = [sys.executable, "-c", MEASURE, *map(str, arguments)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True)
+    return tuple(map(int, out.stdout.split()))

@@ -1,0 +1,63 @@
+"""Folders of ours."""
+
+import json
+import shutil
+
+import gemma_checkpoints as gc
+import numpy as np
+import pytest
+from tiny_checkpoints import DATA, by_name
+
+
+@pytest.fixture
+def saved(hf_folder, tmp_path):
+    (hf_folder / "tokenizer.json").write_text("{}")
+    model = gc.load_model(hf_folder, layout="scan")
+    return gc.save_orbax(model, tmp_path / "ours", source=hf_folder)
+
+
+@pytest.mark.parametrize("layout", ["scan", "unrolled"])
+def test_there_and_back_in_either_layout(layout, saved, tmp_path):
+    model = gc.load_model(saved, layout=layout)
+    assert {a.dtype.name for a in by_name(model).values()} == {"bfloat16"}
+    out = gc.save_hf(model, tmp_path / "hf_again")
+    name = "model.safetensors"
+    assert (out / name).read_bytes() == (DATA / "g3_text" / name).read_bytes()
+
+
+def test_other_dtype(saved):
+    arrays = by_name(gc.load_model(saved, dtype="float32"))
+    assert {a.dtype for a in arrays.values()} == {np.dtype("float32")}
+
+
+def test_the_tokenizer_is_in_it(saved):
+    assert gc.describe(saved).tokenizer == saved / "tokenizer.json"
+
+
+def test_foreign_versions_and_configs(saved):
+    manifest = saved / "gemma_jax.json"
+    good = json.loads(manifest.read_text())
+    for bad, message in (
+        (good | {"version": 2}, "version 2; expected 1"),
+        ({"version": 1}, "broken config: 'config'"),
+        (good | {"config": good["config"] | {"wings": 2}}, "broken config: .*wings"),
+        (good | {"config": good["config"] | {"d_model": -1}}, "d_model=-1 must be positive"),
+        (good | {"config": good["config"] | {"d_model": 71}}, "has shape"),
+    ):
+        manifest.write_text(json.dumps(bad))
+        with pytest.raises(gc.CheckpointError, match=message):
+            gc.load_model(saved)
+
+
+def test_damaged_arrays(saved):
+    for file in (saved / "arrays").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(gc.CheckpointError, match="cannot be read as an Orbax folder") as caught:
+        gc.load_model(saved)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_arrays(saved):
+    shutil.rmtree(saved / "arrays")
+    with pytest.raises(gc.CheckpointError, match="cannot be read as an Orbax folder"):
+        gc.load_model(saved)
