@@ -122,7 +122,8 @@ def plan_slots(cache: Cache, pos_BT: jax.Array) -> tuple[dict[int, Slots], dict[
             slots[capacity] = Slots(write_BT, None, after[capacity])
         else:
             joined_BS = jnp.concatenate([old_BS, pos_BT], axis=1)
-            after_first_BT = jnp.cumsum(pos_BT >= 0, axis=1) > 0
+            first_B1 = jnp.argmax(pos_BT >= 0, axis=1, keepdims=True)
+            after_first_BT = jnp.arange(pos_BT.shape[1]) > first_B1
             rank_BT = jnp.where((pos_BT < 0) & after_first_BT, cache.max_len, pos_BT)
             order_BS = jnp.argsort(jnp.concatenate([old_BS, rank_BT], axis=1), axis=1, stable=True)
             kv_pos_BS = jnp.take_along_axis(joined_BS, order_BS, axis=1)

@@ -112,9 +112,7 @@ def generate(
         if (text := writer.close()) and on_text is not None:
             on_text(i, text)
     completions = [
-        Completion(
-            w.text, ids[: w.count], row, "stop" if ended else "length", log_probs[: w.count]
-        )
+        Completion(w.text, ids[: w.count], row, "stop" if ended else "length", log_probs[: w.count])
         for w, ids, row, ended, log_probs in zip(
             writers, session.chosen, rows, done, session.log_probs
         )
@@ -191,9 +189,7 @@ class Conversation:
 class _Writer:
     """Text of one row as its tokens come in: whole characters, no stop token, no stop text."""
 
-    def __init__(
-        self, tokenizer: Tokenizer | None, stop: Sequence[str], stop_ids: tuple[int, ...]
-    ):
+    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str], stop_ids: tuple[int, ...]):
         self.text, self.count = "", 0  # and the number of tokens it came from
         self._decoder = StreamDecoder(tokenizer, skip_special=True) if tokenizer else None
         self._guard, self._stop_ids = StopText(stop), stop_ids

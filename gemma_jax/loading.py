@@ -48,26 +48,33 @@ def load_model(
       progress: Called with bytes read so far and in total.
     """
     from gemma_checkpoints import load_model as load_checkpoint
-    from gemma_checkpoints import resolve
     from gemma_jax.quant import store_weights
 
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16"))
-    runtime = Runtime(
-        dtype=dtype, numerics=resolve_numerics(numerics), attention_impl=attention_impl
-    )
+    narrower = weights is not None and jnp.dtype(weights).itemsize < dtype.itemsize
     return load_checkpoint(
-        resolve(source),
-        dtype=dtype,
-        runtime=runtime,
+        source,
+        dtype=jnp.dtype(weights) if weights is not None and not narrower else dtype,
+        runtime=Runtime(
+            dtype=dtype, numerics=resolve_numerics(numerics), attention_impl=attention_impl
+        ),
         layout=layout or ("unrolled" if on_cpu else "scan"),
-        transform=None if weights is None else store_weights(weights),
+        transform=store_weights(weights) if narrower else None,
         progress=progress,
     )
 
 
 def load_tokenizer(source: str) -> Tokenizer:
     """The tokenizer alone; for a GGUF it is inside the file."""
-    from gemma_checkpoints import resolve, tokenizer_path
+    from gemma_checkpoints import tokenizer_path
 
-    return Tokenizer.from_file(tokenizer_path(resolve(source)))
+    return Tokenizer.from_file(tokenizer_path(source))
+
+
+def has_tokenizer(source: str) -> bool:
+    """Whether `load_tokenizer` would find one."""
+    from gemma_checkpoints import resolve
+    from gemma_checkpoints.tokenizers import find_tokenizer
+
+    return find_tokenizer(resolve(source)) is not None

@@ -1,12 +1,13 @@
 """The decoder: blocks, the stack of them, and one forward pass.
 
-    x = embed(tokens) * sqrt(D)
-    for each layer:  x = x + post_norm(attention(pre_norm(x)))
-                     x = x + post_norm(ffn(pre_norm(x)))
-    logits = embed.T(final_norm(x))
+x = embed(tokens) * sqrt(D)
+for each layer:  x = x + post_norm(attention(pre_norm(x)))
+                 x = x + post_norm(ffn(pre_norm(x)))
+logits = embed.T(final_norm(x))
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import jax
@@ -87,6 +88,7 @@ class Output:
     captured: dict[str, jax.Array | tuple[jax.Array, ...]]
 
 
+@partial(jax.jit, static_argnames=("logits", "capture"))
 def forward(
     model: Gemma,
     tokens_BT: jax.Array,
@@ -98,6 +100,8 @@ def forward(
     capture: tuple[str, ...] = (),
 ) -> Output:
     """One pass over `T` new tokens per row: training, scoring, prefill and decoding alike.
+
+    Compiled once per shape; inside another `jax.jit`, `grad` or `vmap` it is part of that program.
 
     Args:
       model: Parameters, and the `Runtime` to compute with.

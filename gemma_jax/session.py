@@ -181,7 +181,9 @@ class Session:
         self._lengths = [0] * batch  # tokens read, and chosen before the last `read`
         seed_B = [seeds] * batch if isinstance(seeds, int) else list(seeds)
         if len(seed_B) != batch:
-            raise ValueError(f"{len(seed_B)} seeds for {batch} prompts; give one, or one per prompt")
+            raise ValueError(
+                f"{len(seed_B)} seeds for {batch} prompts; give one, or one per prompt"
+            )
         self._state = State(
             cache=init_cache(cfg, model.segments, batch, self.max_len, model.runtime.dtype),
             last_B=jnp.zeros(batch, jnp.int32),

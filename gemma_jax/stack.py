@@ -1,6 +1,7 @@
 """The stack of layers: stacked parameters, and the scan that runs them."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +22,15 @@ def stack_layers(
 ) -> nnx.List:
     """`blocks[segment][position]`: a block whose parameters have a leading axis of `repeats`."""
 
-    def stack(spec: LayerSpec, repeats: int) -> nnx.Module:
-        keys = jax.random.split(rngs(), repeats)
+    # Traced once per distinct spec: building even an abstract 62-layer model stays cheap.
+    @partial(jax.jit, static_argnums=(1, 2))
+    def stack(key: jax.Array, spec: LayerSpec, repeats: int) -> nnx.Module:
+        keys = jax.random.split(key, repeats)
         return jax.vmap(lambda key: make_block(spec, nnx.Rngs(key)))(keys)
 
-    return nnx.List(nnx.List(stack(spec, seg.repeats) for spec in seg.period) for seg in segments)
+    return nnx.List(
+        nnx.List(stack(rngs(), spec, seg.repeats) for spec in seg.period) for seg in segments
+    )
 
 
 def run_layers(

@@ -37,8 +37,8 @@ def load_model(
       runtime: How the model will compute. Independent of `dtype`.
       placement: `(path, dims, shape) -> Sharding | None`: where each Param goes. Its pieces go
         straight there.
-      transform: `(path, dims, array) -> array`, applied to each Param as soon as it is complete,
-        so that a model can be quantised while it never exists as a whole.
+      transform: `(param, array) -> value`, applied to each Param as soon as it is complete, so
+        that a model can be quantised while it never exists as a whole.
       progress: Called with (bytes done, bytes in all), counted after decoding.
       notify: See `resolve`.
 

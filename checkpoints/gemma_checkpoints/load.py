@@ -31,7 +31,7 @@ PIECE = 1 << 20  # bytes of a decoded piece: small enough to stay in cache
 AHEAD = 8  # pieces waiting per thread
 
 Placement = Callable[[ParamPath, str, tuple[int, ...]], jax.sharding.Sharding | None]
-Transform = Callable[[ParamPath, str, jax.Array], Any]
+Transform = Callable[[nnx.Param, jax.Array], Any]
 T, R = TypeVar("T"), TypeVar("R")
 
 
@@ -76,14 +76,13 @@ def load_source(
         non_finite[piece.move.row.theirs] += bad
         if piece.last:
             array = piece.buffer.finish()
-            dims = params[piece.path].dims
-            arrays[piece.path] = array if transform is None else transform(piece.path, dims, array)
+            param = params[piece.path]
+            arrays[piece.path] = array if transform is None else transform(param, array)
         done += _size(piece.move, piece.rows)
         if progress is not None:
             progress(done, total)
-    if problems := [
-        f"{name}: {n} values are NaN or infinite" for name, n in non_finite.items() if n
-    ]:
+    if broken := +non_finite:  # those above zero
+        problems = [f"{name}: {n} values are NaN or infinite" for name, n in broken.items()]
         raise CheckpointError(source.path, problems)
     return _with_arrays(model, arrays)
 

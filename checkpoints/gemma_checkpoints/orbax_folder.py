@@ -92,6 +92,8 @@ class OrbaxFolder:
         import orbax.checkpoint as ocp
 
         path = (self.path / ARRAYS).absolute()
+        if not path.is_dir():
+            raise CheckpointError(path, "no such folder: the arrays are missing")
         try:
             with ocp.PyTreeCheckpointer() as checkpointer:
                 return call(checkpointer, path)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import jax
 from flax import nnx
@@ -35,8 +36,9 @@ class Slot:
         return dict(zip(self.dims, self.shape, strict=True))
 
 
+@lru_cache(maxsize=8)  # tracing takes a while, and a checkpoint is described before it is loaded
 def abstract_model(cfg: GemmaConfig, *, runtime: Runtime = Runtime(), layout: Layout) -> Gemma:
-    """The model with `jax.ShapeDtypeStruct`s for arrays: costs no memory and no device."""
+    """The model with `jax.ShapeDtypeStruct`s for arrays. Shared by callers: not to be changed."""
     return jax.eval_shape(lambda: Gemma(cfg, rngs=nnx.Rngs(0), runtime=runtime, layout=layout))
 
 

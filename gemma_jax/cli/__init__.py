@@ -11,4 +11,6 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of the console script; always ends in `sys.exit`."""
     from gemma_jax.cli.app import run
 
+    # Models write all of Unicode, whatever the locale; paths may hold bytes that are no text.
+    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     sys.exit(run(sys.argv[1:] if argv is None else argv))

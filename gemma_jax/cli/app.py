@@ -3,34 +3,38 @@
 import os
 import sys
 
-import click
 import typer
 
-from gemma_jax.cli import chat, convert, forward, generate, info, score, tokenize
+from gemma_jax.cli import bench, chat, convert, forward, generate, info, score, tokenize
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Gemma in JAX: write, chat, score, inspect, convert.",
     epilog="SRC is a catalog name (gemma3-270m), a Hugging Face folder, a .gguf file, or an Orbax "
-    "folder written by `gemma-jax convert`. --debug shows tracebacks.",
+    "folder written by `gemma-jax convert`. --debug, anywhere, shows tracebacks.",
 )
-for module in (generate, chat, score, forward, tokenize, info, convert):
-    app.command()(module.command)
+for module in (generate, chat, score, forward, tokenize, info, convert, bench):
+    app.command(module.__name__.rpartition(".")[2])(module.command)
+
+# Paths that a user got wrong; every other OSError is a failure of the machine.
+WRONG_PATH = (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError)
+LONGEST = 2000  # characters of an error
 
 
 def run(argv: list[str]) -> int:
     """Runs one command line; returns the exit code."""
     debug = "--debug" in argv
-    argv = [arg for arg in argv if arg != "--debug"]
+    argv = [arg for arg in argv if arg != "--debug"] or ["--help"]
     try:
         code = app(args=argv, prog_name="gemma-jax", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
-    except click.exceptions.Exit as exit_:
+    except typer.Exit as exit_:
         return exit_.exit_code
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of stdout has gone, as in `gemma-jax ... | head`
@@ -39,20 +43,35 @@ def run(argv: list[str]) -> int:
     except Exception as error:
         if debug:
             raise
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        return 2 if _is_input_error(error) else 1
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2 if is_input_error(error) else 1
 
 
-def _is_input_error(error: Exception) -> bool:
-    wrong_path = (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError)
-    return isinstance(error, (click.ClickException, ValueError, ImportError, *wrong_path))
+def is_input_error(error: Exception) -> bool:
+    """Whether the user can put it right (exit code 2), or the machine or the program failed (1)."""
+    if isinstance(error.__cause__, OSError):  # such as a disk that is full
+        error = error.__cause__
+    return _is_usage_error(error) or isinstance(error, (ValueError, ImportError, *WRONG_PATH))
 
 
-def _one_line(error: Exception) -> str:
-    if isinstance(error, click.ClickException):
+def one_line(error: Exception) -> str:
+    lines = [line.strip() for line in _message(error).splitlines() if line.strip()]
+    text = lines[0] + (": " + "; ".join(lines[1:]) if lines[1:] else "")
+    return text if len(text) <= LONGEST else text[:LONGEST] + " ..."
+
+
+def _message(error: Exception) -> str:
+    if _is_usage_error(error):
         return error.format_message()
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return "out of memory; try a smaller model, --dtype bfloat16 or --weights int8"
-    return str(error) or type(error).__name__
+    if is_input_error(error) and str(error):
+        return str(error)
+    return f"{type(error).__name__}: {error} (--debug shows where)"
+
+
+def _is_usage_error(error: Exception) -> bool:
+    """Whether it is click's; duck-typed, as newer versions of typer bring a click of their own."""
+    return hasattr(error, "format_message")

@@ -1,25 +1,27 @@
 """`gemma-jax chat`: talk to a model in the terminal."""
 
 import sys
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
 
-from gemma_jax.cli import common
+from gemma_jax.cli import common, progress
+from gemma_jax.cli.inputs import utf8
 
 
 def command(
     model: common.Model = "gemma3-270m",
     system: Annotated[str | None, typer.Option(help="System text.")] = None,
     max_len: Annotated[
-        int | None, typer.Option(help="Tokens the conversation may take; default 8192.")
+        int | None, typer.Option(min=1, help="Tokens the conversation may take; default 8192.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Bound on each answer.")] = 1024,
-    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Keep the k most probable tokens; 0 keeps all.")] = 64,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this mass.")] = 0.95,
-    min_p: Annotated[float, typer.Option(help="Keep tokens this likely, next to the top.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the random choices.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Bound on each answer.")] = 1024,
+    temperature: common.Temperature = 1.0,
+    top_k: common.TopK = 64,
+    top_p: common.TopP = 0.95,
+    min_p: common.MinP = 0.0,
+    seed: common.Seed = 0,
     dtype: common.DTypeOption = None,
     weights: common.WeightsOption = None,
 ) -> None:
@@ -27,6 +29,8 @@ def command(
 
     /reset starts anew, /quit or the end of input leaves. Ctrl-C stops an answer.
     """
+    if system is not None:
+        system = utf8(system, "--system")
     from gemma_jax.sampling import Sampling
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
@@ -50,17 +54,25 @@ def command(
             conversation = start()
             continue
         try:
-            for piece in conversation.stream(line, max_new_tokens=max_new_tokens):
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+            _answer(conversation, line, max_new_tokens)
         except KeyboardInterrupt:
-            pass  # what was written stays part of the conversation
-        except ValueError as error:  # outgrown: the user may still /reset
-            common.stderr.print(f"error: {error}", style="red", markup=False)
-        print()
+            print()  # what was written stays part of the conversation
+        except ValueError as error:
+            if not sys.stdin.isatty():
+                raise
+            print(f"error: {error}, or /reset", file=sys.stderr)  # outgrown: there is a way on
 
 
-def _lines():
+def _answer(conversation, line: str, max_new_tokens: int) -> None:
+    with progress.compiling() as bar:
+        for piece in conversation.stream(line, max_new_tokens=max_new_tokens):
+            bar.stop()
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    print()
+
+
+def _lines() -> Iterator[str]:
     """Non-empty lines the user enters, with a prompt where it is a terminal."""
     prompt = "\n> " if sys.stdin.isatty() else ""
     while True:
@@ -68,5 +80,7 @@ def _lines():
             line = input(prompt).strip()
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise ValueError(f"what was entered is not valid UTF-8: {error.reason}") from None
         if line:
-            yield line
+            yield utf8(line, "what was entered")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from gemma_jax.cli import common
+from gemma_jax.cli import common, progress
 
 
 class Format(StrEnum):
@@ -27,8 +27,9 @@ def command(
     from gemma_checkpoints import load_model, resolve, save_hf, save_orbax
 
     path = resolve(source)
-    with common.byte_progress("loading weights") as progress:
-        model = load_model(path, dtype=dtype and dtype.value, progress=progress)
+    with progress.loading() as bar:
+        model = load_model(path, dtype=dtype and dtype.value, progress=bar)
     save = save_hf if to == Format.hf else save_orbax
-    save(model, target, source=path)
+    with progress.saving():
+        save(model, target, source=path)
     print(target)

@@ -1,5 +1,6 @@
 """`gemma-jax info`: what a model is and what it needs."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,7 +14,10 @@ def command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Preset, catalog name or path.")],
     as_json: common.Json = False,
 ) -> None:
-    """Parameters, bytes, layers by kind, and cache bytes per context length. Reads no weights."""
+    """Show what a model is and what it needs.
+
+    Parameters, bytes, layers by kind, and cache bytes per context length. Reads no weights.
+    """
     facts = _facts(source)
     if as_json:
         common.print_json(facts)
@@ -24,7 +28,11 @@ def command(
     table = Table(title=source, show_header=False)
     for name, value in facts.items():
         if not isinstance(value, dict):
-            table.add_row(name.replace("_", " "), f"{value:,}" if type(value) is int else str(value))
+            table.add_row(
+                name.replace("_", " "), f"{value:,}" if type(value) is int else str(value)
+            )
+    for encoding, size in facts.get("file_bytes_by_encoding", {}).items():
+        table.add_row(f"in the file as {encoding}", _megabytes(size))
     for length, size in facts["cache_bytes_bfloat16"].items():
         table.add_row(f"cache at {int(length):,} tokens (bfloat16)", _megabytes(size))
     for dtype, size in facts["weight_bytes"].items():
@@ -41,20 +49,27 @@ def _facts(source: str) -> dict:
     from gemma_jax.presets import PRESETS
 
     stored = {}
-    if source in PRESETS:
-        cfg = PRESETS[source]
+    # Pretrained and instruction-tuned weights are the same model, which a preset describes.
+    size = source.removesuffix("-pt").removesuffix("-it")
+    if size in PRESETS and not Path(source).exists():
+        cfg = PRESETS[size]
     else:
-        from gemma_checkpoints import describe
+        from gemma_checkpoints import describe, resolve
 
-        summary = describe(source)
-        cfg, stored = summary.config, {"file_bytes": summary.tensor_bytes}
+        summary = describe(resolve(source))
+        cfg = summary.config
+        stored = {
+            "format": summary.format,
+            "file_bytes": sum(summary.tensor_bytes.values()),
+            "file_bytes_by_encoding": dict(summary.tensor_bytes),
+        }
     shapes = jax.eval_shape(lambda: Gemma(cfg, rngs=nnx.Rngs(0)))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     local = [spec for spec in cfg.layers if spec.kind == "local"]
     contexts = [n for n in CONTEXTS if n <= cfg.max_positions]
     return {
         "parameters": parameters,
-        "embedding_parameters": shapes.embed.table[...].size,
+        "embedding_parameters": cfg.vocab_size * cfg.d_model,
         **stored,
         "layers": len(cfg.layers),
         "local_layers": len(local),

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from gemma_jax.cli import common
+from gemma_jax.cli.inputs import utf8
 
 
 def command(
@@ -16,6 +17,7 @@ def command(
     """Token ids and pieces of TEXT, and what they decode to."""
     from gemma_jax.loading import load_tokenizer
 
+    text = text and utf8(text, "the text")
     tokenizer = load_tokenizer(model)
     ids = tokenizer.encode(text, bos=bos)
     pieces = tokenizer.pieces(ids)

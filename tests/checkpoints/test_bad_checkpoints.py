@@ -1,4 +1,4 @@
-"""Whatever is wrong with a checkpoint is said in one error, with names, before anything is built."""
+"""Whatever is wrong with a checkpoint is said in one error, with names."""
 
 import json
 
@@ -241,11 +241,14 @@ def test_forged_gguf_counts(offset, value, message, gguf_file):
 
 
 def test_forged_gguf_tensors(gguf_file):
-    """The last 32 bytes before the data hold the last tensor's entry: rank, shape, type, offset."""
+    """After a tensor's name come its rank, shape, type and offset."""
     at = gguf_file.read_bytes().index(b"output_norm.weight") + len(b"output_norm.weight")
     refused(patched(gguf_file, at + 12, 999, 4), "unknown tensor type 999")
     refused(patched(gguf_file, at + 12, 26, 4), "output_norm.weight is stored as I32")
-    refused(patched(gguf_file, at + 12, 0, 4), "output_norm.weight")  # I32 -> F32: whole again
+    patched(gguf_file, at + 12, 0, 4)  # F32 again
+    refused(patched(gguf_file, at + 16, 1 << 60), "output_norm.weight ends at byte")
+    patched(gguf_file, at + 16, 0)
+    refused(patched(gguf_file, at + 4, 1 << 60), "broken or cut-off GGUF header: a tensor of shape")
 
 
 def test_other_architectures(tmp_path):

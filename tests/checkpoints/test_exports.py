@@ -102,7 +102,7 @@ def test_an_empty_folder_is_filled(save, model, tmp_path):
 
 @pytest.mark.parametrize("save", SAVERS)
 def test_quantised_parameters_are_refused(save, tmp_path):
-    model = gc.load_model(DATA / "g3_text", transform=lambda p, d, a: a.astype(jnp.int8))
-    with pytest.raises(gc.CheckpointError, match="embed.table is int8|is int8: only plain floats"):
+    model = gc.load_model(DATA / "g3_text", transform=lambda param, a: a.astype(jnp.int8))
+    with pytest.raises(gc.CheckpointError, match="is int8: only plain floats"):
         save(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())

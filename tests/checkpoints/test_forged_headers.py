@@ -13,7 +13,7 @@ from tiny_checkpoints import DATA, plain, random_model, tiny, write_gguf
 
 LIMIT_BYTES, LIMIT_SECONDS = 32 << 20, 10
 FUZZ = settings(
-    max_examples=60,
+    max_examples=40,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -127,9 +127,7 @@ def test_safetensors_fields(key, value, name, tmp_path):
 
 
 @FUZZ
-@given(
-    key=st.sampled_from(sorted(json.loads(CONFIG)) + ["rope_scaling", "text_config"]), value=JSON
-)
+@given(key=st.sampled_from([*json.loads(CONFIG), "rope_scaling", "text_config"]), value=JSON)
 def test_config_fields(key, value, tmp_path):
     config = json.dumps(json.loads(CONFIG) | {key: value}).encode()
     survives(hf_folder_with(tmp_path, config, SAFE))

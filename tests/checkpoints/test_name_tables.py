@@ -33,12 +33,9 @@ def test_names_do_not_depend_on_the_layout():
 
 
 def test_gemma_1_calls_the_norm_before_the_ffn_post_attention():
-    rows = expand(hf_table(PRESETS["gemma-2b"]), 1)
-    assert rows["blocks.0.pre_ffn_norm.scale"].theirs == "layers.0.post_attention_layernorm.weight"
-    rows = expand(hf_table(PRESETS["gemma2-2b"]), 1)
-    assert (
-        rows["blocks.0.post_attn_norm.scale"].theirs == "layers.0.post_attention_layernorm.weight"
-    )
+    theirs = "layers.0.post_attention_layernorm.weight"
+    for name, ours in (("gemma-2b", "pre_ffn_norm"), ("gemma2-2b", "post_attn_norm")):
+        assert expand(hf_table(PRESETS[name]), 1)[f"blocks.0.{ours}.scale"].theirs == theirs
 
 
 def test_a_name_in_two_rows_is_refused():

@@ -49,6 +49,8 @@ def test_foreign_versions_and_configs(saved):
             gc.load_model(saved)
 
 
+# Orbax leaves a task behind on an event loop that it has closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_damaged_arrays(saved):
     for file in (saved / "arrays").rglob("d/*"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
@@ -59,5 +61,5 @@ def test_damaged_arrays(saved):
 
 def test_missing_arrays(saved):
     shutil.rmtree(saved / "arrays")
-    with pytest.raises(gc.CheckpointError, match="cannot be read as an Orbax folder"):
+    with pytest.raises(gc.CheckpointError, match="the arrays are missing"):
         gc.load_model(saved)

@@ -1,6 +1,7 @@
 """Tiny checkpoints, made on the spot."""
 
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import jax
@@ -22,12 +23,13 @@ def tiny(name: str, num_layers: int = 7, **changes):
     sizes = dict(vocab_size=96, d_model=256, num_heads=4, num_kv_heads=2, head_dim=64)
     cfg = preset(name)
     layers = tuple(
-        replace(spec, d_ff=512, window=spec.window and 6) for spec in cfg.layers[:num_layers]
+        replace(spec, d_ff=256, window=spec.window and 6) for spec in cfg.layers[:num_layers]
     )
     scalar = {"query_pre_attn_scalar": 64}
     return replace(cfg, layers=layers, max_positions=128, **(sizes | scalar | changes))
 
 
+@lru_cache(maxsize=16)
 def random_model(cfg, layout="scan") -> Gemma:
     """Every parameter random, norms included."""
     leaves, treedef = jax.tree.flatten(abstract_model(cfg, layout=layout))

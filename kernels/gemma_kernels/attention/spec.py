@@ -43,6 +43,8 @@ def check_shapes(q_BTNH, k_BSKH, v_BSKH, lo_BT, hi_BT, kv_pos_BS) -> None:
     }
     for name, (array, shape) in expected.items():
         if array.shape != shape:
-            raise ValueError(f"{name} has shape {array.shape}; with q {q_BTNH.shape} it needs {shape}")
+            raise ValueError(
+                f"{name} has shape {array.shape}; with q {q_BTNH.shape} it needs {shape}"
+            )
     if N % K:
         raise ValueError(f"query heads N={N} must be a multiple of key/value heads K={K}")

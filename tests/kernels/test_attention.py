@@ -1,0 +1,164 @@
+"""One suite over every implementation of attention."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_kernels.attention import (
+    IMPLEMENTATIONS,
+    AttentionSpec,
+    attention,
+    attention_weights,
+    causal_interval,
+)
+from gemma_kernels.attention.cases import CASES, Case
+
+FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
+
+
+def operands(case: Case, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(case.T), 3)
+    q = jax.random.normal(keys[0], (case.B, case.T, case.N, case.H), dtype)
+    k = jax.random.normal(keys[1], (case.B, case.S, case.K, case.H), dtype)
+    v = jax.random.normal(keys[2], (case.B, case.S, case.K, case.H), dtype)
+    q_pos, kv_pos = case.positions()
+    lo, hi = causal_interval(jnp.asarray(q_pos), case.window)
+    return (q, k, v), dict(lo_BT=lo, hi_BT=hi, kv_pos_BS=jnp.asarray(kv_pos))
+
+
+def run(name, case, arrays, mask):
+    return jax.jit(lambda q, k, v: attention(q, k, v, **mask, spec=case.spec, implementation=name))(
+        *arrays
+    )
+
+
+def test_reference_by_hand():
+    """Two keys, scores 0 and ln 3: weights 1/4 and 3/4. The first query sees the first key only."""
+    q = jnp.array([1.0, 1.0]).reshape(1, 2, 1, 1)
+    k = jnp.array([0.0, np.log(3.0)]).reshape(1, 2, 1, 1)
+    v = jnp.array([4.0, 8.0]).reshape(1, 2, 1, 1)
+    pos = jnp.array([[0, 1]])
+    lo, hi = causal_interval(pos)
+    spec = AttentionSpec(scale=1.0)
+    out = attention(
+        q, k, v, lo_BT=lo, hi_BT=hi, kv_pos_BS=pos, spec=spec, implementation="reference"
+    )
+    np.testing.assert_allclose(out.ravel(), [4.0, 7.0], rtol=1e-6)
+    weights = attention_weights(q, k, lo, hi, pos, spec)
+    np.testing.assert_allclose(weights[0, 0], [[1, 0], [0.25, 0.75]], rtol=1e-6)
+
+
+def test_soft_cap_by_hand():
+    """A score of 100 under a cap of ln 3 becomes ln 3."""
+    q, k = jnp.full((1, 1, 1, 1), 10.0), jnp.array([10.0, 0.0]).reshape(1, 2, 1, 1)
+    spec = AttentionSpec(scale=1.0, soft_cap=float(np.log(3.0)))
+    lo, hi = jnp.array([[0]]), jnp.array([[2]])
+    weights = attention_weights(q, k, lo, hi, jnp.array([[0, 1]]), spec)
+    np.testing.assert_allclose(weights.ravel(), [0.75, 0.25], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "window, expected",
+    [
+        (None, ["1000", "1100", "1110", "1111"]),
+        (2, ["1000", "1100", "0110", "0011"]),
+        (1, ["1000", "0100", "0010", "0001"]),
+    ],
+)
+def test_intervals_by_hand(window, expected):
+    """A window of `w` keys counts the query's own."""
+    lo, hi = causal_interval(jnp.arange(4)[None], window)
+    seen = [[int(lo[0, t] <= s < hi[0, t]) for s in range(4)] for t in range(4)]
+    assert ["".join(map(str, row)) for row in seen] == expected
+
+
+def test_padding_sees_nothing_and_is_not_seen():
+    pos = jnp.array([[-1, 0, 1, -1]])
+    lo, hi = causal_interval(pos)
+    q = k = v = jnp.ones((1, 4, 1, 2))
+    for name in IMPLEMENTATIONS:
+        out = attention(
+            q, k, v, lo_BT=lo, hi_BT=hi, kv_pos_BS=pos,
+            spec=AttentionSpec(scale=1.0), implementation=name,
+        )  # fmt: skip
+        np.testing.assert_array_equal(out[0, :, 0, 0], [0, 1, 1, 0])
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_forward_and_gradients(name, case):
+    arrays, mask = operands(case)
+    expected = run("reference", case, arrays, mask)
+    actual = run(name, case, arrays, mask)
+    np.testing.assert_allclose(actual, expected, atol=2e-6)
+    np.testing.assert_array_equal(actual, run(name, case, arrays, mask))
+
+    def loss(implementation, arrays):
+        out = attention(*arrays, **mask, spec=case.spec, implementation=implementation)
+        return jnp.sum(out * jnp.cos(jnp.arange(out.size).reshape(out.shape)))
+
+    grads = {n: jax.jit(jax.grad(lambda a, n=n: loss(n, a)))(arrays) for n in ("reference", name)}
+    for ours, theirs in zip(grads[name], grads["reference"]):
+        # Rows that see nothing have no gradient; the softmax of the reference makes nan of it.
+        np.testing.assert_allclose(ours, np.nan_to_num(theirs), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("case", CASES[:3], ids=lambda case: case.name)
+def test_bfloat16_errs_no_more_than_plain_code(name, case):
+    """Error against float32 at most twice that of a plain bfloat16 softmax attention."""
+    arrays, mask = operands(case, jnp.bfloat16)
+    wide = tuple(a.astype(jnp.float32) for a in arrays)
+    exact = np.asarray(run("reference", case, wide, mask))
+
+    def plain(q, k, v):
+        weights = attention_weights(q, k, *mask.values(), case.spec).astype(jnp.bfloat16)
+        groups = case.N // case.K
+        return jnp.einsum("BNTS,BSNH->BTNH", weights, jnp.repeat(v, groups, axis=2))
+
+    bound = 2 * np.abs(np.asarray(plain(*arrays), np.float32) - exact).max()
+    actual = np.asarray(run(name, case, arrays, mask), np.float32)
+    assert np.abs(actual - exact).max() <= bound
+
+
+def test_memory_is_linear_in_the_length_for_a_window():
+    """A [T, S] array anywhere would quadruple the temporaries when the length doubles."""
+
+    def temporary_bytes(length):
+        case = replace(CASES[0], T=length, S=length, window=64)
+        arrays, mask = operands(case)
+        compiled = jax.jit(
+            lambda q, k, v: attention(q, k, v, **mask, spec=case.spec, implementation="xla")
+        ).lower(*arrays)
+        return compiled.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(4096) < 2.2 * temporary_bytes(2048)
+
+
+def test_unknown_names_and_misfits_are_refused():
+    arrays, mask = operands(CASES[0])
+    spec = CASES[0].spec
+    with pytest.raises(ValueError, match="unknown attention implementation='fast'; choose one of"):
+        attention(*arrays, **mask, spec=spec, implementation="fast")
+    q, k, v = arrays
+    with pytest.raises(ValueError, match=r"v_BSKH has shape .* it needs"):
+        attention(q, k, v[:, 1:], **mask, spec=spec)
+    with pytest.raises(ValueError, match="query heads N=3 must be a multiple"):
+        attention(q[:, :, :3], k, v, **mask, spec=spec)
+    with pytest.raises(ValueError, match="window=0 must be at least 1"):
+        AttentionSpec(scale=1.0, window=0)
+
+
+def test_a_call_nobody_serves_lists_every_reason(monkeypatch):
+    def cannot(*args):
+        raise NotImplementedError("no such hardware")
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "xla", cannot)
+    arrays, mask = operands(CASES[0])
+    with pytest.raises(NotImplementedError, match="no attention .* fits: xla: no such hardware"):
+        attention(*arrays, **mask, spec=CASES[0].spec)
+    with pytest.raises(NotImplementedError, match="^no such hardware"):
+        attention(*arrays, **mask, spec=CASES[0].spec, implementation="xla")

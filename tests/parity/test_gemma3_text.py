@@ -1,0 +1,132 @@
+"""Numbers of transformers' Gemma 3, float32, on tiny models whose every part matters.
+
+`data/` holds inputs and outputs of transformers 5.23 (see `make_goldens.py`). The tolerance of each
+output is ten times the rounding noise measured when it was made: the larger of the distance to a
+float64 run and to a run with another order of summation.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from gemma_checkpoints import load_model, save_hf
+from gemma_jax import Runtime, forward, generate
+from gemma_jax.numerics import NUMERICS
+
+DATA = Path(__file__).parent / "data"
+CAPTURES = ("embeddings", "layer_outputs", "final_norm")
+
+
+def case(folder: str, name: str):
+    """`(inputs, outputs, tolerances)` of a stored case."""
+    arrays = load_file(DATA / folder / f"{name}.safetensors")
+    facts = json.loads((DATA / folder / f"{name}.json").read_text())["outputs"]
+    noise = {k: max(f.get("noise_fp64", 0), f.get("noise_alt", 0)) for k, f in facts.items()}
+    tolerances = {k: 10 * value for k, value in noise.items()}
+    # The gather and the one product of the embedding have no noise of their own to speak of.
+    tolerances = {k: value or 5e-6 for k, value in tolerances.items()}
+    split = {
+        p: {k[len(p) :]: v for k, v in arrays.items() if k.startswith(p)} for p in ("in.", "out.")
+    }
+    return split["in."], split["out."], tolerances
+
+
+@pytest.fixture(scope="module", params=["scan", "unrolled"])
+def model(request):
+    return load_model(DATA / "g3_text", dtype="float32", layout=request.param)
+
+
+def assert_close(actual, expected, tolerance, where=True):
+    error = np.abs(np.asarray(actual) - expected) * where
+    assert error.max() <= tolerance
+
+
+@pytest.mark.parametrize("folder, name", [("g3_text", "forward"), ("g3_mm", "forward_text_only")])
+def test_logits_and_every_layer(folder, name):
+    model = load_model(DATA / folder, dtype="float32")
+    given, expected, tolerance = case(folder, name)
+    out = forward(model, given["input_ids"].astype(np.int32), capture=CAPTURES)
+    assert_close(out.logits, expected["logits"], tolerance["logits"])
+    for key in CAPTURES:
+        assert_close(out.captured[key], expected[key], tolerance[key])
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_padded_batch(implementation):
+    model = load_model(
+        DATA / "g3_text", dtype="float32", runtime=Runtime(attention_impl=implementation)
+    )
+    for name in ("batch_left_pad", "batch_right_pad"):
+        given, expected, tolerance = case("g3_text", name)
+        real = given["attention_mask"] == 1
+        positions = np.where(real, given["position_ids"], -1).astype(np.int32)
+        out = forward(
+            model, given["input_ids"].astype(np.int32), positions, capture=("final_norm",)
+        )
+        real = real[..., None]
+        assert_close(out.logits, expected["logits"], tolerance["logits"], real)
+        assert_close(
+            out.captured["final_norm"], expected["final_norm"], tolerance["final_norm"], real
+        )
+
+
+@pytest.mark.parametrize("name", ["generate", "generate_left_pad"])
+def test_greedy_continuations(model, name):
+    given, expected, tolerance = case("g3_text", name)
+    mask = given.get("attention_mask", np.ones_like(given["input_ids"])) == 1
+    rows = [ids[keep].tolist() for ids, keep in zip(given["input_ids"], mask)]
+    done = generate(model, None, rows, max_new_tokens=expected["gen_ids"].shape[1])
+    assert [row.token_ids for row in done] == expected["gen_ids"].tolist()
+    log_probs = jax.nn.log_softmax(expected["gen_logits"], axis=-1)
+    chosen = np.take_along_axis(log_probs, expected["gen_ids"][..., None], axis=-1)[..., 0]
+    # A log-probability differs by at most twice what the logits do.
+    assert_close([row.log_probs for row in done], chosen, 2 * tolerance["gen_logits"])
+
+
+def test_gradients(model, tmp_path):
+    given, expected, tolerance = case("g3_text", "gradients")
+    ids = given["input_ids"].astype(np.int32)
+    labels = given["labels"]
+
+    def loss(model):
+        log_probs_BTV = jax.nn.log_softmax(forward(model, ids).logits[:, :-1])
+        targets_BT = jnp.asarray(labels[:, 1:])
+        real_BT = targets_BT != -100
+        chosen = jnp.take_along_axis(log_probs_BTV, jnp.maximum(targets_BT, 0)[..., None], -1)
+        return -jnp.sum(chosen[..., 0] * real_BT) / real_BT.sum()
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(model)
+    assert_close(value, expected["loss"], tolerance["loss"])
+    norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
+    assert_close(norm, expected["grad_global_norm"], tolerance["grad_global_norm"])
+
+    save_hf(grads, tmp_path / "grads")  # a gradient is shaped like a model, so it exports like one
+    ours = load_file(tmp_path / "grads" / "model.safetensors")
+    theirs = {k: v for k, v in expected.items() if k.startswith("grad.")}
+    assert len(theirs) >= 14
+    for name, value in theirs.items():
+        assert_close(ours[name.removeprefix("grad.")], value, tolerance[name])
+
+
+def test_bfloat16_is_as_good_as_the_reference():
+    """bfloat16 depends on the order of every rounding, so its error is compared, not its values."""
+    given, expected, _ = case("g3_text", "forward_bf16")
+    reference = np.abs(expected["logits_bf16"] - expected["logits_fp32"]).mean()
+    for numerics in NUMERICS.values():
+        runtime = Runtime(dtype=jnp.dtype("bfloat16"), numerics=numerics)
+        model = load_model(DATA / "g3_text", dtype="bfloat16", runtime=runtime)
+        logits = np.asarray(forward(model, given["input_ids"].astype(np.int32)).logits)
+        assert np.abs(logits - expected["logits_fp32"]).mean() <= 1.5 * reference
+
+
+def test_numerics_agree_in_float32(model):
+    """`gdm` differs from `hf` in rounding alone, which float32 shows as noise."""
+    given, expected, tolerance = case("g3_text", "forward")
+    gdm = load_model(DATA / "g3_text", dtype="float32", runtime=Runtime(numerics=NUMERICS["gdm"]))
+    logits = forward(gdm, given["input_ids"].astype(np.int32)).logits
+    assert_close(logits, expected["logits"], tolerance["logits"])

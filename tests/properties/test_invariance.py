@@ -1,0 +1,186 @@
+"""What must not change a result: how the tokens reach the model, and how the model is laid out."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import AxisType
+
+from gemma_jax import Runtime, forward, generate, init_cache
+from gemma_jax.sharding import shard, shard_cache
+
+LENGTH = 4 * tiny.WINDOW + 3  # several wraps of every ring
+ATOL = 2e-5  # ten times the rounding of float32 sums in another order; mistakes show at 0.1
+
+
+@pytest.fixture(scope="module", params=list(tiny.FAMILIES))
+def net(request):
+    return tiny.model(tiny.FAMILIES[request.param]())
+
+
+def full(net, ids, positions=None):
+    return np.asarray(forward(net, ids, positions).logits)
+
+
+def in_chunks(net, ids, cuts, positions=None, slack=0):
+    """Logits of consecutive passes over one cache."""
+    cache = init_cache(net.cfg, net.segments, len(ids), 64, jnp.float32, slack=slack)
+    parts = []
+    for start, end in zip([0, *cuts], [*cuts, ids.shape[1]]):
+        pos = None if positions is None else positions[:, start:end]
+        out = forward(net, ids[:, start:end], pos, cache=cache)
+        cache = out.cache
+        parts.append(np.asarray(out.logits))
+    return np.concatenate(parts, axis=1)
+
+
+def test_shapes(net):
+    out = forward(net, tiny.tokens(net.cfg, 2, 5), capture=("layer_outputs", "attention_weights"))
+    dims = chex.Dimensions(**net.cfg.sizes, B=2, T=5)
+    chex.assert_shape(out.logits, dims["BTV"])
+    chex.assert_shape(out.captured["layer_outputs"], dims["LBTD"])
+    chex.assert_shape(out.captured["attention_weights"], (*dims["LBN"], 5, 5))
+
+
+@pytest.mark.parametrize(
+    "cuts",
+    [[tiny.WINDOW], [tiny.WINDOW - 1, 2 * tiny.WINDOW + 1], [17, 18, 19]],
+)
+def test_chunks_equal_one_pass(net, cuts):
+    ids = tiny.tokens(net.cfg, 2, LENGTH)
+    np.testing.assert_allclose(in_chunks(net, ids, cuts), full(net, ids), atol=ATOL)
+
+
+def test_token_by_token_equals_one_pass(net):
+    """Every ring wraps four times on the way."""
+    ids = tiny.tokens(net.cfg, 1, LENGTH)
+    cuts = list(range(1, LENGTH))
+    np.testing.assert_allclose(in_chunks(net, ids, cuts), full(net, ids), atol=ATOL)
+
+
+def test_slack_lets_a_ring_take_several_tokens_at_once(net):
+    ids = tiny.tokens(net.cfg, 1, LENGTH)
+    cuts = list(range(4, LENGTH, 4))
+    expected = full(net, ids)
+    np.testing.assert_allclose(in_chunks(net, ids, cuts, slack=3), expected, atol=ATOL)
+
+
+def test_a_ring_equals_a_full_cache_under_a_mask():
+    """A window as long as the cache keeps every key; masking alone must then give the same."""
+    cfg = tiny.gemma3()
+    net = tiny.model(cfg)
+    ids = tiny.tokens(cfg, 1, LENGTH)
+    ring = init_cache(cfg, net.segments, 1, 64, jnp.float32)
+    whole = init_cache(cfg, net.segments, 1, 64, jnp.float32, slack=64 - tiny.WINDOW)
+    assert set(ring.positions) == {tiny.WINDOW, 64} and set(whole.positions) == {64}
+    for start in range(0, LENGTH, 5):
+        ring_out = forward(net, ids[:, start : start + 5], cache=ring)
+        whole_out = forward(net, ids[:, start : start + 5], cache=whole)
+        np.testing.assert_allclose(ring_out.logits, whole_out.logits, atol=ATOL)
+        ring, whole = ring_out.cache, whole_out.cache
+
+
+@pytest.mark.parametrize("cuts", [[], [10, 20]])
+def test_padding_on_either_side_changes_nothing(net, cuts):
+    ids = tiny.tokens(net.cfg, 3, LENGTH)
+    lengths = [LENGTH, 13, 6]
+    expected = full(net, ids)
+    for left in (True, False):
+        padded, positions = np.zeros_like(ids), np.full_like(ids, -1)
+        spans = [slice(LENGTH - n, None) if left else slice(0, n) for n in lengths]
+        for i, (n, span) in enumerate(zip(lengths, spans)):
+            padded[i, span], positions[i, span] = ids[i, :n], np.arange(n)
+        actual = in_chunks(net, padded, cuts, positions) if cuts else full(net, padded, positions)
+        for i, (n, span) in enumerate(zip(lengths, spans)):
+            np.testing.assert_allclose(actual[i, span], expected[i, :n], atol=ATOL)
+
+
+def test_a_row_is_independent_of_its_batch(net):
+    ids = tiny.tokens(net.cfg, 4, LENGTH)
+    together = full(net, ids)
+    for i in range(4):
+        np.testing.assert_allclose(together[i], full(net, ids[i : i + 1])[0], atol=ATOL)
+
+
+def test_scan_equals_unrolled(net):
+    ids = tiny.tokens(net.cfg, 2, LENGTH)
+    unrolled = tiny.relayout(net, "unrolled")
+    assert len(unrolled.segments) == 1 < len(net.segments) + net.segments[0].repeats - 1
+    np.testing.assert_allclose(full(unrolled, ids), full(net, ids), atol=ATOL)
+
+
+def test_gradients_do_not_depend_on_the_layout():
+    cfg = tiny.gemma3()
+    ids = tiny.tokens(cfg, 2, 20)
+
+    def loss(net):
+        return jnp.mean(jnp.square(forward(net, ids).logits))
+
+    net = tiny.model(cfg)
+    scan, unrolled = jax.grad(loss)(net), jax.grad(loss)(tiny.relayout(net, "unrolled"))
+    back = tiny.relayout(unrolled, "scan")
+    for a, b in zip(jax.tree.leaves(scan), jax.tree.leaves(back), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 4)])
+def test_sharded_equals_unsharded(shape):
+    cfg = tiny.gemma3(layers=4, num_heads=8, num_kv_heads=4)
+    net = tiny.model(cfg)
+    names = ("tensor",) if len(shape) == 1 else ("data", "tensor")
+    mesh = jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape))
+    split = shard(net, mesh)
+    assert len(split.blocks[0][0].ffn.up.w[...].sharding.device_set) == 8
+    assert len(split.embed.table[...].addressable_shards) == 8
+    ids = tiny.tokens(cfg, 2, LENGTH)
+    np.testing.assert_allclose(full(split, ids), full(net, ids), atol=ATOL)
+    cache = shard_cache(init_cache(cfg, net.segments, 2, 64, jnp.float32), mesh)
+    first = forward(split, ids[:, :20], cache=cache)
+    second = forward(split, ids[:, 20:], cache=first.cache)
+    logits = np.concatenate([first.logits, second.logits], axis=1)
+    np.testing.assert_allclose(logits, full(net, ids), atol=ATOL)
+
+
+def test_a_size_that_cannot_be_split_says_so():
+    mesh = jax.make_mesh((8,), ("tensor",), axis_types=(AxisType.Auto,))
+    with pytest.raises(ValueError, match="N=4 cannot be split over mesh axis 'tensor' of size 8"):
+        shard(tiny.model(tiny.gemma3(layers=1)), mesh)
+
+
+def test_generation_is_the_same_alone_batched_chunked_and_streamed():
+    cfg = tiny.gemma3()
+    net = tiny.model(cfg)
+    prompts = [tiny.tokens(cfg, 1, n, seed=n)[0].tolist() for n in (3, 40, 17)]
+    for options in ({}, dict(temperature=1.0, top_k=20, top_p=0.9, min_p=0.01, seed=5)):
+        together = [c.token_ids for c in generate(net, None, prompts, max_new_tokens=20, **options)]
+        alone = [generate(net, None, [p], max_new_tokens=20, **options)[0] for p in prompts]
+        assert together == [c.token_ids for c in alone]
+        chunked = generate(net, None, prompts, max_new_tokens=20, chunk=16, **options)
+        assert together == [c.token_ids for c in chunked]
+        streamed = generate(
+            net, None, prompts, max_new_tokens=20, on_text=lambda row, text: None, **options
+        )
+        assert together == [c.token_ids for c in streamed]
+
+
+def test_generated_tokens_are_the_argmax_of_a_full_pass():
+    cfg = tiny.gemma3()
+    net = tiny.model(cfg)
+    prompt = tiny.tokens(cfg, 1, 11)[0].tolist()
+    done = generate(net, None, [prompt], max_new_tokens=30)[0]
+    ids = np.array([prompt + done.token_ids[:-1]], np.int32)
+    logits = full(net, ids)[0, len(prompt) - 1 :]
+    assert logits.argmax(axis=-1).tolist() == done.token_ids
+    log_probs = jax.nn.log_softmax(logits)[np.arange(30), done.token_ids]
+    np.testing.assert_allclose(done.log_probs, log_probs, atol=ATOL)
+
+
+def test_reference_attention_gives_the_same_model():
+    cfg = tiny.gemma3()
+    ids = tiny.tokens(cfg, 2, LENGTH)
+    net = tiny.model(cfg)
+    reference = tiny.model(cfg, attention_impl="reference")
+    assert reference.runtime == Runtime(attention_impl="reference")
+    np.testing.assert_allclose(full(reference, ids), full(net, ids), atol=ATOL)

@@ -1,0 +1,101 @@
+"""Tiny models with every feature of a family, for tests of properties rather than numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from gemma_jax.config import GemmaConfig, LayerSpec
+from gemma_jax.context import Runtime
+from gemma_jax.model import Gemma
+
+WINDOW = 8
+
+
+def gemma3(layers: int = 7, window: int = WINDOW, **changes) -> GemmaConfig:
+    """Local and global layers, grouped queries, QK-norm, scaled RoPE on the global layers."""
+    local = LayerSpec(kind="local", window=window, rope_theta=1e4, d_ff=48)
+    wide = LayerSpec(kind="global", rope_theta=1e6, rope_scale=8.0, d_ff=48)
+    fields = dict(
+        vocab_size=96,
+        d_model=32,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        query_pre_attn_scalar=12,
+        layers=tuple(wide if (i + 1) % 3 == 0 else local for i in range(layers)),
+        max_positions=512,
+        qk_norm=True,
+        post_norms=True,
+    )
+    return GemmaConfig(**(fields | changes))
+
+
+def gemma2() -> GemmaConfig:
+    """Alternating layers, soft caps on scores and logits, no QK-norm."""
+    pair = (LayerSpec(kind="local", window=WINDOW, d_ff=48), LayerSpec(kind="global", d_ff=48))
+    return GemmaConfig(
+        vocab_size=96,
+        d_model=32,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        layers=pair * 2,
+        max_positions=512,
+        post_norms=True,
+        attn_soft_cap=5.0,
+        final_soft_cap=3.0,
+    )
+
+
+def gemma1() -> GemmaConfig:
+    """Global layers alone, one key/value head, no post-norms."""
+    return GemmaConfig(
+        vocab_size=96,
+        d_model=32,
+        num_heads=4,
+        num_kv_heads=1,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        layers=(LayerSpec(kind="global", d_ff=48),) * 3,
+        max_positions=512,
+    )
+
+
+FAMILIES = {"gemma": gemma1, "gemma2": gemma2, "gemma3": gemma3}
+
+
+def model(cfg: GemmaConfig, layout="scan", seed: int = 0, **runtime) -> Gemma:
+    """Random weights, with norm scales away from their neutral zero."""
+    net = Gemma(cfg, rngs=nnx.Rngs(seed), layout=layout, runtime=Runtime(**runtime))
+    keys = iter(jax.random.split(jax.random.key(seed + 1), 1000))
+
+    def stir(param):
+        if param.get_metadata().get("inputs"):
+            return param
+        value = param.get_value()
+        return param.replace(0.3 * jax.random.normal(next(keys), value.shape))
+
+    return jax.tree.map(stir, net, is_leaf=lambda node: isinstance(node, nnx.Param))
+
+
+def relayout(net: Gemma, layout: str) -> Gemma:
+    """The same parameters in the other layout."""
+    other = Gemma(net.cfg, rngs=nnx.Rngs(0), layout=layout, runtime=net.runtime)
+    by_layer = {}
+    for blocks, seg in zip(net.blocks, net.segments):
+        for position, block in enumerate(blocks):
+            for repeat in range(seg.repeats):
+                layer = jax.tree.map(lambda a, r=repeat: a[r], block)
+                by_layer[seg.layer_index(position, repeat)] = layer
+    for i, seg in enumerate(other.segments):
+        for position in range(len(seg.period)):
+            rows = [by_layer[seg.layer_index(position, r)] for r in range(seg.repeats)]
+            other.blocks[i][position] = jax.tree.map(lambda *a: jnp.stack(a), *rows)
+    other.embed, other.final_norm = net.embed, net.final_norm
+    return other
+
+
+def tokens(cfg: GemmaConfig, batch: int, length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(3, cfg.vocab_size, (batch, length), np.int32)
