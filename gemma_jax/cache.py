@@ -134,7 +134,7 @@ def plan_slots(cache: Cache, pos_BT: jax.Array) -> tuple[dict[int, Slots], dict[
 def extend(
     layer: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slots: Slots
 ) -> tuple[jax.Array, jax.Array, LayerCache]:
-    """Keys and values for attention (at `slots.kv_pos_BS`), and the layer's cache after the write."""
+    """Keys and values for attention (at `slots.kv_pos_BS`), and the cache after the write."""
     old = (layer.k_BSKH, layer.v_BSKH)
     new = (k_BTKH, v_BTKH)
     written = tuple(_write(o, n, slots.write_BT) for o, n in zip(old, new))

@@ -27,24 +27,28 @@ class Runtime:
     attention_impl: str | None = None
 
 
-@dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class Context:
     """Positions, masks, rope tables and cache slots of one forward pass.
 
     Attributes:
       pos_BT: Positions of the new tokens, -1 for padding.
-      intervals: window (`None` for global) -> `(lo_BT, hi_BT)`, the key positions each query sees.
+      intervals: window (0 for global) -> `(lo_BT, hi_BT)`, the key positions each query sees.
       tables: `(theta, scale)` -> rope table.
       slots: cache capacity -> where new tokens go; empty without a cache.
       capture: Names of intermediate results to return.
     """
 
-    runtime: Runtime
+    runtime: Runtime = field(metadata={"static": True})
     pos_BT: jax.Array
-    intervals: dict[int | None, tuple[jax.Array, jax.Array]]
+    intervals: dict[int, tuple[jax.Array, jax.Array]]
     tables: dict[tuple[float, float], RopeTable]
     slots: dict[int, Slots]
-    capture: frozenset[str]
+    capture: frozenset[str] = field(metadata={"static": True})
+
+    def interval(self, spec: LayerSpec) -> tuple[jax.Array, jax.Array]:
+        return self.intervals[spec.window or 0]
 
     def table(self, spec: LayerSpec) -> RopeTable:
         return self.tables[spec.rope_theta, spec.rope_scale]
@@ -63,7 +67,7 @@ def make_context(
     return Context(
         runtime=runtime,
         pos_BT=pos_BT,
-        intervals={w: causal_interval(pos_BT, w) for w in {spec.window for spec in cfg.layers}},
+        intervals={w or 0: causal_interval(pos_BT, w) for w in {s.window for s in cfg.layers}},
         tables={r: rope_table(rope_pos_BT, cfg.head_dim, *r, runtime.numerics) for r in ropes},
         slots=slots,
         capture=capture,

@@ -2,7 +2,7 @@
 
 In float32 the differences are rounding noise; in bfloat16 they are not, so parity must say with
 whom. `"hf"` follows Hugging Face transformers (`models/gemma3/modeling_gemma3.py`), `"gdm"`
-google-deepmind/gemma (`gemma/gm/nn/_modules.py`, `_layers.py`, `gm/math/_positional_embeddings.py`).
+google-deepmind/gemma (`gm/nn/_modules.py`, `_layers.py`, `gm/math/_positional_embeddings.py`).
 """
 
 from dataclasses import dataclass

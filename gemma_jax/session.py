@@ -20,8 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax.cache import Cache, init_cache
+from gemma_jax.config import GemmaConfig
 from gemma_jax.model import Gemma, forward
 from gemma_jax.sampling import Sampling, SamplingProgram, sample
+from gemma_jax.segments import Segment
 
 CHUNK = 1024  # longest stretch of prompt that one pass reads
 
@@ -184,15 +186,9 @@ class Session:
             raise ValueError(
                 f"{len(seed_B)} seeds for {batch} prompts; give one, or one per prompt"
             )
-        self._state = State(
-            cache=init_cache(cfg, model.segments, batch, self.max_len, model.runtime.dtype),
-            last_B=jnp.zeros(batch, jnp.int32),
-            keys_B=jnp.stack([jax.random.key(seed % 2**32) for seed in seed_B]),
-            done_B=jnp.zeros(batch, bool),
-            step=jnp.int32(0),
-            tokens_BX=jnp.zeros((batch, 0), jnp.int32),
-            log_probs_BX=jnp.zeros((batch, 0), jnp.float32),
-            seen_BV=jnp.zeros((batch, cfg.vocab_size), bool) if self.how.use_penalty else None,
+        seed_B = np.array([seed % 2**32 for seed in seed_B], np.uint32)
+        self._state = _empty_state(
+            seed_B, cfg, model.segments, self.max_len, model.runtime.dtype, self.how.use_penalty
         )
 
     def read(
@@ -222,10 +218,10 @@ class Session:
         shape = (len(rows), bucket(max_new_tokens))
         self._state = replace(
             self._state,
-            step=jnp.int32(0),
-            done_B=jnp.zeros(len(rows), bool),
-            tokens_BX=jnp.full(shape, -1, jnp.int32),
-            log_probs_BX=jnp.zeros(shape, jnp.float32),
+            step=np.int32(0),
+            done_B=np.zeros(len(rows), bool),
+            tokens_BX=np.full(shape, -1, np.int32),
+            log_probs_BX=np.zeros(shape, np.float32),
         )
         total = max(len(row) for row in rows)
         width = min(bucket(total), self.chunk)
@@ -268,7 +264,7 @@ class Session:
             self.model,
             self._state,
             self.how,
-            jnp.int32(limit),
+            np.int32(limit),
             prompt,
             stop_ids=self.stop_ids,
             loop=loop,
@@ -290,9 +286,32 @@ class Session:
                 )
 
 
+@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _empty_state(
+    seed_B: jax.Array,
+    cfg: GemmaConfig,
+    segments: tuple[Segment, ...],
+    max_len: int,
+    dtype: jnp.dtype,
+    penalty: bool,
+) -> State:
+    """One program rather than one per array: most of a small model's start was these."""
+    batch = len(seed_B)
+    return State(
+        cache=init_cache(cfg, segments, batch, max_len, dtype),
+        last_B=jnp.zeros(batch, jnp.int32),
+        keys_B=jax.vmap(jax.random.key)(seed_B),
+        done_B=jnp.zeros(batch, bool),
+        step=jnp.int32(0),
+        tokens_BX=jnp.zeros((batch, 0), jnp.int32),
+        log_probs_BX=jnp.zeros((batch, 0), jnp.float32),
+        seen_BV=jnp.zeros((batch, cfg.vocab_size), bool) if penalty else None,
+    )
+
+
 def _pad_rows(
     rows: list[list[int]], starts: list[int], begin: int, end: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Columns `[begin, end)` of the rows: tokens, positions (-1 = padding), rows that end here."""
     tokens_BT = np.zeros((len(rows), end - begin), np.int32)
     positions_BT = np.full_like(tokens_BT, -1)
@@ -301,4 +320,4 @@ def _pad_rows(
         tokens_BT[i, : len(part)] = part
         positions_BT[i, : len(part)] = np.arange(start + begin, start + begin + len(part))
     ends_B = np.array([begin < len(row) <= end for row in rows])
-    return jnp.asarray(tokens_BT), jnp.asarray(positions_BT), jnp.asarray(ends_B)
+    return tokens_BT, positions_BT, ends_B

@@ -40,12 +40,12 @@ def run_layers(
     ctx: Context,
     caches: Caches | None,
 ) -> tuple[jax.Array, Caches | None, dict[str, jax.Array | tuple[jax.Array, ...]]]:
-    """Runs all layers in order: `(x, caches after the pass, captured name -> per-layer results)`."""
+    """Runs all layers in order: `(x, caches after the pass, name -> per-layer results)`."""
 
     def run_period(x, period):
         news, taps = [], []
         for block, old in zip(*period):
-            x, new, tap = block(x, ctx, old)
+            x, new, tap = _run_block(block, x, ctx, old)
             news.append(new)
             taps.append({name: tap[name] for name in tap.keys() & ctx.capture})
         return x, (tuple(news), tuple(taps))
@@ -61,6 +61,12 @@ def run_layers(
                 by_layer[name] = by_layer.get(name, {}) | rows
     captured = {name: _stack([rows[i] for i in sorted(rows)]) for name, rows in by_layer.items()}
     return x, None if caches is None else tuple(new_caches), captured
+
+
+@jax.jit
+def _run_block(block: nnx.Module, x: jax.Array, ctx: Context, cache: LayerCache | None):
+    """Part of the program around it, but traced once for all blocks that are alike."""
+    return block(x, ctx, cache)
 
 
 def _scan(body, x, xs, repeats: int):

@@ -62,14 +62,14 @@ def one_line(error: Exception) -> str:
 
 def _message(error: Exception) -> str:
     if _is_usage_error(error):
-        return error.format_message()
+        return " ".join(error.format_message().split())
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return "out of memory; try a smaller model, --dtype bfloat16 or --weights int8"
     if is_input_error(error) and str(error):
         return str(error)
-    return f"{type(error).__name__}: {error} (--debug shows where)"
+    return f"{type(error).__name__}: {str(error) or 'no message'} (--debug shows where)"
 
 
 def _is_usage_error(error: Exception) -> bool:

@@ -66,7 +66,7 @@ def _facts(source: str) -> dict:
     shapes = jax.eval_shape(lambda: Gemma(cfg, rngs=nnx.Rngs(0)))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     local = [spec for spec in cfg.layers if spec.kind == "local"]
-    contexts = [n for n in CONTEXTS if n <= cfg.max_positions]
+    contexts = [*(n for n in CONTEXTS if n < cfg.max_positions), cfg.max_positions]
     return {
         "parameters": parameters,
         "embedding_parameters": cfg.vocab_size * cfg.d_model,

@@ -55,7 +55,7 @@ class Attention(nnx.Module):
             window=self.spec.window if in_order else None,
             softmax_in_float32=numerics.softmax_in_float32,
         )
-        lo_BT, hi_BT = ctx.intervals[self.spec.window]
+        lo_BT, hi_BT = ctx.interval(self.spec)
         mask = dict(lo_BT=lo_BT, hi_BT=hi_BT, kv_pos_BS=kv_pos_BS)
         out_BTNH = attention(
             q_BTNH, keys, values, **mask, spec=spec, implementation=ctx.runtime.attention_impl

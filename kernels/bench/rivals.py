@@ -21,14 +21,14 @@ from typing import IO
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
-from gemma_checkpoints import load_model, resolve, save_hf
-
 import gemma_jax
+from gemma_checkpoints import load_model, resolve, save_hf
 from gemma_jax import benchmark
 
 WORKERS = Path(__file__).parent / "workers"
 PROMPT = "The capital of France is"
 BASELINE = "gemma-jax float32"
+WARM_UP = 4  # tokens
 # name -> (option that gives its interpreter, worker, variant)
 RIVALS = {
     BASELINE: ("python", "ours.py", "float32"),
@@ -94,24 +94,25 @@ def start(name: str, python: str, paths: dict[str, str]) -> Iterator[Rival]:
             process.wait()
 
 
-def measure(rivals: list[Rival], work: dict[str, tuple[list[int], int]], args) -> None:
+def measure(rivals: list[Rival], long: list[int], short: list[int], args) -> None:
     """Warms every rival up, then lets them take turns."""
-
-    def turn(rival: Rival, name: str) -> None:
-        ids, new_tokens = work[name]
-        more = {"new_tokens": new_tokens} if name == "decode" else {}
-        speed = (new_tokens or len(ids)) / rival.ask(name, ids=ids, **more)
-        label = "warm-up"
-        if repeat >= 0:
-            rival.runs.setdefault(name, []).append(speed)
-            label = f"{repeat + 1}/{args.repeats}"
-        print(f"{label} {name} {rival.name}: {speed:.1f} tokens/s", file=sys.stderr)
-
-    for repeat in range(-1, args.repeats):
-        awake = [r for r in rivals if repeat <= 0 or r.spent_s < args.limit]
-        for name in work:
+    new = args.new_tokens
+    for rival in rivals:
+        print(f"warm-up of {rival.name}", file=sys.stderr)
+        rival.ask("prefill", ids=long)
+        rival.ask("decode", ids=short, new_tokens=min(WARM_UP, new), room=new)
+    work = {
+        "prefill": (len(long), {"ids": long}),
+        "decode": (new, {"ids": short, "new_tokens": new, "room": new}),
+    }
+    for repeat in range(args.repeats):
+        awake = [rival for rival in rivals if repeat == 0 or rival.spent_s < args.limit]
+        for name, (tokens, request) in work.items():
             for rival in awake:
-                turn(rival, name)
+                speed = tokens / rival.ask(name, **request)
+                rival.runs.setdefault(name, []).append(speed)
+                turn = f"{name} {repeat + 1}/{args.repeats}, {rival.name}"
+                print(f"{turn}: {speed:.1f} tokens/s", file=sys.stderr)
 
 
 def result(rivals: list[Rival], skipped: dict[str, str], args, machine: dict) -> dict:
@@ -210,7 +211,7 @@ def main() -> None:
                 if name == BASELINE:
                     raise
                 skipped[name] = str(error)
-        measure(rivals, {"prefill": (long, 0), "decode": (short, args.new_tokens)}, args)
+        measure(rivals, long, short, args)
     found = result(rivals, skipped, args, machine)
     print_table(found)
     if args.output:

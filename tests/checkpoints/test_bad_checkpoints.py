@@ -2,12 +2,13 @@
 
 import json
 
-import gemma_checkpoints as gc
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_checkpoints import plain, random_model, tiny, write_gguf
+
+import gemma_checkpoints as gc
 
 
 @pytest.fixture

@@ -4,10 +4,11 @@ import socket
 import sys
 from types import SimpleNamespace
 
-import gemma_checkpoints as gc
 import pytest
-from gemma_checkpoints import catalog
 from tiny_checkpoints import DATA
+
+import gemma_checkpoints as gc
+from gemma_checkpoints import catalog
 
 
 @pytest.fixture(autouse=True)

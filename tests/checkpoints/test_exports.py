@@ -4,11 +4,12 @@ import errno
 import os
 import shutil
 
-import gemma_checkpoints as gc
 import jax.numpy as jnp
 import pytest
-from gemma_checkpoints import folders, safetensors_file
 from tiny_checkpoints import DATA
+
+import gemma_checkpoints as gc
+from gemma_checkpoints import folders, safetensors_file
 
 SAVERS = (gc.save_hf, gc.save_orbax)
 

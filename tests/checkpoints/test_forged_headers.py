@@ -5,11 +5,12 @@ import shutil
 import time
 import tracemalloc
 
-import gemma_checkpoints as gc
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_checkpoints import DATA, plain, random_model, tiny, write_gguf
+
+import gemma_checkpoints as gc
 
 LIMIT_BYTES, LIMIT_SECONDS = 32 << 20, 10
 FUZZ = settings(

@@ -3,15 +3,15 @@
 import os
 from dataclasses import replace
 
-import gemma_checkpoints as gc
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_checkpoints import by_name, plain, random_model, tiny, write_gguf
+
+import gemma_checkpoints as gc
 from gemma_checkpoints.dequantize import FAST, decode
 from gemma_checkpoints.gguf_config import config_from_gguf
 from gemma_checkpoints.gguf_file import read_gguf_header
-from tiny_checkpoints import by_name, plain, random_model, tiny, write_gguf
-
 from gemma_jax.presets import preset
 
 gguf = pytest.importorskip("gguf", reason="the gguf extra is not installed")

@@ -4,10 +4,10 @@ import json
 from dataclasses import replace
 
 import pytest
-from gemma_checkpoints.hf_config import config_from_hf, text_config
-from gemma_checkpoints.hf_config_out import config_to_hf
 from tiny_checkpoints import DATA
 
+from gemma_checkpoints.hf_config import config_from_hf, text_config
+from gemma_checkpoints.hf_config_out import config_to_hf
 from gemma_jax.presets import PRESETS, preset
 
 # The published files, without the keys that say nothing about the architecture.

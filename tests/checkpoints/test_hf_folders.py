@@ -2,15 +2,15 @@
 
 import json
 
-import gemma_checkpoints as gc
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gemma_checkpoints.params import flat_params
 from safetensors.numpy import load_file, save_file
 from tiny_checkpoints import DATA, by_name, random_model, tiny
 
+import gemma_checkpoints as gc
+from gemma_checkpoints.params import flat_params
 from gemma_jax.model import forward
 
 LAYOUTS = ("scan", "unrolled")

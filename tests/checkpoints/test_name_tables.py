@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
+
 from gemma_checkpoints.gguf_names import gguf_table
 from gemma_checkpoints.hf_names import hf_table
 from gemma_checkpoints.params import abstract_model, named_slots
 from gemma_checkpoints.rearrange import Rearrange, shape
 from gemma_checkpoints.table import Row, dropped, expand
-
 from gemma_jax.presets import PRESETS
 
 

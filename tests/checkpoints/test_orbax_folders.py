@@ -3,10 +3,11 @@
 import json
 import shutil
 
-import gemma_checkpoints as gc
 import numpy as np
 import pytest
 from tiny_checkpoints import DATA, by_name
+
+import gemma_checkpoints as gc
 
 
 @pytest.fixture

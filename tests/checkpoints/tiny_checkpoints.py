@@ -7,11 +7,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+
 from gemma_checkpoints.export import host_array
 from gemma_checkpoints.gguf_names import gguf_table
 from gemma_checkpoints.params import abstract_model, flat_params, named_slots
 from gemma_checkpoints.table import expand
-
 from gemma_jax.model import Gemma
 from gemma_jax.presets import preset
 

@@ -6,8 +6,8 @@ import json
 import pytest
 import sentencepiece
 import tiny
-from gemma_checkpoints import save_hf
 
+from gemma_checkpoints import save_hf
 from gemma_jax import benchmark
 from gemma_jax.cli.app import run
 

@@ -33,13 +33,13 @@ class GoogleDeepMind:
         seconds = time.perf_counter() - start
         return seconds, self._loop(state, 1)
 
-    def decode(self, ids, new_tokens):
-        state = jax.block_until_ready(self._prefill(ids, new_tokens))
+    def decode(self, ids, new_tokens, room):
+        state = jax.block_until_ready(self._prefill(ids, room))
         start = time.perf_counter()
         tokens = self._loop(state, new_tokens)
         return time.perf_counter() - start, tokens
 
-    def _prefill(self, ids, new_tokens):
+    def _prefill(self, ids, room):
         """Its sampler throws the prompt's logits away and begins with the last prompt token."""
         text = jnp.asarray([ids], jnp.int32)
         return _prefill.prefill(
@@ -47,8 +47,8 @@ class GoogleDeepMind:
             params=self._params,
             input=_types.Input(text=text, images=None, config=self._model.config.input_config),
             last_state=None,
-            cache_length=len(ids) + new_tokens,
-            max_out_length=new_tokens,
+            cache_length=len(ids) + room,
+            max_out_length=room,
             pad_length=None,
             rng=jax.random.PRNGKey(0),
             sharding=None,

@@ -31,7 +31,7 @@ class Transformers:
         return time.perf_counter() - start, [token]
 
     @torch.inference_mode()
-    def decode(self, ids, new_tokens):
+    def decode(self, ids, new_tokens, room):
         ids_BT, clock = torch.tensor([ids]), Clock()
         out = self._model.generate(
             ids_BT,

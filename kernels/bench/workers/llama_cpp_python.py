@@ -26,7 +26,7 @@ class LlamaCpp:
         token = self._model.sample(temp=0)
         return time.perf_counter() - start, [token]
 
-    def decode(self, ids, new_tokens):
+    def decode(self, ids, new_tokens, room):
         _, tokens = self.prefill(ids)
         start = time.perf_counter()
         for _ in range(new_tokens):

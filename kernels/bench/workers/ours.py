@@ -17,8 +17,8 @@ class GemmaJax:
         seconds, (tokens,) = benchmark.prefill(self._model, [ids])
         return seconds, tokens
 
-    def decode(self, ids, new_tokens):
-        seconds, (tokens,) = benchmark.decode(self._model, [ids], new_tokens)
+    def decode(self, ids, new_tokens, room):
+        seconds, (tokens,) = benchmark.decode(self._model, [ids], new_tokens, room=room)
         return seconds, tokens
 
 

@@ -22,9 +22,10 @@ class Rival(Protocol):
     def prefill(self, ids: list[int]) -> tuple[float, list[int]]:
         """Seconds from a prompt to the logits of its last token, and the likeliest next token."""
 
-    def decode(self, ids: list[int], new_tokens: int) -> tuple[float, list[int]]:
+    def decode(self, ids: list[int], new_tokens: int, room: int) -> tuple[float, list[int]]:
         """Seconds of `new_tokens` steps of one token each, greedy, after a prompt that was read
-        before the clock started; and the tokens chosen."""
+        before the clock started; and the tokens chosen. Where shapes are compiled they have space
+        for `room` tokens, so that a short warm-up compiles what counts later."""
 
 
 def serve(make: Callable[[str, dict[str, str]], Rival]) -> None:

@@ -1,0 +1,47 @@
+"""`gemma-jax chat`, with a pipe in place of the user."""
+
+GREEDY = ("--temperature", 0, "--max-new-tokens", 5)
+
+
+def test_an_answer_per_line(cli, talker):
+    ran = cli("chat", "--model", talker, *GREEDY, stdin="Hi\n\n  \nMore, Räksmörgås\n".encode())
+    assert (ran.code, ran.err) == (0, "")
+    assert len(ran.out.splitlines()) >= 2
+
+
+def test_reset_forgets_and_quit_leaves(cli, talker):
+    once = cli("chat", "--model", talker, *GREEDY, stdin=b"Hi\n")
+    again = cli("chat", "--model", talker, *GREEDY, stdin=b"Hi\n/reset\nHi\n/quit\nHi\n")
+    assert again.out == 2 * once.out
+    assert again.code == 0
+
+
+def test_earlier_turns_count(cli, talker):
+    once = cli("chat", "--model", talker, *GREEDY, stdin=b"Hi\n")
+    twice = cli("chat", "--model", talker, *GREEDY, stdin=b"Hi\nHi\n")
+    assert twice.out.startswith(once.out)
+    assert twice.out != 2 * once.out
+
+
+def test_system_text_counts(cli, talker):
+    words = ("chat", "--model", talker, "--temperature", 2, "--max-new-tokens", 5)
+    plain, system = (cli(*words, *more, stdin=b"Hi\n") for more in ((), ("--system", "capital")))
+    assert plain.out != system.out
+
+
+def test_outgrown_conversation_ends_a_script(cli, talker):
+    lines = b"Hi\n" + b"capital " * 40 + b"\nHi\n"
+    ran = cli("chat", "--model", talker, *GREEDY, "--max-len", 64, stdin=lines)
+    assert ran.code == 2
+    assert "outgrown its 64 tokens" in ran.err
+    assert ran.err.count("\n") == 1
+
+
+def test_input_that_is_no_utf8(refused, talker):
+    assert "not valid UTF-8" in refused("chat", "--model", talker, stdin=b"\xff\xfe\n")
+
+
+def test_impossible_values(refused, talker):
+    assert "top_p=2.0" in refused("chat", "--model", talker, "--top-p", 2)
+    assert "--max-len" in refused("chat", "--model", talker, "--max-len", 0)
+    assert "--max-new-tokens" in refused("chat", "--model", talker, "--max-new-tokens", 0)
