@@ -1,8 +1,7 @@
 """Reads the header of a GGUF file: its metadata and the places of its tensors.
 
-The `gguf` package makes an array of every string of the vocabulary, which takes 20 s for Gemma,
-and believes every count in the file. Here arrays are stepped over, and nothing is read or allocated
-before its length was held against the file. Format: `docs/gguf.md` of ggml-org/ggml.
+The cursor is the tokenizer's (`gemma_jax.text.gguf_header`), which holds every length against the
+file before it reads or allocates. Long arrays are stepped over.
 """
 
 import math
@@ -11,12 +10,10 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from gemma_jax.text.gguf_header import MAGIC, STRING, U32, U64, Cursor
+
 from .errors import CheckpointError
 
-MAGIC = b"GGUF"
-_COUNT = struct.Struct("<Q")
-_SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
 MAX_DIMS, MAX_TENSORS, SHORT = 4, 100_000, 4_096
 
 
@@ -63,24 +60,17 @@ def copy_metadata(source: Path, target: Path) -> None:
     end = read_gguf_header(source).metadata_end
     with open(source, "rb") as file:
         head = bytearray(file.read(end))
-    _COUNT.pack_into(head, len(MAGIC) + 4, 0)  # the number of tensors follows the version
+    U64.pack_into(head, len(MAGIC) + 4, 0)  # the number of tensors follows the version
     target.write_bytes(head)
 
 
 def _read(cursor: "_Cursor") -> GGUFHeader:
-    version = cursor.scalar("I")
-    if version not in (2, 3):
-        raise ValueError(f"expected version 2 or 3, little-endian, got {version}")
-    num_tensors, num_pairs = cursor.scalar("Q"), cursor.scalar("Q")
+    num_tensors, num_pairs = cursor.counts()
     if num_tensors > MAX_TENSORS:
         raise ValueError(f"{num_tensors} tensors declared, more than {MAX_TENSORS}")
-    # A forged count cannot make this long: each round moves on, and the file ends somewhere.
-    metadata, tensors = {}, {}
-    for _ in range(num_pairs):
-        _add(metadata, cursor.string(), cursor.value(cursor.scalar("I")))
+    metadata = cursor.metadata(num_pairs)
     metadata_end = cursor.pos
-    for _ in range(num_tensors):
-        _add(tensors, cursor.string(), cursor.tensor())
+    tensors = cursor.tensors(num_tensors)
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment must be a power of two, got {alignment!r}")
@@ -92,69 +82,41 @@ def _read(cursor: "_Cursor") -> GGUFHeader:
     return GGUFHeader(metadata, placed, metadata_end, cursor.size)
 
 
-def _add(found: dict, name: str, value: object) -> None:
-    if name in found:
-        raise ValueError(f"{name!r} occurs twice")
-    found[name] = value
+class _Cursor(Cursor):
+    """Steps over the vocabulary, decodes what is left, and goes on to the tensors."""
 
-
-class _Cursor:
-    """A position in the file; every method reads one thing and moves behind it."""
-
-    def __init__(self, data: mmap.mmap, pos: int):
-        self.data, self.pos, self.size = data, pos, len(data)
-
-    def scalar(self, code: str):
-        (value,) = struct.unpack_from("<" + code, self.data, self.pos)
-        self.pos += struct.calcsize("<" + code)
-        return value
-
-    def string(self) -> str:
-        length = self.scalar("Q")
-        self.skip(length)
-        return self.data[self.pos - length : self.pos].decode()
-
-    def value(self, kind: int):
-        if kind == _STRING:
-            return self.string()
-        if kind == _ARRAY:
-            return self.array()
-        return self.scalar(_code(kind))
+    def value(self):
+        value = super().value()
+        return value.decode() if isinstance(value, bytes) else value
 
     def array(self) -> list | int:
-        kind, count = self.scalar("I"), self.scalar("Q")
-        if kind == _STRING:
-            self.need(count * 8)
+        start = self.pos
+        kind, count = self.number(U32), self.number(U64)
+        if kind == STRING:
+            self.need(8 * count)
             for _ in range(count):
-                self.skip(self.scalar("Q"))
+                self.skip(self.number(U64))
             return count
-        width = struct.calcsize("<" + _code(kind))
-        self.need(count * width)
-        if count <= SHORT:
-            return [self.scalar(_code(kind)) for _ in range(count)]
-        self.skip(count * width)
-        return count
+        if count > SHORT:
+            self.skip(count * self.width(kind))
+            return count
+        self.pos = start
+        return super().array().tolist()
 
-    def tensor(self) -> GGUFTensor:
-        rank = self.scalar("I")
+    def tensors(self, count: int) -> dict[str, GGUFTensor]:
+        found: dict[str, GGUFTensor] = {}
+        for _ in range(count):
+            name = self.string().decode()
+            if name in found:
+                raise ValueError(f"{name!r} occurs twice")
+            found[name] = self._tensor()
+        return found
+
+    def _tensor(self) -> GGUFTensor:
+        rank = self.number(U32)
         if not 1 <= rank <= MAX_DIMS:
             raise ValueError(f"a tensor of rank {rank}")
-        shape = tuple(self.scalar("Q") for _ in range(rank))[::-1]
+        shape = tuple(self.number(U64) for _ in range(rank))[::-1]
         if math.prod(shape) > 1 << 48:
             raise ValueError(f"a tensor of shape {shape}")
-        return GGUFTensor(shape, self.scalar("I"), self.scalar("Q"))
-
-    def skip(self, length: int) -> None:
-        self.need(length)
-        self.pos += length
-
-    def need(self, length: int) -> None:
-        left = self.size - self.pos
-        if length > left:
-            raise ValueError(f"{length} bytes declared at byte {self.pos}, {left} are left")
-
-
-def _code(kind: int) -> str:
-    if kind not in _SCALARS:
-        raise ValueError(f"unknown value type {kind}")
-    return _SCALARS[kind]
+        return GGUFTensor(shape, self.number(U32), self.number(U64))

@@ -17,8 +17,8 @@ import numpy as np
 from .vocabulary import SPACE, Kind, Vocabulary
 
 MAGIC = b"GGUF"
-_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
-_STRING, _ARRAY = 8, 9
+U32, U64 = struct.Struct("<I"), struct.Struct("<Q")
+STRING, ARRAY = 8, 9
 _SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?"}
 _SCALARS |= {10: "<u8", 11: "<i8", 12: "<f8"}
 _MAX_BYTES = 1 << 28  # of one value; a broken length must not make copies of a file of 50 GB
@@ -39,7 +39,7 @@ def read_header(path: str | os.PathLike) -> dict[str, object]:
             raise ValueError(f"{os.fspath(path)}: expected a GGUF file, which begins with 'GGUF'")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
-                return _Cursor(data, pos=4).header()
+                return Cursor(data, pos=4).header()
             except (ValueError, struct.error) as error:
                 reason = "the file ends in it" if isinstance(error, struct.error) else error
                 raise ValueError(f"{os.fspath(path)}: broken GGUF header: {reason}") from None
@@ -82,19 +82,31 @@ def _get(header: dict[str, object], key: str, kind: type):
     return header[key]
 
 
-class _Cursor:
+class Cursor:
     """A position in the file; every method reads one thing and moves behind it."""
 
     def __init__(self, data: mmap.mmap, pos: int):
         self.data, self.pos, self.size = data, pos, len(data)
 
     def header(self) -> dict[str, object]:
-        version = self.number(_U32)
+        return self.metadata(self.counts()[1])
+
+    def counts(self) -> tuple[int, int]:
+        """The number of tensors and of metadata entries, after the version."""
+        version = self.number(U32)
         if version not in (2, 3):
             raise ValueError(f"expected version 2 or 3, little-endian, got {version}")
-        self.number(_U64)  # how many tensors there are
+        return self.number(U64), self.number(U64)
+
+    def metadata(self, count: int) -> dict[str, object]:
+        found: dict[str, object] = {}
         # A lying count cannot make this long: every round moves on, and the file ends somewhere.
-        return {self.string().decode(): self.value() for _ in range(self.number(_U64))}
+        for _ in range(count):
+            name = self.string().decode()
+            if name in found:
+                raise ValueError(f"{name!r} occurs twice")
+            found[name] = self.value()
+        return found
 
     def number(self, layout: struct.Struct) -> int:
         (value,) = layout.unpack_from(self.data, self.pos)
@@ -102,25 +114,25 @@ class _Cursor:
         return value
 
     def string(self) -> bytes:
-        length = self.number(_U64)
+        length = self.number(U64)
         self.need(length)
         self.pos += length
         return self.data[self.pos - length : self.pos]
 
     def value(self):
-        kind = self.number(_U32)
-        if kind == _STRING:
+        kind = self.number(U32)
+        if kind == STRING:
             return self.string()
-        if kind == _ARRAY:
+        if kind == ARRAY:
             return self.array()
         return self.numbers(kind, 1)[0].item()
 
     def array(self):
-        kind, count = self.number(_U32), self.number(_U64)
-        if kind != _STRING:
+        kind, count = self.number(U32), self.number(U64)
+        if kind != STRING:
             return self.numbers(kind, count)
         self.need(8 * count)  # before a list of `count` entries is begun
-        data, unpack, pos, strings = self.data, _U64.unpack_from, self.pos, []
+        data, unpack, pos, strings = self.data, U64.unpack_from, self.pos, []
         # `self.string()` written out, for it is half of the time to load a vocabulary.
         for _ in range(count):
             (length,) = unpack(data, pos)
@@ -133,13 +145,20 @@ class _Cursor:
         return strings
 
     def numbers(self, kind: int, count: int) -> np.ndarray:
-        if kind not in _SCALARS:
-            raise ValueError(f"unknown value type {kind} at byte {self.pos}")
-        dtype = np.dtype(_SCALARS[kind])
-        length = dtype.itemsize * count
+        length = self.width(kind) * count
         self.need(length)
         self.pos += length
-        return np.frombuffer(self.data[self.pos - length : self.pos], dtype)
+        return np.frombuffer(self.data[self.pos - length : self.pos], _SCALARS[kind])
+
+    def width(self, kind: int) -> int:
+        """Bytes of a number."""
+        if kind not in _SCALARS:
+            raise ValueError(f"unknown value type {kind}")
+        return np.dtype(_SCALARS[kind]).itemsize
+
+    def skip(self, length: int) -> None:
+        self.need(length)
+        self.pos += length
 
     def need(self, length: int) -> None:
         left = self.size - self.pos

@@ -19,7 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-os.environ |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    # Compiling is never timed; a second run of this script need not wait for it again.
+    "JAX_COMPILATION_CACHE_DIR": str(Path.home() / ".cache" / "gemma-jax" / "rivals"),
+}
 
 import gemma_jax
 from gemma_checkpoints import load_model, resolve, save_hf

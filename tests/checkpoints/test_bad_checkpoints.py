@@ -234,7 +234,7 @@ def patched(gguf_file, offset, value, size=8):
         (4, (1 << 32) | 99, "version 2 or 3"),
         (8, 1 << 62, "tensors declared"),
         (16, 1 << 62, "GGUF header"),
-        (24, (1 << 64) - 1, "bytes declared at byte"),
+        (24, (1 << 64) - 1, "bytes expected at byte"),
     ],
 )
 def test_forged_gguf_counts(offset, value, message, gguf_file):
