@@ -221,6 +221,7 @@ def main() -> None:
     found = result(rivals, skipped, args, machine)
     print_table(found)
     if args.output:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         Path(args.output).write_text(json.dumps(found, indent=1) + "\n")
 
 

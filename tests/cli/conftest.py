@@ -6,13 +6,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import sentencepiece
 import tiny
+from flax import nnx
 from safetensors.numpy import save_file
 
 from gemma_checkpoints import save_hf
+from gemma_jax import Gemma
 from gemma_jax.cli.app import run
 
 DATA = Path(__file__).parent.parent / "parity" / "data"
@@ -86,7 +89,12 @@ def talker(tmp_path_factory) -> Path:
         **{"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3, "minloglevel": 2},
         **{"pad_piece": "<pad>", "eos_piece": "<eos>", "bos_piece": "<bos>", "unk_piece": "<unk>"},
     )
-    save_hf(tiny.model(tiny.gemma3(layers=3, vocab_size=VOCABULARY)), folder)
+    cfg, rng = tiny.gemma3(layers=3, vocab_size=VOCABULARY), np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: Gemma(cfg, rngs=nnx.Rngs(0)))
+    save_hf(
+        jax.tree.map(lambda x: 0.3 * jax.numpy.array(rng.normal(size=x.shape), x.dtype), shapes),
+        folder,
+    )
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     return folder
 

@@ -86,7 +86,7 @@ def test_stored_inputs_become_text_where_there_is_a_tokenizer(cli, talker, store
 
 
 def test_context_bounds_the_continuation(cli, talker, stored):
-    file = stored(input_ids=[[5] * 505])  # of 512
+    file = stored(input_ids=[[30] * 505])  # of 512
     words = ("generate", "--inputs", file, "--model", talker, "--json")
     assert len(json_of(cli(*words))["token_ids"][0]) == 7
 

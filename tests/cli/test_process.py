@@ -6,9 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from conftest import DATA
-
 COMMAND = Path(sys.executable).parent / "gemma-jax"
 
 
@@ -24,8 +21,8 @@ def test_results_on_stdout_alone(talker):
 
 
 def test_wrong_use_is_one_line():
-    for words in (["generate", b"caf\xe9".decode("utf-8", "surrogateescape")], ["info", "gpt"]):
-        ran = shell(*words, "--model" if len(words) > 9 else "--json")
+    for words in (["generate", "caf\udce9"], ["info", "gpt"], ["nothing"]):
+        ran = shell(*words)
         assert (ran.returncode, ran.stdout) == (2, b"")
         assert ran.stderr.startswith(b"error: ") and ran.stderr.count(b"\n") == 1
 
@@ -44,21 +41,3 @@ def test_reader_that_leaves(talker):
     ran = shell("tokenize", "a", "--model", talker, capture_output=False, stdout=writer, stderr=-1)
     os.close(writer)
     assert ran.stderr == b""
-
-
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
-def test_waiting_is_shown_on_a_terminal_and_wiped_away():
-    """stderr is a terminal here, stdout a pipe."""
-    ours, theirs = os.openpty()
-    inputs = DATA / "g3_text" / "generate.safetensors"
-    words = ("generate", "--inputs", inputs, "--model", DATA / "g3_text", "--max-new-tokens", 2)
-    environment = os.environ | {"TERM": "xterm", "JAX_COMPILATION_CACHE_DIR": ""}
-    ran = shell(*words, capture_output=False, stdout=-1, stderr=theirs, env=environment)
-    os.close(theirs)
-    seen = b""
-    while not seen.endswith(b"\x1b[2K"):  # rich's last word: the line is erased
-        seen += os.read(ours, 1 << 16)
-    os.close(ours)
-    assert ran.returncode == 0
-    assert b"compiling" in seen and b"Traceback" not in seen
-    assert b"compiling" not in ran.stdout

@@ -1,0 +1,109 @@
+"""Who may import whom: `gemma_kernels <- gemma_jax <- gemma_checkpoints <- command line`."""
+
+import ast
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = {
+    "gemma_jax": ROOT / "gemma_jax",
+    "gemma_kernels": ROOT / "kernels" / "gemma_kernels",
+    "gemma_checkpoints": ROOT / "checkpoints" / "gemma_checkpoints",
+}
+FILES = {
+    ".".join([room, *path.relative_to(folder).with_suffix("").parts]).removesuffix(
+        ".__init__"
+    ): path
+    for room, folder in ROOMS.items()
+    for path in sorted(folder.rglob("*.py"))
+}
+# The two places of `gemma_jax` where checkpoints come in.
+DOORS = ("gemma_jax.cli", "gemma_jax.loading")
+
+
+def imported(path: Path) -> set[str]:
+    """Modules named in a file's absolute imports, those inside functions included.
+
+    `from a import b` counts as `a.b`: whatever `b` is, it lies in `a`.
+    """
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def inside(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def forbidden(module: str) -> tuple[str, ...]:
+    """Packages that a module of ours must not import."""
+    rivals = ("jax._src", "torch", "tensorflow", "timm", "transformers")
+    if inside(module, "gemma_kernels"):
+        return (*rivals, "gemma_jax", "gemma_checkpoints", "flax")
+    if inside(module, "gemma_jax.text"):
+        return (*rivals, "gemma_checkpoints", "jax", "flax")
+    if inside(module, "gemma_jax") and not inside(module, *DOORS):
+        return (*rivals, "gemma_checkpoints")
+    if inside(module, "gemma_checkpoints"):
+        return (*rivals, "gemma_jax.cli", "gemma_jax.loading")
+    return rivals
+
+
+def test_all_rooms_are_here():
+    assert {name.partition(".")[0] for name in FILES} == set(ROOMS)
+    assert len(FILES) > 50
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_direction(module):
+    wrong = {name for name in imported(FILES[module]) if inside(name, *forbidden(module))}
+    assert not wrong
+
+
+def fresh(code: str, **environment: str) -> str:
+    """What `code` prints in a new process."""
+    command, environment = [sys.executable, "-c", code], os.environ | environment
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return ran.stdout.strip()
+
+
+@pytest.mark.parametrize("module", ["gemma_jax", "gemma_jax.text", "gemma_checkpoints"])
+def test_light_imports(module):
+    """Neither JAX nor what it takes along, until something is used."""
+    heavy = ["jax", "jaxlib", "flax", "orbax", "optax", "gguf", "huggingface_hub"]
+    assert fresh(f"import sys, {module}; print(*(m for m in {heavy} if m in sys.modules))") == ""
+
+
+def test_importing_takes_no_device():
+    """Else a platform that does not exist would be missed."""
+    modules = ("cli.app", "loading", "generation", "quant", "scoring", "sharding")
+    imports = ", ".join(f"gemma_jax.{name}" for name in modules)
+    assert fresh(f"import {imports}; print('fine')", JAX_PLATFORMS="nowhere") == "fine"
+
+
+def test_names_are_found_when_asked_for():
+    gemma_jax = importlib.import_module("gemma_jax")
+    assert set(gemma_jax.__all__) <= set(dir(gemma_jax))
+    for name in gemma_jax.__all__:
+        assert getattr(gemma_jax, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        gemma_jax.nothing  # noqa: B018
+
+
+def test_no_module_hides_a_name():
+    """Importing a submodule binds it in its package, over a function of the same name."""
+    modules = {name.removeprefix("gemma_jax.") for name in FILES if inside(name, "gemma_jax")}
+    assert not modules & set(importlib.import_module("gemma_jax").__all__)
+    import gemma_jax as gj
+    import gemma_jax.generation
+
+    assert gj.generate is gemma_jax.generation.generate
