@@ -1,5 +1,7 @@
 """Long prompts: RoPE far out, and memory that does not grow with the square of the length."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,12 +46,12 @@ def test_far_positions_attend_like_near_ones():
     )
 
 
-def wide_4b():
+def wide_4b(layers=3):
     """The attention of Gemma 3 4B - heads, window, RoPE - with a narrow rest, so that a CPU does
     32K tokens in a test's time."""
     cfg = preset("gemma3-4b")
     return tiny.gemma3(
-        layers=3,
+        layers=layers,
         window=cfg.layers[0].window,
         num_heads=cfg.num_heads,
         num_kv_heads=cfg.num_kv_heads,
@@ -68,3 +70,21 @@ def test_32k_tokens_by_chunks_need_little_memory():
     used = step.lower(net, ids, cache).compile().memory_analysis()
     keys_and_values = 2 * 32_768 * 4 * 256 * 4  # one global layer, float32
     assert used.temp_size_in_bytes < 2 * keys_and_values
+
+
+def test_32k_tokens_by_chunks():
+    """A local and a global layer read 32,768 tokens; how the last of them arrive changes nothing."""
+    cfg = wide_4b()
+    cfg = dataclasses.replace(cfg, layers=cfg.layers[1:])
+    assert [spec.kind for spec in cfg.layers] == ["local", "global"]
+    net = tiny.model(cfg)
+    ids = tiny.tokens(cfg, 1, 32_768)
+    cache = init_cache(cfg, net.segments, 1, 32_768, jnp.float32)
+    for start in range(0, 31 * 1_024, 1_024):
+        cache = forward(net, ids[:, start : start + 1_024], cache=cache, logits="none").cache
+    whole = forward(net, ids[:, -1_024:], cache=cache, logits="last").logits
+    for part in (slice(-1_024, -1), slice(-1, None)):
+        out = forward(net, ids[:, part], cache=cache, logits="last")
+        cache = out.cache
+    assert int(cache.length_B[0]) == 32_768
+    np.testing.assert_allclose(out.logits, whole, atol=2e-5)

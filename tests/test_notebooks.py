@@ -1,0 +1,52 @@
+"""The notebooks run from top to bottom on the real weights, and are stored without outputs."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+STORED = ROOT / "tests" / "parity" / "data" / "real270m.json"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_stored_without_outputs(path):
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    assert len(cells) <= 20
+    for cell in cells:
+        assert not cell.get("outputs") and cell.get("execution_count") is None
+
+
+def run(name: str, folder: Path):
+    """The notebook after a run in `folder`; raises the first error of a cell."""
+    nbformat = pytest.importorskip("nbformat", reason="pip install 'gemma-jax[notebook]'")
+    nbclient = pytest.importorskip("nbclient", reason="pip install 'gemma-jax[notebook]'")
+    pytest.importorskip("matplotlib", reason="pip install 'gemma-jax[notebook]'")
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    resources = {"metadata": {"path": str(folder)}}
+    return nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute()
+
+
+def outputs(notebook, source: str) -> list:
+    """Outputs of the one cell that contains `source`."""
+    (cell,) = (c for c in notebook.cells if c.cell_type == "code" and source in c.source)
+    return cell.outputs
+
+
+def printed(notebook, source: str) -> str:
+    return "".join(o.text for o in outputs(notebook, source) if o.get("name") == "stdout")
+
+
+def test_quickstart(real_gguf, tmp_path):
+    done = run("01_quickstart", tmp_path)
+    prompts = json.loads(STORED.read_text("utf-8"))["prompts"]
+    greedy = next(p["greedy_text"] for p in prompts if p["name"] == "english_fact")
+    text = printed(done, "gj.load(").rstrip("\n")
+    assert len(text) > 40 and greedy.startswith(text)
+    assert "' cold'" in printed(done, "final_norm").splitlines()[-1]
+    assert "<start_of_turn>user\nBe brief.\n\nWhy" in printed(done, "render")
+    for picture in ("imshow", "plt.bar"):
+        assert any("image/png" in o.get("data", {}) for o in outputs(done, picture))
+    sensible, shuffled = (float(s.split()[1]) for s in printed(done, "gj.score").splitlines())
+    assert sensible < shuffled
