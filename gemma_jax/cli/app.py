@@ -67,7 +67,7 @@ def _message(error: Exception) -> str:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return "out of memory; try a smaller model, --dtype bfloat16 or --weights int8"
-    if is_input_error(error) and str(error):
+    if (is_input_error(error) or isinstance(error, OSError)) and str(error):
         return str(error)
     return f"{type(error).__name__}: {str(error) or 'no message'} (--debug shows where)"
 

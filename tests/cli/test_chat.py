@@ -16,15 +16,18 @@ def test_reset_forgets_and_quit_leaves(cli, talker):
     assert again.code == 0
 
 
+WILD = ("--temperature", 2, "--max-new-tokens", 5)  # every position draws anew
+
+
 def test_earlier_turns_count(cli, talker):
-    once = cli("chat", "--model", talker, *GREEDY, stdin=b"Hi\n")
-    twice = cli("chat", "--model", talker, *GREEDY, stdin=b"Hi\nHi\n")
+    once = cli("chat", "--model", talker, *WILD, stdin=b"Hi\n")
+    twice = cli("chat", "--model", talker, *WILD, stdin=b"Hi\nHi\n")
     assert twice.out.startswith(once.out)
     assert twice.out != 2 * once.out
 
 
 def test_system_text_counts(cli, talker):
-    words = ("chat", "--model", talker, "--temperature", 2, "--max-new-tokens", 5)
+    words = ("chat", "--model", talker, *WILD)
     plain, system = (cli(*words, *more, stdin=b"Hi\n") for more in ((), ("--system", "capital")))
     assert plain.out != system.out
 

@@ -174,6 +174,7 @@ def test_full_disk_keeps_the_old_output(refused, mute, stored, tmp_path, monkeyp
     output.write_text("old")
     monkeypatch.setattr("safetensors.numpy.save_file", fail)
     words = ("--inputs", inputs, "--output", output)
-    assert "No space left" in refused("forward", "--model", mute, *words, code=1)
+    error = refused("forward", "--model", mute, *words, code=1)
+    assert error.startswith(str(output)) and "No space left" in error
     assert output.read_text() == "old"
     assert {path.name for path in tmp_path.iterdir()} == {"out", "inputs.safetensors"}
