@@ -2,6 +2,12 @@
 
 import jax
 
-# XLA's CPU backend up to jax 0.11 fuses `dot(vector, convert(matrix).T)` into one parallel, vector
-# loop that never writes the converted matrix. The emitter of jax 0.12 sums such a loop serially.
-FUSED_MATRIX_VECTOR = jax.__version_info__ < (0, 12)
+
+def fuses_matrix_vector() -> bool:
+    """Whether `dot(vector, convert(matrix).T)` is fast, whatever it converts from.
+
+    XLA's CPU backend up to jax 0.11 makes one parallel vector loop of it, which never writes the
+    converted matrix and beats its own matrix product by half. The emitter of jax 0.12 sums such a
+    loop serially. Other backends have no need of it.
+    """
+    return jax.__version_info__ < (0, 12) and jax.default_backend() == "cpu"

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gemma_jax.compat import FUSED_MATRIX_VECTOR
+from gemma_jax.compat import fuses_matrix_vector
 from gemma_jax.model import Gemma
 
 Storage = Literal["float32", "bfloat16", "int8"]
@@ -123,7 +123,7 @@ def _widen(values: jax.Array) -> jax.Array:
 def _matmul(rows_RI: jax.Array, w_OI: jax.Array) -> jax.Array:
     """`rows_RI @ widen(w_OI).T`."""
     R, (O, I) = len(rows_RI), w_OI.shape
-    if R <= VECTOR_ROWS and FUSED_MATRIX_VECTOR:
+    if R <= VECTOR_ROWS and fuses_matrix_vector():
         rows = []
         for r in range(R):  # the barrier keeps XLA from merging them into one product of matrices
             rows.append(jnp.dot(rows_RI[r], _widen(w_OI).T))

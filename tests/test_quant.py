@@ -36,7 +36,7 @@ def stored(storage, array, inputs, dims):
 def test_every_way_of_the_product_is_the_product(monkeypatch, equation, storage, way):
     """All ways multiply by the same widened weight; what storing lost is in that weight."""
     monkeypatch.setattr(quant, "VECTOR_ROWS", 100 if way == "vectors" else 0)
-    monkeypatch.setattr(quant, "FUSED_MATRIX_VECTOR", True)
+    monkeypatch.setattr(quant, "fuses_matrix_vector", lambda: True)
     monkeypatch.setattr(quant, "WHOLE_BYTES", 0 if way == "tiles" else 1 << 30)
     array, dims, inputs = weight(equation)
     narrow = stored(storage, array, inputs, dims)

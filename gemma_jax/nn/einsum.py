@@ -8,17 +8,36 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gemma_jax.compat import fuses_matrix_vector
 from gemma_jax.dims import weight_dims
+
+HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def contract(equation: str, x: jax.Array, w: Any) -> jax.Array:
     """`einsum(equation, x, w)` in the dtype of `x`, with full float32 products in float32.
 
-    A weight is an array, or an object that brings its own `contract` (see `quant.py`).
+    A weight is an array with the letters of the result in front, or an object that brings its own
+    `contract` (see `quant.py`). One row of activations, as in decoding, is a vector.
     """
     if not isinstance(w, jax.Array):
         return w.contract(equation, x)
-    return jnp.einsum(equation, x, w.astype(x.dtype), precision=jax.lax.Precision.HIGHEST)
+    w = w.astype(x.dtype)
+    outputs = w.ndim - len(contracted(equation))
+    if x.size == math.prod(w.shape[outputs:]) and fuses_matrix_vector():
+        y_O = jnp.dot(x.ravel(), w.reshape(-1, x.size).T, precision=HIGHEST)
+        return y_O.reshape((1,) * (len(equation.split("->")[1]) - outputs) + w.shape[:outputs])
+    return jnp.einsum(equation, x, w, precision=HIGHEST)
+
+
+def contracted(equation: str) -> str:
+    """Letters of the weight that the result does not have.
+
+    >>> contracted("BTNH,DNH->BTD")
+    'NH'
+    """
+    result = equation.partition("->")[2]
+    return "".join(letter for letter in weight_dims(equation) if letter not in result)
 
 
 class Einsum(nnx.Module):
@@ -30,9 +49,7 @@ class Einsum(nnx.Module):
     """
 
     def __init__(self, equation: str, sizes: Mapping[str, int], *, rngs: nnx.Rngs):
-        dims = weight_dims(equation)
-        result = equation.partition("->")[2]
-        inputs = "".join(letter for letter in dims if letter not in result)
+        dims, inputs = weight_dims(equation), contracted(equation)
         shape = tuple(sizes[letter] for letter in dims)
         fan_in = math.prod(sizes[letter] for letter in inputs)
         self.equation = equation
