@@ -73,7 +73,7 @@ def test_32k_tokens_by_chunks_need_little_memory():
 
 
 def test_32k_tokens_by_chunks():
-    """A local and a global layer read 32,768 tokens; how the last of them arrive changes nothing."""
+    """A local and a global layer read 32,768 tokens; how the last ones arrive changes nothing."""
     cfg = wide_4b()
     cfg = dataclasses.replace(cfg, layers=cfg.layers[1:])
     assert [spec.kind for spec in cfg.layers] == ["local", "global"]
