@@ -1,0 +1,205 @@
+"""Makes the goldens of `data/`: what transformers computes, and how far rounding can move it.
+
+    pip install "torch==2.13.0" "transformers==5.23.0" safetensors     (CPU builds will do)
+    python tests/parity/make_goldens.py check tests/parity/data/g3_text
+    python tests/parity/make_goldens.py write NEW_FOLDER --config config.json --seed 0
+
+`check` recomputes every stored case from its stored inputs and says how far the outputs are from
+the stored ones. `write` makes a new folder: a random model in bfloat16, every norm moved away from
+its neutral value so that a mistake shows, and the same kinds of cases.
+
+Each case is `NAME.safetensors` (`in.*`, `out.*`) and `NAME.json` with the noise of every output:
+`noise_fp64`, the largest distance to the same model in float64, and `noise_alt`, to the same
+float32 model with another order of summation (fused attention). Tests allow ten times the larger.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+GRADIENTS = (
+    "model.embed_tokens.weight",
+    "model.norm.weight",
+    "model.layers.0.input_layernorm.weight",
+    "model.layers.0.self_attn.k_proj.weight",
+    "model.layers.0.self_attn.q_norm.weight",
+    "model.layers.2.self_attn.k_norm.weight",
+    "model.layers.3.mlp.gate_proj.weight",
+    "model.layers.5.self_attn.q_proj.weight",
+    "model.layers.5.self_attn.v_proj.weight",
+    "model.layers.5.post_attention_layernorm.weight",
+    "model.layers.6.mlp.down_proj.weight",
+    "model.layers.6.self_attn.o_proj.weight",
+    "model.layers.6.pre_feedforward_layernorm.weight",
+    "model.layers.6.post_feedforward_layernorm.weight",
+)
+VARIANTS = {  # name -> dtype, attention; the first is the golden
+    "value": (torch.float32, "eager"),
+    "noise_fp64": (torch.float64, "eager"),
+    "noise_alt": (torch.float32, "sdpa"),
+}
+
+
+def load(folder: Path, dtype: torch.dtype, attention: str):
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=attention
+    ).eval()
+
+
+@torch.no_grad()
+def run_forward(model, inputs: dict) -> dict:
+    """Logits, scaled embeddings, the residual after every layer, and the final norm."""
+    layers = []
+    hooks = [
+        layer.register_forward_hook(lambda module, args, out: layers.append(out))
+        for layer in model.model.layers
+    ]
+    final = []
+    hooks.append(model.model.norm.register_forward_hook(lambda m, a, out: final.append(out)))
+    logits = model(**inputs).logits
+    for hook in hooks:
+        hook.remove()
+    outputs = {"logits": logits, "final_norm": final[0]}
+    if "attention_mask" not in inputs:  # padded cases keep what is compared at real tokens
+        outputs["embeddings"] = model.model.embed_tokens(inputs["input_ids"])
+        outputs["layer_outputs"] = torch.stack(
+            [out[0] if isinstance(out, tuple) else out for out in layers]
+        )
+    return outputs
+
+
+@torch.no_grad()
+def run_generate(model, inputs: dict, steps: int = 24) -> dict:
+    """Greedy continuation: ids, logits of every step, and the lead of the best over the second."""
+    out = model.generate(
+        **inputs, do_sample=False, max_new_tokens=steps, min_new_tokens=steps,
+        return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    logits = torch.stack(out.logits, dim=1)
+    best, second = logits.topk(2, dim=-1).values.unbind(-1)
+    ids = out.sequences[:, inputs["input_ids"].shape[1] :]
+    return {"gen_ids": ids, "gen_logits": logits, "gen_margins": best - second}
+
+
+def run_gradients(model, inputs: dict) -> dict:
+    """Mean loss over positions t with labels[t + 1] != -100, and its gradients."""
+    model.zero_grad()
+    log_probs = model(input_ids=inputs["input_ids"]).logits[:, :-1].log_softmax(-1)
+    targets = inputs["labels"][:, 1:]
+    real = targets != -100
+    loss = -log_probs.gather(-1, targets.clamp(min=0)[..., None])[..., 0][real].mean()
+    loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    norm = torch.sqrt(sum(g.square().sum() for g in grads.values()))
+    chosen = {f"grad.{name}": grads[name] for name in GRADIENTS if name in grads}
+    return {"loss": loss.detach()[None], "grad_global_norm": norm[None]} | chosen
+
+
+def runner(name: str):
+    if name.startswith("generate"):
+        return run_generate
+    return run_gradients if name == "gradients" else run_forward
+
+
+def compared(key: str, inputs: dict):
+    """Index of what counts in an output: all of it, or what lies at real tokens."""
+    padded = "attention_mask" in inputs and key in ("logits", "final_norm")
+    return inputs["attention_mask"] == 1 if padded else ...
+
+
+def compute(folder: Path, name: str, inputs: dict) -> tuple[dict, dict]:
+    """`(outputs in float32, facts per output)` of one case."""
+    results = {}
+    for variant, how in VARIANTS.items():
+        if variant == "noise_fp64" and "attention_mask" in inputs:
+            continue  # a row of padding sees nothing, and transformers in float64 makes nan of it
+        results[variant] = runner(name)(load(folder, *how), inputs)
+    outputs, facts = results["value"], {}
+    for key, value in outputs.items():
+        fact = {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        if value.is_floating_point():
+            fact["abs_max"] = value.abs().max().item()
+            for variant in results.keys() - {"value"}:
+                error = (results[variant][key].double() - value.double()).abs()
+                fact[variant] = error[compared(key, inputs)].max().item()
+        facts[key] = fact
+    return outputs, facts
+
+
+def check(folder: Path) -> None:
+    """Prints, per output, the distance to the stored one in units of its tolerance."""
+    for path in sorted(folder.glob("*.safetensors")):
+        name = path.stem
+        if name in ("model", "forward_bf16"):
+            continue
+        stored = load_file(path)
+        inputs = {k[3:]: v for k, v in stored.items() if k.startswith("in.")}
+        outputs, facts = compute(folder, name, inputs)
+        for key, fact in facts.items():
+            error = (outputs[key].double() - stored[f"out.{key}"].double()).abs()
+            error = error[compared(key, inputs)]
+            if "noise_alt" not in fact:
+                print(f"{name:18} {key:52} {'equal' if error.max() == 0 else 'DIFFERENT'}")
+                continue
+            tolerance = 10 * max(fact["noise_alt"], fact.get("noise_fp64", 0)) or 5e-6
+            print(f"{name:18} {key:52} {error.max().item() / tolerance:.3f} of the tolerance")
+
+
+def write(folder: Path, config: Path, seed: int) -> None:
+    """A random model and its cases in a new folder."""
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True)
+    cfg = AutoConfig.from_pretrained(config)
+    model = AutoModelForCausalLM.from_config(cfg, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            vector = parameter.ndim == 1
+            parameter.copy_(
+                torch.randn_like(parameter) * (0.3 if vector else parameter.shape[-1] ** -0.5)
+            )
+    model.to(torch.bfloat16).save_pretrained(folder)
+    ids = torch.randint(4, cfg.vocab_size, (4, 40))
+    mask = (torch.arange(40) >= torch.tensor([0, 5, 20, 33])[:, None]).long()
+    labels = ids[:1].clone()
+    labels[:, :7] = -100
+    cases = {
+        "forward": {"input_ids": ids[:1]},
+        "generate": {"input_ids": ids[:1, :17]},
+        "gradients": {"input_ids": ids[:1], "labels": labels},
+        "generate_left_pad": {"input_ids": ids * mask, "attention_mask": mask},
+    }
+    for side, real in (("left", mask), ("right", mask.flip(1))):
+        positions = (real.cumsum(1) - 1).clamp(min=0)
+        cases[f"batch_{side}_pad"] = {
+            "input_ids": ids * real, "attention_mask": real, "position_ids": positions,
+        }  # fmt: skip
+    for name, inputs in cases.items():
+        outputs, facts = compute(folder, name, inputs)
+        arrays = {f"in.{k}": v for k, v in inputs.items()}
+        arrays |= {f"out.{k}": v.contiguous() for k, v in outputs.items()}
+        save_file({k: v.clone() for k, v in arrays.items()}, folder / f"{name}.safetensors")
+        (folder / f"{name}.json").write_text(json.dumps({"case": name, "outputs": facts}, indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("check").add_argument("folder", type=Path)
+    maker = commands.add_parser("write")
+    maker.add_argument("folder", type=Path)
+    maker.add_argument("--config", type=Path, required=True)
+    maker.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_grad_enabled(True)
+    if options.command == "check":
+        check(options.folder)
+    else:
+        write(options.folder, options.config, options.seed)
+
+
+if __name__ == "__main__":
+    main()
