@@ -16,6 +16,9 @@ def replacing(target: str | os.PathLike) -> Iterator[Path]:
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     os.close(handle)
     temporary = Path(name)
+    mask = os.umask(0)  # mkstemp makes files for the owner alone; the result is an ordinary one
+    os.umask(mask)
+    temporary.chmod(0o666 & ~mask)
     try:
         yield temporary
         os.replace(temporary, target)

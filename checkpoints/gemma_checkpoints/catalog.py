@@ -160,4 +160,4 @@ def _notify_once(name: str, entry: Wheel | Repository, notify: Notify) -> None:
 def _to_stderr(message: str) -> None:
     from rich.console import Console
 
-    Console(stderr=True).print(message, markup=False, highlight=False)
+    Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
