@@ -70,7 +70,7 @@ def _read(cursor: "_Cursor") -> GGUFHeader:
         raise ValueError(f"{num_tensors} tensors declared, more than {MAX_TENSORS}")
     metadata = cursor.metadata(num_pairs)
     metadata_end = cursor.pos
-    tensors = cursor.tensors(num_tensors)
+    tensors = cursor.entries(num_tensors, cursor.tensor)
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment must be a power of two, got {alignment!r}")
@@ -103,16 +103,7 @@ class _Cursor(Cursor):
         self.pos = start
         return super().array().tolist()
 
-    def tensors(self, count: int) -> dict[str, GGUFTensor]:
-        found: dict[str, GGUFTensor] = {}
-        for _ in range(count):
-            name = self.string().decode()
-            if name in found:
-                raise ValueError(f"{name!r} occurs twice")
-            found[name] = self._tensor()
-        return found
-
-    def _tensor(self) -> GGUFTensor:
+    def tensor(self) -> GGUFTensor:
         rank = self.number(U32)
         if not 1 <= rank <= MAX_DIMS:
             raise ValueError(f"a tensor of rank {rank}")

@@ -11,10 +11,14 @@ import mmap
 import os
 import re
 import struct
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 
 from .vocabulary import SPACE, Kind, Vocabulary
+
+T = TypeVar("T")
 
 MAGIC = b"GGUF"
 U32, U64 = struct.Struct("<I"), struct.Struct("<Q")
@@ -99,13 +103,17 @@ class Cursor:
         return self.number(U64), self.number(U64)
 
     def metadata(self, count: int) -> dict[str, object]:
-        found: dict[str, object] = {}
+        return self.entries(count, self.value)
+
+    def entries(self, count: int, read: Callable[[], T]) -> dict[str, T]:
+        """Names, each followed by what `read` reads; no name may occur twice."""
+        found: dict[str, T] = {}
         # A lying count cannot make this long: every round moves on, and the file ends somewhere.
         for _ in range(count):
             name = self.string().decode()
             if name in found:
                 raise ValueError(f"{name!r} occurs twice")
-            found[name] = self.value()
+            found[name] = read()
         return found
 
     def number(self, layout: struct.Struct) -> int:
