@@ -22,8 +22,13 @@ _HOMES = {
     "gemma_jax.sampling": ("Sampling",),
     "gemma_jax.scoring": ("score",),
     "gemma_jax.session": ("Session",),
+    "gemma_jax.shieldgemma": ("Verdict", "shield"),
     "gemma_jax.text": ("Tokenizer", "encode_chat"),
+    "gemma_jax.vision.images": ("Image",),
+    "gemma_jax.vision.pan_and_scan": ("PanAndScan",),
+    "gemma_jax.vision.prompt": ("Prompt", "image_prompt"),
 }
+_MODULES = ("viz",)
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = sorted(_HOME_OF)
@@ -31,10 +36,12 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
+    if name in _MODULES:
+        return importlib.import_module(f"gemma_jax.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'gemma_jax' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME_OF[name]), name)
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return [*globals(), *__all__, *_MODULES]

@@ -6,6 +6,7 @@ and post-norms and alternates local with global, Gemma 3 drops the caps for QK-n
 of six layers local.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -41,6 +42,77 @@ class LayerSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The SigLIP tower that reads images, and how its result enters the text.
+
+    Attributes:
+      d_tower, d_ff, num_layers, num_heads: C, F, layers and N of the tower.
+      image_size, patch_size: Side of the square image and of a patch, in pixels.
+      num_soft_tokens: Tokens an image takes in the text, after pooling; a square number.
+      image_token, start_token, end_token: Ids of the soft-token placeholder and of what stands
+        before and after a run of them.
+      norm_eps: Added to the variance in LayerNorm, and to the mean square in the projector's norm.
+    """
+
+    d_tower: int
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    image_size: int
+    patch_size: int
+    num_soft_tokens: int
+    image_token: int
+    start_token: int
+    end_token: int
+    norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        _check_positive(
+            self, "d_tower", "d_ff", "num_layers", "num_heads", "image_size", "patch_size",
+            "num_soft_tokens", "norm_eps",
+        )  # fmt: skip
+        if self.d_tower % self.num_heads:
+            raise ValueError(
+                f"d_tower={self.d_tower} must be a multiple of num_heads={self.num_heads}"
+            )
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size={self.image_size} must be a multiple of patch_size={self.patch_size}"
+            )
+        if math.isqrt(self.num_soft_tokens) ** 2 != self.num_soft_tokens or self.grid % self.pooled:
+            raise ValueError(
+                f"num_soft_tokens={self.num_soft_tokens} must be a square whose side divides the "
+                f"{self.grid} patches along an image's side"
+            )
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def pooled(self) -> int:
+        """Soft tokens along one side."""
+        return math.isqrt(self.num_soft_tokens)
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Dimension letter -> size, inside the tower."""
+        return {
+            "C": self.d_tower,
+            "F": self.d_ff,
+            "N": self.num_heads,
+            "K": self.num_heads,
+            "H": self.d_tower // self.num_heads,
+            "Q": self.grid**2,
+            "U": 3,
+            "Y": self.patch_size,
+            "X": self.patch_size,
+            "L": self.num_layers,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class GemmaConfig:
     """Architecture of one model: sizes, switches and one `LayerSpec` per layer.
 
@@ -54,6 +126,7 @@ class GemmaConfig:
       qk_norm: RMSNorm over each query and key head (Gemma 3).
       post_norms: RMSNorm after attention and feed-forward, before the residual sum (Gemma 2, 3).
       attn_soft_cap, final_soft_cap: `cap * tanh(x / cap)` on scores / logits (Gemma 2).
+      vision: The tower of models that read images (Gemma 3 from 4B on); `None` for text alone.
     """
 
     vocab_size: int
@@ -69,6 +142,7 @@ class GemmaConfig:
     post_norms: bool = False
     attn_soft_cap: float | None = None
     final_soft_cap: float | None = None
+    vision: VisionConfig | None = None
 
     def __post_init__(self):
         _check_positive(

@@ -9,7 +9,7 @@ from gemma_jax.cache import Slots
 from gemma_jax.config import GemmaConfig, LayerSpec
 from gemma_jax.nn.rope import RopeTable, rope_table
 from gemma_jax.numerics import NUMERICS, Numerics
-from gemma_kernels.attention import causal_interval
+from gemma_kernels.attention import causal_interval, last_of_block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +20,13 @@ class Runtime:
       dtype: Dtype of activations and caches. Parameters may be stored in another.
       numerics: Whose roundings to follow; see `numerics.py`.
       attention_impl: Name of an attention implementation, or `None` for the best that fits.
+      vision_dtype: Dtype inside the vision tower; `None` for `dtype`.
     """
 
     dtype: jnp.dtype = field(default_factory=lambda: jnp.dtype("float32"))
     numerics: Numerics = NUMERICS["hf"]
     attention_impl: str | None = None
+    vision_dtype: jnp.dtype | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -37,6 +39,7 @@ class Context:
       intervals: window (0 for global) -> `(lo_BT, hi_BT)`, the key positions each query sees.
       tables: `(theta, scale)` -> rope table.
       slots: cache capacity -> where new tokens go; empty without a cache.
+      causal: Whether no query sees a key after its own; images within the new tokens do.
       capture: Names of intermediate results to return.
     """
 
@@ -45,6 +48,7 @@ class Context:
     intervals: dict[int, tuple[jax.Array, jax.Array]]
     tables: dict[tuple[float, float], RopeTable]
     slots: dict[int, Slots]
+    causal: bool = field(metadata={"static": True})
     capture: frozenset[str] = field(metadata={"static": True})
 
     def interval(self, spec: LayerSpec) -> tuple[jax.Array, jax.Array]:
@@ -59,16 +63,20 @@ def make_context(
     runtime: Runtime,
     pos_BT: jax.Array,
     rope_pos_BT: jax.Array,
+    block_BT: jax.Array | None,
     slots: dict[int, Slots],
     capture: frozenset[str],
 ) -> Context:
     """One mask per window and one rope table per base, however many layers there are."""
+    last_BT = None if block_BT is None else last_of_block(pos_BT, block_BT)
+    windows = {spec.window for spec in cfg.layers}
     ropes = {(spec.rope_theta, spec.rope_scale) for spec in cfg.layers}
     return Context(
         runtime=runtime,
         pos_BT=pos_BT,
-        intervals={w or 0: causal_interval(pos_BT, w) for w in {s.window for s in cfg.layers}},
+        intervals={w or 0: causal_interval(pos_BT, w, last_BT) for w in windows},
         tables={r: rope_table(rope_pos_BT, cfg.head_dim, *r, runtime.numerics) for r in ropes},
         slots=slots,
+        causal=block_BT is None,
         capture=capture,
     )

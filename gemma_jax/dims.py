@@ -14,11 +14,14 @@ initial shape, its sharding, and the shape check of checkpoints.
 | K      | key/value heads                 | R      | low rank                             |
 | G      | query heads per kv head, N / K  | Q      | image patches                        |
 | H      | head dimension                  | C      | vision-tower width                   |
+| I      | images                          | U      | colour channels                      |
+| Y      | pixel rows (of a patch)         | X      | pixel columns (of a patch)           |
 
+In a tower an image is what a batch row is in the text: N, H, F and L are the tower's own there.
 Stacked parameters (see `segments.py`) have one leading axis more, which carries no letter.
 """
 
-ALPHABET = frozenset("BTSDNKGHFVLAPRQC")
+ALPHABET = frozenset("BTSDNKGHFVLAPRQCIUYX")
 
 
 def weight_dims(equation: str) -> str:

@@ -5,9 +5,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gemma_jax.model import Gemma
+from gemma_jax.prompts import Messages, PromptReader, encode_prompt_images, is_chat
 from gemma_jax.sampling import Sampling
 from gemma_jax.session import CHUNK, Session
-from gemma_jax.text import StopText, StreamDecoder, Tokenizer, render_next
+from gemma_jax.text import StopText, StreamDecoder, Tokenizer, images_of, render_next
+from gemma_jax.vision.pan_and_scan import PanAndScan
+from gemma_jax.vision.prompt import Prompt
 
 Progress = Callable[[int, int], None]  # tokens of prompt read so far, in total
 
@@ -38,8 +41,10 @@ class Completion:
 def generate(
     model: Gemma,
     tokenizer: Tokenizer | None,
-    prompt: str | Sequence[str] | Sequence[Sequence[int]],
+    prompt: str | Messages | Prompt | Sequence[str | Messages | Prompt | Sequence[int]],
     *,
+    images: Sequence | None = None,
+    pan_and_scan: PanAndScan | None = None,
     max_new_tokens: int = 128,
     sampling: Sampling | None = None,
     seed: int | Sequence[int] = 0,
@@ -53,8 +58,13 @@ def generate(
     """Continues one prompt, or a batch of prompts of any lengths.
 
     Args:
-      prompt: Text (BOS is added once), or texts, or lists of token ids, which are taken as they are
-        and need no tokenizer.
+      prompt: One text (BOS is added once), chat messages (dicts with `role` and `content`, see
+        `gemma_jax.text.chat`) or `Prompt`; or a list of these, or of lists of token ids, which are
+        taken as they are and need no tokenizer.
+      images: Images of one text, or one list of images per text of a batch: files, arrays, or
+        whatever else `Image` takes. They go where the text says `<start_of_image>`, or in front of
+        it. Messages hold theirs in their content.
+      pan_and_scan: Adds crops of elongated images; `None` for none.
       max_new_tokens: Bound on the continuation; the context of the model may end before.
       sampling: How to choose tokens, or its fields directly (`temperature=0.7, top_k=64`).
         Default: greedy.
@@ -71,12 +81,15 @@ def generate(
 
     Raises:
       ValueError: Empty prompt, ids outside the vocabulary, a prompt that leaves no room in the
-        context, impossible sampling values.
+        context, impossible sampling values, images that cannot be read or do not fit the text.
     """
-    single = isinstance(prompt, str)
-    rows = [_encode(p, tokenizer) for p in ([prompt] if single else prompt)]
-    if not rows:
+    single = isinstance(prompt, (str, Prompt)) or is_chat(prompt)
+    given = [prompt] if single else list(prompt)
+    if not given:
         raise ValueError("no prompt given; give at least one")
+    read = PromptReader(tokenizer, model.cfg, pan_and_scan)
+    prompts = read.all(given, [images] if single else images)
+    rows = [p.token_ids for p in prompts]
     if stop_ids is None:
         stop_ids = tokenizer.stop_ids if tokenizer is not None else ()
     if stop and tokenizer is None:
@@ -98,7 +111,8 @@ def generate(
         chunk=chunk,
     )
     streaming = on_text is not None or bool(stop)
-    session.read(rows, max_new_tokens=new, run=not streaming, progress=progress)
+    soft = [encode_prompt_images(model, p) for p in prompts]
+    session.read(rows, soft=soft, max_new_tokens=new, run=not streaming, progress=progress)
     writers = [_Writer(tokenizer, stop, session.stop_ids) for _ in rows]
     for chosen in _steps(session, new, streaming):
         for i, (writer, ids) in enumerate(zip(writers, chosen)):
@@ -129,6 +143,7 @@ class Conversation:
       system: Text put in front of the first user message.
       sampling, seed: As in `generate`; default: what the published checkpoints recommend,
         temperature 1, top-k 64, top-p 0.95.
+      pan_and_scan: As in `generate`.
     """
 
     def __init__(
@@ -140,9 +155,11 @@ class Conversation:
         system: str | None = None,
         sampling: Sampling | None = None,
         seed: int = 0,
+        pan_and_scan: PanAndScan | None = None,
     ):
-        self.tokenizer, self.system = tokenizer, system
-        self.messages: list[Mapping[str, str]] = []
+        self.model, self.tokenizer, self.system = model, tokenizer, system
+        self.messages: list[Mapping[str, object]] = []
+        self._read = PromptReader(tokenizer, model.cfg, pan_and_scan)
         self._session = Session(
             model,
             1,
@@ -152,16 +169,18 @@ class Conversation:
             stop_ids=tokenizer.stop_ids,
         )
 
-    def stream(self, text: str, *, max_new_tokens: int = 1024) -> Iterator[str]:
-        """Says `text` and yields the answer as it is written.
+    def stream(self, content: str | Sequence, *, max_new_tokens: int = 1024) -> Iterator[str]:
+        """Says `content`, text or a list of texts and images, and yields the answer as it comes.
 
         Raises:
-          ValueError: The conversation has outgrown `max_len`.
+          ValueError: The conversation has outgrown `max_len`, or an image cannot be read.
         """
         first = not self.messages
-        message = {"role": "user", "content": text}
+        message = {"role": "user", "content": content}
         system = {"role": "system", "content": self.system} if first and self.system else None
-        ids = self.tokenizer.encode(render_next(message, first=first, system=system))
+        text = render_next(message, first=first, system=system)
+        prompt = self._read.text(text, images_of([message]), bos=False)
+        ids = prompt.token_ids
         room = self._session.room - len(ids) - 1
         if room < 1:
             raise ValueError(
@@ -169,7 +188,8 @@ class Conversation:
                 "one, or give a larger max_len"
             )
         new = min(max_new_tokens, room)
-        self._session.read([ids], max_new_tokens=new)
+        soft = [encode_prompt_images(self.model, prompt)]
+        self._session.read([ids], soft=soft, max_new_tokens=new)
         writer = _Writer(self.tokenizer, (), self._session.stop_ids)
         try:
             for chosen in _steps(self._session, new, True):
@@ -181,9 +201,9 @@ class Conversation:
             answer = {"role": "assistant", "content": writer.text}
             self.messages += [message, answer]
 
-    def say(self, text: str, *, max_new_tokens: int = 1024) -> str:
-        """Says `text` and returns the whole answer."""
-        return "".join(self.stream(text, max_new_tokens=max_new_tokens))
+    def say(self, content: str | Sequence, *, max_new_tokens: int = 1024) -> str:
+        """Says `content` and returns the whole answer."""
+        return "".join(self.stream(content, max_new_tokens=max_new_tokens))
 
 
 class _Writer:
@@ -239,16 +259,6 @@ def _steps(session: Session, limit: int, streaming: bool) -> Iterator[list[list[
         pace = (time.perf_counter() - start) / burst
         burst = min(max(1, int(0.05 / max(pace, 1e-6))), 2 * burst, 32)
         step = min(step + burst, limit)
-
-
-def _encode(prompt: str | Sequence[int], tokenizer: Tokenizer | None) -> list[int]:
-    if not isinstance(prompt, str):
-        return [int(i) for i in prompt]
-    if tokenizer is None:
-        raise ValueError("a text prompt needs a tokenizer; give one, or token ids")
-    if not prompt:
-        raise ValueError("the prompt is empty; give at least one character")
-    return tokenizer.encode(prompt, bos=True)
 
 
 def _resolve(sampling: Sampling | None, fields: Mapping[str, float]) -> Sampling:

@@ -1,6 +1,6 @@
 """The short way in: a model and its tokenizer from one name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,9 @@ def load(source: str, **options) -> tuple[Gemma, Tokenizer]:
 def load_model(
     source: str,
     *,
+    modalities: Collection[str] | None = None,
     dtype: jax.typing.DTypeLike | None = None,
+    vision_dtype: jax.typing.DTypeLike | None = None,
     weights: str | None = None,
     numerics: str | Numerics = "hf",
     attention_impl: str | None = None,
@@ -39,7 +41,11 @@ def load_model(
     """The model alone.
 
     Args:
+      modalities: `("text",)` neither reads nor allocates the vision tower of a model that sees.
+        Default: `"text"` and `"image"`, as far as the checkpoint has them.
       dtype: Dtype of activations. Default: float32 on CPU, bfloat16 elsewhere.
+      vision_dtype: The same inside the vision tower, whose weights stay as those of the decoder.
+        Default: `dtype`.
       weights: Dtype the weights are stored in: `"float32"`, `"bfloat16"`, or `"int8"` with a
         float32 scale per output channel. Default: `dtype`.
       numerics: `"hf"` or `"gdm"`; see `gemma_jax.numerics`.
@@ -55,9 +61,13 @@ def load_model(
     narrower = weights is not None and jnp.dtype(weights).itemsize < dtype.itemsize
     return load_checkpoint(
         source,
+        modalities=modalities,
         dtype=jnp.dtype(weights) if weights is not None and not narrower else dtype,
         runtime=Runtime(
-            dtype=dtype, numerics=resolve_numerics(numerics), attention_impl=attention_impl
+            dtype=dtype,
+            numerics=resolve_numerics(numerics),
+            attention_impl=attention_impl,
+            vision_dtype=None if vision_dtype is None else jnp.dtype(vision_dtype),
         ),
         layout=layout or ("unrolled" if on_cpu else "scan"),
         transform=store_weights(weights) if narrower else None,

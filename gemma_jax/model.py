@@ -1,6 +1,6 @@
 """The decoder: blocks, the stack of them, and one forward pass.
 
-x = embed(tokens) * sqrt(D)
+x = embed(tokens) * sqrt(D), or soft tokens in the place of images
 for each layer:  x = x + post_norm(attention(pre_norm(x)))
                  x = x + post_norm(ffn(pre_norm(x)))
 logits = embed.T(final_norm(x))
@@ -23,6 +23,8 @@ from gemma_jax.nn.ffn import FeedForward
 from gemma_jax.nn.norm import RMSNorm
 from gemma_jax.segments import Layout, segment_layers
 from gemma_jax.stack import run_layers, stack_layers
+from gemma_jax.vision.encoder import VisionEncoder
+from gemma_jax.vision.soft_tokens import SoftTokens
 
 CAPTURES = ("embeddings", "layer_outputs", "attention_weights", "final_norm")
 
@@ -69,6 +71,7 @@ class Gemma(nnx.Module):
         self.embed = Embedder(cfg, rngs=rngs)
         self.blocks = stack_layers(lambda spec, r: Block(cfg, spec, rngs=r), self.segments, rngs)
         self.final_norm = RMSNorm("D", cfg.d_model, cfg.norm_eps)
+        self.vision = VisionEncoder(cfg, rngs=rngs, layout=layout) if cfg.vision else None
 
 
 @jax.tree_util.register_dataclass
@@ -94,6 +97,7 @@ def forward(
     tokens_BT: jax.Array,
     positions_BT: jax.Array | None = None,
     *,
+    soft: SoftTokens | None = None,
     cache: Cache | None = None,
     rope_positions_BT: jax.Array | None = None,
     logits: Literal["all", "last", "none"] = "all",
@@ -105,9 +109,10 @@ def forward(
 
     Args:
       model: Parameters, and the `Runtime` to compute with.
-      tokens_BT: int32 ids in `[0, V)`.
+      tokens_BT: int32 ids in `[0, V)`; the placeholders of soft tokens may lie beyond.
       positions_BT: int32, ascending along each row, -1 for padding on either side. Masks are made
         from them. Default: every token is real and follows on what the cache holds.
+      soft: Images in the place of some tokens, from `soft_tokens`. A pass holds an image whole.
       cache: Keys and values of earlier tokens, from `init_cache` or an earlier pass.
       rope_positions_BT: Positions for the rotary embedding if they are not `positions_BT`.
       logits: For every token, for the last real one of each row, or for none.
@@ -122,11 +127,19 @@ def forward(
         rope_positions_BT = positions_BT
     slots, positions = plan_slots(cache, positions_BT) if cache is not None else ({}, {})
     ctx = make_context(
-        model.cfg, model.runtime, positions_BT, rope_positions_BT, slots, frozenset(capture)
+        model.cfg,
+        model.runtime,
+        positions_BT,
+        rope_positions_BT,
+        None if soft is None else soft.block_BT,
+        slots,
+        frozenset(capture),
     )
 
     x_BTD = model.embed.encode(tokens_BT, model.runtime.dtype)
     captured = {"embeddings": x_BTD}
+    if soft is not None:
+        x_BTD = soft.insert(x_BTD)
     layers = cache.layers if cache is not None else None
     x_BTD, layers, taps = run_layers(model.blocks, model.segments, x_BTD, ctx, layers)
     x_BTD = model.final_norm(x_BTD, model.runtime.numerics)

@@ -1,11 +1,24 @@
 """Every released size, as data: the numbers of the technical reports and published configs.
 
-Gemma 3's 4B, 12B and 27B are the text decoders of multimodal checkpoints, whose vocabulary has 64
-extra rows (image soft token and padding).
+Gemma 3's 4B, 12B and 27B see, all three through one tower: SigLIP So400m, 14-pixel patches, images
+of 896 pixels (Gemma 3 report, section 2.1). Their vocabulary has 64 extra rows: the placeholder of
+soft tokens, and padding.
 """
 
-from gemma_jax.config import GemmaConfig, LayerSpec
+from gemma_jax.config import GemmaConfig, LayerSpec, VisionConfig
 
+SIGLIP = VisionConfig(
+    d_tower=1_152,
+    d_ff=4_304,
+    num_layers=27,
+    num_heads=16,
+    image_size=896,
+    patch_size=14,
+    num_soft_tokens=256,
+    image_token=262_144,
+    start_token=255_999,
+    end_token=256_000,
+)
 LOCAL_THETA, GLOBAL_THETA = 10_000.0, 1_000_000.0
 
 
@@ -56,6 +69,7 @@ def _gemma3(
     window: int = 1_024,
     max_positions: int = 131_072,
     rope_scale: float = 8.0,
+    vision: VisionConfig | None = SIGLIP,
 ) -> GemmaConfig:
     local = LayerSpec(kind="local", window=window, rope_theta=LOCAL_THETA, d_ff=d_ff)
     wide = LayerSpec(kind="global", rope_theta=GLOBAL_THETA, rope_scale=rope_scale, d_ff=d_ff)
@@ -70,10 +84,11 @@ def _gemma3(
         max_positions=max_positions,
         qk_norm=True,
         post_norms=True,
+        vision=vision,
     )
 
 
-_SMALL = dict(vocab_size=262_144, window=512, max_positions=32_768, rope_scale=1.0)
+_SMALL = dict(vocab_size=262_144, window=512, max_positions=32_768, rope_scale=1.0, vision=None)
 
 PRESETS: dict[str, GemmaConfig] = {
     "gemma-2b": _gemma1(18, 2_048, 16_384, (8, 1)),

@@ -9,7 +9,7 @@ import numpy as np
 
 from gemma_jax.cache import Cache, init_cache
 from gemma_jax.model import Gemma, forward
-from gemma_jax.session import bucket
+from gemma_jax.passes import bucket
 
 CHUNK = 128  # tokens whose logits exist at one time: 128 x 262,144 float32 are 134 MB
 

@@ -1,11 +1,9 @@
 """Tokens in a cache, and the compiled loop that adds to them.
 
 `advance` is the one compiled program: it reads a chunk of prompt and then runs the token loop,
-all inside one `jax.jit`. Shapes are rounded up to buckets, so that a program is compiled once per
-bucket and not once per prompt:
-
-    prompt chunk, new tokens, cache length    16, 32, 64, ... 1024, then multiples of 1024
-    batch size, top-k                         as given
+all inside one `jax.jit`. It is compiled once per bucket of shapes (see `passes.py`; the number of
+new tokens and the length of the cache have the same buckets as the tokens of a pass), batch size
+and top-k.
 
 Temperature, top-p, min-p, the penalty and seeds are plain inputs; only switching one of them on
 or off compiles again.
@@ -22,17 +20,11 @@ import numpy as np
 from gemma_jax.cache import Cache, init_cache
 from gemma_jax.config import GemmaConfig
 from gemma_jax.model import Gemma, forward
+from gemma_jax.passes import Pass, Row, bucket, cut_pass
 from gemma_jax.sampling import Sampling, SamplingProgram, sample
 from gemma_jax.segments import Segment
 
 CHUNK = 1024  # longest stretch of prompt that one pass reads
-
-
-def bucket(n: int) -> int:
-    """`n` rounded up to 16, 32, 64, ..., 1024, 2048, 3072, ..."""
-    if n > 1024:
-        return -(-n // 1024) * 1024
-    return max(16, 1 << (n - 1).bit_length())
 
 
 @jax.tree_util.register_dataclass
@@ -67,7 +59,7 @@ def advance(
     state: State,
     how: SamplingProgram,
     limit: jax.Array,
-    prompt: tuple[jax.Array, jax.Array, jax.Array] | None,
+    prompt: Pass | None,
     *,
     stop_ids: tuple[int, ...],
     loop: bool,
@@ -76,16 +68,22 @@ def advance(
 
     Args:
       limit: int32 bound on `state.step`.
-      prompt: `(tokens_BT, positions_BT, ends_B)`; a row whose prompt ends in this chunk
-        (`ends_B`) has its first token chosen. `None` goes straight to the loop.
+      prompt: A chunk; rows that end in it have their first token chosen. `None` goes straight to
+        the loop.
       loop: Whether to run the token loop at all.
     """
     if prompt is not None:
-        tokens_BT, positions_BT, ends_B = prompt
-        out = forward(model, tokens_BT, positions_BT, cache=state.cache, logits="last")
-        seen_BV = _mark_seen(state.seen_BV, jnp.where(positions_BT >= 0, tokens_BT, -1))
-        state = replace(state, cache=out.cache, seen_BV=seen_BV)
-        state = _choose(state, 0, out.logits[:, 0], ends_B, how, stop_ids)
+        out = forward(
+            model,
+            prompt.tokens_BT,
+            prompt.positions_BT,
+            soft=prompt.soft,
+            cache=state.cache,
+            logits="last",
+        )
+        real_BT = jnp.where(prompt.positions_BT >= 0, prompt.tokens_BT, -1)
+        state = replace(state, cache=out.cache, seen_BV=_mark_seen(state.seen_BV, real_BT))
+        state = _choose(state, 0, out.logits[:, 0], prompt.ends_B, how, stop_ids)
 
     def body(state: State) -> State:
         position_B = jnp.where(state.done_B, -1, state.cache.length_B)
@@ -196,14 +194,17 @@ class Session:
         rows: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
+        soft: Sequence[jax.Array | None] | None = None,
         run: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Appends tokens to every row and chooses the first new token of each.
 
         Args:
-          rows: Token ids per row, at least one each; ids in `[0, V)`.
+          rows: Token ids per row, at least one each; in `[0, V)`, or placeholders of images.
           max_new_tokens: Room to make for new tokens until the next `read`.
+          soft: Per row the soft tokens `[I, T, D]` of its images, in order, or `None`: as many as
+            there are placeholders.
           run: Goes on in the same compiled program until `max_new_tokens` are chosen.
           progress: Called after each pass with tokens read so far and in total.
         """
@@ -213,6 +214,12 @@ class Session:
         rows = [old + list(new) for old, new in zip(pending, rows, strict=True)]
         starts = [n + max(len(old) - 1, 0) for n, old in zip(self._lengths, self.chosen)]
         self._check(rows, starts, max_new_tokens)
+        prompts = [
+            Row.of(row, start, images, self.model.cfg.vision, written=len(old))
+            for row, start, old, images in zip(
+                rows, starts, pending, soft or [None] * len(rows), strict=True
+            )
+        ]
         self._lengths = [start + len(row) for start, row in zip(starts, rows)]
         self.chosen, self.log_probs = [[] for _ in rows], [[] for _ in rows]
         shape = (len(rows), bucket(max_new_tokens))
@@ -223,14 +230,17 @@ class Session:
             tokens_BX=np.full(shape, -1, np.int32),
             log_probs_BX=np.zeros(shape, np.float32),
         )
-        total = max(len(row) for row in rows)
-        width = min(bucket(total), self.chunk)
-        for begin in range(0, total, width):
-            end = begin + width
-            limit = max_new_tokens if run and end >= total else 0
-            self._advance(limit, _pad_rows(rows, starts, begin, end), loop=run)
+        cuts = [prompt.cuts(self.chunk) for prompt in prompts]
+        passes = max(len(row_cuts) for row_cuts in cuts)
+        for n in range(passes):
+            # A row with fewer pieces than others waits at its end.
+            parts = [row_cuts[n] if n < len(row_cuts) else None for row_cuts in cuts]
+            last = n == passes - 1
+            limit = max_new_tokens if run and last else 0
+            self._advance(limit, cut_pass(prompts, parts), loop=run)
             if progress is not None:
-                progress(min(end, total), total)
+                read = [part.stop if part else len(row) for part, row in zip(parts, rows)]
+                progress(max(read), max(len(row) for row in rows))
 
     def write(self, limit: int) -> list[list[int]]:
         """Continues until `limit` tokens are chosen since the last `read`, or all rows stopped.
@@ -271,13 +281,14 @@ class Session:
         )
 
     def _check(self, rows, starts, max_new_tokens):
-        vocab = self.model.cfg.vocab_size
+        vocab, vision = self.model.cfg.vocab_size, self.model.cfg.vision
+        allowed = set() if vision is None else {vision.image_token}
         if max_new_tokens < 1:
             raise ValueError(f"{max_new_tokens=} must be at least 1")
         for i, (row, start) in enumerate(zip(rows, starts)):
             if not row:
                 raise ValueError(f"prompt {i} is empty; give at least one token")
-            if min(row) < 0 or max(row) >= vocab:
+            if min(row) < 0 or max(set(row) - allowed, default=0) >= vocab:
                 raise ValueError(f"prompt {i} has ids outside [0, {vocab}), the model's vocabulary")
             if (need := start + len(row) + max_new_tokens) > self.max_len:
                 raise ValueError(
@@ -307,17 +318,3 @@ def _empty_state(
         log_probs_BX=jnp.zeros((batch, 0), jnp.float32),
         seen_BV=jnp.zeros((batch, cfg.vocab_size), bool) if penalty else None,
     )
-
-
-def _pad_rows(
-    rows: list[list[int]], starts: list[int], begin: int, end: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Columns `[begin, end)` of the rows: tokens, positions (-1 = padding), rows that end here."""
-    tokens_BT = np.zeros((len(rows), end - begin), np.int32)
-    positions_BT = np.full_like(tokens_BT, -1)
-    for i, (row, start) in enumerate(zip(rows, starts)):
-        part = row[begin:end]
-        tokens_BT[i, : len(part)] = part
-        positions_BT[i, : len(part)] = np.arange(start + begin, start + begin + len(part))
-    ends_B = np.array([begin < len(row) <= end for row in rows])
-    return tokens_BT, positions_BT, ends_B

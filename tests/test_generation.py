@@ -9,7 +9,7 @@ from words import Words
 
 from gemma_jax import Conversation, Sampling, Session, forward, generate, score
 from gemma_jax import session as session_module
-from gemma_jax.session import bucket
+from gemma_jax.passes import bucket
 from gemma_jax.text import render
 
 

@@ -1,6 +1,7 @@
 """Released sizes by their published numbers, without weights."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import pytest
@@ -8,10 +9,11 @@ import tiny
 from flax import nnx
 
 from gemma_jax import PRESETS, Gemma, cache_bytes, forward, preset
-from gemma_jax.config import GemmaConfig, LayerSpec
+from gemma_jax.config import GemmaConfig, LayerSpec, VisionConfig
 from gemma_jax.segments import segment_layers
+from gemma_jax.vision.soft_tokens import soft_tokens
 
-# Parameters of the text decoders, tied heads counted once (transformers `num_parameters()`).
+# Parameters of the decoders, tied heads counted once, as transformers counts them.
 PARAMETERS = {
     "gemma-2b": 2_506_172_416,
     "gemma-7b": 8_537_680_896,
@@ -24,6 +26,9 @@ PARAMETERS = {
     "gemma3-12b": 11_766_034_176,
     "gemma3-27b": 27_009_346_304,
 }
+# The same of what makes a model see: the tower, which all have in common, and the projector.
+TOWER = 416_866_032
+PROJECTOR = {"gemma3-4b": 2_950_272, "gemma3-12b": 4_424_832, "gemma3-27b": 6_194_304}
 GLOBAL_LAYERS = {
     "gemma3-270m": 3,
     "gemma3-1b": 4,
@@ -37,11 +42,33 @@ def abstract(cfg: GemmaConfig, layout="scan"):
     return jax.eval_shape(lambda: Gemma(cfg, rngs=nnx.Rngs(0), layout=layout))
 
 
+def count(tree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
 @pytest.mark.parametrize("layout", ["scan", "unrolled"])
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_parameter_counts(name, layout):
-    leaves = jax.tree.leaves(abstract(PRESETS[name], layout))
-    assert sum(leaf.size for leaf in leaves) == PARAMETERS[name]
+    net = abstract(PRESETS[name], layout)
+    assert count(net) - count(net.vision) == PARAMETERS[name]
+    assert (net.vision is not None) == (name in PROJECTOR)
+    if net.vision is not None:
+        assert count(net.vision.tower) == TOWER
+        assert count(net.vision.projector) == PROJECTOR[name]
+
+
+def test_the_tower_by_hand():
+    """SigLIP So400m: 27 layers of four square matrices and two wide ones, with biases."""
+    C, F, Q, pixels = 1_152, 4_304, 64 * 64, 3 * 14 * 14
+    layer = 4 * (C * C + C) + (C * F + F) + (F * C + C) + 2 * 2 * C
+    assert TOWER == (pixels * C + C) + Q * C + 27 * layer + 2 * C
+    for name, size in PROJECTOR.items():
+        assert size == C + C * preset(name).d_model
+    vision = preset("gemma3-4b").vision
+    assert vision == preset("gemma3-12b").vision == preset("gemma3-27b").vision
+    assert (vision.grid, vision.pooled, vision.num_soft_tokens) == (64, 16, 256)
+    # <image_soft_token>, <start_of_image>, <end_of_image>
+    assert (vision.image_token, vision.start_token, vision.end_token) == (262_144, 255_999, 256_000)
 
 
 @pytest.mark.parametrize("name", list(GLOBAL_LAYERS))
@@ -99,29 +126,50 @@ def test_local_layers_cost_a_window_not_the_context():
 def test_every_config_field_matters():
     """Changing a field changes the parameters or the traced program: none is dead."""
 
+    def look(net, ids):
+        vision = net.cfg.vision
+        pixels = jax.numpy.zeros((1, 3, vision.image_size, vision.image_size))
+        return forward(net, ids, soft=soft_tokens(net, ids, pixels)).logits
+
     def trace(cfg):
         net = abstract(cfg)
         ids = jax.ShapeDtypeStruct((1, 12), "int32")
-        return str(jax.make_jaxpr(lambda n, i: forward(n, i).logits)(net, ids)), str(
-            jax.tree.map(lambda a: a.shape, net)
-        )
+        run = forward if cfg.vision is None else look
+        return str(jax.make_jaxpr(run)(net, ids)), str(jax.tree.map(lambda a: a.shape, net))
+
+    def check(make, changes):
+        before = trace(make())
+        for name, value in changes.items():
+            assert trace(make(**{name: value})) != before, name
 
     base = tiny.gemma3(layers=3)
     changes = dict(
         vocab_size=97, d_model=36, num_heads=8, num_kv_heads=1, head_dim=8,
         query_pre_attn_scalar=13, layers=base.layers[:2], norm_eps=1e-5, qk_norm=False,
-        post_norms=False, attn_soft_cap=2.0, final_soft_cap=2.0,
+        post_norms=False, attn_soft_cap=2.0, final_soft_cap=2.0, vision=tiny.vision(),
     )  # fmt: skip
     fields = {f.name for f in dataclasses.fields(GemmaConfig)}
     assert fields == changes.keys() | {"max_positions"}  # bounds sequences; see test_generation
-    before = trace(base)
-    for name, value in changes.items():
-        assert trace(dataclasses.replace(base, **{name: value})) != before, name
+    check(partial(dataclasses.replace, base), changes)
+
+    def with_layer(**change):
+        spec, *others = base.layers
+        return dataclasses.replace(base, layers=(dataclasses.replace(spec, **change), *others))
+
     local = dict(window=7, rope_theta=2e4, rope_scale=2.0, d_ff=40)
     assert {f.name for f in dataclasses.fields(LayerSpec)} == local.keys() | {"kind"}
-    for name, value in local.items():
-        spec = dataclasses.replace(base.layers[0], **{name: value})
-        assert trace(dataclasses.replace(base, layers=(spec, *base.layers[1:]))) != before, name
+    check(with_layer, local)
+
+    def seeing(**change):
+        return dataclasses.replace(base, vision=tiny.vision(**change))
+
+    tower = dict(
+        d_tower=26, d_ff=44, num_layers=3, num_heads=4, image_size=28, patch_size=7,
+        num_soft_tokens=16, image_token=89, norm_eps=1e-5,
+    )  # fmt: skip
+    fields = {f.name for f in dataclasses.fields(VisionConfig)}
+    assert fields == tower.keys() | {"start_token", "end_token"}  # for prompts
+    check(seeing, tower)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +184,22 @@ def test_every_config_field_matters():
 def test_impossible_configs_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         tiny.gemma3(**change)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(num_heads=5), "d_tower=24 must be a multiple of num_heads=5"),
+        (dict(image_size=57), "image_size=57 must be a multiple of patch_size=14"),
+        (dict(num_soft_tokens=5), "num_soft_tokens=5 must be a square whose side divides the 4"),
+        (dict(num_soft_tokens=9), "num_soft_tokens=9 must be a square whose side divides the 4"),
+        (dict(num_layers=0), "num_layers=0 must be positive"),
+        (dict(norm_eps=0.0), "norm_eps=0.0 must be positive"),
+    ],
+)
+def test_impossible_towers_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.vision(**change)
 
 
 def test_impossible_layers_are_refused():

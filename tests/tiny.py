@@ -1,11 +1,13 @@
 """Tiny models with every feature of a family, for tests of properties rather than numbers."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gemma_jax.config import GemmaConfig, LayerSpec
+from gemma_jax.config import GemmaConfig, LayerSpec, VisionConfig
 from gemma_jax.context import Runtime
 from gemma_jax.model import Gemma
 
@@ -29,6 +31,23 @@ def gemma3(layers: int = 7, window: int = WINDOW, **changes) -> GemmaConfig:
         post_norms=True,
     )
     return GemmaConfig(**(fields | changes))
+
+
+def vision(**changes) -> VisionConfig:
+    """4 x 4 patches, pooled to 2 x 2 soft tokens: `gemma3(vision=vision())` sees."""
+    fields = dict(
+        d_tower=24,
+        d_ff=40,
+        num_layers=2,
+        num_heads=2,
+        image_size=56,
+        patch_size=14,
+        num_soft_tokens=4,
+        image_token=90,
+        start_token=91,
+        end_token=92,
+    )
+    return VisionConfig(**(fields | changes))
 
 
 def gemma2() -> GemmaConfig:
@@ -67,34 +86,49 @@ FAMILIES = {"gemma": gemma1, "gemma2": gemma2, "gemma3": gemma3}
 
 
 def model(cfg: GemmaConfig, layout="scan", seed: int = 0, **runtime) -> Gemma:
-    """Random weights, with norm scales away from their neutral zero."""
-    net = Gemma(cfg, rngs=nnx.Rngs(seed), layout=layout, runtime=Runtime(**runtime))
-    keys = iter(jax.random.split(jax.random.key(seed + 1), 1000))
+    """Random weights, with norm scales away from their neutral values.
 
-    def stir(param):
-        if param.get_metadata().get("inputs"):
-            return param
-        value = param.get_value()
-        return param.replace(0.3 * jax.random.normal(next(keys), value.shape))
+    NumPy makes them: compiling the initialisers would take most of the time of a small test.
+    """
+    net = jax.eval_shape(
+        lambda: Gemma(cfg, rngs=nnx.Rngs(0), layout=layout, runtime=Runtime(**runtime))
+    )
+    random = np.random.default_rng(seed)
 
-    return jax.tree.map(stir, net, is_leaf=lambda node: isinstance(node, nnx.Param))
+    def fill(param: nnx.Param) -> nnx.Param:
+        shape, inputs = param.get_value().shape, param.get_metadata().get("inputs", "")
+        scale = math.prod(shape[len(shape) - len(inputs) :]) ** -0.5 if inputs else 0.3
+        return param.replace(jnp.asarray(scale * random.standard_normal(shape), jnp.float32))
+
+    return jax.tree.map(fill, net, is_leaf=lambda node: isinstance(node, nnx.Param))
 
 
 def relayout(net: Gemma, layout: str) -> Gemma:
     """The same parameters in the other layout."""
-    other = Gemma(net.cfg, rngs=nnx.Rngs(0), layout=layout, runtime=net.runtime)
+    other = model(net.cfg, layout)
+    other.runtime = net.runtime
+    _restack(net, other)
+    other.embed, other.final_norm = net.embed, net.final_norm
+    if net.vision is not None:
+        old, new = net.vision.tower, other.vision.tower
+        _restack(old, new)
+        new.patches, new.final_norm = old.patches, old.final_norm
+        other.vision.projector = net.vision.projector
+    return other
+
+
+def _restack(old, new) -> None:
+    """Fills the blocks of `new` with those of `old`: decoders, or towers."""
     by_layer = {}
-    for blocks, seg in zip(net.blocks, net.segments):
+    for blocks, seg in zip(old.blocks, old.segments):
         for position, block in enumerate(blocks):
             for repeat in range(seg.repeats):
                 layer = jax.tree.map(lambda a, r=repeat: a[r], block)
                 by_layer[seg.layer_index(position, repeat)] = layer
-    for i, seg in enumerate(other.segments):
+    for i, seg in enumerate(new.segments):
         for position in range(len(seg.period)):
             rows = [by_layer[seg.layer_index(position, r)] for r in range(seg.repeats)]
-            other.blocks[i][position] = jax.tree.map(lambda *a: jnp.stack(a), *rows)
-    other.embed, other.final_norm = net.embed, net.final_norm
-    return other
+            new.blocks[i][position] = jax.tree.map(lambda *a: jnp.stack(a), *rows)
 
 
 def tokens(cfg: GemmaConfig, batch: int, length: int, seed: int = 0) -> np.ndarray:

@@ -1,6 +1,6 @@
 """The functions that most callers want: a name or a path in, a model out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import jax
@@ -20,6 +20,7 @@ def load_model(
     src: str | Path,
     *,
     dtype: jax.typing.DTypeLike | None = None,
+    modalities: Collection[str] | None = None,
     layout: Layout = "scan",
     runtime: Runtime = Runtime(),
     placement: Placement | None = None,
@@ -33,6 +34,8 @@ def load_model(
       src: A `.gguf` file, a Hugging Face folder, a folder that `save_orbax` wrote, or a name of
         the catalog.
       dtype: Of the parameters. Default: as stored; quantised tensors become float32.
+      modalities: `("text",)` leaves the vision tower of a model that sees on the disk, neither read
+        nor allocated; `("text", "image")` insists on it. Default: all that the checkpoint has.
       layout: How layers are stacked; see `gemma_jax.segments`.
       runtime: How the model will compute. Independent of `dtype`.
       placement: `(path, dims, shape) -> Sharding | None`: where each Param goes. Its pieces go
@@ -44,10 +47,12 @@ def load_model(
 
     Raises:
       CheckpointError: everything that is wrong with the checkpoint, in one error.
+      ValueError: a modality that is none.
     """
     return load_source(
         open_source(resolve(src, notify=notify)),
         dtype=dtype,
+        modalities=modalities,
         layout=layout,
         runtime=runtime,
         placement=placement,

@@ -1,6 +1,5 @@
 """What a checkpoint holds, without reading its weights."""
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from gemma_jax.config import GemmaConfig
 
 from .match import match
 from .opening import open_source
-from .params import abstract_model, named_slots
+from .params import abstract_model, named_slots, params_by_part
 from .tokenizers import find_tokenizer
 
 
@@ -20,17 +19,22 @@ class Description:
 
     Attributes:
       path, format, config: As in `Source`.
-      num_params: Of the text decoder.
-      tensor_bytes: Encoding (`BF16`, `Q4_K`, ...) -> bytes in the file, of the text decoder.
+      params_by_part: `text`, and of models that see `vision.tower` and `vision.projector` ->
+        number of parameters.
+      tensor_bytes: Encoding (`BF16`, `Q4_K`, ...) -> bytes in the file.
       tokenizer: Path of the vocabulary; `None` if the checkpoint has none.
     """
 
     path: Path
     format: str
     config: GemmaConfig
-    num_params: int
+    params_by_part: Mapping[str, int]
     tensor_bytes: Mapping[str, int]
     tokenizer: Path | None
+
+    @property
+    def num_params(self) -> int:
+        return sum(self.params_by_part.values())
 
 
 def describe(path: str | Path) -> Description:
@@ -48,7 +52,7 @@ def describe(path: str | Path) -> Description:
         path=source.path,
         format=source.format,
         config=source.config,
-        num_params=sum(math.prod(move.info.shape) for move in moves),
+        params_by_part=params_by_part(source.config),
         tensor_bytes=dict(by_encoding),
         tokenizer=find_tokenizer(source.path),
     )

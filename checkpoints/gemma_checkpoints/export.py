@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,21 +10,23 @@ import jax
 import numpy as np
 from flax import nnx
 
+from gemma_jax.config import GemmaConfig
 from gemma_jax.model import Gemma
 
+from .catalog import resolve
 from .errors import CheckpointError
 from .folders import new_folder
-from .hf import CONFIG, INDEX, SINGLE, read_json
+from .hf import CONFIG, INDEX, SINGLE, HFFolder, read_json
 from .hf_config import config_from_hf, text_config
 from .hf_config_out import config_to_hf
-from .hf_names import hf_table
-from .params import ParamPath, Slot, flat_params, named_slots
+from .hf_names import hf_table, published_name
+from .json_values import Json
+from .params import ParamPath, Slot, depths, flat_params, named_slots
 from .rearrange import shape as side_shape
 from .safetensors_file import ENCODINGS, write_safetensors
 from .table import Row, expand
-from .tokenizers import copy_tokenizer
+from .tokenizers import copy_companions
 
-PREFIX = "model."
 MAX_SHARD = 5_000_000_000  # bytes
 
 
@@ -58,16 +60,17 @@ def save_hf(
 ) -> Path:
     """Writes `model` to a new folder, which appears whole or not at all.
 
-    A model that was loaded with `dtype=None` comes out with the bytes that went in. The export is
-    text-only: of a multimodal `gemma3` folder it holds the decoder, as `gemma3_text`.
+    A model that was loaded with `dtype=None` comes out with the bytes that went in. One that sees
+    becomes a `gemma3` folder; if only its decoder was loaded, a `gemma3_text` folder.
 
     Args:
       model: Dense parameters in float32, float16 or bfloat16.
       folder: Must not exist, or be empty.
       dtype: To cast to; default: as the parameters are.
       max_shard_bytes: A larger model becomes several files with an index.
-      source: The checkpoint that the model came from: its tokenizer goes along, and if it is a
-        Hugging Face folder of the same architecture, its `config.json` as well.
+      source: The checkpoint that the model came from (name or path): its tokenizer goes along, and
+        if it is a Hugging Face folder of the same architecture, so do its `config.json` and its
+        spelling of the tensors' names. Else they are spelled as in published files.
       progress: Called with (bytes done, bytes in all).
 
     Raises:
@@ -76,16 +79,18 @@ def save_hf(
     """
     target, params = Path(folder), flat_params(model)
     refuse_inexact(target, params)
-    tensors = _tensors(model, params, dtype)
-    total = sum(tensor.nbytes for tensor in tensors)
+    source = None if source is None else resolve(source)
     try:
-        text = _config_text(model, tensors[0].dtype, source)
+        config, spellings = _from_source(source, model.cfg)
+        config = config_to_hf(model.cfg) if config is None else config
     except ValueError as error:
         raise CheckpointError(target, f"cannot be exported: {error}") from None
+    tensors = _tensors(model, params, dtype, spellings)
+    total = sum(tensor.nbytes for tensor in tensors)
     with new_folder(target, needed=total) as part:
-        (part / CONFIG).write_bytes(text)
+        _write_config(part / CONFIG, config, tensors[0].dtype, source)
         if source is not None:
-            copy_tokenizer(Path(source), part)
+            copy_companions(source, part, images=model.cfg.vision is not None)
         done = 0
         for file, shard in _shards(tensors, max_shard_bytes).items():
             for size in _write_shard(part / file, shard, params):
@@ -122,22 +127,25 @@ def host_array(param: nnx.Param, row: int | None) -> np.ndarray:
     return np.asarray(value)[row] if on_cpu else np.asarray(value[row])
 
 
-def _tensors(model: Gemma, params: dict[ParamPath, nnx.Param], dtype) -> list[Tensor]:
-    """In the order of the layers."""
-    slots, rows = named_slots(model), expand(hf_table(model.cfg), len(model.cfg.layers))
+def _tensors(
+    model: Gemma, params: dict[ParamPath, nnx.Param], dtype, spellings: Mapping[str, str]
+) -> list[Tensor]:
+    """In the order of the layers, the decoder's first."""
+    slots, rows = named_slots(model), expand(hf_table(model.cfg), depths(model.cfg))
 
-    def stored(slot: Slot) -> np.dtype:
-        return np.dtype(params[slot.path].get_value().dtype if dtype is None else dtype)
+    def tensor(ours: str) -> Tensor:
+        row, slot = rows[ours], slots[ours]
+        name = spellings.get(row.theirs) or published_name(row.theirs, model.cfg)
+        stored = np.dtype(params[slot.path].get_value().dtype if dtype is None else dtype)
+        return Tensor(name, row, slot, stored)
 
-    return [
-        Tensor(PREFIX + rows[ours].theirs, rows[ours], slots[ours], stored(slots[ours]))
-        for ours in sorted(rows, key=_layer)
-    ]
+    return [tensor(ours) for ours in sorted(rows, key=_place)]
 
 
-def _layer(name: str) -> int:
-    """Layer of a parameter; what belongs to none comes first."""
-    return int(name.split(".")[1]) if name.startswith("blocks.") else -1
+def _place(name: str) -> tuple[bool, int]:
+    """Part and layer of a parameter; what belongs to no layer comes first in its part."""
+    _, in_layer, rest = name.partition("blocks.")
+    return name.startswith("vision."), int(rest.split(".")[0]) if in_layer else -1
 
 
 def _shards(tensors: list[Tensor], limit: int) -> dict[str, list[Tensor]]:
@@ -181,17 +189,30 @@ def _write_index(folder: Path, tensors: list[Tensor], limit: int) -> None:
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _config_text(model: Gemma, dtype: np.dtype, source: str | Path | None) -> bytes:
-    """The source's own config where it describes this model, else one made from `model.cfg`."""
-    own = None if source is None else Path(source) / CONFIG
-    if own is None or not own.is_file() or config_from_hf(read_json(own)) != model.cfg:
-        return _json(config_to_hf(model.cfg) | {"torch_dtype": dtype.name})
-    raw = read_json(own)
-    config, key = text_config(raw), "dtype" if "dtype" in raw else "torch_dtype"
-    if config == raw and raw.get(key) == dtype.name:
-        return own.read_bytes()
-    return _json(config | {key: dtype.name})
+def _from_source(source: Path | None, cfg: GemmaConfig) -> tuple[Json | None, Mapping[str, str]]:
+    """The config of `source`, if it describes `cfg`, and its spelling of the tensors' names."""
+    if source is None or not (source / CONFIG).is_file():
+        return None, {}
+    raw = read_json(source / CONFIG)
+    if config_from_hf(raw) == cfg:
+        has_weights = (source / SINGLE).exists() or (source / INDEX).exists()
+        return raw, HFFolder(source).spellings if has_weights else {}
+    text = text_config(raw)
+    return text if config_from_hf(text) == cfg else None, {}
 
 
-def _json(value: dict) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+def _write_config(path: Path, config: Json, dtype: np.dtype, source: Path | None) -> None:
+    """The source's own file, byte for byte, if it says all that `config` says."""
+    config = _with_dtype(config, dtype.name)
+    own = None if source is None else source / CONFIG
+    if own is not None and own.is_file() and read_json(own) == config:
+        path.write_bytes(own.read_bytes())
+    else:
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _with_dtype(config: Json, name: str, default: tuple[str, ...] = ("torch_dtype",)) -> Json:
+    """`config` with the dtype of the weights, under the keys that it has for it at any depth."""
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or default
+    inner = {k: _with_dtype(v, name, ()) for k, v in config.items() if isinstance(v, dict)}
+    return config | inner | dict.fromkeys(keys, name)

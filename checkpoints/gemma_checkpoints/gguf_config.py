@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from gemma_jax.config import GemmaConfig, LayerSpec
 
-from .hf_config import MAX_LAYERS
+from .json_values import MAX_LAYERS
 
 
 @dataclass(frozen=True)

@@ -11,20 +11,17 @@ from gemma_jax.config import GemmaConfig
 
 from .errors import CheckpointError
 from .hf_config import config_from_hf
-from .hf_names import hf_table
+from .hf_names import hf_table, short_name
 from .safetensors_file import SafetensorsFile
 from .source import TensorInfo
 from .table import Table
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-# What transformers has put in front of the decoder's names over the years, longest first:
-# published multimodal files, transformers 5 in memory, text-only models, bare decoders.
-PREFIXES = ("language_model.model.", "model.language_model.", "language_model.", "model.", "")
 
 
 @dataclass
 class HFFolder:
-    """See `Source`. Names are those inside the decoder: prefixes are taken off.
+    """See `Source`. Names are those of the tables: what stands in front of them is taken off.
 
     Attributes:
       raw_config: `config.json` as it is.
@@ -44,13 +41,17 @@ class HFFolder:
             self.config = config_from_hf(self.raw_config)
         except ValueError as error:
             raise CheckpointError(self.path / CONFIG, str(error)) from None
-        multimodal = self.raw_config["model_type"] == "gemma3"
-        self.table = hf_table(self.config, multimodal=multimodal)
+        self.table = hf_table(self.config)
         self._open(self._files())
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         file, theirs = self._where[name]
         return file.read(theirs, rows)
+
+    @property
+    def spellings(self) -> dict[str, str]:
+        """Name as in the table -> name in the files."""
+        return {name: theirs for name, (_, theirs) in self._where.items()}
 
     def _files(self) -> dict[str, Iterable[str] | None]:
         """File -> names that the index expects in it; `None` without an index."""
@@ -86,7 +87,7 @@ class HFFolder:
     def _add(self, file: SafetensorsFile) -> list[str]:
         problems = []
         for theirs, info in file.tensors.items():
-            name = theirs.removeprefix(next(p for p in PREFIXES if theirs.startswith(p)))
+            name = short_name(theirs)
             if name in self.tensors:
                 problems.append(f"{theirs}: occurs twice, also in {self._where[name][0].path.name}")
             self.tensors[name], self._where[name] = info, (file, theirs)

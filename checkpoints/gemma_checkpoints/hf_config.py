@@ -8,11 +8,11 @@ Source: `models/gemma{,2,3}/configuration_gemma{,2,3}.py` of transformers.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 from gemma_jax.config import GemmaConfig, LayerSpec
 
-Json = dict[str, Any]
+from .hf_vision_config import vision_from_hf
+from .json_values import Json, depth, nested, positive, whole
 
 _COMMON = {
     "head_dim": 256,
@@ -69,7 +69,8 @@ ARCHITECTURES = {
 PATTERN = {"gemma": 1, "gemma2": 2, "gemma3_text": 6}
 THETA = {"global": 1_000_000.0, "local": 10_000.0}
 KINDS = {"full_attention": "global", "sliding_attention": "local"}
-MAX_LAYERS = 256  # a forged depth must not become a billion of them
+# Models with a tower around a `gemma3_text`. ShieldGemma 2 differs in what it was trained for.
+MULTIMODAL = ("gemma3", "shieldgemma2")
 
 
 def text_config(raw: Json) -> Json:
@@ -77,9 +78,9 @@ def text_config(raw: Json) -> Json:
 
     `Gemma3ForConditionalGeneration` never applies `final_logit_softcapping`, so it is cleared.
     """
-    if raw.get("model_type") != "gemma3":
+    if raw.get("model_type") not in MULTIMODAL:
         return raw
-    inner = _object(raw, "text_config")
+    inner = nested(raw, "text_config")
     if (kind := inner.get("model_type", "gemma3_text")) != "gemma3_text":
         raise ValueError(f"model_type {kind!r} of text_config is not 'gemma3_text'")
     tied = {"tie_word_embeddings": raw.get("tie_word_embeddings", True)}
@@ -99,32 +100,31 @@ def config_from_hf(raw: Json) -> GemmaConfig:
     if family not in tuple(DEFAULTS):
         raise ValueError(
             f"model_type {raw.get('model_type')!r} is not supported; "
-            f"expected one of: {', '.join([*DEFAULTS, 'gemma3'])}"
+            f"expected one of: {', '.join([*DEFAULTS, *MULTIMODAL])}"
         )
     _refuse_unsupported(text)
     text = DEFAULTS[family] | text
-    layers = _whole(text, "num_hidden_layers")
-    if layers > MAX_LAYERS:
-        raise ValueError(f"num_hidden_layers {layers} is beyond {MAX_LAYERS}")
+    layers = depth(text, "num_hidden_layers")
     gemma3 = family == "gemma3_text"
-    head_dim = _whole(text, "head_dim")
-    scalar = head_dim if family == "gemma" else _positive(text, "query_pre_attn_scalar")
+    head_dim = whole(text, "head_dim")
+    scalar = head_dim if family == "gemma" else positive(text, "query_pre_attn_scalar")
     specs = {kind: _layer_spec(text, kind) for kind in set(_kinds(text, layers))}
     return GemmaConfig(
-        vocab_size=_whole(text, "vocab_size"),
-        d_model=_whole(text, "hidden_size"),
-        num_heads=_whole(text, "num_attention_heads"),
-        num_kv_heads=_whole(text, "num_key_value_heads"),
+        vocab_size=whole(text, "vocab_size"),
+        d_model=whole(text, "hidden_size"),
+        num_heads=whole(text, "num_attention_heads"),
+        num_kv_heads=whole(text, "num_key_value_heads"),
         head_dim=head_dim,
         query_pre_attn_scalar=scalar,
         layers=tuple(specs[kind] for kind in _kinds(text, layers)),
-        max_positions=_whole(text, "max_position_embeddings"),
-        norm_eps=_positive(text, "rms_norm_eps"),
+        max_positions=whole(text, "max_position_embeddings"),
+        norm_eps=positive(text, "rms_norm_eps"),
         qk_norm=gemma3,
         post_norms=family != "gemma",
         # Gemma3Attention never applies attn_logit_softcapping, whatever its config says.
         attn_soft_cap=_cap(text, "attn_logit_softcapping") if family == "gemma2" else None,
         final_soft_cap=None if family == "gemma" else _cap(text, "final_logit_softcapping"),
+        vision=vision_from_hf(raw) if raw["model_type"] in MULTIMODAL else None,
     )
 
 
@@ -146,7 +146,7 @@ def _kinds(text: Json, layers: int) -> list[str]:
     if names is None:
         period = text.get("sliding_window_pattern", text.get("_sliding_window_pattern"))
         period = PATTERN[text["model_type"]] if period is None else period
-        period = _whole({"sliding_window_pattern": period}, "sliding_window_pattern")
+        period = whole({"sliding_window_pattern": period}, "sliding_window_pattern")
         return ["local" if (i + 1) % period else "global" for i in range(layers)]
     known = isinstance(names, list) and all(name in tuple(KINDS) for name in names)
     if not known or len(names) != layers:
@@ -160,10 +160,10 @@ def _layer_spec(text: Json, kind: str) -> LayerSpec:
     theta, scale = _read_rope(text, kind)
     return LayerSpec(
         kind=kind,
-        window=_whole(text, "sliding_window") if kind == "local" else None,
+        window=whole(text, "sliding_window") if kind == "local" else None,
         rope_theta=theta,
         rope_scale=scale,
-        d_ff=_whole(text, "intermediate_size"),
+        d_ff=whole(text, "intermediate_size"),
     )
 
 
@@ -171,40 +171,19 @@ def _read_rope(text: Json, kind: str) -> tuple[float, float]:
     """`(theta, scale)`. Gemma 3's `rope_scaling` is for global layers only."""
     per_kind = text["model_type"] == "gemma3_text"
     name = {ours: theirs for theirs, ours in KINDS.items()}[kind]
-    rope = _object(text, "rope_parameters")
-    rope = _object(rope, name) if per_kind else rope
+    rope = nested(text, "rope_parameters")
+    rope = nested(rope, name) if per_kind else rope
     local = per_kind and kind == "local"
     if not local:
-        rope = rope | _object(text, "rope_scaling")
+        rope = rope | nested(text, "rope_scaling")
     theta_key = "rope_local_base_freq" if local else "rope_theta"
     default = THETA[kind] if per_kind else THETA["local"]
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "linear") or rope.get("partial_rotary_factor", 1) != 1:
         raise ValueError(f"rope {rope} is not supported; expected rope_type 'default' or 'linear'")
-    theta = _positive({theta_key: rope.get("rope_theta", text.get(theta_key, default))}, theta_key)
-    return theta, _positive(rope, "factor") if rope_type == "linear" else 1.0
-
-
-def _object(text: Json, key: str) -> Json:
-    value = text.get(key)
-    if not isinstance(value, dict | None):
-        raise ValueError(f"{key} must be an object, got {value!r}")
-    return value or {}
-
-
-def _whole(text: Json, key: str) -> int:
-    value = text.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{key} must be a positive whole number, got {value!r}")
-    return value
-
-
-def _positive(text: Json, key: str) -> float:
-    value = text.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
-        raise ValueError(f"{key} must be a positive number, got {value!r}")
-    return value
+    theta = positive({theta_key: rope.get("rope_theta", text.get(theta_key, default))}, theta_key)
+    return theta, positive(rope, "factor") if rope_type == "linear" else 1.0
 
 
 def _cap(text: Json, key: str) -> float | None:
-    return None if text.get(key) is None else _positive(text, key)
+    return None if text.get(key) is None else positive(text, key)

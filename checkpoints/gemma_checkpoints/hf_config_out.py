@@ -6,7 +6,9 @@ files; each ignores what it does not know.
 
 from gemma_jax.config import GemmaConfig, LayerSpec
 
-from .hf_config import ARCHITECTURES, DEFAULTS, KINDS, Json
+from .hf_config import ARCHITECTURES, DEFAULTS, KINDS
+from .hf_vision_config import vision_to_hf
+from .json_values import Json
 
 
 def config_to_hf(cfg: GemmaConfig) -> Json:
@@ -15,6 +17,22 @@ def config_to_hf(cfg: GemmaConfig) -> Json:
     Raises:
       ValueError: transformers has no class with these features.
     """
+    text = _text_to_hf(cfg)
+    if cfg.vision is None:
+        return text
+    if text["model_type"] != "gemma3_text" or cfg.final_soft_cap is not None:
+        raise ValueError("of models with a tower, transformers has Gemma 3 without soft caps")
+    del text["architectures"]
+    return {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "tie_word_embeddings": True,
+        "text_config": text,
+    } | vision_to_hf(cfg.vision)
+
+
+def _text_to_hf(cfg: GemmaConfig) -> Json:
+    """The same for the decoder alone."""
     family = _family(cfg)
     by_kind = {spec.kind: spec for spec in cfg.layers}
     if len(set(cfg.layers)) != len(by_kind):

@@ -1,14 +1,31 @@
-"""Tensor names of Hugging Face checkpoints (`modeling_gemma{,2,3}.py` of transformers).
+"""Tensor names of Hugging Face checkpoints (`modeling_{gemma,gemma2,gemma3,siglip}.py`).
 
-Names are written from inside the decoder; the prefix in front of them (`model.` and others) is the
-folder's business (`hf.py`).
+The tables have them as short as they can be told apart: the decoder's from inside the decoder, the
+tower's from inside `vision_tower.`, the projector's from inside `multi_modal_projector.`.
+What transformers has put in front of them over the years:
+
+| part                 | published files              | transformers since 4.52, in memory   |
+|----------------------|------------------------------|--------------------------------------|
+| decoder alone        | `model.`                     | `model.`                             |
+| decoder with a tower | `language_model.model.`      | `model.language_model.`              |
+| tower                | `vision_tower.vision_model.` | `model.vision_tower.[vision_model.]` |
+| projector            | `multi_modal_projector.`     | `model.multi_modal_projector.`       |
+
+ShieldGemma 2 puts one or two `model.` more in front of these. Bare decoders have no prefix.
 """
+
+import re
 
 from gemma_jax.config import GemmaConfig
 
 from .table import Row, Table
 
+_PREFIX = re.compile(
+    r"(model\.)*(language_model\.(model\.)?|(?P<tower>vision_tower\.)(vision_model\.)?)?"
+)
 _LAYER = "layers.{i}."
+_TOWER, _PROJECTOR = "vision_tower.", "multi_modal_projector."
+_TOWER_BLOCK, _TOWER_LAYER = "vision.tower.blocks.{i}.", _TOWER + "encoder.layers.{i}."
 
 CORE: Table = (
     Row("embed.table", "embed_tokens.weight"),
@@ -43,18 +60,56 @@ TIED: Table = (
     Row(None, "lm_head.weight", why="the output head is the embedding table"),
     Row(None, "layers.*.self_attn.rotary_emb.inv_freq", why="computed from the config"),
 )
+
 VISION: Table = (
-    Row(None, "vision_tower.*", why="the text decoder sees no images"),
-    Row(None, "multi_modal_projector.*", why="the text decoder sees no images"),
+    Row("vision.tower.patches.proj.w", _TOWER + "embeddings.patch_embedding.weight"),
+    Row("vision.tower.patches.proj.bias", _TOWER + "embeddings.patch_embedding.bias"),
+    Row("vision.tower.patches.positions", _TOWER + "embeddings.position_embedding.weight"),
+    Row(_TOWER_BLOCK + "pre_attn_norm.scale", _TOWER_LAYER + "layer_norm1.weight"),
+    Row(_TOWER_BLOCK + "pre_attn_norm.bias", _TOWER_LAYER + "layer_norm1.bias"),
+    Row(_TOWER_BLOCK + "attn.q.w", _TOWER_LAYER + "self_attn.q_proj.weight", "(N H) C -> N H C"),
+    Row(_TOWER_BLOCK + "attn.q.bias", _TOWER_LAYER + "self_attn.q_proj.bias", "(N H) -> N H"),
+    Row(_TOWER_BLOCK + "attn.k.w", _TOWER_LAYER + "self_attn.k_proj.weight", "(N H) C -> N H C"),
+    Row(_TOWER_BLOCK + "attn.k.bias", _TOWER_LAYER + "self_attn.k_proj.bias", "(N H) -> N H"),
+    Row(_TOWER_BLOCK + "attn.v.w", _TOWER_LAYER + "self_attn.v_proj.weight", "(N H) C -> N H C"),
+    Row(_TOWER_BLOCK + "attn.v.bias", _TOWER_LAYER + "self_attn.v_proj.bias", "(N H) -> N H"),
+    Row(_TOWER_BLOCK + "attn.o.w", _TOWER_LAYER + "self_attn.out_proj.weight", "C (N H) -> C N H"),
+    Row(_TOWER_BLOCK + "attn.o.bias", _TOWER_LAYER + "self_attn.out_proj.bias"),
+    Row(_TOWER_BLOCK + "pre_ffn_norm.scale", _TOWER_LAYER + "layer_norm2.weight"),
+    Row(_TOWER_BLOCK + "pre_ffn_norm.bias", _TOWER_LAYER + "layer_norm2.bias"),
+    Row(_TOWER_BLOCK + "ffn.up.w", _TOWER_LAYER + "mlp.fc1.weight"),
+    Row(_TOWER_BLOCK + "ffn.up.bias", _TOWER_LAYER + "mlp.fc1.bias"),
+    Row(_TOWER_BLOCK + "ffn.down.w", _TOWER_LAYER + "mlp.fc2.weight"),
+    Row(_TOWER_BLOCK + "ffn.down.bias", _TOWER_LAYER + "mlp.fc2.bias"),
+    Row("vision.tower.final_norm.scale", _TOWER + "post_layernorm.weight"),
+    Row("vision.tower.final_norm.bias", _TOWER + "post_layernorm.bias"),
+    Row("vision.projector.norm.scale", _PROJECTOR + "mm_soft_emb_norm.weight"),
+    # The one matrix of the model that is stored input first.
+    Row("vision.projector.proj.w", _PROJECTOR + "mm_input_projection_weight", "C D -> D C"),
 )
 
 
-def hf_table(cfg: GemmaConfig, *, multimodal: bool = False) -> Table:
-    """The rows that a decoder with the features of `cfg` has."""
+def hf_table(cfg: GemmaConfig) -> Table:
+    """The rows that a model with the features of `cfg` has."""
     return (
         CORE
         + (SANDWICH_NORMS if cfg.post_norms else PRE_NORMS)
         + (QK_NORM if cfg.qk_norm else ())
+        + (VISION if cfg.vision else ())
         + TIED
-        + (VISION if multimodal else ())
     )
+
+
+def short_name(name: str) -> str:
+    """The name of a tensor as the tables have it, whatever was put in front of it."""
+    prefix = _PREFIX.match(name)
+    return (prefix["tower"] or "") + name[prefix.end() :]
+
+
+def published_name(short: str, cfg: GemmaConfig) -> str:
+    """A name of the tables as the published files of such models spell it."""
+    if short.startswith(_PROJECTOR):
+        return short
+    if short.startswith(_TOWER):
+        return short.replace(_TOWER, _TOWER + "vision_model.", 1)
+    return ("model." if cfg.vision is None else "language_model.model.") + short

@@ -7,7 +7,7 @@ piece per thread and nothing else, so the peak is the model plus less than its l
 import math
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ from gemma_jax.segments import Layout
 from .buffers import Buffer, make_buffer
 from .errors import CheckpointError
 from .match import Move, match
+from .modalities import config_for
 from .params import ParamPath, abstract_model, flat_params, named_slots
 from .source import Source
 
@@ -53,6 +54,7 @@ def load_source(
     source: Source,
     *,
     dtype: jax.typing.DTypeLike | None = None,
+    modalities: Collection[str] | None = None,
     layout: Layout = "scan",
     runtime: Runtime = Runtime(),
     placement: Placement | None = None,
@@ -60,7 +62,8 @@ def load_source(
     progress: Callable[[int, int], None] | None = None,
 ) -> Gemma:
     """`load_model` for a source that is open; the arguments are documented there."""
-    model = abstract_model(source.config, runtime=runtime, layout=layout)
+    cfg = config_for(source, modalities)
+    model = abstract_model(cfg, runtime=runtime, layout=layout)
     params = flat_params(model)
     moves = match(source, named_slots(model))
     total, done = sum(_size(move) for move in moves), 0

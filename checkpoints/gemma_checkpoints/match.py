@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from .errors import CheckpointError
-from .params import Slot
+from .params import Slot, depths
 from .rearrange import shape as side_shape
 from .source import Source, TensorInfo
 from .table import Row, dropped, expand
@@ -22,12 +22,12 @@ class Move:
 
 
 def match(source: Source, slots: dict[str, Slot]) -> list[Move]:
-    """One move per slot, in the order of the slots.
+    """One move per slot, in the order of the slots. Parts of the source without slots stay out.
 
     Raises:
       CheckpointError: with every tensor that is missing, surplus, or of the wrong shape or type.
     """
-    rows = expand(source.table, len(source.config.layers))
+    rows = expand(source.table, depths(source.config))
     problems, moves = [], []
     for name, slot in slots.items():
         row = rows[name]
@@ -40,9 +40,9 @@ def match(source: Source, slots: dict[str, Slot]) -> list[Move]:
             moves.append(Move(name, row, info, slot))
     surplus = set(source.tensors) - {row.theirs for row in rows.values()}
     surplus -= set(dropped(source.table, surplus))
-    depth = len(source.config.layers)
+    layers = " and ".join(map(str, depths(source.config).values()))
     problems += [
-        f"{name} is surplus: the config ({depth} layers) has no place for it"
+        f"{name} is surplus: the config ({layers} layers) has no place for it"
         for name in sorted(surplus)
     ]
     if problems:

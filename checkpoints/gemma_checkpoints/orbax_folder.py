@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from gemma_jax.config import GemmaConfig, LayerSpec
+from gemma_jax.config import GemmaConfig, LayerSpec, VisionConfig
 from gemma_jax.model import Gemma
 
+from .catalog import resolve
 from .errors import CheckpointError
 from .export import host_array, refuse_inexact, tensor_bytes
 from .folders import new_folder
@@ -21,7 +22,7 @@ from .hf_names import hf_table
 from .params import flat_params, named_slots
 from .source import TensorInfo
 from .table import Row, Table
-from .tokenizers import copy_tokenizer
+from .tokenizers import copy_companions
 
 MANIFEST, ARRAYS, VERSION = "gemma_jax.json", "arrays", 1
 
@@ -32,7 +33,7 @@ def save_orbax(model: Gemma, folder: str | Path, *, source: str | Path | None = 
     Args:
       model: Dense parameters in float32, float16 or bfloat16; they are stored as they are.
       folder: Must not exist, or be empty.
-      source: Checkpoint whose tokenizer goes along.
+      source: Checkpoint whose tokenizer goes along, and settings of the images' processor.
 
     Raises:
       CheckpointError: the folder is taken, or cannot be written.
@@ -42,13 +43,14 @@ def save_orbax(model: Gemma, folder: str | Path, *, source: str | Path | None = 
     target = Path(folder)
     params = flat_params(model)
     refuse_inexact(target, params)
+    source = None if source is None else resolve(source)
     slots = named_slots(model)
     arrays = {name: host_array(params[slot.path], slot.row) for name, slot in slots.items()}
     with new_folder(target, needed=tensor_bytes(params)) as part:
         manifest = {"version": VERSION, "config": asdict(model.cfg)}
         (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         if source is not None:
-            copy_tokenizer(Path(source), part)
+            copy_companions(source, part, images=model.cfg.vision is not None)
         with ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save((part / ARRAYS).absolute(), arrays)
     return target
@@ -105,7 +107,9 @@ class OrbaxFolder:
 
 def _config(fields: dict) -> GemmaConfig:
     layers = tuple(LayerSpec(**spec) for spec in fields["layers"])
-    return GemmaConfig(**{**fields, "layers": layers})
+    vision = fields.get("vision")  # absent from folders that are older than it
+    vision = None if vision is None else VisionConfig(**vision)
+    return GemmaConfig(**{**fields, "layers": layers, "vision": vision})
 
 
 def _info(entry: Any) -> TensorInfo:

@@ -1,8 +1,10 @@
 """The parameters of a model by names that do not depend on how its layers are stacked."""
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import jax
 from flax import nnx
@@ -10,7 +12,7 @@ from flax import nnx
 from gemma_jax.config import GemmaConfig
 from gemma_jax.context import Runtime
 from gemma_jax.model import Gemma
-from gemma_jax.segments import Layout, Segment
+from gemma_jax.segments import Layout
 
 ParamPath = tuple[str | int, ...]
 
@@ -47,21 +49,38 @@ def flat_params(model: Gemma) -> dict[ParamPath, nnx.Param]:
 
 
 def named_slots(model: Gemma) -> dict[str, Slot]:
-    """Name -> slot: `embed.table`, `blocks.0.attn.q.w`, ..., `final_norm.scale`."""
+    """Name -> slot: `embed.table`, `blocks.0.attn.q.w`, `vision.tower.blocks.3.attn.q.bias`, ..."""
     return {
         name: slot
         for path, param in flat_params(model).items()
-        for name, slot in _slots(path, param, model.segments)
+        for name, slot in _slots(path, param, model)
     }
 
 
-def _slots(path: ParamPath, param: nnx.Param, segments: tuple[Segment, ...]) -> Iterator:
+def depths(cfg: GemmaConfig) -> dict[str, int]:
+    """Number of layers by stack, as names of parameters begin: `blocks`, `vision.tower.blocks`."""
+    tower = {} if cfg.vision is None else {"vision.tower.blocks": cfg.vision.num_layers}
+    return {"blocks": len(cfg.layers)} | tower
+
+
+def params_by_part(cfg: GemmaConfig) -> dict[str, int]:
+    """Number of parameters in `text`, and in `vision.tower` and `vision.projector` if it sees."""
+    counts = Counter()
+    for name, slot in named_slots(abstract_model(cfg, layout="scan")).items():
+        part = ".".join(name.split(".")[:2]) if name.startswith("vision.") else "text"
+        counts[part] += math.prod(slot.shape)
+    return dict(counts)
+
+
+def _slots(path: ParamPath, param: nnx.Param, model: Gemma) -> Iterator[tuple[str, Slot]]:
     shape, dims = tuple(param.get_value().shape), param.dims
-    if path[0] != "blocks":
+    if "blocks" not in path:
         yield ".".join(map(str, path)), Slot(path, None, dims, shape)
         return
-    _, segment, position, *rest = path
+    at = path.index("blocks")
+    owner, (_, segment, position, *rest) = path[:at], path[at:]
+    segments = reduce(getattr, owner, model).segments
     for repeat in range(shape[0]):
         layer = segments[segment].layer_index(position, repeat)
-        name = ".".join(map(str, ("blocks", layer, *rest)))
+        name = ".".join(map(str, (*owner, "blocks", layer, *rest)))
         yield name, Slot(path, repeat, dims, shape[1:])

@@ -4,7 +4,8 @@ One row is one fact, read from right to left to load and from left to right to e
 
     Row("blocks.{i}.attn.q.w", "layers.{i}.self_attn.q_proj.weight", "(N H) D -> N H D")
 
-`{i}` is the index of the layer. The letters on the right of the pattern are the `dims` of our
+`{i}` is the index of the layer in the stack that is named before it: `blocks` are the decoder's,
+`vision.tower.blocks` the tower's. The letters on the right of the pattern are the `dims` of our
 parameter, so their sizes come from the model and nowhere else.
 """
 
@@ -40,6 +41,12 @@ class Row:
         if (self.ours is None) != bool(self.why):
             raise ValueError(f"{self.theirs}: a row drops a tensor if and only if it says why")
 
+    @property
+    def stack(self) -> str | None:
+        """Name of the stack of layers that has one such parameter per layer, if any."""
+        stack, layer, _ = (self.ours or "").partition("." + LAYER)
+        return stack if layer else None
+
     @cached_property
     def parsed(self) -> Rearrange | None:
         return None if self.rearrange is None else Rearrange.parse(self.rearrange)
@@ -58,8 +65,12 @@ class Row:
 Table = tuple[Row, ...]
 
 
-def expand(table: Table, num_layers: int) -> dict[str, Row]:
+def expand(table: Table, depths: Mapping[str, int]) -> dict[str, Row]:
     """Our name -> row, with one row per layer; dropping rows are left out.
+
+    Args:
+      table: Rows of any number of stacks.
+      depths: Stack -> number of its layers; see `params.depths`.
 
     Raises:
       ValueError: two rows claim the same name of ours or of theirs.
@@ -68,7 +79,7 @@ def expand(table: Table, num_layers: int) -> dict[str, Row]:
         row.at(i)
         for row in table
         if row.ours is not None
-        for i in (range(num_layers) if LAYER in row.ours else (0,))
+        for i in range(depths[row.stack] if row.stack else 1)
     ]
     for side in ("ours", "theirs"):
         names = [getattr(row, side) for row in rows]

@@ -1,4 +1,4 @@
-"""Where the tokenizer of a checkpoint lies, and how it travels with an export."""
+"""Where the tokenizer of a checkpoint lies, and what travels with an export."""
 
 import shutil
 from pathlib import Path
@@ -15,6 +15,7 @@ COMPANIONS = (
     "chat_template.jinja",
     "generation_config.json",
 )
+PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # of images
 
 
 def find_tokenizer(path: Path) -> Path | None:
@@ -24,12 +25,15 @@ def find_tokenizer(path: Path) -> Path | None:
     return next((path / name for name in VOCABULARIES if (path / name).is_file()), None)
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Puts the tokenizer of the checkpoint `source`, if it has one, into `folder`."""
+def copy_companions(source: Path, folder: Path, *, images: bool) -> None:
+    """Puts what the checkpoint `source` has beside its weights into `folder`.
+
+    That is the tokenizer, and with `images` the settings of their processor.
+    """
     if source.is_file() and is_gguf(source):
         copy_metadata(source, folder / VOCABULARIES[-1])
         return
-    for name in (*VOCABULARIES, *COMPANIONS):
+    for name in (*VOCABULARIES, *COMPANIONS, *(PROCESSORS if images else ())):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 

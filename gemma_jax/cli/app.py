@@ -5,7 +5,18 @@ import sys
 
 import typer
 
-from gemma_jax.cli import bench, chat, convert, forward, generate, info, score, tokenize
+from gemma_jax.cli import (
+    bench,
+    chat,
+    convert,
+    encode_image,
+    forward,
+    generate,
+    info,
+    score,
+    shield,
+    tokenize,
+)
 
 app = typer.Typer(
     add_completion=False,
@@ -16,8 +27,11 @@ app = typer.Typer(
     epilog="SRC is a catalog name (gemma3-270m), a Hugging Face folder, a .gguf file, or an Orbax "
     "folder written by `gemma-jax convert`. --debug, anywhere, shows tracebacks.",
 )
-for module in (generate, chat, score, forward, tokenize, info, convert, bench):
-    app.command(module.__name__.rpartition(".")[2])(module.command)
+COMMANDS = (
+    generate, chat, score, shield, forward, tokenize, encode_image, info, convert, bench,
+)  # fmt: skip
+for module in COMMANDS:
+    app.command(module.__name__.rpartition(".")[2].replace("_", "-"))(module.command)
 
 # Paths that a user got wrong; every other OSError is a failure of the machine.
 WRONG_PATH = (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError)

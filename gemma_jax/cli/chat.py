@@ -1,13 +1,20 @@
 """`gemma-jax chat`: talk to a model in the terminal."""
 
+import os
 import sys
 from collections.abc import Iterator
-from typing import Annotated
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gemma_jax.cli import common, progress
 from gemma_jax.cli.inputs import utf8
+
+if TYPE_CHECKING:
+    from gemma_jax.generation import Conversation
+    from gemma_jax.model import Gemma
+    from gemma_jax.vision.images import Image
 
 
 def command(
@@ -24,10 +31,12 @@ def command(
     seed: common.Seed = 0,
     dtype: common.DTypeOption = None,
     weights: common.WeightsOption = None,
+    pan_and_scan: common.PanAndScanOption = False,
 ) -> None:
     """Chat with a model; the cache is kept between turns.
 
-    /reset starts anew, /quit or the end of input leaves. Ctrl-C stops an answer.
+    /image FILE puts an image in front of the next message, /reset starts anew, /quit or the end of
+    input leaves. Ctrl-C stops an answer.
     """
     if system is not None:
         system = utf8(system, "--system")
@@ -43,29 +52,63 @@ def command(
 
     def start() -> Conversation:
         return Conversation(
-            net, tokenizer, max_len=max_len, system=system, sampling=sampling, seed=seed
+            net,
+            tokenizer,
+            max_len=max_len,
+            system=system,
+            sampling=sampling,
+            seed=seed,
+            pan_and_scan=common.pan_and_scan(pan_and_scan),
         )
 
-    conversation = start()
+    conversation, images = start(), []
     for line in _lines():
+        word, _, rest = line.partition(" ")
         if line == "/quit":
             return
         if line == "/reset":
-            conversation = start()
-            continue
-        try:
-            _answer(conversation, line, max_new_tokens)
-        except KeyboardInterrupt:
-            print()  # what was written stays part of the conversation
-        except ValueError as error:
-            if not sys.stdin.isatty():
-                raise
-            print(f"error: {error}, or /reset", file=sys.stderr)  # outgrown: there is a way on
+            conversation, images = start(), []
+        elif word == "/image":
+            with _lenient():
+                images.append(_open(rest.strip(), net))
+        else:
+            with _lenient(", or /reset"):  # the conversation may have outgrown its room
+                _answer(conversation, [*images, line], max_new_tokens)
+            images = []
 
 
-def _answer(conversation, line: str, max_new_tokens: int) -> None:
+@contextmanager
+def _lenient(way_on: str = "") -> Iterator[None]:
+    """Lets the chat go on after Ctrl-C, and on a terminal after an error, which becomes a line."""
+    from gemma_jax.cli.app import one_line
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        print()  # what was written stays part of the conversation
+    except (ValueError, OSError, ImportError) as error:
+        if not sys.stdin.isatty():
+            raise
+        print(f"error: {one_line(error)}{way_on}", file=sys.stderr)
+
+
+def _open(file: str, net: "Gemma") -> "Image":
+    """The image for the next message."""
+    from gemma_jax.vision.images import Image
+    from gemma_jax.vision.prompt import require_vision
+
+    require_vision(net.cfg.vision)
+    if not file:
+        raise ValueError("expected a file, as in /image picture.png")
+    image = Image(os.path.expanduser(file))
+    size = f"{image.width} x {image.height} pixels"
+    print(f"{file}, {size}, goes with your next message", file=sys.stderr)
+    return image
+
+
+def _answer(conversation: "Conversation", content: "str | list", max_new_tokens: int) -> None:
     with progress.compiling() as bar:
-        for piece in conversation.stream(line, max_new_tokens=max_new_tokens):
+        for piece in conversation.stream(content, max_new_tokens=max_new_tokens):
             bar.stop()
             sys.stdout.write(piece)
             sys.stdout.flush()

@@ -13,7 +13,11 @@ from rich.console import Console
 from gemma_jax.cli import progress
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from gemma_jax.model import Gemma
+    from gemma_jax.vision.images import Image
+    from gemma_jax.vision.pan_and_scan import PanAndScan
 
 stderr = Console(stderr=True)
 
@@ -51,6 +55,16 @@ NumericsOption = Annotated[
 AttentionOption = Annotated[
     str | None, typer.Option("--attention-impl", help="Attention implementation; default: auto.")
 ]
+VisionDTypeOption = Annotated[
+    DType | None, typer.Option(help="Dtype inside the vision tower. Default: as --dtype.")
+]
+Images = Annotated[
+    list[Path] | None,
+    typer.Option(help="Image file; may be repeated. Goes where the prompt says <start_of_image>."),
+]
+PanAndScanOption = Annotated[
+    bool, typer.Option("--pan-and-scan", help="Add crops of elongated images.")
+]
 Temperature = Annotated[float, typer.Option(help="0 takes the most probable token.")]
 TopK = Annotated[int, typer.Option(help="Keep the k most probable tokens; 0 keeps all.")]
 TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens of this mass.")]
@@ -80,6 +94,7 @@ def load_model(
     weights: Weights | None = None,
     numerics: NumericsName = NumericsName.hf,
     attention_impl: str | None = None,
+    vision_dtype: DType | None = None,
 ) -> "Gemma":
     """`gemma_jax.load` without the tokenizer, under a progress bar."""
     set_up_jax()
@@ -92,10 +107,41 @@ def load_model(
             weights=weights and weights.value,
             numerics=numerics.value,
             attention_impl=attention_impl,
+            vision_dtype=vision_dtype and vision_dtype.value,
             progress=bar,
         )
+
+
+def save_arrays(arrays: dict[str, "np.ndarray"], path: Path, output: Path) -> None:
+    """Writes a safetensors file to `path`; `output` is the name it will have."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        save_file(arrays, path)
+    except SafetensorError as error:  # its text holds the system's: no space left, and so on
+        raise OSError(f"{output} cannot be written: {error}") from None
 
 
 def print_json(result: dict[str, Any]) -> None:
     json.dump(result, sys.stdout, ensure_ascii=False)
     sys.stdout.write("\n")
+
+
+def open_images(files: list[Path] | None, source: str) -> "list[Image]":
+    """The images, read and checked before a model is loaded for them."""
+    if not files:
+        return []
+    from gemma_checkpoints import describe, resolve
+    from gemma_jax.vision.images import Image
+    from gemma_jax.vision.prompt import require_vision
+
+    images = [Image(file) for file in files]
+    require_vision(describe(resolve(source)).config.vision)
+    return images
+
+
+def pan_and_scan(wanted: bool) -> "PanAndScan | None":
+    from gemma_jax.vision.pan_and_scan import PanAndScan
+
+    return PanAndScan() if wanted else None

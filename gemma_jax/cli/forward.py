@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gemma_jax.cli import common, progress
-from gemma_jax.cli.inputs import read_text_inputs, real_tokens
+from gemma_jax.cli.inputs import check_for_model, read_inputs, real_tokens
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from gemma_jax.model import Gemma
 
 
 def command(
@@ -28,6 +30,7 @@ def command(
     weights: common.WeightsOption = None,
     numerics: common.NumericsOption = common.NumericsName.hf,
     attention_impl: common.AttentionOption = None,
+    vision_dtype: common.VisionDTypeOption = None,
 ) -> None:
     """Run stored inputs and write what comes out.
 
@@ -35,40 +38,74 @@ def command(
     """
     common.set_up_jax()
     import jax.numpy as jnp
+    import numpy as np
 
     from gemma_jax.files import replacing
     from gemma_jax.model import forward
+    from gemma_jax.vision import encoder
 
-    arrays = read_text_inputs(inputs)
+    arrays = read_inputs(inputs)
     ids, positions, rope = arrays["input_ids"], *_positions(arrays, inputs)
     names = _captures(capture)
     with replacing(output) as path:  # entered first: a wrong path should not cost a model's loading
         net = common.load_model(
-            model, dtype=dtype, weights=weights, numerics=numerics, attention_impl=attention_impl
+            model,
+            dtype=dtype,
+            weights=weights,
+            numerics=numerics,
+            attention_impl=attention_impl,
+            vision_dtype=vision_dtype,
         )
-        if ids.min() < 0 or ids.max() >= net.cfg.vocab_size:
-            raise ValueError(
-                f"{inputs}: input_ids must lie in [0, {net.cfg.vocab_size}), the model's "
-                f"vocabulary; got {ids.min()} to {ids.max()}"
-            )
+        check_for_model(arrays, net.cfg, inputs)
+        if net.cfg.vision is None and (asked := [n for n in names if n in encoder.CAPTURES]):
+            raise ValueError(f"this model has no vision tower to capture {', '.join(asked)} from")
         with progress.compiling():
+            soft, seen = _see(net, arrays, tuple(n for n in names if n in encoder.CAPTURES))
             out = forward(
                 net,
                 jnp.asarray(ids, jnp.int32),
                 jnp.asarray(positions, jnp.int32),
                 rope_positions_BT=jnp.asarray(rope, jnp.int32),
-                capture=names,
+                soft=soft,
+                capture=tuple(n for n in names if n not in encoder.CAPTURES),
             )
-            _write({"logits": out.logits, **out.captured}, path, output)
+            results = {"logits": out.logits, **out.captured, **seen}
+            common.save_arrays(
+                {name: np.asarray(array, np.float32) for name, array in results.items()},
+                path,
+                output,
+            )
 
 
 def _captures(names: str) -> tuple[str, ...]:
-    from gemma_jax.model import CAPTURES
+    from gemma_jax import model
+    from gemma_jax.vision import encoder
 
+    known = (*model.CAPTURES, *encoder.CAPTURES)
     wanted = tuple(name.strip() for name in names.split(",") if name.strip())
-    if unknown := [name for name in wanted if name not in CAPTURES]:
-        raise ValueError(f"cannot capture {', '.join(unknown)}; choose from {', '.join(CAPTURES)}")
+    if unknown := [name for name in wanted if name not in known]:
+        raise ValueError(f"cannot capture {', '.join(unknown)}; choose from {', '.join(known)}")
     return wanted
+
+
+def _see(net: "Gemma", arrays: dict[str, "np.ndarray"], capture: tuple[str, ...]):
+    """Soft tokens for the images in the inputs, and what was captured on the way to them.
+
+    The images are where `token_type_ids` says so; without it transformers reads even the tokens of
+    an image one after the other.
+    """
+    from gemma_jax.vision.encoder import encode_images
+    from gemma_jax.vision.soft_tokens import SoftTokens, locate, runs
+
+    if "pixel_values" not in arrays:
+        if capture:
+            raise ValueError(f"no pixel_values in the inputs to capture {', '.join(capture)} from")
+        return None, {}
+    embeddings_ITD, captured = encode_images(net, arrays["pixel_values"], capture=capture)
+    index_BT, _ = locate(arrays["input_ids"], net.cfg.vision)
+    block_BT = runs(arrays["token_type_ids"] == 1) if "token_type_ids" in arrays else None
+    soft = SoftTokens(embeddings_ITD=embeddings_ITD, index_BT=index_BT, block_BT=block_BT)
+    return soft, captured
 
 
 def _positions(arrays: dict[str, "np.ndarray"], file: Path) -> tuple["np.ndarray", "np.ndarray"]:
@@ -91,14 +128,3 @@ def _positions(arrays: dict[str, "np.ndarray"], file: Path) -> tuple["np.ndarray
             f"{file}: position_ids must count up by one; packed sequences are not supported"
         )
     return np.where(mask, np.cumsum(mask, axis=1) - 1, -1), rope
-
-
-def _write(results: dict, path: Path, output: Path) -> None:
-    import numpy as np
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    try:
-        save_file({name: np.asarray(array, np.float32) for name, array in results.items()}, path)
-    except SafetensorError as error:  # its text holds the system's: no space left, and so on
-        raise OSError(f"{output} cannot be written: {error}") from None

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemma_jax.cli import common, progress
-from gemma_jax.cli.inputs import read_text_inputs, real_tokens, utf8
+from gemma_jax.cli.inputs import check_for_model, read_inputs, real_tokens, utf8
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from gemma_jax.generation import Completion
-    from gemma_jax.text import Tokenizer
+    from gemma_jax.model import Gemma
+    from gemma_jax.vision.prompt import Prompt
 
 
 def command(
@@ -28,6 +31,8 @@ def command(
             help="Safetensors file with input_ids [B, T], in place of a prompt.",
         ),
     ] = None,
+    image: common.Images = None,
+    pan_and_scan: common.PanAndScanOption = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Bound on the continuation.")] = 128,
     temperature: common.Temperature = 0.0,
     top_k: common.TopK = 0,
@@ -50,11 +55,13 @@ def command(
     """Continue PROMPT and stream the text to stdout."""
     if (prompt is None) == (inputs is None):
         raise typer.BadParameter("give a PROMPT or --inputs FILE, one of the two")
+    if inputs and (image or pan_and_scan):
+        raise typer.BadParameter("--image goes with a PROMPT; --inputs FILE holds its own images")
     if not all(stop or ()):
         raise typer.BadParameter("a --stop text needs at least one character")
     if prompt is not None:
         prompt = utf8(sys.stdin.buffer.read() if prompt == "-" else prompt, "the prompt")
-    rows = _rows_of(inputs) if inputs else None
+    arrays = read_inputs(inputs) if inputs else None
     from gemma_jax.sampling import Sampling
 
     sampling = Sampling(
@@ -69,13 +76,16 @@ def command(
     from gemma_jax.generation import generate
     from gemma_jax.loading import has_tokenizer, load_tokenizer
 
-    tokenizer = load_tokenizer(model) if rows is None or has_tokenizer(model) else None
-    if rows is None:
-        rows = [_prompt_ids(tokenizer, prompt, chat)]
+    images = common.open_images(image, model)
+    tokenizer = load_tokenizer(model) if prompt is not None or has_tokenizer(model) else None
     net = common.load_model(
         model, dtype=dtype, weights=weights, numerics=numerics, attention_impl=attention_impl
     )
     loaded = time.perf_counter()
+    if arrays is None:
+        prompts = [[{"role": "user", "content": [*images, prompt]}] if chat else prompt]
+    else:
+        prompts = _prompts_of(arrays, net, inputs)
 
     first: list[float] = []
     bar = progress.reading()
@@ -91,7 +101,9 @@ def command(
         completions = generate(
             net,
             tokenizer,
-            rows,
+            prompts,
+            images=[images] if images and not chat else None,
+            pan_and_scan=common.pan_and_scan(pan_and_scan),
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             seed=seed,
@@ -112,18 +124,20 @@ def command(
         print()
 
 
-def _rows_of(path: Path) -> list[list[int]]:
-    inputs = read_text_inputs(path)
-    mask = real_tokens(inputs, path)
-    return [row[keep].tolist() for row, keep in zip(inputs["input_ids"], mask)]
+def _prompts_of(arrays: dict[str, "np.ndarray"], net: "Gemma", path: Path) -> "list[Prompt]":
+    """One prompt per row: its real tokens, and the images that its placeholders stand for."""
+    import numpy as np
 
+    from gemma_jax.vision.prompt import Prompt
 
-def _prompt_ids(tokenizer: "Tokenizer", prompt: str, chat: bool) -> list[int]:
-    from gemma_jax.text import encode_chat
-
-    if chat:
-        return encode_chat(tokenizer, [{"role": "user", "content": prompt}])
-    return tokenizer.encode(prompt, bos=True)
+    check_for_model(arrays, net.cfg, path)
+    rows = [row[keep] for row, keep in zip(arrays["input_ids"], real_tokens(arrays, path))]
+    if "pixel_values" not in arrays:
+        return [Prompt(row.tolist()) for row in rows]
+    vision = net.cfg.vision
+    counts = [int((row == vision.image_token).sum()) // vision.num_soft_tokens for row in rows]
+    pixels = np.split(arrays["pixel_values"], np.cumsum(counts)[:-1])
+    return [Prompt(row.tolist(), own) for row, own in zip(rows, pixels)]
 
 
 def _result(completions: "list[Completion]", batch: bool) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """`gemma-jax info`: what a model is and what it needs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gemma_jax.cli import common
+
+if TYPE_CHECKING:
+    from gemma_jax.config import VisionConfig
 
 CONTEXTS = (1_024, 8_192, 32_768, 131_072)
 
@@ -16,7 +19,8 @@ def command(
 ) -> None:
     """Show what a model is and what it needs.
 
-    Parameters, bytes, layers by kind, and cache bytes per context length. Reads no weights.
+    Parameters, bytes, layers by kind, the vision tower, and cache bytes per context length. Reads
+    no weights.
     """
     facts = _facts(source)
     if as_json:
@@ -41,11 +45,8 @@ def command(
 
 
 def _facts(source: str) -> dict:
-    import jax
-    from flax import nnx
-
+    from gemma_checkpoints.params import params_by_part
     from gemma_jax.cache import cache_bytes
-    from gemma_jax.model import Gemma
     from gemma_jax.presets import PRESETS
 
     stored = {}
@@ -63,12 +64,13 @@ def _facts(source: str) -> dict:
             "file_bytes": sum(summary.tensor_bytes.values()),
             "file_bytes_by_encoding": dict(summary.tensor_bytes),
         }
-    shapes = jax.eval_shape(lambda: Gemma(cfg, rngs=nnx.Rngs(0)))
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    parts = params_by_part(cfg)
+    parameters = sum(parts.values())
     local = [spec for spec in cfg.layers if spec.kind == "local"]
     contexts = [*(n for n in CONTEXTS if n < cfg.max_positions), cfg.max_positions]
     return {
         "parameters": parameters,
+        **({} if cfg.vision is None else _by_part(parts)),
         "embedding_parameters": cfg.vocab_size * cfg.d_model,
         **stored,
         "layers": len(cfg.layers),
@@ -82,8 +84,23 @@ def _facts(source: str) -> dict:
         "head_dim": cfg.head_dim,
         "vocabulary": cfg.vocab_size,
         "context": cfg.max_positions,
+        **({} if cfg.vision is None else _vision(cfg.vision)),
         "weight_bytes": {"float32": 4 * parameters, "bfloat16": 2 * parameters},
         "cache_bytes_bfloat16": {str(n): cache_bytes(cfg, 1, n, "bfloat16") for n in contexts},
+    }
+
+
+def _by_part(parts: dict[str, int]) -> dict[str, int]:
+    return {f"{part.replace('.', '_')}_parameters": count for part, count in parts.items()}
+
+
+def _vision(vision: "VisionConfig") -> dict:
+    return {
+        "image_size": vision.image_size,
+        "image_patches": vision.grid**2,
+        "soft_tokens_per_image": vision.num_soft_tokens,
+        "vision_tower_layers": vision.num_layers,
+        "vision_tower_width": vision.d_tower,
     }
 
 

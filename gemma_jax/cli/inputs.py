@@ -1,4 +1,4 @@
-"""What comes from outside: texts, and safetensors files of token ids."""
+"""What comes from outside: texts, and safetensors files of token ids and pixels."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -6,8 +6,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-# Names of Hugging Face that a text model knows; the last two change nothing in its forward pass.
-TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "labels")
+    from gemma_jax.config import GemmaConfig
+
+# Hugging Face's names. The last two are known, and change nothing in a forward pass.
+NAMES = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "token_type_ids",
+    "pixel_values",
+    "num_crops",
+    "labels",
+)
 
 
 def utf8(text: str | bytes, what: str) -> str:
@@ -28,11 +38,12 @@ def utf8(text: str | bytes, what: str) -> str:
     return text
 
 
-def read_text_inputs(path: Path) -> dict[str, "np.ndarray"]:
+def read_inputs(path: Path) -> dict[str, "np.ndarray"]:
     """Arrays of a safetensors file by name, without a leading `in.`; outputs (`out.`) left out.
 
     Raises:
-      ValueError: Not a safetensors file, without `input_ids [B, T]`, or for another kind of model.
+      ValueError: Not a safetensors file, without `input_ids [B, T]`, with names that no model here
+        knows, or with arrays that do not fit together.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -42,15 +53,52 @@ def read_text_inputs(path: Path) -> dict[str, "np.ndarray"]:
             arrays = {name.removeprefix("in."): file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise ValueError(f"{path} is no readable safetensors file: {error}") from None
-    if unknown := sorted(arrays.keys() - set(TEXT_INPUTS)):
-        raise ValueError(
-            f"{path}: a text model cannot use {', '.join(unknown)}; expected {_list(TEXT_INPUTS)}"
-        )
+    if unknown := sorted(arrays.keys() - set(NAMES)):
+        raise ValueError(f"{path}: cannot use {', '.join(unknown)}; expected {_list(NAMES)}")
     ids = arrays.get("input_ids")
     if ids is None or ids.ndim != 2 or not ids.size or ids.dtype.kind not in "iu":
         found = [f"{name} {array.dtype} {list(array.shape)}" for name, array in arrays.items()]
         raise ValueError(f"{path} must hold integer input_ids [B, T]; it holds {_list(found)}")
+    types = arrays.get("token_type_ids", ids)
+    if types.shape != ids.shape:
+        raise ValueError(
+            f"{path}: token_type_ids {list(types.shape)} must match input_ids {list(ids.shape)}"
+        )
     return arrays
+
+
+def check_for_model(arrays: dict[str, "np.ndarray"], cfg: "GemmaConfig", path: Path) -> None:
+    """Holds inputs against the model they are for.
+
+    Raises:
+      ValueError: Ids outside the vocabulary, images for a model that reads text alone, images of
+        another size or number than the model and the ids ask for.
+    """
+    ids, pixels, vision = arrays["input_ids"], arrays.get("pixel_values"), cfg.vision
+    places = 0 if vision is None else int((ids == vision.image_token).sum())
+    words = ids if vision is None else ids[ids != vision.image_token]
+    if words.size and (words.min() < 0 or words.max() >= cfg.vocab_size):
+        raise ValueError(
+            f"{path}: input_ids must lie in [0, {cfg.vocab_size}), the model's vocabulary; "
+            f"got {words.min()} to {words.max()}"
+        )
+    if pixels is None:
+        if places:
+            raise ValueError(f"{path}: {places} places for soft tokens, but no pixel_values")
+        return
+    if vision is None:
+        raise ValueError(f"{path}: pixel_values given, but this model reads text alone")
+    size = vision.image_size
+    if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size) or pixels.dtype.kind != "f":
+        raise ValueError(
+            f"{path}: pixel_values must be floats [I, 3, {size}, {size}], got {pixels.dtype} "
+            f"{list(pixels.shape)}"
+        )
+    if places != len(pixels) * vision.num_soft_tokens:
+        raise ValueError(
+            f"{path}: {len(pixels)} images need {len(pixels) * vision.num_soft_tokens} places "
+            f"(id {vision.image_token}) in input_ids; there are {places}"
+        )
 
 
 def real_tokens(inputs: dict[str, "np.ndarray"], path: Path) -> "np.ndarray":

@@ -52,7 +52,7 @@ class Attention(nnx.Module):
         spec = AttentionSpec(
             scale=1.0 if numerics.scale_queries else self.scale,
             soft_cap=self.soft_cap,
-            window=self.spec.window if in_order else None,
+            window=self.spec.window if in_order and ctx.causal else None,
             softmax_in_float32=numerics.softmax_in_float32,
         )
         lo_BT, hi_BT = ctx.interval(self.spec)

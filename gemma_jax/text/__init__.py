@@ -1,6 +1,14 @@
 """Text in and out: tokenizer, streaming, chat format. Needs no JAX."""
 
-from .chat import GEMMA3_MEDIA, GEMMA3N_MEDIA, encode_chat, render, render_next, render_turn
+from .chat import (
+    GEMMA3_MEDIA,
+    GEMMA3N_MEDIA,
+    encode_chat,
+    images_of,
+    render,
+    render_next,
+    render_turn,
+)
 from .stream import StopText, StreamDecoder
 from .tokenizer import Tokenizer
 
@@ -11,6 +19,7 @@ __all__ = [
     "StreamDecoder",
     "Tokenizer",
     "encode_chat",
+    "images_of",
     "render",
     "render_next",
     "render_turn",

@@ -10,8 +10,9 @@ The format is the `chat_template` in the tokenizer configuration of the released
     {answer}<end_of_turn>
 
 There is no system role; a system message is put in front of the first user message. Messages are
-dicts as in Hugging Face's API, `{"role": "user", "content": "Hi"}`; a content may also be a list of
-items, `{"type": "text", "text": ...}` or `{"type": "image"}`.
+dicts as in Hugging Face's API, `{"role": "user", "content": "Hi"}`. A content is a text, an image,
+or a list of items: `{"type": "text", "text": ...}`, `{"type": "image", "image": ...}`, or texts and
+images themselves, `[Path("cat.png"), "What is this?"]`. A string is always a text, never a path.
 
 What the template would pass over in silence (unknown roles and item types, a system message that no
 user message follows) is refused here: the model would not see what the caller wrote.
@@ -19,7 +20,8 @@ user message follows) is refused here: the model would not see what the caller w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 
 from .tokenizer import Tokenizer
 
@@ -34,6 +36,7 @@ GEMMA3N_MEDIA: Mapping[str, str] = {"image": "<image_soft_token>", "audio": "<au
 
 Message = Mapping[str, object]
 _ROLES = {"user": "user", "assistant": "model", "model": "model"}
+_SOURCES = ("image", "path", "url")  # where an image item may name its image
 
 
 def render(
@@ -125,6 +128,19 @@ def encode_chat(
     return tokenizer.encode(text, bos=True)
 
 
+def images_of(messages: Sequence[Message]) -> list[object]:
+    """The images of a conversation in the order of their markers in `render(messages)`.
+
+    Returns:
+      What the messages hold in their places: paths, arrays, whatever `gemma_jax.Image` takes.
+
+    Raises:
+      ValueError: an item of type "image" that names no image.
+    """
+    items = (item for message in messages for item in _items(message))
+    return [_source(item) for item in items if item.get("type") == "image"]
+
+
 def _role(message: object) -> str:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ValueError(
@@ -134,13 +150,10 @@ def _role(message: object) -> str:
 
 
 def _content(message: Message, media: Mapping[str, str]) -> str:
-    content = message.get("content")
-    if isinstance(content, str):
-        return content.strip()
-    return "".join(_item(item, media) for item in _items(content))
+    return "".join(_marked(item, media) for item in _items(message))
 
 
-def _item(item: Mapping[str, object], media: Mapping[str, str]) -> str:
+def _marked(item: Mapping[str, object], media: Mapping[str, str]) -> str:
     kind = item.get("type")
     if kind == "text" and isinstance(item.get("text"), str):
         return item["text"].strip()
@@ -154,19 +167,55 @@ def _item(item: Mapping[str, object], media: Mapping[str, str]) -> str:
 def _system_text(message: Message) -> str:
     if _role(message) != "system":
         raise ValueError(f"expected a message from 'system', got {_role(message)!r}")
-    content = message.get("content")
-    if not isinstance(content, str):
-        items = list(_items(content))
-        # The template takes the text of the first item and drops the rest.
-        if len(items) != 1 or not isinstance(items[0].get("text"), str):
-            raise ValueError(f"expected a system message with one text, got {content!r:.200}")
-        content = items[0]["text"]
-    return content + "\n\n"  # not stripped, unlike every other text
-
-
-def _items(content: object) -> Iterable[Mapping[str, object]]:
-    if not isinstance(content, Sequence) or not all(isinstance(i, Mapping) for i in content):
+    items = _items(message)
+    # The template takes the text of the first item and drops the rest.
+    if len(items) != 1 or not isinstance(items[0].get("text"), str):
         raise ValueError(
-            f"Invalid content type: expected text or a list of items, got {content!r:.200}"
+            f"expected a system message with one text, got {message.get('content')!r:.200}"
         )
-    return content
+    return items[0]["text"] + "\n\n"  # not stripped, unlike every other text
+
+
+def _items(message: Message) -> list[Mapping[str, object]]:
+    """The content, in whatever form it comes, as items of Hugging Face's form."""
+    content = message.get("content")
+    if isinstance(content, str) or _is_image(content):
+        content = [content]
+    if not isinstance(content, Sequence):
+        raise ValueError(
+            "Invalid content type: expected text, an image or a list of items, "
+            f"got {content!r:.200}"
+        )
+    return [_item(part) for part in content]
+
+
+def _item(part: object) -> Mapping[str, object]:
+    if isinstance(part, Mapping):
+        return part
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if _is_image(part):
+        return {"type": "image", "image": part}
+    raise ValueError(
+        f"Invalid content type: expected a text, an image or an item of either, got {part!r:.200}"
+    )
+
+
+def _is_image(part: object) -> bool:
+    """Whether this is an image without an item around it. Its content is not looked at."""
+    # By what they have, so that neither Pillow nor JAX need be there: `gemma_jax.Image` has `rgb`,
+    # arrays and PIL's images have the others.
+    looks = ("rgb", "__array__", "__array_interface__")
+    if isinstance(part, (bytes, bytearray, memoryview, os.PathLike)):
+        return True
+    return any(hasattr(part, name) for name in looks)
+
+
+def _source(item: Mapping[str, object]) -> object:
+    found = next((item[key] for key in _SOURCES if item.get(key) is not None), None)
+    if found is None:
+        raise ValueError(
+            f"expected an image item with one of {list(_SOURCES)}, got {item!r:.200}; "
+            "{'type': 'image'} alone is a placeholder"
+        )
+    return found

@@ -1,12 +1,13 @@
 """Whatever is wrong with a checkpoint is said in one error, with names."""
 
 import json
+import shutil
 
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny_checkpoints import plain, random_model, tiny, write_gguf
+from tiny_checkpoints import DATA, plain, random_model, tiny, write_gguf
 
 import gemma_checkpoints as gc
 
@@ -72,6 +73,64 @@ def test_vision_tensors_in_a_text_only_folder(edit_tensors):
         tensors["vision_tower.x"] = np.zeros(1, np.float32)
 
     refused(edit_tensors(change), "vision_tower.x is surplus")
+
+
+@pytest.fixture
+def seeing_folder(tmp_path):
+    """A writable copy of a tiny Gemma 3 with a tower."""
+    folder = tmp_path / "mm"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(DATA / "g3_mm" / name, folder)
+    return folder
+
+
+def test_everything_wrong_with_a_tower_at_once(seeing_folder):
+    file = seeing_folder / "model.safetensors"
+    tensors, tower = load_file(file), "vision_tower.vision_model."
+    del tensors[tower + "encoder.layers.1.mlp.fc1.bias"]
+    del tensors["multi_modal_projector.mm_soft_emb_norm.weight"]
+    tensors[tower + "encoder.layers.3.mlp.fc1.bias"] = np.zeros(48, np.float32)
+    tensors[tower + "head.probe"] = np.zeros((1, 1, 32), np.float32)
+    tensors[tower + "embeddings.patch_embedding.weight"] = np.zeros((32, 14, 14, 3), np.float32)
+    projection = "multi_modal_projector.mm_input_projection_weight"
+    tensors[projection] = np.ascontiguousarray(tensors[projection].T)
+    save_file(tensors, file)
+    error = refused(
+        seeing_folder,
+        "6 problems",
+        "vision_tower.encoder.layers.1.mlp.fc1.bias is missing: expected [48]",
+        "multi_modal_projector.mm_soft_emb_norm.weight is missing: expected [32]",
+        "vision_tower.encoder.layers.3.mlp.fc1.bias is surplus: the config (7 and 3 layers)",
+        "vision_tower.head.probe is surplus",
+        "patch_embedding.weight has shape [32, 14, 14, 3], but the config makes it [32, 3, 14, 14]",
+        "mm_input_projection_weight has shape [48, 32], but the config makes it [32, 48]",
+    )
+    assert len(error.problems) == 6
+
+
+def test_a_tower_that_is_not_there(seeing_folder):
+    """All of it is missed, unless only the decoder is wanted."""
+    file = seeing_folder / "model.safetensors"
+    tensors = load_file(file)
+    save_file({k: v for k, v in tensors.items() if k.startswith("language_model.")}, file)
+    error = refused(seeing_folder, "multi_modal_projector.mm_soft_emb_norm.weight is missing")
+    assert len(error.problems) == 3 * 16 + 5 + 2
+    assert gc.load_model(seeing_folder, modalities=("text",)).vision is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vision_config": None}, "config.json: vision_config is missing"),
+        ({"vision_config": {"vision_use_head": True}}, "vision_use_head is True"),
+        ({"mm_tokens_per_image": 5}, "config.json: num_soft_tokens=5 must be a square"),
+    ],
+)
+def test_wrong_vision_configs(changes, message, seeing_folder):
+    path = seeing_folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert len(refused(seeing_folder, message).problems) == 1
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])

@@ -95,6 +95,13 @@ def test_taken_targets(save, model, tmp_path):
 
 
 @pytest.mark.parametrize("save", SAVERS)
+def test_a_source_that_is_not_there(save, model, tmp_path):
+    with pytest.raises(gc.CheckpointError, match="no such file or folder"):
+        save(model, tmp_path / "out", source=tmp_path / "source")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("save", SAVERS)
 def test_an_empty_folder_is_filled(save, model, tmp_path):
     (tmp_path / "out").mkdir()
     assert gc.open_source(save(model, tmp_path / "out")).config == model.cfg

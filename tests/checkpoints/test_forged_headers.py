@@ -132,3 +132,19 @@ def test_safetensors_fields(key, value, name, tmp_path):
 def test_config_fields(key, value, tmp_path):
     config = json.dumps(json.loads(CONFIG) | {key: value}).encode()
     survives(hf_folder_with(tmp_path, config, SAFE))
+
+
+SEEING = json.loads((DATA / "g3_mm" / "config.json").read_bytes())
+SEEING_WEIGHTS = (DATA / "g3_mm" / "model.safetensors").read_bytes()
+
+
+@FUZZ
+@given(
+    key=st.sampled_from([*SEEING["vision_config"], "mm_tokens_per_image", "image_token_index"]),
+    value=JSON,
+)
+def test_vision_config_fields(key, value, tmp_path):
+    inside = key in SEEING["vision_config"]
+    change = {"vision_config": SEEING["vision_config"] | {key: value}} if inside else {key: value}
+    config = json.dumps(SEEING | change).encode()
+    survives(hf_folder_with(tmp_path, config, SEEING_WEIGHTS))

@@ -93,7 +93,8 @@ def _metadata(arch, **keys):
 
 def test_the_27b_scale_is_not_in_the_file():
     cfg = config_from_gguf(_metadata("gemma3"), vocab_size=262_208)
-    assert cfg == preset("gemma3-27b") and cfg.query_pre_attn_scalar == 168
+    assert cfg == replace(preset("gemma3-27b"), vision=None)
+    assert cfg.query_pre_attn_scalar == 168
 
 
 def test_old_gemma_2_files_lack_keys():
@@ -170,6 +171,12 @@ def test_the_real_270m_loads(real_file):
         rows = raw.reshape(info.shape[0], -1)
         expected = gguf.dequantize(rows, Type[info.encoding]).astype(jnp.bfloat16)
         np.testing.assert_array_equal(arrays[ours], expected.reshape(arrays[ours].shape))
+
+
+def test_a_file_holds_the_decoder_alone(gguf_file):
+    assert gc.load_model(gguf_file, modalities=("text",)).vision is None
+    with pytest.raises(gc.CheckpointError, match="a GGUF file holds the text decoder alone"):
+        gc.load_model(gguf_file, modalities=("text", "image"))
 
 
 def test_a_missing_package_is_named(gguf_file, monkeypatch):

@@ -8,8 +8,14 @@ from tiny_checkpoints import DATA
 
 from gemma_checkpoints.hf_config import config_from_hf, text_config
 from gemma_checkpoints.hf_config_out import config_to_hf
+from gemma_jax.config import VisionConfig
 from gemma_jax.presets import PRESETS, preset
 
+TOWER = {
+    "hidden_size": 1152, "image_size": 896, "intermediate_size": 4304,
+    "model_type": "siglip_vision_model", "num_attention_heads": 16, "num_hidden_layers": 27,
+    "patch_size": 14, "vision_use_head": False,
+}  # fmt: skip
 # The published files, without the keys that say nothing about the architecture.
 PUBLISHED = {
     "gemma-2b": {
@@ -37,16 +43,17 @@ PUBLISHED = {
         "sliding_window": 512, "sliding_window_pattern": 6, "vocab_size": 262144,
     },
     "gemma3-4b": {
-        "model_type": "gemma3",
+        "model_type": "gemma3", "boi_token_index": 255999, "eoi_token_index": 256000,
+        "image_token_index": 262144, "mm_tokens_per_image": 256, "vision_config": TOWER,
         "text_config": {
             "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text",
             "num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
             "sliding_window": 1024,
         },
-        "vision_config": {"model_type": "siglip_vision_model"},
     },
     "gemma3-27b": {
-        "model_type": "gemma3",
+        "model_type": "gemma3", "boi_token_index": 255999, "eoi_token_index": 256000,
+        "image_token_index": 262144, "mm_tokens_per_image": 256, "vision_config": TOWER,
         "text_config": {
             "head_dim": 128, "hidden_size": 5376, "intermediate_size": 21504,
             "model_type": "gemma3_text", "num_attention_heads": 32, "num_hidden_layers": 62,
@@ -80,7 +87,9 @@ def test_there_and_back(name, spelling):
         "new": ("rope_theta", "rope_local_base_freq", "rope_scaling"),
         "published": ("rope_parameters", "layer_types"),
     }
-    hf = {key: value for key, value in hf.items() if key not in unread[spelling]}
+    text = hf.get("text_config", hf)
+    for key in unread[spelling]:
+        text.pop(key, None)
     assert config_from_hf(json.loads(json.dumps(hf))) == cfg
 
 
@@ -91,11 +100,75 @@ def test_caps_are_those_that_the_classes_apply():
     }
     assert config_from_hf(gemma3).attn_soft_cap is None, "Gemma3Attention ignores it"
     assert config_from_hf(gemma3).final_soft_cap == 30.0, "Gemma3ForCausalLM applies it"
-    multimodal = {"model_type": "gemma3", "text_config": gemma3}
+    multimodal = {"model_type": "gemma3", "text_config": gemma3, "vision_config": TOWER}
     assert config_from_hf(multimodal).final_soft_cap is None, "...ForConditionalGeneration does not"
     assert text_config(multimodal)["final_logit_softcapping"] is None, (
         "so the export must not either"
     )
+
+
+def test_keys_that_are_missing_mean_the_defaults():
+    """Those of `SiglipVisionConfig` and `Gemma3Config`."""
+    raw = {
+        "model_type": "gemma3",
+        "mm_tokens_per_image": 49,
+        "vision_config": {"vision_use_head": False},
+    }
+    assert config_from_hf(raw).vision == VisionConfig(
+        d_tower=768, d_ff=3_072, num_layers=12, num_heads=12, image_size=224, patch_size=16,
+        num_soft_tokens=49, image_token=262_144, start_token=255_999, end_token=256_000,
+    )  # fmt: skip
+
+
+def test_ids_by_their_newer_names():
+    old = {"image_token_index": 7, "boi_token_index": 8, "eoi_token_index": 9}
+    new = {key.replace("index", "id"): value for key, value in old.items()}
+    bare = {k: v for k, v in PUBLISHED["gemma3-4b"].items() if k not in old}
+    vision = config_from_hf(bare | new).vision
+    assert vision == config_from_hf(bare | old).vision
+    assert (vision.image_token, vision.start_token, vision.end_token) == (7, 8, 9)
+
+
+def test_shieldgemma_is_a_gemma():
+    raw = PUBLISHED["gemma3-4b"] | {"model_type": "shieldgemma2"}
+    assert config_from_hf(raw) == preset("gemma3-4b")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "clip_vision_model"}, "model_type is 'clip_vision_model'.*'siglip_vision"),
+        ({"vision_use_head": True}, "vision_use_head is True, which is not supported; expected F"),
+        ({"vision_use_head": ...}, "vision_use_head is True by default"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'"),
+        ({"num_channels": 1}, "num_channels is 1"),
+        ({"hidden_size": "wide"}, "vision_config.hidden_size must be a positive whole number"),
+        ({"image_size": [896, 896]}, "vision_config.image_size must be a positive whole number"),
+        ({"num_hidden_layers": 10**9}, "vision_config.num_hidden_layers 1000000000 is beyond"),
+        ({"num_attention_heads": 7}, "d_tower=1152 must be a multiple of num_heads=7"),
+        ({"image_size": 900}, "image_size=900 must be a multiple of patch_size=14"),
+        ({"layer_norm_eps": None}, "vision_config.layer_norm_eps must be a positive number"),
+    ],
+)
+def test_other_towers_are_refused(changes, message):
+    tower = {key: value for key, value in (TOWER | changes).items() if value is not ...}
+    with pytest.raises(ValueError, match=message):
+        config_from_hf(PUBLISHED["gemma3-4b"] | {"vision_config": tower})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vision_config": None}, "vision_config is missing: a 'gemma3' model has one"),
+        ({"vision_config": 27}, "vision_config must be an object, got 27"),
+        ({"mm_tokens_per_image": 200}, "num_soft_tokens=200 must be a square"),
+        ({"mm_tokens_per_image": None}, "mm_tokens_per_image must be a positive whole number"),
+        ({"image_token_index": "<image>"}, "image_token_index must be a positive whole number"),
+    ],
+)
+def test_broken_ways_into_the_text_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_hf(PUBLISHED["gemma3-4b"] | changes)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +207,10 @@ def test_only_what_transformers_has_is_exported():
     cfg = preset("gemma3-1b")
     with pytest.raises(ValueError, match="no transformers class"):
         config_to_hf(replace(cfg, attn_soft_cap=50.0))
+    with pytest.raises(ValueError, match="without soft caps"):
+        config_to_hf(replace(preset("gemma3-4b"), final_soft_cap=30.0))
+    with pytest.raises(ValueError, match="without soft caps"):
+        config_to_hf(replace(preset("gemma2-2b"), vision=preset("gemma3-4b").vision))
     wider = (replace(cfg.layers[0], d_ff=8), *cfg.layers[1:])
     with pytest.raises(ValueError, match="differ"):
         config_to_hf(replace(cfg, layers=wider))

@@ -43,24 +43,6 @@ def test_logits_from_loaded_weights():
     np.testing.assert_allclose(logits, case["out.logits"], atol=5e-5)
 
 
-def test_text_part_of_a_multimodal_folder(tmp_path):
-    source = DATA / "g3_mm"
-    model = gc.load_model(source, dtype="float32")
-    case = load_file(source / "forward_text_only.safetensors")
-    logits = jax.jit(forward)(model, jnp.asarray(case["in.input_ids"], jnp.int32)).logits
-    np.testing.assert_allclose(logits, case["out.logits"], atol=5e-5)
-
-    out = gc.save_hf(gc.load_model(source), tmp_path / "out", source=source)
-    stored, text = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
-    assert text and all(
-        value.tobytes() == stored["language_model." + name].tobytes()
-        for name, value in text.items()
-    )
-    config = json.loads((out / "config.json").read_text())
-    assert config["model_type"] == "gemma3_text" and "vision_config" not in config
-    assert gc.open_source(out).config == model.cfg
-
-
 @pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model.", ""])
 def test_prefixes_of_all_times(prefix, hf_folder):
     file = hf_folder / "model.safetensors"

@@ -12,7 +12,7 @@ from tiny_checkpoints import plain, random_model, tiny, write_gguf
 import gemma_checkpoints as gc
 from gemma_checkpoints.hf_config_out import config_to_hf
 from gemma_checkpoints.hf_names import hf_table
-from gemma_checkpoints.params import abstract_model, named_slots
+from gemma_checkpoints.params import abstract_model, depths, named_slots
 from gemma_checkpoints.rearrange import shape as rearranged_shape
 from gemma_checkpoints.safetensors_file import write_safetensors
 from gemma_checkpoints.table import expand
@@ -48,7 +48,7 @@ def big_folder(tmp_path_factory):
     (folder / "config.json").write_text(json.dumps(config_to_hf(cfg)))
     slots, bf16 = named_slots(abstract_model(cfg, layout="scan")), np.dtype("bfloat16")
     header = {}
-    for ours, row in expand(hf_table(cfg), len(cfg.layers)).items():
+    for ours, row in expand(hf_table(cfg), depths(cfg)).items():
         shape = slots[ours].shape
         if row.parsed is not None:
             shape = rearranged_shape(row.parsed.left, slots[ours].sizes)

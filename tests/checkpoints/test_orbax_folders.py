@@ -43,11 +43,20 @@ def test_foreign_versions_and_configs(saved):
         ({"version": 1}, "broken config: 'config'"),
         (good | {"config": good["config"] | {"wings": 2}}, "broken config: .*wings"),
         (good | {"config": good["config"] | {"d_model": -1}}, "d_model=-1 must be positive"),
+        (good | {"config": good["config"] | {"vision": {"wings": 2}}}, "broken config: .*wings"),
         (good | {"config": good["config"] | {"d_model": 71}}, "has shape"),
     ):
         manifest.write_text(json.dumps(bad))
         with pytest.raises(gc.CheckpointError, match=message):
             gc.load_model(saved)
+
+
+def test_folders_older_than_vision(saved):
+    manifest = saved / "gemma_jax.json"
+    old = json.loads(manifest.read_text())
+    del old["config"]["vision"]
+    manifest.write_text(json.dumps(old))
+    assert gc.load_model(saved).vision is None
 
 
 # Orbax leaves a task behind on an event loop that it has closed.

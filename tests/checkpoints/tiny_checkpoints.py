@@ -10,7 +10,7 @@ import pytest
 
 from gemma_checkpoints.export import host_array
 from gemma_checkpoints.gguf_names import gguf_table
-from gemma_checkpoints.params import abstract_model, flat_params, named_slots
+from gemma_checkpoints.params import abstract_model, depths, flat_params, named_slots
 from gemma_checkpoints.table import expand
 from gemma_jax.model import Gemma
 from gemma_jax.presets import preset
@@ -19,14 +19,17 @@ DATA = Path(__file__).parent.parent / "parity" / "data"
 
 
 def tiny(name: str, num_layers: int = 7, **changes):
-    """The preset `name`, with its pattern and switches, at toy sizes that K-quants can store."""
+    """The preset `name`, with its pattern and switches, at toy sizes that K-quants can store.
+
+    Without a tower, unless `vision` is given.
+    """
     sizes = dict(vocab_size=96, d_model=256, num_heads=4, num_kv_heads=2, head_dim=64)
     cfg = preset(name)
     layers = tuple(
         replace(spec, d_ff=256, window=spec.window and 6) for spec in cfg.layers[:num_layers]
     )
-    scalar = {"query_pre_attn_scalar": 64}
-    return replace(cfg, layers=layers, max_positions=128, **(sizes | scalar | changes))
+    others = {"query_pre_attn_scalar": 64, "max_positions": 128, "vision": None}
+    return replace(cfg, layers=layers, **(sizes | others | changes))
 
 
 @lru_cache(maxsize=16)
@@ -69,7 +72,7 @@ def write_gguf(path: Path, model: Gemma, arch: str, encode, **extra) -> Path:
         writer.add_attn_logit_softcapping(cfg.attn_soft_cap)
         writer.add_final_logit_softcapping(cfg.final_soft_cap)
     arrays = by_name(model)
-    for ours, row in expand(gguf_table(cfg), len(cfg.layers)).items():
+    for ours, row in expand(gguf_table(cfg), depths(cfg)).items():
         array = arrays[ours].astype(np.float32)
         if row.parsed is not None:
             sizes = dict(zip(named_slots(model)[ours].dims, array.shape))

@@ -9,13 +9,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import sentencepiece
 import tiny
+import tiny_vocabulary
 from flax import nnx
 from safetensors.numpy import save_file
 
 from gemma_checkpoints import save_hf
-from gemma_jax import Gemma
+from gemma_jax import Gemma, GemmaConfig, Image
 from gemma_jax.cli.app import run
 
 DATA = Path(__file__).parent.parent / "parity" / "data"
@@ -42,10 +42,12 @@ class Ran:
 
 @pytest.fixture
 def cli(capsys, monkeypatch):
-    """`cli(*words, stdin=b"")` runs a command line."""
+    """`cli(*words, stdin=b"")` runs a command line; with `terminal`, the user seems to type."""
 
-    def call(*words, stdin: bytes = b"") -> Ran:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+    def call(*words, stdin: bytes = b"", terminal: bool = False) -> Ran:
+        typed = io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")
+        typed.isatty = lambda: terminal
+        monkeypatch.setattr(sys, "stdin", typed)
         capsys.readouterr()
         code = run([str(word) for word in words])
         return Ran(code, *capsys.readouterr())
@@ -72,31 +74,47 @@ def mute() -> Path:
 
 
 @pytest.fixture(scope="session")
-def talker(tmp_path_factory) -> Path:
-    """A Hugging Face folder of a tiny random Gemma 3 with a tokenizer."""
-    folder, model = tmp_path_factory.mktemp("talker") / "hf", io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["Räksmörgås: the capital of France is Paris.\n"] * 3),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=VOCABULARY,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        user_defined_symbols=["<start_of_turn>", "<end_of_turn>", "\n"],
-        **{"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3, "minloglevel": 2},
-        **{"pad_piece": "<pad>", "eos_piece": "<eos>", "bos_piece": "<bos>", "unk_piece": "<unk>"},
-    )
-    cfg, rng = tiny.gemma3(layers=3, vocab_size=VOCABULARY), np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: Gemma(cfg, rngs=nnx.Rngs(0)))
+def vocabulary() -> bytes:
+    """The `tokenizer.model` of `talker` and `seer`."""
+    return tiny_vocabulary.train(VOCABULARY)
+
+
+def write_model(folder: Path, cfg: GemmaConfig, vocabulary: bytes) -> Path:
+    """A Hugging Face folder of a random model with a tokenizer."""
+    shapes, rng = jax.eval_shape(lambda: Gemma(cfg, rngs=nnx.Rngs(0))), np.random.default_rng(0)
     save_hf(
         jax.tree.map(lambda x: 0.3 * jax.numpy.array(rng.normal(size=x.shape), x.dtype), shapes),
         folder,
     )
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    (folder / "tokenizer.model").write_bytes(vocabulary)
     return folder
+
+
+@pytest.fixture(scope="session")
+def talker(tmp_path_factory, vocabulary) -> Path:
+    """A tiny random Gemma 3 with a tokenizer."""
+    cfg = tiny.gemma3(layers=3, vocab_size=VOCABULARY)
+    return write_model(tmp_path_factory.mktemp("talker") / "hf", cfg, vocabulary)
+
+
+@pytest.fixture(scope="session")
+def seer(tmp_path_factory, vocabulary) -> Path:
+    """A tiny random Gemma 3 with a tokenizer and a vision tower; its image token has no piece."""
+    vision = tiny.vision(num_layers=1, image_token=VOCABULARY, start_token=6, end_token=7)
+    cfg = tiny.gemma3(layers=1, window=512, vocab_size=VOCABULARY, vision=vision)
+    return write_model(tmp_path_factory.mktemp("seer") / "hf", cfg, vocabulary)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """`picture(name, height=.., width=.., level=..)` writes an image of one grey."""
+
+    def write(name: str, height: int = 300, width: int = 300, level: int = 0) -> Path:
+        path = tmp_path / name
+        Image(np.full((height, width, 3), level, np.uint8)).to_pil().save(path)
+        return path
+
+    return write
 
 
 @pytest.fixture

@@ -48,3 +48,41 @@ def test_impossible_values(refused, talker):
     assert "top_p=2.0" in refused("chat", "--model", talker, "--top-p", 2)
     assert "--max-len" in refused("chat", "--model", talker, "--max-len", 0)
     assert "--max-new-tokens" in refused("chat", "--model", talker, "--max-new-tokens", 0)
+
+
+def test_image_for_the_next_message(cli, seer, picture):
+    words = ("chat", "--model", seer, *WILD)
+    dark, light = (f"/image {picture(f'my {n}.png', level=n)}\n".encode() for n in (0, 255))
+    runs = [cli(*words, stdin=lines) for lines in (b"Hi\n", dark + b"Hi\n", light + b"Hi\n")]
+    assert len({ran.out for ran in runs}) == 3
+    assert runs[0].err == ""
+    assert runs[1].err.endswith("my 0.png, 300 x 300 pixels, goes with your next message\n")
+
+
+def test_reset_forgets_images(cli, seer, picture):
+    image = f"/image {picture('a.png')}\n".encode()
+    words = ("chat", "--model", seer, *WILD)
+    assert cli(*words, stdin=image + b"/reset\nHi\n").out == cli(*words, stdin=b"Hi\n").out
+
+
+def test_pan_and_scan(cli, seer, picture):
+    image = f"/image {picture('wide.png', width=600)}\nHi\n".encode()
+    words = ("chat", "--model", seer, *WILD)
+    assert cli(*words, stdin=image).out != cli(*words, "--pan-and-scan", stdin=image).out
+
+
+def test_bad_image_ends_a_script(refused, seer, talker, tmp_path):
+    missing = f"/image {tmp_path / 'none.png'}\n".encode()
+    assert "none.png" in refused("chat", "--model", seer, stdin=missing)
+    assert "expected a file, as in /image" in refused("chat", "--model", seer, stdin=b"/image\n")
+    assert "reads text alone" in refused("chat", "--model", talker, stdin=missing)
+
+
+def test_bad_image_on_a_terminal_is_a_line(cli, seer, tmp_path):
+    lines = f"/image {tmp_path / 'none.png'}\n/image\nHi\n".encode()
+    ran = cli("chat", "--model", seer, *WILD, stdin=lines, terminal=True)
+    assert ran.code == 0
+    missing, nothing = ran.err.splitlines()
+    assert missing.startswith("error: No such file") and missing.endswith("none.png")
+    assert nothing == "error: expected a file, as in /image picture.png"
+    assert len(ran.out.split()) > 3  # three prompts and an answer

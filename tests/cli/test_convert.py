@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+DATA = Path(__file__).parent.parent / "parity" / "data"
+
 
 def test_there_and_back(cli, talker, tmp_path):
     """Orbax and back gives the bytes that went in, and all three write the same text."""
@@ -23,6 +25,15 @@ def test_there_and_back(cli, talker, tmp_path):
     }
     assert len(texts) == 1
     assert json.loads(cli("info", orbax, "--json").out)["format"] == "Orbax"
+
+
+def test_a_model_that_sees_there_and_back(cli, tmp_path):
+    source, orbax, back = DATA / "g3_mm", tmp_path / "orbax", tmp_path / "back"
+    assert cli("convert", source, orbax, "--to", "orbax").code == 0
+    assert cli("convert", orbax, back, "--to", "hf").code == 0
+    weights = "model.safetensors"
+    assert (back / weights).read_bytes() == (source / weights).read_bytes()
+    assert json.loads((back / "config.json").read_text())["model_type"] == "gemma3"
 
 
 def test_dtype(cli, talker, tmp_path):

@@ -2,8 +2,11 @@
 
 import json
 import socket
+from pathlib import Path
 
 import pytest
+
+DATA = Path(__file__).parent.parent / "parity" / "data"
 
 
 def facts(cli, source) -> dict:
@@ -20,9 +23,18 @@ def no_network(monkeypatch):
 @pytest.mark.parametrize("name", ["gemma3-4b", "gemma3-4b-it", "gemma3-4b-pt"])
 def test_preset(cli, name, no_network):
     told = facts(cli, name)
-    assert told["parameters"] == 3_880_263_168
+    parts = ("text_parameters", "vision_tower_parameters", "vision_projector_parameters")
+    assert [told[part] for part in parts] == [3_880_263_168, 416_866_032, 2_950_272]
+    assert told["parameters"] == sum(told[part] for part in parts)
+    assert (told["image_size"], told["soft_tokens_per_image"]) == (896, 256)
     assert (told["local_layers"], told["global_layers"], told["window"]) == (29, 5, 1024)
     assert list(told["cache_bytes_bfloat16"]) == ["1024", "8192", "32768", "131072"]
+
+
+def test_a_model_without_a_tower_says_nothing_of_images(cli, no_network):
+    told = facts(cli, "gemma3-1b")
+    assert told["parameters"] == 999_885_952
+    assert not any("vision" in name or "image" in name for name in told)
 
 
 def test_folder(cli, mute):
@@ -30,6 +42,19 @@ def test_folder(cli, mute):
     assert told["format"] == "Hugging Face"
     assert told["file_bytes"] == 2 * told["parameters"] == told["file_bytes_by_encoding"]["BF16"]
     assert list(told["cache_bytes_bfloat16"]) == ["512"]  # its context
+
+
+def test_a_folder_with_a_tower_is_described_by_its_headers(cli, monkeypatch):
+    from gemma_checkpoints.safetensors_file import SafetensorsFile
+
+    monkeypatch.setattr(SafetensorsFile, "read", None)
+    told = facts(cli, DATA / "g3_mm")
+    assert told["file_bytes"] == 2 * told["parameters"]
+    assert (told["image_size"], told["soft_tokens_per_image"]) == (56, 4)
+    assert (told["image_patches"], told["vision_tower_layers"]) == (16, 3)
+    out = cli("info", DATA / "g3_mm").out
+    for words in ("vision tower parameters", "soft tokens per image", "image size"):
+        assert words in out
 
 
 def test_table(cli, mute):

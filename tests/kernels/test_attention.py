@@ -13,6 +13,7 @@ from gemma_kernels.attention import (
     attention,
     attention_weights,
     causal_interval,
+    last_of_block,
 )
 from gemma_kernels.attention.cases import CASES, Case
 
@@ -25,7 +26,10 @@ def operands(case: Case, dtype=jnp.float32):
     k = jax.random.normal(keys[1], (case.B, case.S, case.K, case.H), dtype)
     v = jax.random.normal(keys[2], (case.B, case.S, case.K, case.H), dtype)
     q_pos, kv_pos = case.positions()
-    lo, hi = causal_interval(jnp.asarray(q_pos), case.window)
+    last = last_of_block(jnp.asarray(q_pos), jnp.asarray(case.blocks()))
+    lo, hi = causal_interval(jnp.asarray(q_pos), case.window, last)
+    if not case.masked:
+        lo, hi = jnp.zeros_like(lo), jnp.full_like(hi, case.S)
     return (q, k, v), dict(lo_BT=lo, hi_BT=hi, kv_pos_BS=jnp.asarray(kv_pos))
 
 
@@ -73,6 +77,29 @@ def test_intervals_by_hand(window, expected):
     lo, hi = causal_interval(jnp.arange(4)[None], window)
     seen = [[int(lo[0, t] <= s < hi[0, t]) for s in range(4)] for t in range(4)]
     assert ["".join(map(str, row)) for row in seen] == expected
+
+
+@pytest.mark.parametrize(
+    "window, expected",
+    [
+        # tokens 1 to 3 and 5 to 6 are images: within one, all see all; before it, causally
+        (None, ["1000000", "1111000", "1111000", "1111000", "1111100", "1111111", "1111111"]),
+        # a window of 2 cuts off what is before, inside an image too, and nothing of what follows
+        (2, ["1000000", "1111000", "0111000", "0011000", "0001100", "0000111", "0000011"]),
+    ],
+)
+def test_blocks_by_hand(window, expected):
+    pos = jnp.arange(7)[None]
+    block = jnp.array([[0, 1, 1, 1, 0, 2, 2]])
+    lo, hi = causal_interval(pos, window, last_of_block(pos, block))
+    seen = [[int(lo[0, t] <= s < hi[0, t]) for s in range(7)] for t in range(7)]
+    assert ["".join(map(str, row)) for row in seen] == expected
+
+
+def test_blocks_that_touch_and_blocks_beside_padding():
+    pos = jnp.array([[-1, -1, 3, 4, 5, 6, -1]])
+    block = jnp.array([[0, 0, 1, 1, 2, 2, 0]])
+    assert last_of_block(pos, block).tolist() == [[-1, -1, 4, 4, 6, 6, -1]]
 
 
 def test_padding_sees_nothing_and_is_not_seen():

@@ -5,45 +5,23 @@ output is ten times the rounding noise measured when it was made: the larger of 
 float64 run and to a run with another order of summation.
 """
 
-import json
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parity.goldens import DATA, assert_close, case
 from safetensors.numpy import load_file
 
 from gemma_checkpoints import load_model, save_hf
 from gemma_jax import Runtime, forward, generate
 from gemma_jax.numerics import NUMERICS
 
-DATA = Path(__file__).parent / "data"
 CAPTURES = ("embeddings", "layer_outputs", "final_norm")
-
-
-def case(folder: str, name: str):
-    """`(inputs, outputs, tolerances)` of a stored case."""
-    arrays = load_file(DATA / folder / f"{name}.safetensors")
-    facts = json.loads((DATA / folder / f"{name}.json").read_text())["outputs"]
-    noise = {k: max(f.get("noise_fp64", 0), f.get("noise_alt", 0)) for k, f in facts.items()}
-    tolerances = {k: 10 * value for k, value in noise.items()}
-    # The gather and the one product of the embedding have no noise of their own to speak of.
-    tolerances = {k: value or 5e-6 for k, value in tolerances.items()}
-    split = {
-        p: {k[len(p) :]: v for k, v in arrays.items() if k.startswith(p)} for p in ("in.", "out.")
-    }
-    return split["in."], split["out."], tolerances
 
 
 @pytest.fixture(scope="module", params=["scan", "unrolled"])
 def model(request):
     return load_model(DATA / "g3_text", dtype="float32", layout=request.param)
-
-
-def assert_close(actual, expected, tolerance, where=True):
-    error = np.abs(np.asarray(actual) - expected) * where
-    assert error.max() <= tolerance
 
 
 @pytest.mark.parametrize("folder, name", [("g3_text", "forward"), ("g3_mm", "forward_text_only")])

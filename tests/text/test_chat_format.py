@@ -1,13 +1,23 @@
 """The chat format is the official one."""
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from text_samples import DATA, TEXTS, patient
 
-from gemma_jax.text import GEMMA3N_MEDIA, chat, encode_chat, render, render_next, render_turn
+from gemma_jax.text import (
+    GEMMA3N_MEDIA,
+    chat,
+    encode_chat,
+    images_of,
+    render,
+    render_next,
+    render_turn,
+)
 
 STORED = json.loads((DATA / "chat.json").read_text(encoding="utf-8"))
 USER = {"role": "user", "content": "Hi"}
@@ -90,7 +100,7 @@ def test_turns_and_media():
         ([{"role": "user"}], "Invalid content type"),
         ([{"role": "user", "content": 3}], "Invalid content type"),
         ([{"role": "user", "content": {"type": "text"}}], "Invalid content type"),
-        ([{"role": "user", "content": ["text"]}], "Invalid content type"),
+        ([{"role": "user", "content": ["text", 3]}], "Invalid content type"),
         ([{"role": "user", "content": [{"type": "audio"}]}], "'audio'"),
         ([{"role": "user", "content": [{"type": "text"}]}], "'text' .with a text."),
         ([{"content": "x"}], "'role'"),
@@ -104,6 +114,62 @@ def test_turns_and_media():
 def test_refused(messages, match):
     with pytest.raises(ValueError, match=match):
         render(messages)
+
+
+ARRAY = np.zeros((4, 4, 3), np.uint8)
+
+
+@pytest.mark.parametrize("source", [Path("cat.png"), b"a file", bytearray(b"a file"), ARRAY])
+def test_an_image_may_stand_where_an_item_may(source):
+    image, what = {"type": "image", "image": source}, {"type": "text", "text": " what? "}
+    for short, long in [(source, [image]), ([source, " what? "], [image, what])]:
+        short, long = ([{"role": "user", "content": content}] for content in (short, long))
+        assert render(short) == render(long)
+        assert "user\n<start_of_image>" in render(short)
+        assert images_of(short)[0] is images_of(long)[0] is source
+
+
+def test_images_with_pillow_and_of_ours():
+    pytest.importorskip("PIL", reason="images need the extra `vision`")
+    from gemma_jax import Image
+
+    image = Image(ARRAY)
+    messages = [{"role": "user", "content": [image, image.to_pil(), "which?"]}]
+    assert "user\n<start_of_image><start_of_image>which?<" in render(messages)
+    assert images_of(messages)[0] is image and len(images_of(messages)) == 2
+
+
+def test_images_come_in_the_order_of_their_markers():
+    """From every turn; the official template marks those of the model as well."""
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "image", "path": "1.png"}, "and", Path("2.png")]},
+        {"role": "model", "content": [{"type": "image", "url": "3.png"}]},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "and"}, {"type": "image", "image": 4}],
+        },
+    ]
+    assert images_of(messages) == ["1.png", Path("2.png"), "3.png", 4]
+    assert render(messages).count("<start_of_image>") == 4
+
+
+def test_a_string_is_a_text():
+    messages = [{"role": "user", "content": ["cat.png", " what? "]}]
+    assert images_of(messages) == []
+    assert "user\ncat.pngwhat?<" in render(messages)
+
+
+def test_placeholders_have_no_image():
+    messages = [{"role": "user", "content": [{"type": "image"}]}]
+    assert "<start_of_image>" in render(messages)
+    with pytest.raises(ValueError, match="one of .'image', 'path', 'url'."):
+        images_of(messages)
+
+
+def test_no_image_in_a_system_text():
+    with pytest.raises(ValueError, match="one text"):
+        render([{"role": "system", "content": Path("cat.png")}, USER])
 
 
 def test_refused_increments():

@@ -1,7 +1,7 @@
 """Attention under Gemma's masks: causal, sliding-window, padded; grouped queries; soft cap."""
 
 from gemma_kernels.attention.dispatch import IMPLEMENTATIONS, attention
-from gemma_kernels.attention.mask import causal_interval
+from gemma_kernels.attention.mask import causal_interval, last_of_block
 from gemma_kernels.attention.reference import attention_weights
 from gemma_kernels.attention.spec import AttentionSpec
 
@@ -11,4 +11,5 @@ __all__ = [
     "attention",
     "attention_weights",
     "causal_interval",
+    "last_of_block",
 ]

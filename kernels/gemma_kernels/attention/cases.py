@@ -16,6 +16,8 @@ class Case:
       lengths: Real tokens per row, padded on the right; `None`: all.
       first: Position of the first query. Keys before it stand for a cache.
       ring: Keys lie in a ring: slot `p % S`, the oldest overwritten.
+      images: `(first, last + 1)` rows of queries that see each other both ways.
+      masked: `False` lets every query see every key.
     """
 
     name: str
@@ -30,14 +32,17 @@ class Case:
     lengths: tuple[int, ...] | None = None
     first: int = 0
     ring: bool = False
+    images: tuple[tuple[int, int], ...] = ()
+    masked: bool = True
 
     @property
     def spec(self) -> AttentionSpec:
-        in_order = self.first + self.T == self.S and not self.ring
+        in_order = self.first + self.T == self.S and not self.ring and not self.images
         return AttentionSpec(
             scale=self.H**-0.5,
             soft_cap=self.soft_cap,
             window=self.window if in_order else None,
+            masked=self.masked,
         )
 
     def positions(self) -> tuple[np.ndarray, np.ndarray]:
@@ -53,6 +58,13 @@ class Case:
             kv_pos = np.where(s < end, s, -1)
         return q_pos.astype(np.int32), np.where(kv_pos >= 0, kv_pos, -1).astype(np.int32)
 
+    def blocks(self) -> np.ndarray:
+        """int32 `[B, T]`: number of the image that a query belongs to, 0 for none."""
+        block = np.zeros((self.B, self.T), np.int32)
+        for number, (start, stop) in enumerate(self.images, 1):
+            block[:, start:stop] = number
+        return block
+
 
 CASES = (
     Case(name="global, many key tiles", T=1100, S=1100),
@@ -65,6 +77,11 @@ CASES = (
     Case(name="ragged batch", B=3, T=150, S=150, window=20, lengths=(150, 31, 1)),
     Case(name="a row of padding alone", B=2, T=20, S=20, lengths=(20, 0)),
     Case(name="chunk on a long cache", B=2, T=140, S=1300, first=1100, lengths=(140, 70)),
+    Case(name="images wider than the window", T=300, S=300, window=16, images=((5, 69), (71, 135))),
+    Case(
+        name="an image at the end of a long cache", T=140, S=1300, first=1100, images=((70, 134),)
+    ),
+    Case(name="vision tower: heads of 72, no mask", B=2, T=200, S=200, K=4, H=72, masked=False),
     Case(name="one token on a ring", T=1, S=16, window=16, first=50, ring=True),
     Case(name="one token on an empty-ended cache", T=1, S=64, first=9),
 )

@@ -14,6 +14,7 @@ class AttentionSpec:
         aligned at the end (query row `i` belongs to key row `i + S - T`), and that no query sees
         a key after its own row or more than `window - 1` rows before it; implementations may then
         skip the rest. `None` promises nothing.
+      masked: `False` promises that every query sees every key, as in a vision tower.
       softmax_in_float32: Whether scores are widened to float32 before the softmax, or rounded to
         the dtype of the queries.
     """
@@ -21,6 +22,7 @@ class AttentionSpec:
     scale: float
     soft_cap: float | None = None
     window: int | None = None
+    masked: bool = True
     softmax_in_float32: bool = True
 
     def __post_init__(self):

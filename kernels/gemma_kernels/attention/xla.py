@@ -3,6 +3,7 @@
 A block of queries meets its keys in tiles `[B, K, G, block_q, tile]`:
 
     decode, short prompts    one tile of all keys
+    no mask (vision towers)  one tile of all keys
     local layers             one tile of `block_q + window - 1` keys, cut out of the key axis
     global layers            tiles of `BLOCK_K` keys under a running softmax; tiles that hold no
                              visible key (later tokens, empty cache slots) cost a branch each
@@ -59,7 +60,7 @@ def _query_block(q_BTKGH, lo_BT, hi_BT, keys, spec, offset):
     if spec.window is not None and T + spec.window - 1 < S:
         start = jnp.clip(offset - (spec.window - 1), 0, S - (T + spec.window - 1))
         keys = tuple(lax.dynamic_slice_in_dim(x, start, T + spec.window - 1, 1) for x in keys)
-    elif T > 1 and S >= 2 * BLOCK_K:
+    elif spec.masked and T > 1 and S >= 2 * BLOCK_K:
         return _running_softmax(q_BTKGH, lo_BT, hi_BT, keys, spec)
     p_BKGTS, _ = _exp_scores(q_BTKGH, keys[0], lo_BT, hi_BT, keys[2], spec)
     return _normalise(_weigh(p_BKGTS, keys[1]), jnp.sum(p_BKGTS, axis=-1), q_BTKGH.dtype)
@@ -108,7 +109,7 @@ def _exp_scores(q_BTKGH, k_BSKH, lo_BT, hi_BT, kv_pos_BS, spec, floor_BKGT=MASKE
         s_BKGTS = s_BKGTS.astype(q_BTKGH.dtype).astype(jnp.float32)
     if spec.soft_cap is not None:
         s_BKGTS = spec.soft_cap * jnp.tanh(s_BKGTS / spec.soft_cap)
-    seen_B11TS = visible(lo_BT, hi_BT, kv_pos_BS)[:, None, None]
+    seen_B11TS = visible(lo_BT, hi_BT, kv_pos_BS)[:, None, None] if spec.masked else True
     s_BKGTS = jnp.where(seen_B11TS, s_BKGTS, MASKED)
     top_BKGT = lax.stop_gradient(jnp.maximum(jnp.max(s_BKGTS, axis=-1), floor_BKGT))
     p_BKGTS = jnp.where(seen_B11TS, jnp.exp(s_BKGTS - top_BKGT[..., None]), 0.0)

@@ -1,0 +1,32 @@
+"""`gemma-jax shield`."""
+
+import json
+from dataclasses import asdict
+
+import gemma_jax as gj
+
+TWO = ("--policy", "violence", "--policy", "sexual")
+
+
+def test_json_as_in_python(cli, seer, picture):
+    file = picture("a.png", level=100)
+    ran = cli("shield", file, "--model", seer, *TWO, "--dtype", "float32", "--json")
+    assert (ran.code, ran.err) == (0, "")
+    model, tok = gj.load(seer, dtype="float32")
+    verdicts = gj.shield(model, tok, file, ["violence", "sexual"])
+    assert json.loads(ran.out) == {name: asdict(verdict) for name, verdict in verdicts.items()}
+
+
+def test_table(cli, seer, picture):
+    ran = cli("shield", picture("a.png"), "--model", seer, *TWO)
+    assert (ran.code, ran.err) == (0, "")
+    assert "violence" in ran.out and "sexual" in ran.out and "dangerous" not in ran.out
+
+
+def test_refused(refused, seer, talker, picture, tmp_path):
+    file = picture("a.png")
+    wrong = refused("shield", file, "--model", seer, "--policy", "hate")
+    assert wrong == "unknown policy 'hate'; choose from dangerous, sexual, violence"
+    assert "reads text alone" in refused("shield", file, "--model", talker)
+    assert "none.png" in refused("shield", tmp_path / "none.png", "--model", seer)
+    assert "--model" in refused("shield", file)

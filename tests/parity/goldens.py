@@ -1,0 +1,28 @@
+"""The stored numbers of `data/`, with the tolerance of each output."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+DATA = Path(__file__).parent / "data"
+
+
+def case(folder: str, name: str):
+    """`(inputs, outputs, tolerances)` of a stored case."""
+    arrays = load_file(DATA / folder / f"{name}.safetensors")
+    facts = json.loads((DATA / folder / f"{name}.json").read_text())["outputs"]
+    noise = {k: max(f.get("noise_fp64", 0), f.get("noise_alt", 0)) for k, f in facts.items()}
+    tolerances = {k: 10 * value for k, value in noise.items()}
+    # The gather and the one product of the embedding have no noise of their own to speak of.
+    tolerances = {k: value or 5e-6 for k, value in tolerances.items()}
+    split = {
+        p: {k[len(p) :]: v for k, v in arrays.items() if k.startswith(p)} for p in ("in.", "out.")
+    }
+    return split["in."], split["out."], tolerances
+
+
+def assert_close(actual, expected, tolerance, where=True):
+    error = np.abs(np.asarray(actual) - expected) * where
+    assert error.max() <= tolerance

@@ -1,0 +1,149 @@
+"""The pictures show what they say."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gemma_jax as gj
+
+GREY = np.full((60, 90, 3), 100, np.uint8)
+
+
+def one_hot(rows: int, columns: int, row: int, column: int) -> np.ndarray:
+    grid = np.zeros((rows, columns), np.float32)
+    grid[row, column] = 0.01
+    return grid
+
+
+def redness(picture) -> np.ndarray:
+    values = np.asarray(picture).astype(int)
+    return values[..., 0] - values[..., 2]
+
+
+@given(st.integers(0, 3), st.integers(0, 5))
+def test_hottest_where_the_weight_is(row, column):
+    overlay = gj.viz.attention_overlay(GREY, one_hot(4, 6, row, column))
+    assert overlay.size == (90, 60)
+    heat = redness(overlay)
+    patch = np.zeros_like(heat, bool)
+    patch[15 * row : 15 * row + 15, 15 * column : 15 * column + 15] = True
+    assert heat[patch].max() == heat.max() > 150
+    assert heat[patch].mean() > 4 * heat[~patch].mean()
+    far = np.abs(np.arange(90) - (15 * column + 7)) > 15  # smooth transitions reach one patch on
+    assert (np.asarray(overlay)[:, far] == 100).all()
+
+
+def test_veil_is_as_dense_as_the_weight():
+    overlay = gj.viz.attention_overlay(GREY, [[0.0, 0.1, 0.2]], colour=(200, 0, 0), alpha=0.5)
+    left, middle, right = np.asarray(overlay)[30, [0, 45, 89]]
+    assert left.tolist() == [100, 100, 100]
+    assert right.tolist() == pytest.approx([150, 50, 50], abs=1)
+    assert middle.tolist() == pytest.approx([125, 75, 75], abs=2)
+
+
+def test_nothing_to_show_changes_nothing():
+    for weights, alpha in ((np.zeros((4, 4)), 1), (np.ones((4, 4)), 0)):
+        assert (np.asarray(gj.viz.attention_overlay(GREY, weights, alpha=alpha)) == GREY).all()
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (np.ones(4), r"got shape \[4\]"),
+        (np.ones((0, 2)), r"got shape \[0, 2\]"),
+        (-np.ones((2, 2)), "values from -1 to -1"),
+        (np.full((2, 2), np.nan), "values from nan"),
+    ],
+)
+def test_wrong_weights(weights, message):
+    with pytest.raises(ValueError, match=message):
+        gj.viz.attention_overlay(GREY, weights)
+
+
+def test_wrong_alpha():
+    with pytest.raises(ValueError, match=r"alpha=1.5 must lie in \[0, 1\]"):
+        gj.viz.attention_overlay(GREY, np.ones((2, 2)), alpha=1.5)
+
+
+@pytest.fixture
+def weights_LBNTS():
+    return np.random.default_rng(0).random((3, 2, 4, 5, 12)).astype(np.float32)
+
+
+def test_attention_to_an_image(weights_LBNTS):
+    grid = gj.viz.image_attention(weights_LBNTS, query=-1, span=(2, 11), row=1)
+    for cell in range(9):
+        mean = weights_LBNTS[:, 1, :, 4, 2 + cell].mean()
+        assert grid[cell // 3, cell % 3] == pytest.approx(mean, rel=1e-6)
+    assert grid.shape == (3, 3) and grid.dtype == np.float32
+
+
+def test_attention_of_a_layer_or_a_head(weights_LBNTS):
+    layer = gj.viz.image_attention(weights_LBNTS[1], 3, (0, 4))
+    np.testing.assert_allclose(layer.ravel(), weights_LBNTS[1, 0, :, 3, :4].mean(0), rtol=1e-6)
+    head = gj.viz.image_attention(weights_LBNTS[1, :, 2:3], 3, (0, 4))
+    np.testing.assert_array_equal(head.ravel(), weights_LBNTS[1, 0, 2, 3, :4])
+
+
+@pytest.mark.parametrize(
+    ("query", "span", "row", "message"),
+    [
+        (5, (0, 4), 0, r"query=5 must lie in \[-5, 5\)"),
+        (-6, (0, 4), 0, r"query=-6 must lie in \[-5, 5\)"),
+        (0, (0, 4), 2, r"row=2 must lie in \[-2, 2\)"),
+        (0, (0, 5), 0, r"span=\(0, 5\) must lie in \[0, 12\] and hold a square number"),
+        (0, (9, 13), 0, "must lie in"),
+        (0, (-1, 3), 0, "must lie in"),
+        (0, (4, 4), 0, "must lie in"),
+        (0, (4, 3), 0, "must lie in"),
+    ],
+)
+def test_outside_the_weights(weights_LBNTS, query, span, row, message):
+    """JAX would clamp such indices silently."""
+    with pytest.raises(ValueError, match=message):
+        gj.viz.image_attention(weights_LBNTS, query, span, row=row)
+
+
+def test_weights_of_the_wrong_rank(weights_LBNTS):
+    with pytest.raises(ValueError, match=r"expected weights \[L, B, N, T, S\]"):
+        gj.viz.image_attention(weights_LBNTS[0, 0], 0, (0, 4))
+
+
+def test_what_forward_captures_fits():
+    model = jax.eval_shape(lambda: gj.Gemma(tiny.gemma3(layers=2), rngs=nnx.Rngs(0)))
+    capture = functools.partial(gj.forward, capture=("attention_weights",))
+    tokens = jax.ShapeDtypeStruct((1, 12), np.int32)
+    weights = jax.eval_shape(capture, model, tokens).captured["attention_weights"]
+    grid = gj.viz.image_attention(np.full(weights.shape, 1 / 12), -1, (0, 9))
+    np.testing.assert_allclose(grid, np.full((3, 3), 1 / 12), rtol=1e-6)
+
+
+def test_crops_are_framed():
+    boxes = gj.PanAndScan(min_crop_size=20).boxes(90, 60)
+    assert boxes == ((0, 0, 45, 60), (45, 0, 90, 60))
+    framed = np.asarray(gj.viz.draw_crops(GREY, boxes))
+    changed = (framed != 100).any(-1)
+    expected = np.zeros((60, 90), bool)
+    expected[[0, -1]] = expected[:, [0, 44, 45, 89]] = True
+    assert (changed == expected).all()
+    first, second = framed[30, 44], framed[30, 45]
+    assert (first != second).any() and (first == framed[30, 0]).all()
+
+
+def test_frames_are_seen_on_large_images():
+    framed = gj.viz.draw_crops(np.zeros((1000, 2000), np.uint8), [(500, 0, 1500, 1000)])
+    assert framed.size == (2000, 1000)
+    assert (np.asarray(framed)[500].any(-1).nonzero()[0] // 10 == np.repeat([50, 149], 10)).all()
+
+
+def test_the_image_given_stays_as_it_is():
+    image = gj.Image(GREY)
+    gj.viz.draw_crops(image, [(0, 0, 50, 60)])
+    gj.viz.attention_overlay(image, np.ones((2, 2)))
+    assert (image.rgb == 100).all()
