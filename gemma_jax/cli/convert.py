@@ -21,6 +21,9 @@ def command(
     dtype: Annotated[
         common.DType | None, typer.Option(help="Dtype to store. Default: as in the source.")
     ] = None,
+    text_only: Annotated[
+        bool, typer.Option("--text-only", help="Leave the vision tower behind.")
+    ] = False,
 ) -> None:
     """Convert a checkpoint; DST appears whole or not at all."""
     common.set_up_jax()
@@ -28,7 +31,12 @@ def command(
 
     path = resolve(source)
     with progress.loading() as bar:
-        model = load_model(path, dtype=dtype and dtype.value, progress=bar)
+        model = load_model(
+            path,
+            dtype=dtype and dtype.value,
+            modalities=("text",) if text_only else None,
+            progress=bar,
+        )
     save = save_hf if to == Format.hf else save_orbax
     with progress.saving():
         save(model, target, source=path)

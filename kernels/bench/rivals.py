@@ -57,7 +57,7 @@ class Rival:
     log: IO[str]  # what it prints
     facts: dict = field(default_factory=dict)
     runs: dict[str, list[float]] = field(default_factory=dict)
-    tokens: list[int] = field(default_factory=list)  # of the last decoding
+    results: dict[str, list[int]] = field(default_factory=dict)  # of the last run of each work
     spent_s: float = 0.0
 
     def ask(self, work: str, **request) -> float:
@@ -66,8 +66,7 @@ class Rival:
         print(json.dumps({"work": work, **request}), file=self.process.stdin, flush=True)
         answer = self.listen()
         self.spent_s += time.perf_counter() - start
-        if work == "decode":
-            self.tokens = answer["token_ids"]
+        self.results[work] = answer["result"]
         return answer["seconds"]
 
     def listen(self) -> dict:
@@ -84,9 +83,10 @@ class Rival:
 
 
 @contextmanager
-def start(name: str, python: str, paths: dict[str, str]) -> Iterator[Rival]:
+def start(
+    name: str, python: str, worker: str, variant: str, paths: dict[str, str]
+) -> Iterator[Rival]:
     """The worker of a rival, loaded and ready."""
-    _, worker, variant = RIVALS[name]
     command = [python, str(WORKERS / worker), variant, json.dumps(paths)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with tempfile.TemporaryFile("w+") as log:
@@ -126,8 +126,8 @@ def result(rivals: list[Rival], skipped: dict[str, str], args, machine: dict) ->
     base = next(r for r in rivals if r.name == BASELINE)
     entries = {}
     for rival in rivals:
-        pairs = zip(rival.tokens, base.tokens)
-        same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(rival.tokens))
+        tokens, expected = rival.results["decode"], base.results["decode"]
+        same = next((i for i, (a, b) in enumerate(zip(tokens, expected)) if a != b), len(tokens))
         entries[rival.name] = {
             work: {
                 "tokens_per_s": rival.median(work),
@@ -207,12 +207,12 @@ def main() -> None:
         short = gemma_jax.load_tokenizer(args.model).encode(PROMPT, bos=True)
         long = (short * args.prompt_tokens)[: args.prompt_tokens]
         rivals = []
-        for name, (option, *_) in RIVALS.items():
+        for name, (option, worker, variant) in RIVALS.items():
             if (python := getattr(args, option)) is None:
                 skipped[name] = f"no --{option.replace('_', '-')} given"
                 continue
             try:
-                rivals.append(stack.enter_context(start(name, python, paths)))
+                rivals.append(stack.enter_context(start(name, python, worker, variant, paths)))
             except (OSError, RuntimeError) as error:
                 if name == BASELINE:
                     raise

@@ -36,6 +36,11 @@ def test_a_model_that_sees_there_and_back(cli, tmp_path):
     assert json.loads((back / "config.json").read_text())["model_type"] == "gemma3"
 
 
+def test_text_only(cli, tmp_path):
+    assert cli("convert", DATA / "g3_mm", tmp_path / "x", "--to", "hf", "--text-only").code == 0
+    assert json.loads((tmp_path / "x" / "config.json").read_text())["model_type"] == "gemma3_text"
+
+
 def test_dtype(cli, talker, tmp_path):
     assert cli("convert", talker, tmp_path / "x", "--to", "hf", "--dtype", "bfloat16").code == 0
     assert json.loads(cli("info", tmp_path / "x", "--json").out)[

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 import tempfile
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import DATA
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 CAPTURES = ("embeddings", "layer_outputs", "final_norm")
 
@@ -69,6 +70,77 @@ def test_all_outputs_as_in_transformers(forward, legacy, case, config):
     for name in names:
         error = np.abs(actual[name] - stored[f"out.{name}"]) * real
         assert error.max() <= 10 * bound[name], name
+
+
+VISION = {
+    "vision.layer_outputs": "vision_layer_outputs",
+    "vision.tower": "vision_last_hidden_state",
+    "vision.soft_tokens": "projector_output",
+}
+
+
+def test_images_as_in_transformers(forward):
+    file = DATA / "g3_mm" / "forward.safetensors"
+    stored, bound = load_file(file), noise(file)
+    actual = forward(file.parent, file, "--capture", ",".join([*CAPTURES, *VISION]))
+    theirs = {name: VISION.get(name, name) for name in actual}
+    assert set(theirs.values()) == {key[4:] for key in stored if key.startswith("out.")}
+    for ours, name in theirs.items():
+        assert np.abs(actual[ours] - stored[f"out.{name}"]).max() <= 10 * bound[name], ours
+
+
+def test_images_of_a_padded_batch(forward, tmp_path):
+    """Two rows, the images in the other one, padding in front: the row alone gives the same."""
+    file = DATA / "g3_mm" / "forward.safetensors"
+    stored = load_file(file)
+    given = {key[3:]: value for key, value in stored.items() if key.startswith("in.")}
+    pad = ((1, 0), (3, 0))  # a row of text above, three places of padding in front
+    batch = {key: np.pad(given[key], pad) for key in given if key != "pixel_values"}
+    batch["input_ids"][0, 3:], batch["attention_mask"][0, 3:] = 7, 1
+    batch["position_ids"] = np.maximum(np.cumsum(batch["attention_mask"], axis=1) - 1, 0)
+    save_file(batch | {"pixel_values": given["pixel_values"]}, tmp_path / "in.safetensors")
+    actual = forward(file.parent, tmp_path / "in.safetensors")["logits"][1, 3:]
+    assert np.abs(actual - stored["out.logits"][0]).max() <= 10 * noise(file)["logits"]
+
+
+def test_a_tower_in_float32(forward):
+    file = DATA / "g3_mm" / "forward.safetensors"
+    options = ("--capture", "vision.soft_tokens", "--dtype", "bfloat16")
+    expected = load_file(file)["out.projector_output"]
+    narrow, wide = (
+        np.abs(forward(file.parent, file, *options, *more)["vision.soft_tokens"] - expected).max()
+        for more in ((), ("--vision-dtype", "float32"))
+    )
+    assert wide <= 10 * noise(file)["projector_output"] < narrow
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pixel_values": None}, "8 places for soft tokens, but no pixel_values"),
+        ({"pixel_values": np.zeros((1, 3, 56, 56), "f4")}, "1 images need 4 places .* are 8"),
+        ({"pixel_values": np.zeros((2, 3, 28, 28), "f4")}, r"must be floats \[I, 3, 56, 56\]"),
+        ({"token_type_ids": np.zeros((1, 3), "i8")}, r"token_type_ids \[1, 3\] must match"),
+        ({"input_features": np.zeros((1, 3), "f4")}, "cannot use input_features"),
+    ],
+)
+def test_inputs_that_do_not_fit_the_model(refused, tmp_path, change, message):
+    stored = load_file(DATA / "g3_mm" / "forward.safetensors")
+    given = {key[3:]: value for key, value in stored.items() if key.startswith("in.")} | change
+    file = tmp_path / "in.safetensors"
+    save_file({key: value for key, value in given.items() if value is not None}, file)
+    output = tmp_path / "out.safetensors"
+    error = refused("forward", "--model", DATA / "g3_mm", "--inputs", file, "--output", output)
+    assert re.search(message, error)
+    assert not output.exists()
+
+
+def test_images_for_a_model_that_reads_text_alone(refused, tmp_path):
+    output = tmp_path / "out.safetensors"
+    words = ("forward", "--model", DATA / "g3_text", "--output", output, "--inputs")
+    assert "reads text alone" in refused(*words, DATA / "g3_mm" / "forward.safetensors")
+    capture = ("--capture", "vision.tower")
+    assert "no vision tower" in refused(*words, DATA / "g3_text" / "forward.safetensors", *capture)
 
 
 def test_labels_change_nothing(forward, mute):

@@ -78,6 +78,13 @@ def test_stored_inputs_continue_as_in_transformers(cli, mute, case):
     assert cli(*words).out.splitlines() == [" ".join(map(str, row)) for row in expected]
 
 
+def test_images_as_in_transformers(cli):
+    file = DATA / "g3_mm" / "generate.safetensors"
+    words = ("--model", file.parent, "--inputs", file, "--max-new-tokens", 24)
+    told = json_of(cli("generate", *words, "--json"))
+    assert told["token_ids"] == load_file(file)["out.gen_ids"].tolist()
+
+
 def test_stored_inputs_become_text_where_there_is_a_tokenizer(cli, talker, stored):
     file = stored(input_ids=[[0, 2, 30], [2, 31, 32]], attention_mask=[[0, 1, 1], [1, 1, 1]])
     told = json_of(cli("generate", "--inputs", file, "--model", talker, *FEW, "--json"))

@@ -1,7 +1,7 @@
 """How a worker talks to `rivals.py`: one JSON object per line, on pipes of its own.
 
 A worker is a script that ends in `serve(make)`. `make(variant, paths)` loads a model and returns a
-`Rival`; from then on the process waits for work, does it, and answers with seconds and tokens.
+`Rival`; from then on the process waits for work, does it, and answers with seconds and a result.
 
 Standard library only: each worker runs in the environment of its rival.
 """
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 
 class Rival(Protocol):
-    """One model, loaded and ready. Both methods return after the results are there."""
+    """One language model, loaded and ready. Both methods return after the results are there."""
 
     facts: dict[str, Any]  # versions, and how the model was set up
 
@@ -38,5 +38,5 @@ def serve(make: Callable[[str, dict[str, str]], Rival]) -> None:
     print(json.dumps(facts), file=answers)
     for line in sys.stdin:
         request = json.loads(line)
-        seconds, token_ids = getattr(rival, request.pop("work"))(**request)
-        print(json.dumps({"seconds": seconds, "token_ids": token_ids}), file=answers)
+        seconds, result = getattr(rival, request.pop("work"))(**request)
+        print(json.dumps({"seconds": seconds, "result": result}), file=answers)

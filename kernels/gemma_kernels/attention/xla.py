@@ -3,10 +3,13 @@
 A block of queries meets its keys in tiles `[B, K, G, block_q, tile]`:
 
     decode, short prompts    one tile of all keys
-    no mask (vision towers)  one tile of all keys
     local layers             one tile of `block_q + window - 1` keys, cut out of the key axis
     global layers            tiles of `BLOCK_K` keys under a running softmax; tiles that hold no
                              visible key (later tokens, empty cache slots) cost a branch each
+
+Without a mask (vision towers) heads come one by one, each with blocks of its queries against all
+keys, `[B, block_q, S]`: on a CPU such a tile stays in cache, which makes it thrice as fast for a
+SigLIP layer as a tile of all heads.
 
 So local layers are linear in the length, no `[T, S]` array exists beyond a tile, and the backward
 pass recomputes each query block instead of storing its tiles.
@@ -22,6 +25,7 @@ from gemma_kernels.attention.mask import visible
 from gemma_kernels.attention.spec import AttentionSpec
 
 BLOCK_Q, BLOCK_K = 128, 512
+UNMASKED_BLOCK_Q = 256
 MASKED = -1e30  # below any score; finite, so that a row without keys gives 0 and not nan
 
 
@@ -37,6 +41,8 @@ def attention_xla(
     """Same result as `reference.attention_reference`, `[B, T, N, H]` in the queries' dtype."""
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
+    if not spec.masked:
+        return _head_by_head(q_BTNH, k_BSKH, v_BSKH, spec)
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     keys = (k_BSKH, v_BSKH, kv_pos_BS)
     if T <= BLOCK_Q:
@@ -60,7 +66,7 @@ def _query_block(q_BTKGH, lo_BT, hi_BT, keys, spec, offset):
     if spec.window is not None and T + spec.window - 1 < S:
         start = jnp.clip(offset - (spec.window - 1), 0, S - (T + spec.window - 1))
         keys = tuple(lax.dynamic_slice_in_dim(x, start, T + spec.window - 1, 1) for x in keys)
-    elif spec.masked and T > 1 and S >= 2 * BLOCK_K:
+    elif T > 1 and S >= 2 * BLOCK_K:
         return _running_softmax(q_BTKGH, lo_BT, hi_BT, keys, spec)
     p_BKGTS, _ = _exp_scores(q_BTKGH, keys[0], lo_BT, hi_BT, keys[2], spec)
     return _normalise(_weigh(p_BKGTS, keys[1]), jnp.sum(p_BKGTS, axis=-1), q_BTKGH.dtype)
@@ -96,6 +102,45 @@ def _running_softmax(q_BTKGH, lo_BT, hi_BT, keys, spec):
     return _normalise(sum_BTKGH, total_BKGT, q_BTKGH.dtype)
 
 
+def _head_by_head(q_BTNH, k_BSKH, v_BSKH, spec):
+    """Every query sees every key."""
+    B, T, N, H = q_BTNH.shape
+    groups = N // k_BSKH.shape[2]
+    size = min(T, UNMASKED_BLOCK_Q)
+    blocks = math.ceil(T / size)
+    q_NnBtH = jnp.moveaxis(_split(q_BTNH, blocks, size), 3, 0)
+    k_NBSH, v_NBSH = (jnp.repeat(jnp.moveaxis(x, 2, 0), groups, axis=0) for x in (k_BSKH, v_BSKH))
+
+    @jax.checkpoint
+    def block(q_BtH, k_BSH, v_BSH):
+        return _unmasked_tile(q_BtH, k_BSH, v_BSH, spec)
+
+    def head(xs):
+        q_nBtH, k_BSH, v_BSH = xs
+        return lax.map(lambda q_BtH: block(q_BtH, k_BSH, v_BSH), q_nBtH)
+
+    out_NnBtH = lax.map(head, (q_NnBtH, k_NBSH, v_NBSH))
+    return jnp.transpose(out_NnBtH, (2, 1, 3, 0, 4)).reshape(B, blocks * size, N, H)[:, :T]
+
+
+def _unmasked_tile(q_BTH, k_BSH, v_BSH, spec):
+    exact = dict(precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    s_BTS = spec.scale * jnp.einsum("BTH,BSH->BTS", q_BTH, k_BSH, **exact)
+    s_BTS = _cap(s_BTS, spec, q_BTH.dtype)
+    p_BTS = jnp.exp(s_BTS - lax.stop_gradient(jnp.max(s_BTS, axis=-1, keepdims=True)))
+    sum_BTH = jnp.einsum("BTS,BSH->BTH", p_BTS.astype(v_BSH.dtype), v_BSH, **exact)
+    return (sum_BTH / jnp.sum(p_BTS, axis=-1, keepdims=True)).astype(q_BTH.dtype)
+
+
+def _cap(scores, spec, dtype):
+    """The scores as the softmax takes them: rounded if asked for, capped if asked for."""
+    if not spec.softmax_in_float32:
+        scores = scores.astype(dtype).astype(jnp.float32)
+    if spec.soft_cap is not None:
+        scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
+    return scores
+
+
 def _exp_scores(q_BTKGH, k_BSKH, lo_BT, hi_BT, kv_pos_BS, spec, floor_BKGT=MASKED):
     """`exp(scores - top)` (0 where masked) and `top`, at least `floor_BKGT`."""
     s_BKGTS = spec.scale * jnp.einsum(
@@ -105,11 +150,8 @@ def _exp_scores(q_BTKGH, k_BSKH, lo_BT, hi_BT, kv_pos_BS, spec, floor_BKGT=MASKE
         precision=lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
-    if not spec.softmax_in_float32:
-        s_BKGTS = s_BKGTS.astype(q_BTKGH.dtype).astype(jnp.float32)
-    if spec.soft_cap is not None:
-        s_BKGTS = spec.soft_cap * jnp.tanh(s_BKGTS / spec.soft_cap)
-    seen_B11TS = visible(lo_BT, hi_BT, kv_pos_BS)[:, None, None] if spec.masked else True
+    s_BKGTS = _cap(s_BKGTS, spec, q_BTKGH.dtype)
+    seen_B11TS = visible(lo_BT, hi_BT, kv_pos_BS)[:, None, None]
     s_BKGTS = jnp.where(seen_B11TS, s_BKGTS, MASKED)
     top_BKGT = lax.stop_gradient(jnp.maximum(jnp.max(s_BKGTS, axis=-1), floor_BKGT))
     p_BKGTS = jnp.where(seen_B11TS, jnp.exp(s_BKGTS - top_BKGT[..., None]), 0.0)
