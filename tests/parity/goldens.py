@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
@@ -26,3 +28,12 @@ def case(folder: str, name: str):
 def assert_close(actual, expected, tolerance, where=True):
     error = np.abs(np.asarray(actual) - expected) * where
     assert error.max() <= tolerance
+
+
+def next_token_loss(logits_BTV, labels_BT):
+    """Mean over the positions `t` with `labels[t + 1] != -100`, as transformers counts."""
+    log_probs_BTV = jax.nn.log_softmax(logits_BTV[:, :-1])
+    targets_BT = jnp.asarray(labels_BT[:, 1:])
+    real_BT = targets_BT != -100
+    chosen = jnp.take_along_axis(log_probs_BTV, jnp.maximum(targets_BT, 0)[..., None], -1)
+    return -jnp.sum(chosen[..., 0] * real_BT) / real_BT.sum()

@@ -19,9 +19,15 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 GRADIENTS = (
+    "model.multi_modal_projector.mm_input_projection_weight",
+    "model.multi_modal_projector.mm_soft_emb_norm.weight",
+    "model.vision_tower.embeddings.patch_embedding.weight",
+    "model.vision_tower.embeddings.position_embedding.weight",
+    "model.vision_tower.post_layernorm.bias",
+    "model.language_model.layers.0.self_attn.v_proj.weight",
     "model.embed_tokens.weight",
     "model.norm.weight",
     "model.layers.0.input_layernorm.weight",
@@ -44,31 +50,63 @@ VARIANTS = {  # name -> dtype, attention; the first is the golden
 }
 
 
+def model_class(config):
+    """The class for a text model, or for one that reads images as well."""
+    return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+
+
 def load(folder: Path, dtype: torch.dtype, attention: str):
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention
-    ).eval()
+    loader = model_class(AutoConfig.from_pretrained(folder))
+    return loader.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
+
+
+class Recorder:
+    """Keeps what modules return while a model runs."""
+
+    def __init__(self):
+        self.outputs: dict[str, list[torch.Tensor]] = {}
+        self._hooks = []
+
+    def listen(self, name: str, *modules) -> None:
+        for module in modules:
+            self._hooks.append(module.register_forward_hook(self._keep(name)))
+
+    def _keep(self, name: str):
+        def hook(module, args, out):
+            out = getattr(out, "last_hidden_state", out)
+            self.outputs.setdefault(name, []).append(out[0] if isinstance(out, tuple) else out)
+
+        return hook
+
+    def stop(self) -> dict[str, list[torch.Tensor]]:
+        for hook in self._hooks:
+            hook.remove()
+        return self.outputs
+
+
+def padded(inputs: dict) -> bool:
+    return bool((inputs.get("attention_mask", torch.ones(1)) == 0).any())
 
 
 @torch.no_grad()
 def run_forward(model, inputs: dict) -> dict:
-    """Logits, scaled embeddings, the residual after every layer, and the final norm."""
-    layers = []
-    hooks = [
-        layer.register_forward_hook(lambda module, args, out: layers.append(out))
-        for layer in model.model.layers
-    ]
-    final = []
-    hooks.append(model.model.norm.register_forward_hook(lambda m, a, out: final.append(out)))
+    """Logits, scaled embeddings, the residual after every layer, and the final norm; with images
+    also every layer of the tower, its end, and the projector."""
+    text, recorder = getattr(model.model, "language_model", model.model), Recorder()
+    recorder.listen("layer_outputs", *text.layers)
+    recorder.listen("final_norm", text.norm)
+    if "pixel_values" in inputs:
+        tower = model.model.vision_tower
+        recorder.listen("vision_layer_outputs", *tower.encoder.layers)
+        recorder.listen("vision_last_hidden_state", tower)
+        recorder.listen("projector_output", model.model.multi_modal_projector)
     logits = model(**inputs).logits
-    for hook in hooks:
-        hook.remove()
-    outputs = {"logits": logits, "final_norm": final[0]}
-    if "attention_mask" not in inputs:  # padded cases keep what is compared at real tokens
-        outputs["embeddings"] = model.model.embed_tokens(inputs["input_ids"])
-        outputs["layer_outputs"] = torch.stack(
-            [out[0] if isinstance(out, tuple) else out for out in layers]
-        )
+    found = recorder.stop()
+    outputs = {name: v if "layer_outputs" in name else v[0] for name, v in found.items()}
+    outputs = {k: torch.stack(v) if isinstance(v, list) else v for k, v in outputs.items()}
+    outputs |= {"logits": logits, "embeddings": text.embed_tokens(inputs["input_ids"])}
+    if padded(inputs):  # such cases keep what is compared at real tokens
+        outputs = {name: outputs[name] for name in ("logits", "final_norm")}
     return outputs
 
 
@@ -88,7 +126,8 @@ def run_generate(model, inputs: dict, steps: int = 24) -> dict:
 def run_gradients(model, inputs: dict) -> dict:
     """Mean loss over positions t with labels[t + 1] != -100, and its gradients."""
     model.zero_grad()
-    log_probs = model(input_ids=inputs["input_ids"]).logits[:, :-1].log_softmax(-1)
+    given = {name: value for name, value in inputs.items() if name != "labels"}
+    log_probs = model(**given).logits[:, :-1].log_softmax(-1)
     targets = inputs["labels"][:, 1:]
     real = targets != -100
     loss = -log_probs.gather(-1, targets.clamp(min=0)[..., None])[..., 0][real].mean()
@@ -107,15 +146,15 @@ def runner(name: str):
 
 def compared(key: str, inputs: dict):
     """Index of what counts in an output: all of it, or what lies at real tokens."""
-    padded = "attention_mask" in inputs and key in ("logits", "final_norm")
-    return inputs["attention_mask"] == 1 if padded else ...
+    at_real = padded(inputs) and key in ("logits", "final_norm")
+    return inputs["attention_mask"] == 1 if at_real else ...
 
 
 def compute(folder: Path, name: str, inputs: dict) -> tuple[dict, dict]:
     """`(outputs in float32, facts per output)` of one case."""
     results = {}
     for variant, how in VARIANTS.items():
-        if variant == "noise_fp64" and "attention_mask" in inputs:
+        if variant == "noise_fp64" and padded(inputs):
             continue  # a row of padding sees nothing, and transformers in float64 makes nan of it
         results[variant] = runner(name)(load(folder, *how), inputs)
     outputs, facts = results["value"], {}
@@ -154,7 +193,7 @@ def write(folder: Path, config: Path, seed: int) -> None:
     torch.manual_seed(seed)
     folder.mkdir(parents=True)
     cfg = AutoConfig.from_pretrained(config)
-    model = AutoModelForCausalLM.from_config(cfg, dtype=torch.float32)
+    model = model_class(cfg).from_config(cfg, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             vector = parameter.ndim == 1
@@ -162,6 +201,16 @@ def write(folder: Path, config: Path, seed: int) -> None:
                 torch.randn_like(parameter) * (0.3 if vector else parameter.shape[-1] ** -0.5)
             )
     model.to(torch.bfloat16).save_pretrained(folder)
+    for name, inputs in (image_cases if hasattr(cfg, "vision_config") else text_cases)(cfg).items():
+        outputs, facts = compute(folder, name, inputs)
+        arrays = {f"in.{k}": v for k, v in inputs.items()}
+        arrays |= {f"out.{k}": v.contiguous() for k, v in outputs.items()}
+        save_file({k: v.clone() for k, v in arrays.items()}, folder / f"{name}.safetensors")
+        (folder / f"{name}.json").write_text(json.dumps({"case": name, "outputs": facts}, indent=1))
+
+
+def text_cases(cfg) -> dict[str, dict]:
+    """Inputs of every kind of case: alone, padded on either side, continued, differentiated."""
     ids = torch.randint(4, cfg.vocab_size, (4, 40))
     mask = (torch.arange(40) >= torch.tensor([0, 5, 20, 33])[:, None]).long()
     labels = ids[:1].clone()
@@ -177,12 +226,24 @@ def write(folder: Path, config: Path, seed: int) -> None:
         cases[f"batch_{side}_pad"] = {
             "input_ids": ids * real, "attention_mask": real, "position_ids": positions,
         }  # fmt: skip
-    for name, inputs in cases.items():
-        outputs, facts = compute(folder, name, inputs)
-        arrays = {f"in.{k}": v for k, v in inputs.items()}
-        arrays |= {f"out.{k}": v.contiguous() for k, v in outputs.items()}
-        save_file({k: v.clone() for k, v in arrays.items()}, folder / f"{name}.safetensors")
-        (folder / f"{name}.json").write_text(json.dumps({"case": name, "outputs": facts}, indent=1))
+    return cases
+
+
+def image_cases(cfg) -> dict[str, dict]:
+    """A prompt with two images: text, image, text, image, text."""
+    size, count = cfg.vision_config.image_size, cfg.mm_tokens_per_image
+    text = [torch.randint(4, cfg.boi_token_index, (n,)).tolist() for n in (5, 3, 6)]
+    span = [cfg.boi_token_index, *[cfg.image_token_index] * count, cfg.eoi_token_index]
+    ids = torch.tensor([text[0] + span + text[1] + span + text[2]])
+    types = (ids == cfg.image_token_index).long()
+    images = {"token_type_ids": types, "pixel_values": torch.rand(2, 3, size, size) * 2 - 1}
+    labels = torch.where(types == 1, -100, ids)
+    return {
+        "forward": {"input_ids": ids, **images},
+        "forward_text_only": {"input_ids": torch.randint(4, cfg.boi_token_index, (1, 18))},
+        "generate": {"input_ids": ids, **images},
+        "gradients": {"input_ids": ids, **images, "labels": labels},
+    }
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity.goldens import DATA, assert_close, case
+from parity.goldens import DATA, assert_close, case, next_token_loss
 from safetensors.numpy import load_file
 
 from gemma_checkpoints import load_model, save_hf
@@ -72,11 +72,7 @@ def test_gradients(model, tmp_path):
     labels = given["labels"]
 
     def loss(model):
-        log_probs_BTV = jax.nn.log_softmax(forward(model, ids).logits[:, :-1])
-        targets_BT = jnp.asarray(labels[:, 1:])
-        real_BT = targets_BT != -100
-        chosen = jnp.take_along_axis(log_probs_BTV, jnp.maximum(targets_BT, 0)[..., None], -1)
-        return -jnp.sum(chosen[..., 0] * real_BT) / real_BT.sum()
+        return next_token_loss(forward(model, ids).logits, labels)
 
     value, grads = jax.jit(jax.value_and_grad(loss))(model)
     assert_close(value, expected["loss"], tolerance["loss"])
