@@ -192,7 +192,7 @@ def test_names_may_do_without_prefix(forward, mute, stored):
         ({"input_ids": [[1.0, 2.0]]}, "must hold integer input_ids [B, T]"),
         ({"input_ids": np.zeros((0, 3), np.int64)}, "must hold integer input_ids [B, T]"),
         ({"labels": [[1, 2]]}, "must hold integer input_ids [B, T]"),
-        ({"input_ids": [[1, 2]], "pixel_values": [0.0]}, "cannot use pixel_values"),
+        ({"input_ids": [[1, 2]], "pixel_values": [0.0]}, "this model reads text alone"),
         ({"input_ids": [[1, 2, 3]], "attention_mask": [[1, 0, 1]]}, "row 0 has 2 runs of ones"),
         ({"input_ids": [[1], [2]], "attention_mask": [[1], [0]]}, "row 1 has 0 runs of ones"),
         ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, "must match input_ids [1, 2]"),
