@@ -26,7 +26,7 @@ def edit_tensors(hf_folder):
     return edit
 
 
-def refused(path, *messages):
+def assert_refused(path, *messages):
     with pytest.raises(gc.CheckpointError) as caught:
         gc.load_model(path)
     for message in messages:
@@ -43,7 +43,7 @@ def test_everything_wrong_at_once(edit_tensors):
         tensors["model.norm.weight"] = np.zeros(71, np.float32)
         tensors["model.layers.0.self_attn.q_norm.weight"] = np.zeros(24, np.int32)
 
-    error = refused(
+    error = assert_refused(
         edit_tensors(change),
         "4 problems",
         "layers.3.mlp.up_proj.weight is missing: expected [96, 72]",
@@ -55,7 +55,7 @@ def test_everything_wrong_at_once(edit_tensors):
 
 
 def test_a_long_list_is_cut(edit_config):
-    error = refused(edit_config(hidden_size=80), "and ", " more")
+    error = assert_refused(edit_config(hidden_size=80), "and ", " more")
     assert len(error.problems) > 50 and len(str(error).splitlines()) < 12
 
 
@@ -65,14 +65,14 @@ def test_transposed_weights(edit_tensors):
     def change(tensors):
         tensors[name] = np.ascontiguousarray(tensors[name].T)
 
-    refused(edit_tensors(change), "has shape [96, 72], but the config makes it [72, 96]")
+    assert_refused(edit_tensors(change), "has shape [96, 72], but the config makes it [72, 96]")
 
 
 def test_vision_tensors_in_a_text_only_folder(edit_tensors):
     def change(tensors):
         tensors["vision_tower.x"] = np.zeros(1, np.float32)
 
-    refused(edit_tensors(change), "vision_tower.x is surplus")
+    assert_refused(edit_tensors(change), "vision_tower.x is surplus")
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_everything_wrong_with_a_tower_at_once(seeing_folder):
     projection = "multi_modal_projector.mm_input_projection_weight"
     tensors[projection] = np.ascontiguousarray(tensors[projection].T)
     save_file(tensors, file)
-    error = refused(
+    error = assert_refused(
         seeing_folder,
         "6 problems",
         "vision_tower.encoder.layers.1.mlp.fc1.bias is missing: expected [48]",
@@ -114,7 +114,9 @@ def test_a_tower_that_is_not_there(seeing_folder):
     file = seeing_folder / "model.safetensors"
     tensors = load_file(file)
     save_file({k: v for k, v in tensors.items() if k.startswith("language_model.")}, file)
-    error = refused(seeing_folder, "multi_modal_projector.mm_soft_emb_norm.weight is missing")
+    error = assert_refused(
+        seeing_folder, "multi_modal_projector.mm_soft_emb_norm.weight is missing"
+    )
     assert len(error.problems) == 3 * 16 + 5 + 2
     assert gc.load_model(seeing_folder, modalities=("text",)).vision is None
 
@@ -130,7 +132,7 @@ def test_a_tower_that_is_not_there(seeing_folder):
 def test_wrong_vision_configs(changes, message, seeing_folder):
     path = seeing_folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    assert len(refused(seeing_folder, message).problems) == 1
+    assert len(assert_refused(seeing_folder, message).problems) == 1
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
@@ -142,7 +144,7 @@ def test_values_that_are_no_numbers(dtype, value, edit_tensors):
             array.reshape(-1)[:i] = value
             tensors[name] = array
 
-    refused(
+    assert_refused(
         edit_tensors(change),
         "layers.1.mlp.up_proj.weight: 1 values are NaN or infinite",
         "norm.weight: 2 values are NaN or infinite",
@@ -159,20 +161,20 @@ def test_a_scale_that_is_no_number_in_a_gguf(tmp_path):
         return blocks, gguf.GGMLQuantizationType.Q8_0
 
     path = write_gguf(tmp_path / "m.gguf", random_model(tiny("gemma3-1b")), "gemma3", encode)
-    refused(path, "blk.2.ffn_up.weight: 32 values are NaN or infinite")
+    assert_refused(path, "blk.2.ffn_up.weight: 32 values are NaN or infinite")
 
 
 @pytest.mark.parametrize("part", [0, 4, 8, 2_000, 20_000, 641_263])
 def test_cut_off_safetensors(part, hf_folder):
     file = hf_folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:part])
-    refused(hf_folder, "model.safetensors", "cut off")
+    assert_refused(hf_folder, "model.safetensors", "cut off")
 
 
 def test_safetensors_with_a_tail(hf_folder):
     with open(hf_folder / "model.safetensors", "ab") as file:
         file.write(b"tail")
-    refused(hf_folder, "too long")
+    assert_refused(hf_folder, "too long")
 
 
 def rewrite_header(hf_folder, change):
@@ -211,14 +213,14 @@ def edited(name="model.norm.weight", **entry):
     ],
 )
 def test_broken_safetensors_headers(change, message, hf_folder):
-    refused(rewrite_header(hf_folder, change), message)
+    assert_refused(rewrite_header(hf_folder, change), message)
 
 
 @pytest.mark.parametrize("length", [0, 1 << 40, (1 << 64) - 1])
 def test_forged_header_lengths(length, hf_folder):
     file = hf_folder / "model.safetensors"
     file.write_bytes(length.to_bytes(8, "little") + file.read_bytes()[8:])
-    refused(hf_folder, f"a header of {length}")
+    assert_refused(hf_folder, f"a header of {length}")
 
 
 def sharded(hf_folder, tmp_path):
@@ -228,7 +230,7 @@ def sharded(hf_folder, tmp_path):
 def test_missing_shard(hf_folder, tmp_path):
     out = sharded(hf_folder, tmp_path)
     next(out.glob("model-00002*")).unlink()
-    refused(out, "model-00002-of-", "is missing")
+    assert_refused(out, "model-00002-of-", "is missing")
 
 
 def test_broken_index(hf_folder, tmp_path):
@@ -244,7 +246,7 @@ def test_broken_index(hf_folder, tmp_path):
         (json.dumps({"weight_map": where | {"a": first}}), f"a: in the index, but not in {first}"),
     ):
         index.write_text(bad)
-        refused(out, message)
+        assert_refused(out, message)
 
 
 def test_a_name_in_two_shards(hf_folder, tmp_path):
@@ -252,24 +254,24 @@ def test_a_name_in_two_shards(hf_folder, tmp_path):
     files = sorted(out.glob("*.safetensors"))
     tensors = load_file(files[1]) | {"model.norm.weight": np.zeros(72, ml_dtypes.bfloat16)}
     save_file(tensors, files[1])
-    refused(out, "model.norm.weight: occurs twice")
+    assert_refused(out, "model.norm.weight: occurs twice")
 
 
 def test_wrong_configs(hf_folder, edit_config):
-    refused(edit_config(num_hidden_layers=6, layer_types=None), "layers.6.", "surplus")
-    refused(edit_config(model_type="mistral"), "model_type 'mistral' is not supported")
+    assert_refused(edit_config(num_hidden_layers=6, layer_types=None), "layers.6.", "surplus")
+    assert_refused(edit_config(model_type="mistral"), "model_type 'mistral' is not supported")
     (hf_folder / "config.json").write_text("{")
-    refused(hf_folder, "config.json: not valid JSON")
+    assert_refused(hf_folder, "config.json: not valid JSON")
     (hf_folder / "config.json").write_text("[1]")
-    refused(hf_folder, "expected a JSON object, got list")
+    assert_refused(hf_folder, "expected a JSON object, got list")
 
 
 def test_no_checkpoint_at_all(tmp_path):
-    refused(tmp_path, "not a checkpoint: expected a .gguf file")
+    assert_refused(tmp_path, "not a checkpoint: expected a .gguf file")
     (tmp_path / "weights.gguf").write_bytes(b"PK\x03\x04")
-    refused(tmp_path / "weights.gguf", "not a checkpoint")
+    assert_refused(tmp_path / "weights.gguf", "not a checkpoint")
     (tmp_path / "config.json").write_text('{"model_type": "gemma3_text"}')
-    refused(tmp_path, "model.safetensors is missing")
+    assert_refused(tmp_path, "model.safetensors is missing")
     with pytest.raises(gc.CheckpointError, match="no tokenizer found"):
         gc.tokenizer_path(tmp_path)
 
@@ -277,7 +279,7 @@ def test_no_checkpoint_at_all(tmp_path):
 @pytest.mark.parametrize("part", [4, 5, 24, 100, 700, 3_000, 100_000, -1])
 def test_cut_off_gguf(part, gguf_file):
     gguf_file.write_bytes(gguf_file.read_bytes()[:part])
-    refused(gguf_file, "cut off" if part == 100_000 or part == -1 else "cut-off")
+    assert_refused(gguf_file, "cut off" if part == 100_000 or part == -1 else "cut-off")
 
 
 def patched(gguf_file, offset, value, size=8):
@@ -297,27 +299,29 @@ def patched(gguf_file, offset, value, size=8):
     ],
 )
 def test_forged_gguf_counts(offset, value, message, gguf_file):
-    refused(patched(gguf_file, offset, value), message)
+    assert_refused(patched(gguf_file, offset, value), message)
 
 
 def test_forged_gguf_tensors(gguf_file):
     """After a tensor's name come its rank, shape, type and offset."""
     at = gguf_file.read_bytes().index(b"output_norm.weight") + len(b"output_norm.weight")
-    refused(patched(gguf_file, at + 12, 999, 4), "unknown tensor type 999")
-    refused(patched(gguf_file, at + 12, 26, 4), "output_norm.weight is stored as I32")
+    assert_refused(patched(gguf_file, at + 12, 999, 4), "unknown tensor type 999")
+    assert_refused(patched(gguf_file, at + 12, 26, 4), "output_norm.weight is stored as I32")
     patched(gguf_file, at + 12, 0, 4)  # F32 again
-    refused(patched(gguf_file, at + 16, 1 << 60), "output_norm.weight ends at byte")
+    assert_refused(patched(gguf_file, at + 16, 1 << 60), "output_norm.weight ends at byte")
     patched(gguf_file, at + 16, 0)
-    refused(patched(gguf_file, at + 4, 1 << 60), "broken or cut-off GGUF header: a tensor of shape")
+    assert_refused(
+        patched(gguf_file, at + 4, 1 << 60), "broken or cut-off GGUF header: a tensor of shape"
+    )
 
 
 def test_other_architectures(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", random_model(tiny("gemma3-1b")), "llama", plain)
-    refused(path, "general.architecture 'llama' is not supported")
+    assert_refused(path, "general.architecture 'llama' is not supported")
 
 
 def test_surplus_tensors_in_a_gguf(tmp_path):
     extra = {"v.patch_embd.weight": np.zeros((2, 2), np.float32)}
     model = random_model(tiny("gemma3-1b"))
     path = write_gguf(tmp_path / "m.gguf", model, "gemma3", plain, **extra)
-    refused(path, "v.patch_embd.weight is surplus")
+    assert_refused(path, "v.patch_embd.weight is surplus")

@@ -11,7 +11,7 @@ from text_samples import patient, write_gguf
 from gemma_jax.text import Tokenizer, gguf_header
 
 
-def refused(path, content: bytes, match: str | None = None) -> None:
+def assert_refused(path, content: bytes, match: str | None = None) -> None:
     path.write_bytes(content)
     with pytest.raises(ValueError, match=match) as caught:
         Tokenizer.from_file(path)
@@ -22,7 +22,7 @@ def refused(path, content: bytes, match: str | None = None) -> None:
 def test_cut_off(tiny, tmp_path, kind):
     whole = getattr(tiny, kind).read_bytes()
     for size in {0, 1, 3, 4, 10, 23, 24, 25, len(whole) // 3, len(whole) // 2, len(whole) - 9}:
-        refused(tmp_path / f"tokenizer.{kind}", whole[:size])
+        assert_refused(tmp_path / f"tokenizer.{kind}", whole[:size])
 
 
 @pytest.mark.parametrize("kind", ["model", "gguf"])
@@ -41,10 +41,12 @@ def test_altered_bytes_never_crash(tiny, tmp_path, kind, data):
 
 
 def test_other_files(tmp_path):
-    refused(tmp_path / "model.safetensors", b"\x10\0\0\0\0\0\0\0{}", r"tokenizer\.model, .* GGUF")
-    refused(tmp_path / "tokenizer.json", b"[" * 100_000, "JSON")
-    refused(tmp_path / "tokenizer.json", b"[]", "expected a JSON object, got list")
-    refused(tmp_path / "tokenizer.gguf", b"{}", "begins with 'GGUF'")
+    assert_refused(
+        tmp_path / "model.safetensors", b"\x10\0\0\0\0\0\0\0{}", r"tokenizer\.model, .* GGUF"
+    )
+    assert_refused(tmp_path / "tokenizer.json", b"[" * 100_000, "JSON")
+    assert_refused(tmp_path / "tokenizer.json", b"[]", "expected a JSON object, got list")
+    assert_refused(tmp_path / "tokenizer.gguf", b"{}", "begins with 'GGUF'")
     with pytest.raises(FileNotFoundError):
         Tokenizer.from_file(tmp_path / "none.model")
 
@@ -77,7 +79,7 @@ CHANGES = [
 def test_json_of_another_tokenizer(tiny, tmp_path, change, match):
     root = json.loads(tiny.json.read_text(encoding="utf-8"))
     change(root)
-    refused(tmp_path / "tokenizer.json", json.dumps(root).encode(), match)
+    assert_refused(tmp_path / "tokenizer.json", json.dumps(root).encode(), match)
 
 
 def test_gguf_of_another_tokenizer(tiny, tmp_path):
@@ -86,7 +88,7 @@ def test_gguf_of_another_tokenizer(tiny, tmp_path):
         ({"space_prefix": True}, "add_space_prefix"),
     ]:
         write_gguf(tmp_path / "other.gguf", *tiny.table, **change)
-        refused(tmp_path / "other.gguf", (tmp_path / "other.gguf").read_bytes(), match)
+        assert_refused(tmp_path / "other.gguf", (tmp_path / "other.gguf").read_bytes(), match)
 
 
 def test_gguf_with_lying_lengths(tmp_path):
@@ -101,9 +103,11 @@ def test_gguf_with_lying_lengths(tmp_path):
         struct.pack("<IIQ", 9, 9, 1),
         struct.pack("<I", 99),
     ]:
-        refused(tmp_path / "lying.gguf", start + value + bytes(16), "broken GGUF header")
-    refused(tmp_path / "lying.gguf", b"GGUF" + struct.pack(">IQQ", 3, 0, 1), "version 2 or 3")
-    refused(tmp_path / "lying.gguf", b"GGUF" + struct.pack("<IQQ", 3, 0, huge), "broken")
+        assert_refused(tmp_path / "lying.gguf", start + value + bytes(16), "broken GGUF header")
+    assert_refused(
+        tmp_path / "lying.gguf", b"GGUF" + struct.pack(">IQQ", 3, 0, 1), "version 2 or 3"
+    )
+    assert_refused(tmp_path / "lying.gguf", b"GGUF" + struct.pack("<IQQ", 3, 0, huge), "broken")
 
 
 def test_gguf_header_is_what_the_gguf_package_reads(tiny):
