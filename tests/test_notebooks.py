@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom on the real weights, and are stored without outputs."""
+"""The notebooks run from top to bottom on trained weights, and are stored without outputs."""
 
 import json
 from pathlib import Path
@@ -50,3 +50,16 @@ def test_quickstart(real_gguf, tmp_path):
         assert any("image/png" in o.get("data", {}) for o in outputs(done, picture))
     sensible, shuffled = (float(s.split()[1]) for s in printed(done, "gj.score").splitlines())
     assert sensible < shuffled
+
+
+def test_vision():
+    pytest.importorskip("sklearn", reason="pip install 'gemma-jax[notebook]'")
+    done = run("02_vision", ROOT / "notebooks")  # reads the checkpoint beside it, writes nothing
+    assert "How many digits? 3\n" in printed(done, "three.png")
+    shares = [int(line.split()[-4]) for line in printed(done, "held_out=True").splitlines()]
+    assert len(shares) == 4 and min(shares) >= 85
+    for picture in ("image_attention", "draw_crops"):
+        assert any("image/png" in o.get("data", {}) for o in outputs(done, picture))
+    assert "(0, 0, 32, 32)" in printed(done, "draw_crops")
+    read, written = printed(done, 'Read the digits.", images=[crop]').split("| written:")
+    assert sum(a == b for a, b in zip(read.split(), written.split())) >= 3
