@@ -1,4 +1,5 @@
-"""Key/value caches: a ring of the window for local layers, the full length for global ones.
+"""Key/value caches: a ring of the window for local layers, the full length for global ones, none
+for layers that share those of another.
 
 A token at position `p` lives in slot `p % capacity`, so a full cache is a ring that never wraps.
 Positions are stored once per capacity, not once per layer, and masks are made from them alone:
@@ -26,18 +27,35 @@ class LayerCache:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class KeysValues:
+    """What the queries of one pass attend to.
+
+    Attributes:
+      k_BSKH, v_BSKH: Rotated keys, and values.
+      kv_pos_BS: Their positions, -1 for slots to be ignored.
+      in_order: Whether they come in the order of the queries (see `AttentionSpec.window`).
+    """
+
+    k_BSKH: jax.Array
+    v_BSKH: jax.Array
+    kv_pos_BS: jax.Array
+    in_order: bool = field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Cache:
     """Caches of all layers, in the segments of the model.
 
     Attributes:
-      layers: `layers[segment][position in the period]`.
+      layers: `layers[segment][position in the period]`; `None` for layers without one.
       positions: capacity -> int32 `[B, capacity]`, -1 where empty.
       max_len: Longest sequence that fits, in tokens.
       slack: How many tokens beyond one a single pass may write into a ring without evicting a key
         that its own first query needs (0 for plain decoding).
     """
 
-    layers: tuple[tuple[LayerCache, ...], ...]
+    layers: tuple[tuple[LayerCache | None, ...], ...]
     positions: dict[int, jax.Array]
     max_len: int = field(metadata={"static": True})
     slack: int = field(default=0, metadata={"static": True})
@@ -84,7 +102,9 @@ def init_cache(
 ) -> Cache:
     """An empty cache for `batch` rows of up to `max_len` tokens."""
 
-    def layer(spec: LayerSpec, repeats: int) -> LayerCache:
+    def layer(spec: LayerSpec, repeats: int) -> LayerCache | None:
+        if spec.kv == "shared":
+            return None
         capacity = layer_capacity(spec, max_len, slack)
         shape = (repeats, batch, capacity, cfg.num_kv_heads, cfg.head_dim)
         return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
@@ -101,7 +121,8 @@ def init_cache(
 def cache_bytes(cfg: GemmaConfig, batch: int, max_len: int, dtype: jax.typing.DTypeLike) -> int:
     """Bytes of keys and values that `init_cache` allocates (positions left out)."""
     per_slot = 2 * batch * cfg.num_kv_heads * cfg.head_dim * jnp.dtype(dtype).itemsize
-    return per_slot * sum(layer_capacity(spec, max_len) for spec in cfg.layers)
+    owners = (spec for spec in cfg.layers if spec.kv != "shared")
+    return per_slot * sum(layer_capacity(spec, max_len) for spec in owners)
 
 
 def plan_slots(cache: Cache, pos_BT: jax.Array) -> tuple[dict[int, Slots], dict[int, jax.Array]]:

@@ -3,12 +3,13 @@
 A model is one `GemmaConfig`; what may differ from layer to layer lives in a `LayerSpec`. The
 generations differ only in these values: Gemma 1 has global layers alone, Gemma 2 adds soft caps
 and post-norms and alternates local with global, Gemma 3 drops the caps for QK-norm and makes five
-of six layers local.
+of six layers local. Gemma 3n brings parts of its own, each in a config of its own: AltUp, LAuReL,
+per-layer embeddings; its last layers share keys and values, its first ones are sparse.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -23,6 +24,11 @@ class LayerSpec:
       rope_scale: Linear position scaling; angles are divided by it (8 in the global layers of
         Gemma 3 4B, 12B and 27B, else 1).
       d_ff: Width `F` of the feed-forward network.
+      sparsity: Share of the gate that is cut off, by a threshold that would be exact if the gate
+        were normally distributed (Gemma 3n's first layers, 0.95).
+      kv: Whose keys and values the layer attends to: its `"own"`; its own, which later layers of
+        its kind read as well (`"lent"`); or those that were lent (`"shared"`, Gemma 3n's last
+        layers). See `share_kv`.
     """
 
     kind: Literal["local", "global"]
@@ -30,8 +36,14 @@ class LayerSpec:
     rope_theta: float = 10_000.0
     rope_scale: float = 1.0
     d_ff: int
+    sparsity: float = 0.0
+    kv: Literal["own", "lent", "shared"] = "own"
 
     def __post_init__(self):
+        if self.kv not in ("own", "lent", "shared"):
+            raise ValueError(f"kv={self.kv!r} must be 'own', 'lent' or 'shared'")
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity={self.sparsity} must lie in [0, 1)")
         if self.kind not in ("local", "global"):
             raise ValueError(f"kind={self.kind!r} must be 'local' or 'global'")
         if (self.window is not None) != (self.kind == "local"):
@@ -39,6 +51,68 @@ class LayerSpec:
         _check_positive(self, "rope_theta", "rope_scale", "d_ff")
         if self.window is not None:
             _check_positive(self, "window")
+
+
+def share_kv(specs: Sequence[LayerSpec], num_shared: int) -> tuple[LayerSpec, ...]:
+    """The last `num_shared` layers read keys and values of the last layer of their kind before.
+
+    Raises:
+      ValueError: No layer of that kind comes before.
+    """
+    first = len(specs) - num_shared
+    if not 0 <= num_shared <= len(specs):
+        raise ValueError(f"{num_shared=} must lie in [0, {len(specs)}]")
+    lenders = {spec.kind: i for i, spec in enumerate(specs[:first])}
+    shared = {spec.kind for spec in specs[first:]}
+    if missing := shared - set(lenders):
+        raise ValueError(
+            f"{num_shared=} of {len(specs)} layers: no {missing.pop()} layer before them has keys "
+            "and values to share"
+        )
+    lending = {lenders[kind] for kind in shared}
+
+    def role(i: int) -> Literal["own", "lent", "shared"]:
+        return "shared" if i >= first else "lent" if i in lending else "own"
+
+    return tuple(replace(spec, kv=role(i)) for i, spec in enumerate(specs))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AltUpConfig:
+    """Alternating updates: several residual streams, of which one layer computes but one.
+
+    Attributes:
+      num_streams: A.
+      active: The stream that the layers read.
+      coef_clip: Bound on the mixing coefficients where the named numerics applies it.
+      correct_scale: Scale the active stream by a learned vector before the per-layer input.
+    """
+
+    num_streams: int = 4
+    active: int = 0
+    coef_clip: float | None = 120.0
+    correct_scale: bool = True
+
+    def __post_init__(self):
+        _check_positive(self, "num_streams")
+        if not 0 <= self.active < self.num_streams:
+            raise ValueError(f"active={self.active} must lie in [0, {self.num_streams})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerLayerConfig:
+    """Per-layer embeddings: every token has a short vector for every layer.
+
+    Attributes:
+      width: P.
+      vocab_size: Rows of the table; ids beyond read row 0.
+    """
+
+    width: int
+    vocab_size: int
+
+    def __post_init__(self):
+        _check_positive(self, "width", "vocab_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +200,12 @@ class GemmaConfig:
       qk_norm: RMSNorm over each query and key head (Gemma 3).
       post_norms: RMSNorm after attention and feed-forward, before the residual sum (Gemma 2, 3).
       attn_soft_cap, final_soft_cap: `cap * tanh(x / cap)` on scores / logits (Gemma 2).
+      scale_plus_one: RMSNorm multiplies by one plus its stored scale (Gemma 1 to 3), or by the
+        scale itself (Gemma 3n).
+      v_norm: RMSNorm without a scale over each value head (Gemma 3n).
+      altup: Several residual streams (Gemma 3n).
+      laurel_rank: R of the low-rank residual beside attention (Gemma 3n).
+      per_layer: Per-layer embeddings (Gemma 3n).
       vision: The tower of models that read images (Gemma 3 from 4B on); `None` for text alone.
     """
 
@@ -142,6 +222,11 @@ class GemmaConfig:
     post_norms: bool = False
     attn_soft_cap: float | None = None
     final_soft_cap: float | None = None
+    scale_plus_one: bool = True
+    v_norm: bool = False
+    altup: AltUpConfig | None = None
+    laurel_rank: int | None = None
+    per_layer: PerLayerConfig | None = None
     vision: VisionConfig | None = None
 
     def __post_init__(self):
@@ -160,6 +245,9 @@ class GemmaConfig:
             raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
         if not self.layers:
             raise ValueError("layers must hold at least one LayerSpec")
+        if self.laurel_rank is not None:
+            _check_positive(self, "laurel_rank")
+        _check_sharing(self.layers)
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -172,7 +260,23 @@ class GemmaConfig:
             "G": self.num_heads // self.num_kv_heads,
             "H": self.head_dim,
             "L": len(self.layers),
+            "A": self.altup.num_streams if self.altup else 1,
+            "P": self.per_layer.width if self.per_layer else 0,
+            "R": self.laurel_rank or 0,
         }
+
+
+def _check_sharing(layers: tuple[LayerSpec, ...]) -> None:
+    lent = set()
+    for i, spec in enumerate(layers):
+        if spec.kv == "shared" and spec.kind not in lent:
+            raise ValueError(
+                f"layer {i} shares keys and values, but no {spec.kind} layer lends any"
+            )
+        if spec.kv != "shared" and spec.kind in lent:
+            raise ValueError(f"layer {i} has keys and values of its own after others are shared")
+        if spec.kv == "lent":
+            lent.add(spec.kind)
 
 
 def _check_positive(owner, *fields: str) -> None:

@@ -1,11 +1,11 @@
 """What all layers of one forward pass share: computed once, read by every block."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
 
-from gemma_jax.cache import Slots
+from gemma_jax.cache import KeysValues, Slots
 from gemma_jax.config import GemmaConfig, LayerSpec
 from gemma_jax.nn.rope import RopeTable, rope_table
 from gemma_jax.numerics import NUMERICS, Numerics
@@ -41,6 +41,7 @@ class Context:
       slots: cache capacity -> where new tokens go; empty without a cache.
       causal: Whether no query sees a key after its own; images within the new tokens do.
       capture: Names of intermediate results to return.
+      lent: kind of layer -> keys and values that later layers of the kind read.
     """
 
     runtime: Runtime = field(metadata={"static": True})
@@ -50,6 +51,10 @@ class Context:
     slots: dict[int, Slots]
     causal: bool = field(metadata={"static": True})
     capture: frozenset[str] = field(metadata={"static": True})
+    lent: dict[str, KeysValues] = field(default_factory=dict)
+
+    def lend(self, lent: dict[str, KeysValues]) -> "Context":
+        return replace(self, lent=self.lent | lent)
 
     def interval(self, spec: LayerSpec) -> tuple[jax.Array, jax.Array]:
         return self.intervals[spec.window or 0]

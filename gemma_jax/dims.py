@@ -16,12 +16,13 @@ initial shape, its sharding, and the shape check of checkpoints.
 | H      | head dimension                  | C      | vision-tower width                   |
 | I      | images                          | U      | colour channels                      |
 | Y      | pixel rows (of a patch)         | X      | pixel columns (of a patch)           |
+| E      | outputs of a square map         | Z      | pairs of AltUp streams, A * A        |
 
 In a tower an image is what a batch row is in the text: N, H, F and L are the tower's own there.
 Stacked parameters (see `segments.py`) have one leading axis more, which carries no letter.
 """
 
-ALPHABET = frozenset("BTSDNKGHFVLAPRQCIUYX")
+ALPHABET = frozenset("BTSDNKGHFVLAPRQCIUYXEZ")
 
 
 def weight_dims(equation: str) -> str:

@@ -4,8 +4,12 @@ x = embed(tokens) * sqrt(D), or soft tokens in the place of images
 for each layer:  x = x + post_norm(attention(pre_norm(x)))
                  x = x + post_norm(ffn(pre_norm(x)))
 logits = embed.T(final_norm(x))
+
+Gemma 3n puts this into the middle of several streams: a layer predicts them all, computes one, and
+corrects them all by its result.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -17,25 +21,48 @@ from flax import nnx
 from gemma_jax.cache import Cache, LayerCache, plan_slots
 from gemma_jax.config import GemmaConfig, LayerSpec
 from gemma_jax.context import Context, Runtime, make_context
+from gemma_jax.nn.altup import AltUp, Streams
 from gemma_jax.nn.attention import Attention
 from gemma_jax.nn.embed import Embedder
 from gemma_jax.nn.ffn import FeedForward
+from gemma_jax.nn.laurel import Laurel
 from gemma_jax.nn.norm import RMSNorm
+from gemma_jax.nn.per_layer import PerLayerEmbedder, PerLayerInput
 from gemma_jax.segments import Layout, segment_layers
-from gemma_jax.stack import run_layers, stack_layers
+from gemma_jax.stack import LayerOutput, run_layers, stack_layers
 from gemma_jax.vision.encoder import VisionEncoder
 from gemma_jax.vision.soft_tokens import SoftTokens
 
-CAPTURES = ("embeddings", "layer_outputs", "attention_weights", "final_norm")
+CAPTURES = (
+    "embeddings",
+    "per_layer_inputs",
+    "layer_outputs",
+    "attention_weights",
+    "final_norm",
+    "laurel",
+    "altup_predictions",
+    "altup_mixtures",
+    "altup_gains",
+    "per_layer_gates",
+    "sparsity_masks",
+)
 
 
 class Block(nnx.Module):
-    """One decoder layer: attention and feed-forward, each between norms, on a residual stream."""
+    """One decoder layer: attention and feed-forward, each between norms, on a residual stream.
+
+    With AltUp, LAuReL and per-layer inputs as far as the config has them (hf
+    `Gemma3nTextDecoderLayer`).
+    """
 
     def __init__(self, cfg: GemmaConfig, spec: LayerSpec, *, rngs: nnx.Rngs):
         def norm():
-            return RMSNorm("D", cfg.d_model, cfg.norm_eps)
+            return RMSNorm("D", cfg.d_model, cfg.norm_eps, plus_one=cfg.scale_plus_one)
 
+        self.spec = spec
+        self.altup = AltUp(cfg, rngs=rngs) if cfg.altup else None
+        self.laurel = Laurel(cfg, rngs=rngs) if cfg.laurel_rank else None
+        self.per_layer = PerLayerInput(cfg, rngs=rngs) if cfg.per_layer else None
         self.pre_attn_norm = norm()
         self.attn = Attention(cfg, spec, rngs=rngs)
         self.post_attn_norm = norm() if cfg.post_norms else None
@@ -43,16 +70,57 @@ class Block(nnx.Module):
         self.ffn = FeedForward(cfg, spec, rngs=rngs)
         self.post_ffn_norm = norm() if cfg.post_norms else None
 
-    def __call__(self, x_BTD: jax.Array, ctx: Context, cache: LayerCache | None):
-        """`(x_BTD, cache after this pass, captured intermediates)`."""
+    def __call__(
+        self,
+        x: jax.Array,
+        ctx: Context,
+        cache: LayerCache | None,
+        vector_BTP: jax.Array | None = None,
+    ) -> LayerOutput:
+        """The stream `[B, T, D]`, or streams `[A, B, T, D]`, after this layer.
+
+        Args:
+          vector_BTP: The layer's part of the per-layer inputs, if the model has them.
+        """
+        numerics, extra = ctx.runtime.numerics, {}
+        if self.altup is not None:
+            with jax.named_scope("altup"):
+                x, extra["altup_mixtures"] = self.altup.predict(x, numerics)
+                extra["altup_predictions"] = x
+        y_BTD, cache, kv, taps = self._compute(
+            x if self.altup is None else x[self.altup.active], ctx, cache
+        )
+        if self.altup is None:
+            x = active_BTD = y_BTD
+        else:
+            with jax.named_scope("altup"):
+                x, extra["altup_gains"] = self.altup.correct(x, y_BTD, numerics)
+                active_BTD = self.altup.scaled(x)
+        if self.per_layer is not None:
+            with jax.named_scope("per_layer"):
+                y_BTD, gates = self.per_layer(active_BTD, vector_BTP, numerics)
+                extra |= gates
+                # The first stream is left alone, whichever one is active.
+                x = x + y_BTD if self.altup is None else x.at[1:].add(y_BTD)
+        lent = {self.spec.kind: kv} if self.spec.kv == "lent" else {}
+        taps = taps | extra | {"layer_outputs": x}
+        return LayerOutput(x=x, cache=cache, taps=taps, lent=lent)
+
+    def _compute(self, x_BTD: jax.Array, ctx: Context, cache: LayerCache | None):
+        """Attention, with LAuReL beside it, and feed-forward, on one stream."""
         numerics = ctx.runtime.numerics
+        normed_BTD = self.pre_attn_norm(x_BTD, numerics)
         with jax.named_scope("attention"):
-            y_BTD, cache, taps = self.attn(self.pre_attn_norm(x_BTD, numerics), ctx, cache)
+            y_BTD, cache, kv, taps = self.attn(normed_BTD, ctx, cache)
             x_BTD += y_BTD if self.post_attn_norm is None else self.post_attn_norm(y_BTD, numerics)
+        if self.laurel is not None:
+            with jax.named_scope("laurel"):
+                taps["laurel"] = self.laurel(normed_BTD, numerics)
+                x_BTD = (x_BTD + taps["laurel"]) / math.sqrt(2)
         with jax.named_scope("ffn"):
-            y_BTD = self.ffn(self.pre_ffn_norm(x_BTD, numerics))
+            y_BTD, masks = self.ffn(self.pre_ffn_norm(x_BTD, numerics))
             x_BTD += y_BTD if self.post_ffn_norm is None else self.post_ffn_norm(y_BTD, numerics)
-        return x_BTD, cache, taps | {"layer_outputs": x_BTD}
+        return x_BTD, cache, kv, taps | masks
 
 
 class Gemma(nnx.Module):
@@ -70,7 +138,9 @@ class Gemma(nnx.Module):
         self.segments = segment_layers(cfg.layers, layout)
         self.embed = Embedder(cfg, rngs=rngs)
         self.blocks = stack_layers(lambda spec, r: Block(cfg, spec, rngs=r), self.segments, rngs)
-        self.final_norm = RMSNorm("D", cfg.d_model, cfg.norm_eps)
+        self.per_layer = PerLayerEmbedder(cfg, rngs=rngs) if cfg.per_layer else None
+        self.streams = Streams(cfg, rngs=rngs) if cfg.altup else None
+        self.final_norm = RMSNorm("D", cfg.d_model, cfg.norm_eps, plus_one=cfg.scale_plus_one)
         self.vision = VisionEncoder(cfg, rngs=rngs, layout=layout) if cfg.vision else None
 
 
@@ -116,7 +186,8 @@ def forward(
       cache: Keys and values of earlier tokens, from `init_cache` or an earlier pass.
       rope_positions_BT: Positions for the rotary embedding if they are not `positions_BT`.
       logits: For every token, for the last real one of each row, or for none.
-      capture: Names out of `CAPTURES`. `attention_weights` are dense `[B, N, T, S]`.
+      capture: Names out of `CAPTURES`. `attention_weights` are dense `[B, N, T, S]`;
+        `sparsity_masks` come from the sparse layers alone.
     """
     if unknown := set(capture) - set(CAPTURES):
         raise ValueError(f"cannot capture {sorted(unknown)}; choose from {', '.join(CAPTURES)}")
@@ -140,10 +211,19 @@ def forward(
     captured = {"embeddings": x_BTD}
     if soft is not None:
         x_BTD = soft.insert(x_BTD)
+    inputs_LBTP = None
+    if model.per_layer is not None:
+        per_layer_BTLP = model.per_layer(tokens_BT, x_BTD, model.runtime.numerics)
+        captured["per_layer_inputs"] = per_layer_BTLP
+        inputs_LBTP = jnp.moveaxis(per_layer_BTLP, 2, 0)
+    x = x_BTD if model.streams is None else model.streams.spread(x_BTD)
     layers = cache.layers if cache is not None else None
-    x_BTD, layers, taps = run_layers(model.blocks, model.segments, x_BTD, ctx, layers)
+    x, layers, taps = run_layers(model.blocks, model.segments, x, ctx, layers, inputs_LBTP)
+    x_BTD = x if model.streams is None else model.streams.merge(x)
     x_BTD = model.final_norm(x_BTD, model.runtime.numerics)
     captured |= taps | {"final_norm": x_BTD}
+    if absent := [name for name in capture if name not in captured]:
+        raise ValueError(f"this model has no part to capture {', '.join(absent)} from")
     return Output(
         logits=_head(model, x_BTD, positions_BT, logits),
         cache=None if cache is None else replace(cache, layers=layers, positions=positions),

@@ -20,6 +20,8 @@ class Numerics:
       divide_positions: Angles are `position / timescale / factor` (gdm), or
         `position * (1 / timescale / factor)` with a rounded inverse frequency (hf).
       scale_queries: The attention scale multiplies the queries (gdm), or the scores (hf).
+      clip_altup: AltUp's coefficient weights are clipped in every pass (gdm `_altup.py`), or not
+        at all outside of training (hf `Gemma3nTextAltUp`).
       softmax_in_float32: Scores go through the softmax in float32 (hf), or in the activation
         dtype (gdm).
     """
@@ -29,6 +31,7 @@ class Numerics:
     divide_positions: bool
     scale_queries: bool
     softmax_in_float32: bool
+    clip_altup: bool
 
 
 NUMERICS = {
@@ -38,6 +41,7 @@ NUMERICS = {
         divide_positions=False,
         scale_queries=False,
         softmax_in_float32=True,
+        clip_altup=False,
     ),
     "gdm": Numerics(
         norm_in_float32=False,
@@ -45,6 +49,7 @@ NUMERICS = {
         divide_positions=True,
         scale_queries=True,
         softmax_in_float32=False,
+        clip_altup=True,
     ),
 }
 

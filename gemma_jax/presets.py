@@ -3,9 +3,19 @@
 Gemma 3's 4B, 12B and 27B see, all three through one tower: SigLIP So400m, 14-pixel patches, images
 of 896 pixels (Gemma 3 report, section 2.1). Their vocabulary has 64 extra rows: the placeholder of
 soft tokens, and padding.
+
+Gemma 3n's E2B is a slice of its E4B: fewer layers, and half the feed-forward width. Its vocabulary
+has 256 rows more than its per-layer table, for images and audio.
 """
 
-from gemma_jax.config import GemmaConfig, LayerSpec, VisionConfig
+from gemma_jax.config import (
+    AltUpConfig,
+    GemmaConfig,
+    LayerSpec,
+    PerLayerConfig,
+    VisionConfig,
+    share_kv,
+)
 
 SIGLIP = VisionConfig(
     d_tower=1_152,
@@ -88,6 +98,37 @@ def _gemma3(
     )
 
 
+def _gemma3n(layers: int, d_ff: int, num_shared: int, *, num_sparse: int = 10) -> GemmaConfig:
+    def spec(i: int) -> LayerSpec:
+        wide = (i + 1) % 5 == 0
+        return LayerSpec(
+            kind="global" if wide else "local",
+            window=None if wide else 512,
+            rope_theta=GLOBAL_THETA if wide else LOCAL_THETA,
+            d_ff=d_ff,
+            sparsity=0.95 if i < num_sparse else 0.0,
+        )
+
+    return GemmaConfig(
+        vocab_size=262_400,
+        d_model=2_048,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=256,
+        query_pre_attn_scalar=1,
+        layers=share_kv([spec(i) for i in range(layers)], num_shared),
+        max_positions=32_768,
+        qk_norm=True,
+        post_norms=True,
+        final_soft_cap=30.0,
+        scale_plus_one=False,
+        v_norm=True,
+        altup=AltUpConfig(),
+        laurel_rank=64,
+        per_layer=PerLayerConfig(width=256, vocab_size=262_144),
+    )
+
+
 _SMALL = dict(vocab_size=262_144, window=512, max_positions=32_768, rope_scale=1.0, vision=None)
 
 PRESETS: dict[str, GemmaConfig] = {
@@ -101,6 +142,8 @@ PRESETS: dict[str, GemmaConfig] = {
     "gemma3-4b": _gemma3(34, 2_560, 10_240, (8, 4)),
     "gemma3-12b": _gemma3(48, 3_840, 15_360, (16, 8)),
     "gemma3-27b": _gemma3(62, 5_376, 21_504, (32, 16), 128, 168),
+    "gemma3n-e2b": _gemma3n(30, 8_192, 10),
+    "gemma3n-e4b": _gemma3n(35, 16_384, 15),
 }
 
 

@@ -1,18 +1,38 @@
 """The stack of layers: stacked parameters, and the scan that runs them."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gemma_jax.cache import LayerCache
+from gemma_jax.cache import KeysValues, LayerCache
 from gemma_jax.config import LayerSpec
 from gemma_jax.context import Context
 from gemma_jax.segments import Segment
 
-Caches = tuple[tuple[LayerCache, ...], ...]
+Caches = tuple[tuple[LayerCache | None, ...], ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class LayerOutput:
+    """What one block returns.
+
+    Attributes:
+      x: The residual stream, or streams.
+      cache: The layer's cache after this pass.
+      taps: Captured intermediates by name.
+      lent: Kind of layer -> keys and values for later layers of the kind.
+    """
+
+    x: jax.Array
+    cache: LayerCache | None = None
+    taps: dict[str, jax.Array] = field(default_factory=dict)
+    lent: dict[str, KeysValues] = field(default_factory=dict)
 
 
 def stack_layers(
@@ -39,21 +59,33 @@ def run_layers(
     x: jax.Array,
     ctx: Context,
     caches: Caches | None,
+    inputs: Any = None,
 ) -> tuple[jax.Array, Caches | None, dict[str, jax.Array | tuple[jax.Array, ...]]]:
-    """Runs all layers in order: `(x, caches after the pass, name -> per-layer results)`."""
+    """Runs all layers in order: `(x, caches after the pass, name -> per-layer results)`.
 
-    def run_period(x, period):
-        news, taps = [], []
-        for block, old in zip(*period):
-            x, new, tap = _run_block(block, x, ctx, old)
-            news.append(new)
-            taps.append({name: tap[name] for name in tap.keys() & ctx.capture})
-        return x, (tuple(news), tuple(taps))
+    Args:
+      inputs: Arrays with one entry per layer along their first axis, which its block gets besides.
+    """
+
+    def run_period(ctx, x, period):
+        news, taps, lent = [], [], {}
+        for block, old, *extra in zip(*period):
+            out = _run_block(block, x, ctx, old, *extra)
+            x, lent = out.x, lent | out.lent
+            ctx = ctx.lend(out.lent) if out.lent else ctx
+            news.append(out.cache)
+            taps.append({name: out.taps[name] for name in out.taps.keys() & ctx.capture})
+        return x, (tuple(news), tuple(taps), lent)
 
     new_caches, by_layer = [], {}
     for i, seg in enumerate(segments):
         old = (None,) * len(seg.period) if caches is None else caches[i]
-        x, (news, taps) = _scan(run_period, x, (tuple(blocks[i]), old), seg.repeats)
+        period = (tuple(blocks[i]), old)
+        if inputs is not None:
+            period += (_by_position(inputs, seg),)
+        x, (news, taps, lent) = _scan(partial(run_period, ctx), x, period, seg.repeats)
+        if lent:  # such a segment is not repeated: a kind of layer lends once
+            ctx = ctx.lend(jax.tree.map(lambda a: a[0], lent))
         new_caches.append(news)
         for position, tap in enumerate(taps):
             for name, values in tap.items():
@@ -64,9 +96,20 @@ def run_layers(
 
 
 @jax.jit
-def _run_block(block: nnx.Module, x: jax.Array, ctx: Context, cache: LayerCache | None):
+def _run_block(
+    block: nnx.Module, x: jax.Array, ctx: Context, cache: LayerCache | None, *extra: Any
+) -> LayerOutput:
     """Part of the program around it, but traced once for all blocks that are alike."""
-    return block(x, ctx, cache)
+    return block(x, ctx, cache, *extra)
+
+
+def _by_position(inputs: Any, seg: Segment) -> tuple[Any, ...]:
+    """The segment's part of per-layer inputs: for each position, those of all repeats."""
+    length = len(seg.period)
+    end = seg.start + length * seg.repeats
+    return tuple(
+        jax.tree.map(lambda a, p=p: a[seg.start + p : end : length], inputs) for p in range(length)
+    )
 
 
 def _scan(body, x, xs, repeats: int):

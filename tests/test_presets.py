@@ -9,7 +9,14 @@ import tiny
 from flax import nnx
 
 from gemma_jax import PRESETS, Gemma, cache_bytes, forward, preset
-from gemma_jax.config import GemmaConfig, LayerSpec, VisionConfig
+from gemma_jax.config import (
+    AltUpConfig,
+    GemmaConfig,
+    LayerSpec,
+    PerLayerConfig,
+    VisionConfig,
+    share_kv,
+)
 from gemma_jax.segments import segment_layers
 from gemma_jax.vision.soft_tokens import soft_tokens
 
@@ -25,7 +32,13 @@ PARAMETERS = {
     "gemma3-4b": 3_880_263_168,
     "gemma3-12b": 11_766_034_176,
     "gemma3-27b": 27_009_346_304,
+    "gemma3n-e2b": 4_435_182_688,
+    "gemma3n-e4b": 6_835_235_568,
 }
+# Published counts of Gemma 3n hold keys and values of layers that never use them; the effective
+# ones leave both tables of embeddings out.
+GEMMA3N_TOTAL = {"gemma3n-e2b": 4_456_156_768, "gemma3n-e4b": 6_866_696_688}
+GEMMA3N_EFFECTIVE = {"gemma3n-e2b": 1_905_495_648, "gemma3n-e4b": 3_980_491_248}
 # The same of what makes a model see: the tower, which all have in common, and the projector.
 TOWER = 416_866_032
 PROJECTOR = {"gemma3-4b": 2_950_272, "gemma3-12b": 4_424_832, "gemma3-27b": 6_194_304}
@@ -55,6 +68,32 @@ def test_parameter_counts(name, layout):
     if net.vision is not None:
         assert count(net.vision.tower) == TOWER
         assert count(net.vision.projector) == PROJECTOR[name]
+
+
+@pytest.mark.parametrize("name", list(GEMMA3N_TOTAL))
+def test_gemma3n_counts_as_published(name):
+    cfg = preset(name)
+    net = abstract(cfg)
+    unused_by_layer = 2 * cfg.num_kv_heads * cfg.head_dim * cfg.d_model + cfg.head_dim
+    total = count(net) + unused_by_layer * sum(spec.kv == "shared" for spec in cfg.layers)
+    assert total == GEMMA3N_TOTAL[name]
+    tables = count(net.embed) + count(net.per_layer.table)
+    assert total - tables == GEMMA3N_EFFECTIVE[name]
+
+
+def test_gemma3n_layers():
+    for name, depth in (("gemma3n-e2b", 30), ("gemma3n-e4b", 35)):
+        layers = preset(name).layers
+        assert [i for i, s in enumerate(layers) if s.kind == "global"] == list(range(4, depth, 5))
+        assert [i for i, spec in enumerate(layers) if spec.kv == "lent"] == [18, 19]
+        assert [i for i, spec in enumerate(layers) if spec.kv == "shared"] == list(range(20, depth))
+        assert [i for i, spec in enumerate(layers) if spec.sparsity] == list(range(10))
+
+
+def test_gemma3n_caches_are_rings_of_the_layers_that_own_keys():
+    # 16 local layers of 512 slots and 4 global ones; a slot holds two heads of keys and values.
+    expected = 2 * 2 * 256 * 2 * (16 * 512 + 4 * 32_768)
+    assert cache_bytes(preset("gemma3n-e4b"), 1, 32_768, "bfloat16") == expected
 
 
 def test_the_tower_by_hand():
@@ -91,6 +130,7 @@ def test_query_scale_is_a_fact_of_its_own():
     """27B divides by sqrt(168) with heads of 128; no rule over the sizes gives all of these."""
     scalars = {name: cfg.query_pre_attn_scalar for name, cfg in PRESETS.items()}
     assert scalars.pop("gemma3-27b") == 168 and scalars.pop("gemma2-27b") == 144
+    assert scalars.pop("gemma3n-e2b") == scalars.pop("gemma3n-e4b") == 1
     assert set(scalars.values()) == {256}
 
 
@@ -107,7 +147,9 @@ def test_segments_flatten_to_the_layers(name, layout):
     }
     assert tuple(flat[i] for i in range(len(specs))) == specs
     if layout == "scan":  # compile time: a handful of blocks, however deep the model
-        assert sum(len(seg.period) for seg in segments) <= 7
+        # In Gemma 3n sparse layers, lenders and sharers are kinds of their own.
+        bound = 15 if name.startswith("gemma3n") else 7
+        assert sum(len(seg.period) for seg in segments) <= bound
 
 
 def test_irregular_layers_fall_into_segments_of_one():
@@ -147,6 +189,8 @@ def test_every_config_field_matters():
         vocab_size=97, d_model=36, num_heads=8, num_kv_heads=1, head_dim=8,
         query_pre_attn_scalar=13, layers=base.layers[:2], norm_eps=1e-5, qk_norm=False,
         post_norms=False, attn_soft_cap=2.0, final_soft_cap=2.0, vision=tiny.vision(),
+        scale_plus_one=False, v_norm=True, altup=AltUpConfig(num_streams=2), laurel_rank=3,
+        per_layer=PerLayerConfig(width=4, vocab_size=90),
     )  # fmt: skip
     fields = {f.name for f in dataclasses.fields(GemmaConfig)}
     assert fields == changes.keys() | {"max_positions"}  # bounds sequences; see test_generation
@@ -156,9 +200,16 @@ def test_every_config_field_matters():
         spec, *others = base.layers
         return dataclasses.replace(base, layers=(dataclasses.replace(spec, **change), *others))
 
-    local = dict(window=7, rope_theta=2e4, rope_scale=2.0, d_ff=40)
-    assert {f.name for f in dataclasses.fields(LayerSpec)} == local.keys() | {"kind"}
+    local = dict(window=7, rope_theta=2e4, rope_scale=2.0, d_ff=40, sparsity=0.5)
+    assert {f.name for f in dataclasses.fields(LayerSpec)} == local.keys() | {"kind", "kv"}
     check(with_layer, local)
+    deep = tiny.gemma3(layers=6)
+    check(partial(dataclasses.replace, deep), dict(layers=share_kv(deep.layers, 2)))
+
+    def streams(**change):
+        return dataclasses.replace(base, altup=AltUpConfig(**change))
+
+    check(streams, dict(num_streams=3, active=1))
 
     def seeing(**change):
         return dataclasses.replace(base, vision=tiny.vision(**change))

@@ -1,13 +1,21 @@
 """Tiny models with every feature of a family, for tests of properties rather than numbers."""
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gemma_jax.config import GemmaConfig, LayerSpec, VisionConfig
+from gemma_jax.config import (
+    AltUpConfig,
+    GemmaConfig,
+    LayerSpec,
+    PerLayerConfig,
+    VisionConfig,
+    share_kv,
+)
 from gemma_jax.context import Runtime
 from gemma_jax.model import Gemma
 
@@ -82,7 +90,24 @@ def gemma1() -> GemmaConfig:
     )
 
 
-FAMILIES = {"gemma": gemma1, "gemma2": gemma2, "gemma3": gemma3}
+def gemma3n(layers: int = 9, num_shared: int = 3) -> GemmaConfig:
+    """Streams, low-rank residuals, per-layer inputs, sparse layers, shared keys and values."""
+    specs = gemma3(layers).layers
+    specs = [replace(s, rope_scale=1.0, sparsity=0.8 * (i < 3)) for i, s in enumerate(specs)]
+    return replace(
+        gemma3(),
+        query_pre_attn_scalar=1,
+        layers=share_kv(specs, num_shared),
+        final_soft_cap=3.0,
+        scale_plus_one=False,
+        v_norm=True,
+        altup=AltUpConfig(num_streams=3),
+        laurel_rank=4,
+        per_layer=PerLayerConfig(width=8, vocab_size=90),
+    )
+
+
+FAMILIES = {"gemma": gemma1, "gemma2": gemma2, "gemma3": gemma3, "gemma3n": gemma3n}
 
 
 def model(cfg: GemmaConfig, layout="scan", seed: int = 0, **runtime) -> Gemma:

@@ -1,13 +1,13 @@
-"""Grouped-query attention with rotary positions, over new keys alone or over a cache."""
+"""Grouped-query attention with rotary positions: over new keys, a cache, or a layer's before it."""
 
 import jax
 from flax import nnx
 
-from gemma_jax.cache import LayerCache, extend
+from gemma_jax.cache import KeysValues, LayerCache, extend
 from gemma_jax.config import GemmaConfig, LayerSpec
 from gemma_jax.context import Context
 from gemma_jax.nn.einsum import Einsum
-from gemma_jax.nn.norm import RMSNorm
+from gemma_jax.nn.norm import RMSNorm, rms_norm
 from gemma_jax.nn.rope import rotate
 from gemma_kernels.attention import AttentionSpec, attention, attention_weights
 
@@ -16,51 +16,76 @@ class Attention(nnx.Module):
     """Attention of one layer; local or global by its spec.
 
     Gemma 3 normalises each query and key head before rotating it, with one scale vector for all
-    heads (hf `Gemma3Attention`). Gemma 1 and 2 do not.
+    heads (hf `Gemma3Attention`). Gemma 1 and 2 do not. Gemma 3n normalises the values too, and its
+    last layers have no keys and values of their own (hf `Gemma3nTextAttention`).
     """
 
     def __init__(self, cfg: GemmaConfig, spec: LayerSpec, *, rngs: nnx.Rngs):
         self.spec = spec
         self.scale = cfg.query_pre_attn_scalar**-0.5
         self.soft_cap = cfg.attn_soft_cap
+
+        def norm() -> RMSNorm | None:
+            if not cfg.qk_norm:
+                return None
+            return RMSNorm("H", cfg.head_dim, cfg.norm_eps, plus_one=cfg.scale_plus_one)
+
         self.q = Einsum("BTD,NHD->BTNH", cfg.sizes, rngs=rngs)
-        self.k = Einsum("BTD,KHD->BTKH", cfg.sizes, rngs=rngs)
-        self.v = Einsum("BTD,KHD->BTKH", cfg.sizes, rngs=rngs)
         self.o = Einsum("BTNH,DNH->BTD", cfg.sizes, rngs=rngs)
-        self.q_norm = RMSNorm("H", cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else None
-        self.k_norm = RMSNorm("H", cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else None
+        self.q_norm = norm()
+        self.v_norm_eps = cfg.norm_eps if cfg.v_norm else None
+        if spec.kv != "shared":
+            self.k = Einsum("BTD,KHD->BTKH", cfg.sizes, rngs=rngs)
+            self.v = Einsum("BTD,KHD->BTKH", cfg.sizes, rngs=rngs)
+            self.k_norm = norm()
 
     def __call__(
         self, x_BTD: jax.Array, ctx: Context, cache: LayerCache | None
-    ) -> tuple[jax.Array, LayerCache | None, dict[str, jax.Array]]:
-        """`[B, T, D]`, the layer's cache after this pass, and captured intermediates."""
+    ) -> tuple[jax.Array, LayerCache | None, KeysValues, dict[str, jax.Array]]:
+        """`[B, T, D]`, the layer's cache after this pass, what it attended to, and captures."""
         numerics = ctx.runtime.numerics
-        q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
+        q_BTNH = self.q(x_BTD)
         if self.q_norm is not None:
-            q_BTNH, k_BTKH = self.q_norm(q_BTNH, numerics), self.k_norm(k_BTKH, numerics)
+            q_BTNH = self.q_norm(q_BTNH, numerics)
         q_BTNH = rotate(q_BTNH, ctx.table(self.spec), numerics)
-        k_BTKH = rotate(k_BTKH, ctx.table(self.spec), numerics)
         if numerics.scale_queries:
             q_BTNH = q_BTNH * self.scale
-
-        keys, values, kv_pos_BS, in_order = k_BTKH, v_BTKH, ctx.pos_BT, True
-        if cache is not None:
-            slots = ctx.slots[cache.k_BSKH.shape[1]]
-            keys, values, cache = extend(cache, k_BTKH, v_BTKH, slots)
-            kv_pos_BS, in_order = slots.kv_pos_BS, slots.order_BS is not None
+        if self.spec.kv == "shared":
+            kv = ctx.lent[self.spec.kind]
+        else:
+            kv, cache = self._keys_values(x_BTD, ctx, cache)
 
         spec = AttentionSpec(
             scale=1.0 if numerics.scale_queries else self.scale,
             soft_cap=self.soft_cap,
-            window=self.spec.window if in_order and ctx.causal else None,
+            window=self.spec.window if kv.in_order and ctx.causal else None,
             softmax_in_float32=numerics.softmax_in_float32,
         )
         lo_BT, hi_BT = ctx.interval(self.spec)
-        mask = dict(lo_BT=lo_BT, hi_BT=hi_BT, kv_pos_BS=kv_pos_BS)
+        mask = dict(lo_BT=lo_BT, hi_BT=hi_BT, kv_pos_BS=kv.kv_pos_BS)
         out_BTNH = attention(
-            q_BTNH, keys, values, **mask, spec=spec, implementation=ctx.runtime.attention_impl
-        )
+            q_BTNH, kv.k_BSKH, kv.v_BSKH, **mask, spec=spec,
+            implementation=ctx.runtime.attention_impl,
+        )  # fmt: skip
         taps = {}
         if "attention_weights" in ctx.capture:
-            taps["attention_weights"] = attention_weights(q_BTNH, keys, **mask, spec=spec)
-        return self.o(out_BTNH), cache, taps
+            taps["attention_weights"] = attention_weights(q_BTNH, kv.k_BSKH, **mask, spec=spec)
+        return self.o(out_BTNH), cache, kv, taps
+
+    def _keys_values(
+        self, x_BTD: jax.Array, ctx: Context, cache: LayerCache | None
+    ) -> tuple[KeysValues, LayerCache | None]:
+        """New keys and values, or those of the cache and the new ones; and the cache after."""
+        numerics = ctx.runtime.numerics
+        k_BTKH, v_BTKH = self.k(x_BTD), self.v(x_BTD)
+        if self.k_norm is not None:
+            k_BTKH = self.k_norm(k_BTKH, numerics)
+        if self.v_norm_eps is not None:
+            v_BTKH = rms_norm(v_BTKH, self.v_norm_eps, numerics)
+        k_BTKH = rotate(k_BTKH, ctx.table(self.spec), numerics)
+        if cache is None:
+            return KeysValues(k_BTKH, v_BTKH, ctx.pos_BT, in_order=True), None
+        slots = ctx.slots[cache.k_BSKH.shape[1]]
+        keys, values, cache = extend(cache, k_BTKH, v_BTKH, slots)
+        in_order = slots.order_BS is not None
+        return KeysValues(keys, values, slots.kv_pos_BS, in_order), cache

@@ -1,21 +1,42 @@
 """Gated feed-forward network."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.scipy.stats import norm
 
 from gemma_jax.config import GemmaConfig, LayerSpec
 from gemma_jax.nn.einsum import Einsum
 
 
 class FeedForward(nnx.Module):
-    """`down(gelu(gate x) * up x)` with the tanh approximation of GELU."""
+    """`down(gelu(gate x) * up x)` with the tanh approximation of GELU.
+
+    In a sparse layer the gate keeps what exceeds a threshold, and less that (hf `_gaussian_topk`).
+    """
 
     def __init__(self, cfg: GemmaConfig, spec: LayerSpec, *, rngs: nnx.Rngs):
         sizes = {**cfg.sizes, "F": spec.d_ff}
+        self.sparsity = spec.sparsity
         self.gate = Einsum("BTD,FD->BTF", sizes, rngs=rngs)
         self.up = Einsum("BTD,FD->BTF", sizes, rngs=rngs)
         self.down = Einsum("BTF,DF->BTD", sizes, rngs=rngs)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        hidden_BTF = jax.nn.gelu(self.gate(x_BTD), approximate=True) * self.up(x_BTD)
-        return self.down(hidden_BTF)
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """`[B, T, D]`, and captured intermediates."""
+        gate_BTF, taps = self.gate(x_BTD), {}
+        if self.sparsity:
+            gate_BTF = gaussian_top(gate_BTF, self.sparsity)
+            taps["sparsity_masks"] = gate_BTF > 0
+        hidden_BTF = jax.nn.gelu(gate_BTF, approximate=True) * self.up(x_BTD)
+        return self.down(hidden_BTF), taps
+
+
+def gaussian_top(x: jax.Array, sparsity: float) -> jax.Array:
+    """`relu(x - threshold)`: about `1 - sparsity` of the last axis would pass if it were normal.
+
+    The threshold is `mean + std * icdf(sparsity)`, with the population's standard deviation.
+    """
+    deviations = norm.ppf(jnp.float32(sparsity)).astype(x.dtype)
+    mean = jnp.mean(x, axis=-1, keepdims=True)
+    return jax.nn.relu(x - (mean + jnp.std(x, axis=-1, keepdims=True) * deviations))

@@ -1,4 +1,4 @@
-"""RMSNorm as Gemma 1 to 3 have it, whose stored scale counts from one; LayerNorm for SigLIP."""
+"""RMSNorm, whose stored scale counts from one up to Gemma 3; LayerNorm for SigLIP."""
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +11,27 @@ class RMSNorm(nnx.Module):
     """`x / sqrt(mean(x^2) + eps) * (1 + scale)` over the last axis (hf `Gemma3RMSNorm`).
 
     The scale is stored raw, as in checkpoints: folding the one in would round in bfloat16.
+    Gemma 3n multiplies by the scale itself (`plus_one=False`; hf `Gemma3nRMSNorm`).
     """
 
-    def __init__(self, dims: str, size: int, eps: float):
-        self.eps = eps
-        self.scale = nnx.Param(jnp.zeros(size), dims=dims)
+    def __init__(self, dims: str, size: int, eps: float, *, plus_one: bool = True):
+        self.eps, self.plus_one = eps, plus_one
+        self.scale = nnx.Param(jnp.zeros(size) if plus_one else jnp.ones(size), dims=dims)
 
     def __call__(self, x: jax.Array, numerics: Numerics) -> jax.Array:
-        dtype = jnp.float32 if numerics.norm_in_float32 else x.dtype
-        wide = x.astype(dtype)
-        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        scale = 1 + self.scale[...].astype(dtype)
-        return (wide * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(x.dtype)
+        unit = _unit(x, self.eps, numerics)
+        scale = self.scale[...].astype(unit.dtype)
+        return (unit * (1 + scale if self.plus_one else scale)).astype(x.dtype)
+
+
+def rms_norm(x: jax.Array, eps: float, numerics: Numerics) -> jax.Array:
+    """RMSNorm without a scale."""
+    return _unit(x, eps, numerics).astype(x.dtype)
+
+
+def _unit(x: jax.Array, eps: float, numerics: Numerics) -> jax.Array:
+    wide = x.astype(jnp.float32 if numerics.norm_in_float32 else x.dtype)
+    return wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
 
 
 class LayerNorm(nnx.Module):

@@ -19,7 +19,7 @@ from gemma_jax.context import Runtime
 from gemma_jax.nn.einsum import Einsum
 from gemma_jax.nn.norm import LayerNorm
 from gemma_jax.segments import Layout, segment_layers
-from gemma_jax.stack import run_layers, stack_layers
+from gemma_jax.stack import LayerOutput, run_layers, stack_layers
 from gemma_kernels.attention import AttentionSpec, attention
 
 
@@ -97,12 +97,12 @@ class TowerBlock(nnx.Module):
         self.pre_ffn_norm = LayerNorm("C", cfg.d_tower, cfg.norm_eps)
         self.ffn = TowerFeedForward(cfg, rngs=rngs)
 
-    def __call__(self, x_IQC: jax.Array, ctx: TowerContext, cache: None):
+    def __call__(self, x_IQC: jax.Array, ctx: TowerContext, cache: None) -> LayerOutput:
         with jax.named_scope("attention"):
             x_IQC += self.attn(self.pre_attn_norm(x_IQC), ctx)
         with jax.named_scope("ffn"):
             x_IQC += self.ffn(self.pre_ffn_norm(x_IQC))
-        return x_IQC, cache, {"layer_outputs": x_IQC}
+        return LayerOutput(x=x_IQC, taps={"layer_outputs": x_IQC})
 
 
 class Tower(nnx.Module):

@@ -40,7 +40,8 @@ def test_shapes(net):
     out = forward(net, tiny.tokens(net.cfg, 2, 5), capture=("layer_outputs", "attention_weights"))
     dims = chex.Dimensions(**net.cfg.sizes, B=2, T=5)
     chex.assert_shape(out.logits, dims["BTV"])
-    chex.assert_shape(out.captured["layer_outputs"], dims["LBTD"])
+    streams = "LABTD" if net.cfg.altup else "LBTD"
+    chex.assert_shape(out.captured["layer_outputs"], dims[streams])
     chex.assert_shape(out.captured["attention_weights"], (*dims["LBN"], 5, 5))
 
 
