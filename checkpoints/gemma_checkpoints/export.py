@@ -19,12 +19,12 @@ from .folders import new_folder
 from .hf import CONFIG, INDEX, SINGLE, HFFolder, read_json
 from .hf_config import config_from_hf, text_config
 from .hf_config_out import config_to_hf
-from .hf_names import hf_table, published_name
+from .hf_names import hf_table, published_name, unused
 from .json_values import Json
 from .params import ParamPath, Slot, depths, flat_params, named_slots
 from .rearrange import shape as side_shape
 from .safetensors_file import ENCODINGS, write_safetensors
-from .table import Row, expand
+from .table import Row, dropped, expand
 from .tokenizers import copy_companions
 
 MAX_SHARD = 5_000_000_000  # bytes
@@ -48,6 +48,36 @@ class Tensor:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def array(self, params: dict[ParamPath, nnx.Param]) -> np.ndarray:
+        array = host_array(params[self.slot.path], self.slot.row)
+        if self.row.parsed is not None:
+            array = self.row.parsed.inverse(array, self.slot.sizes)
+        return array.astype(self.dtype, copy=False)
+
+
+@dataclass(frozen=True)
+class UnusedTensor:
+    """One tensor of the export that no model has: it goes from the source to the new folder."""
+
+    name: str
+    short_name: str
+    source: HFFolder
+    dtype: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.tensors[self.short_name].shape
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def array(self, params: dict[ParamPath, nnx.Param]) -> np.ndarray:
+        return self.source.read(self.short_name).astype(self.dtype, copy=False)
+
+
+AnyTensor = Tensor | UnusedTensor
+
 
 def save_hf(
     model: Gemma,
@@ -69,8 +99,9 @@ def save_hf(
       dtype: To cast to; default: as the parameters are.
       max_shard_bytes: A larger model becomes several files with an index.
       source: The checkpoint that the model came from (name or path): its tokenizer goes along, and
-        if it is a Hugging Face folder of the same architecture, so do its `config.json` and its
-        spelling of the tensors' names. Else they are spelled as in published files.
+        if it is a Hugging Face folder of the same architecture, so do its `config.json`, its
+        spelling of the tensors' names, and what Gemma 3n's last layers have but never use. Else
+        names are spelled as in published files.
       progress: Called with (bytes done, bytes in all).
 
     Raises:
@@ -81,11 +112,14 @@ def save_hf(
     refuse_inexact(target, params)
     source = None if source is None else resolve(source)
     try:
-        config, spellings = _from_source(source, model.cfg)
+        config, origin = _from_source(source, model.cfg)
         config = config_to_hf(model.cfg) if config is None else config
     except ValueError as error:
         raise CheckpointError(target, f"cannot be exported: {error}") from None
-    tensors = _tensors(model, params, dtype, spellings)
+    tensors: list[AnyTensor] = [
+        *_tensors(model, params, dtype, {} if origin is None else origin.spellings),
+        *([] if origin is None else _unused(origin, dtype)),
+    ]
     total = sum(tensor.nbytes for tensor in tensors)
     with new_folder(target, needed=total) as part:
         _write_config(part / CONFIG, config, tensors[0].dtype, source)
@@ -142,15 +176,24 @@ def _tensors(
     return [tensor(ours) for ours in sorted(rows, key=_place)]
 
 
+def _unused(folder: HFFolder, dtype: jax.typing.DTypeLike | None) -> list[UnusedTensor]:
+    names = dropped(unused(folder.config), folder.tensors)
+    return [
+        UnusedTensor(folder.spellings[name], name, folder, np.dtype(dtype or info.dtype))
+        for name, info in folder.tensors.items()
+        if name in names
+    ]
+
+
 def _place(name: str) -> tuple[bool, int]:
     """Part and layer of a parameter; what belongs to no layer comes first in its part."""
     _, in_layer, rest = name.partition("blocks.")
     return name.startswith("vision."), int(rest.split(".")[0]) if in_layer else -1
 
 
-def _shards(tensors: list[Tensor], limit: int) -> dict[str, list[Tensor]]:
+def _shards(tensors: list[AnyTensor], limit: int) -> dict[str, list[AnyTensor]]:
     """File name -> tensors, each file filled up to `limit`."""
-    shards: list[list[Tensor]] = [[]]
+    shards: list[list[AnyTensor]] = [[]]
     for tensor in tensors:
         if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > limit:
             shards.append([])
@@ -162,24 +205,17 @@ def _shards(tensors: list[Tensor], limit: int) -> dict[str, list[Tensor]]:
 
 
 def _write_shard(
-    path: Path, shard: list[Tensor], params: dict[ParamPath, nnx.Param]
+    path: Path, shard: list[AnyTensor], params: dict[ParamPath, nnx.Param]
 ) -> Iterator[int]:
     """Yields the bytes of each tensor that was written, in the safetensors package's order."""
     ordered = sorted(shard, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
     header = {tensor.name: (tensor.shape, tensor.dtype) for tensor in ordered}
-    arrays = (_theirs(tensor, params) for tensor in ordered)
+    arrays = (tensor.array(params) for tensor in ordered)
     for array in write_safetensors(path, header, arrays):
         yield array.nbytes
 
 
-def _theirs(tensor: Tensor, params: dict[ParamPath, nnx.Param]) -> np.ndarray:
-    array = host_array(params[tensor.slot.path], tensor.slot.row)
-    if tensor.row.parsed is not None:
-        array = tensor.row.parsed.inverse(array, tensor.slot.sizes)
-    return array.astype(tensor.dtype, copy=False)
-
-
-def _write_index(folder: Path, tensors: list[Tensor], limit: int) -> None:
+def _write_index(folder: Path, tensors: list[AnyTensor], limit: int) -> None:
     shards = _shards(tensors, limit)
     if len(shards) == 1:
         return
@@ -189,16 +225,16 @@ def _write_index(folder: Path, tensors: list[Tensor], limit: int) -> None:
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _from_source(source: Path | None, cfg: GemmaConfig) -> tuple[Json | None, Mapping[str, str]]:
-    """The config of `source`, if it describes `cfg`, and its spelling of the tensors' names."""
+def _from_source(source: Path | None, cfg: GemmaConfig) -> tuple[Json | None, HFFolder | None]:
+    """The config of `source`, if it describes `cfg`, and `source` itself if it has weights too."""
     if source is None or not (source / CONFIG).is_file():
-        return None, {}
+        return None, None
     raw = read_json(source / CONFIG)
-    if config_from_hf(raw) == cfg:
-        has_weights = (source / SINGLE).exists() or (source / INDEX).exists()
-        return raw, HFFolder(source).spellings if has_weights else {}
     text = text_config(raw)
-    return text if config_from_hf(text) == cfg else None, {}
+    if config_from_hf(raw) == cfg and (cfg.vision is not None or text == raw):
+        has_weights = (source / SINGLE).exists() or (source / INDEX).exists()
+        return raw, HFFolder(source) if has_weights else None
+    return text if config_from_hf(text) == cfg else None, None
 
 
 def _write_config(path: Path, config: Json, dtype: np.dtype, source: Path | None) -> None:

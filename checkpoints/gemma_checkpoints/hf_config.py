@@ -4,12 +4,12 @@ Two spellings are in the wild and both are read: published files (`rope_theta`,
 `rope_local_base_freq`, `rope_scaling`, `sliding_window_pattern`) and those that transformers 5
 writes (`layer_types`, `rope_parameters`). A key that is missing means the default of the
 transformers class, which the published multimodal configs rely on.
-Source: `models/gemma{,2,3}/configuration_gemma{,2,3}.py` of transformers.
+Source: `models/gemma{,2,3,3n}/configuration_gemma{,2,3,3n}.py` of transformers.
 """
 
 from collections.abc import Mapping
 
-from gemma_jax.config import GemmaConfig, LayerSpec
+from gemma_jax.config import AltUpConfig, GemmaConfig, LayerSpec, PerLayerConfig, share_kv
 
 from .hf_vision_config import vision_from_hf
 from .json_values import Json, depth, nested, positive, whole
@@ -59,33 +59,59 @@ DEFAULTS: Mapping[str, Json] = {
         "sliding_window": 4_096,
         "final_logit_softcapping": None,
     },
+    "gemma3n_text": _COMMON
+    | {
+        "vocab_size": 262_400,
+        "hidden_size": 2_048,
+        "intermediate_size": 16_384,
+        "num_hidden_layers": 35,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32_768,
+        "sliding_window": 512,
+        "final_logit_softcapping": 30.0,
+        "vocab_size_per_layer_input": 262_144,
+        "hidden_size_per_layer_input": 256,
+        "altup_active_idx": 0,
+        "altup_coef_clip": 120.0,
+        "altup_correct_scale": True,
+        "altup_num_inputs": 4,
+        "num_kv_shared_layers": 15,
+        "laurel_rank": 64,
+    },
 }
 ARCHITECTURES = {
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
+    "gemma3n_text": "Gemma3nForCausalLM",
 }
 # Layers of a period, of which the last is global.
-PATTERN = {"gemma": 1, "gemma2": 2, "gemma3_text": 6}
+PATTERN = {"gemma": 1, "gemma2": 2, "gemma3_text": 6, "gemma3n_text": 5}
 THETA = {"global": 1_000_000.0, "local": 10_000.0}
 KINDS = {"full_attention": "global", "sliding_attention": "local"}
 # Models with a tower around a `gemma3_text`. ShieldGemma 2 differs in what it was trained for.
 MULTIMODAL = ("gemma3", "shieldgemma2")
+# Towers for images and sound around a `gemma3n_text`, of which the decoder alone is read.
+DECODER_ONLY = "gemma3n"
 
 
 def text_config(raw: Json) -> Json:
-    """The part of a config that describes the text decoder, as a `gemma3_text` config if need be.
+    """The part of a config that describes the text decoder, as a config of its own if need be.
 
-    `Gemma3ForConditionalGeneration` never applies `final_logit_softcapping`, so it is cleared.
+    `Gemma3ForConditionalGeneration` never applies `final_logit_softcapping`, so it is cleared; that
+    of Gemma 3n applies it.
     """
-    if raw.get("model_type") not in MULTIMODAL:
+    if raw.get("model_type") not in (*MULTIMODAL, DECODER_ONLY):
         return raw
+    family = "gemma3n_text" if raw["model_type"] == DECODER_ONLY else "gemma3_text"
     inner = nested(raw, "text_config")
-    if (kind := inner.get("model_type", "gemma3_text")) != "gemma3_text":
-        raise ValueError(f"model_type {kind!r} of text_config is not 'gemma3_text'")
+    if (kind := inner.get("model_type", family)) != family:
+        raise ValueError(f"model_type {kind!r} of text_config is not {family!r}")
     tied = {"tie_word_embeddings": raw.get("tie_word_embeddings", True)}
-    fixed = {"model_type": "gemma3_text", "architectures": [ARCHITECTURES["gemma3_text"]]}
-    return inner | tied | fixed | {"final_logit_softcapping": None}
+    fixed = {"model_type": family, "architectures": [ARCHITECTURES[family]]}
+    uncapped = {} if family == "gemma3n_text" else {"final_logit_softcapping": None}
+    return inner | tied | fixed | uncapped
 
 
 def config_from_hf(raw: Json) -> GemmaConfig:
@@ -100,31 +126,59 @@ def config_from_hf(raw: Json) -> GemmaConfig:
     if family not in tuple(DEFAULTS):
         raise ValueError(
             f"model_type {raw.get('model_type')!r} is not supported; "
-            f"expected one of: {', '.join([*DEFAULTS, *MULTIMODAL])}"
+            f"expected one of: {', '.join([*DEFAULTS, *MULTIMODAL, DECODER_ONLY])}"
         )
     _refuse_unsupported(text)
     text = DEFAULTS[family] | text
     layers = depth(text, "num_hidden_layers")
-    gemma3 = family == "gemma3_text"
-    head_dim = whole(text, "head_dim")
-    scalar = head_dim if family == "gemma" else positive(text, "query_pre_attn_scalar")
-    specs = {kind: _layer_spec(text, kind) for kind in set(_kinds(text, layers))}
+    gemma3n = family == "gemma3n_text"
+    specs = _layer_specs(text, layers)
     return GemmaConfig(
         vocab_size=whole(text, "vocab_size"),
         d_model=whole(text, "hidden_size"),
         num_heads=whole(text, "num_attention_heads"),
         num_kv_heads=whole(text, "num_key_value_heads"),
-        head_dim=head_dim,
-        query_pre_attn_scalar=scalar,
-        layers=tuple(specs[kind] for kind in _kinds(text, layers)),
+        head_dim=whole(text, "head_dim"),
+        query_pre_attn_scalar=_query_scalar(text),
+        layers=share_kv(specs, whole(text, "num_kv_shared_layers", least=0)) if gemma3n else specs,
         max_positions=whole(text, "max_position_embeddings"),
         norm_eps=positive(text, "rms_norm_eps"),
-        qk_norm=gemma3,
+        qk_norm=family in ("gemma3_text", "gemma3n_text"),
         post_norms=family != "gemma",
         # Gemma3Attention never applies attn_logit_softcapping, whatever its config says.
         attn_soft_cap=_cap(text, "attn_logit_softcapping") if family == "gemma2" else None,
         final_soft_cap=None if family == "gemma" else _cap(text, "final_logit_softcapping"),
         vision=vision_from_hf(raw) if raw["model_type"] in MULTIMODAL else None,
+        **_gemma3n_parts(text) if gemma3n else {},
+    )
+
+
+def _query_scalar(text: Json) -> float:
+    match text["model_type"]:
+        case "gemma":
+            return whole(text, "head_dim")
+        case "gemma3n_text":
+            return 1  # Gemma3nTextAttention leaves the scale to its norms
+        case _:
+            return positive(text, "query_pre_attn_scalar")
+
+
+def _gemma3n_parts(text: Json) -> Json:
+    clip = text["altup_coef_clip"]
+    return dict(
+        scale_plus_one=False,
+        v_norm=True,
+        laurel_rank=whole(text, "laurel_rank"),
+        per_layer=PerLayerConfig(
+            width=whole(text, "hidden_size_per_layer_input"),
+            vocab_size=whole(text, "vocab_size_per_layer_input"),
+        ),
+        altup=AltUpConfig(
+            num_streams=whole(text, "altup_num_inputs"),
+            active=whole(text, "altup_active_idx", least=0),
+            coef_clip=None if clip is None else positive(text, "altup_coef_clip"),
+            correct_scale=bool(text["altup_correct_scale"]),
+        ),
     )
 
 
@@ -156,20 +210,49 @@ def _kinds(text: Json, layers: int) -> list[str]:
     return [KINDS[name] for name in names]
 
 
-def _layer_spec(text: Json, kind: str) -> LayerSpec:
-    theta, scale = _read_rope(text, kind)
-    return LayerSpec(
-        kind=kind,
-        window=whole(text, "sliding_window") if kind == "local" else None,
-        rope_theta=theta,
-        rope_scale=scale,
-        d_ff=whole(text, "intermediate_size"),
+def _layer_specs(text: Json, layers: int) -> tuple[LayerSpec, ...]:
+    ropes = {kind: _read_rope(text, kind) for kind in set(_kinds(text, layers))}
+    widths = _per_layer(text, "intermediate_size", layers)
+    sparsities = _sparsities(text, layers)
+    return tuple(
+        LayerSpec(
+            kind=kind,
+            window=whole(text, "sliding_window") if kind == "local" else None,
+            rope_theta=ropes[kind][0],
+            rope_scale=ropes[kind][1],
+            d_ff=whole({"intermediate_size": width}, "intermediate_size"),
+            sparsity=sparsity,
+        )
+        for kind, width, sparsity in zip(_kinds(text, layers), widths, sparsities)
     )
+
+
+def _per_layer(text: Json, key: str, layers: int) -> list:
+    """One value per layer; Gemma 3n may list them."""
+    value = text[key]
+    if not isinstance(value, list):
+        return [value] * layers
+    if text["model_type"] != "gemma3n_text" or len(value) != layers:
+        raise ValueError(f"{key} lists {len(value)} values; expected one value, or {layers}")
+    return value
+
+
+def _sparsities(text: Json, layers: int) -> list[float]:
+    if text["model_type"] != "gemma3n_text":
+        return [0.0] * layers
+    # The default of Gemma3nTextConfig: the first ten layers.
+    default = [0.95] * min(10, layers) + [0.0] * (layers - 10)
+    pattern = text.get("activation_sparsity_pattern")
+    values = default if pattern is None else pattern
+    values = values if isinstance(values, list) else [values] * layers
+    if len(values) != layers or not all(isinstance(v, int | float) and 0 <= v < 1 for v in values):
+        raise ValueError(f"activation_sparsity_pattern must hold {layers} numbers in [0, 1)")
+    return [float(v) for v in values]
 
 
 def _read_rope(text: Json, kind: str) -> tuple[float, float]:
     """`(theta, scale)`. Gemma 3's `rope_scaling` is for global layers only."""
-    per_kind = text["model_type"] == "gemma3_text"
+    per_kind = text["model_type"] in ("gemma3_text", "gemma3n_text")
     name = {ours: theirs for theirs, ours in KINDS.items()}[kind]
     rope = nested(text, "rope_parameters")
     rope = nested(rope, name) if per_kind else rope

@@ -4,6 +4,8 @@ transformers 5 reads `rope_parameters` and `layer_types`, older releases the key
 files; each ignores what it does not know.
 """
 
+from dataclasses import replace
+
 from gemma_jax.config import GemmaConfig, LayerSpec
 
 from .hf_config import ARCHITECTURES, DEFAULTS, KINDS
@@ -35,7 +37,8 @@ def _text_to_hf(cfg: GemmaConfig) -> Json:
     """The same for the decoder alone."""
     family = _family(cfg)
     by_kind = {spec.kind: spec for spec in cfg.layers}
-    if len(set(cfg.layers)) != len(by_kind):
+    alike = {spec if family != "gemma3n_text" else _kind_facts(spec) for spec in cfg.layers}
+    if len(alike) != len(by_kind):
         raise ValueError(
             "layers of one kind differ from each other: no transformers class has that"
         )
@@ -60,7 +63,7 @@ def _text_to_hf(cfg: GemmaConfig) -> Json:
         "pad_token_id": 0,
     }
     ropes = {theirs: _rope(by_kind[ours]) for theirs, ours in KINDS.items() if ours in by_kind}
-    if family == "gemma3_text":
+    if family in ("gemma3_text", "gemma3n_text"):
         out |= {"rope_parameters": ropes} | _legacy_ropes(by_kind)
     elif len({tuple(rope.items()) for rope in ropes.values()}) == 1:
         rope = next(iter(ropes.values()))
@@ -78,11 +81,37 @@ def _text_to_hf(cfg: GemmaConfig) -> Json:
             "final_logit_softcapping": cfg.final_soft_cap,
             "attn_logit_softcapping": cfg.attn_soft_cap,
         }
-    return out
+    return out | _gemma3n_to_hf(cfg) if family == "gemma3n_text" else out
+
+
+def _kind_facts(spec: LayerSpec) -> LayerSpec:
+    """What layers of one kind have in common in Gemma 3n, whose others are lists in its config."""
+    return replace(spec, d_ff=1, sparsity=0.0, kv="own")
+
+
+def _gemma3n_to_hf(cfg: GemmaConfig) -> Json:
+    altup = cfg.altup
+    return {
+        "intermediate_size": [spec.d_ff for spec in cfg.layers],
+        "activation_sparsity_pattern": [spec.sparsity for spec in cfg.layers],
+        "num_kv_shared_layers": sum(spec.kv == "shared" for spec in cfg.layers),
+        "laurel_rank": cfg.laurel_rank,
+        "hidden_size_per_layer_input": cfg.per_layer.width,
+        "vocab_size_per_layer_input": cfg.per_layer.vocab_size,
+        "altup_num_inputs": altup.num_streams,
+        "altup_active_idx": altup.active,
+        "altup_coef_clip": altup.coef_clip,
+        "altup_correct_scale": altup.correct_scale,
+    }
 
 
 def _family(cfg: GemmaConfig) -> str:
     """The transformers class with the switches of `cfg`."""
+    parts = (cfg.altup, cfg.laurel_rank, cfg.per_layer, cfg.v_norm, not cfg.scale_plus_one)
+    if all(parts) and cfg.qk_norm and cfg.post_norms and cfg.query_pre_attn_scalar == 1:
+        return "gemma3n_text"
+    if any(parts) or any(spec.sparsity or spec.kv != "own" for spec in cfg.layers):
+        raise ValueError("transformers has parts of Gemma 3n only all together")
     plain = all(spec.kind == "global" for spec in cfg.layers) and cfg.final_soft_cap is None
     if cfg.qk_norm and cfg.post_norms and cfg.attn_soft_cap is None:
         return "gemma3_text"

@@ -1,4 +1,4 @@
-"""Tensor names of Hugging Face checkpoints (`modeling_{gemma,gemma2,gemma3,siglip}.py`).
+"""Tensor names of Hugging Face checkpoints (`modeling_{gemma,gemma2,gemma3,gemma3n,siglip}.py`).
 
 The tables have them as short as they can be told apart: the decoder's from inside the decoder, the
 tower's from inside `vision_tower.`, the projector's from inside `multi_modal_projector.`.
@@ -16,7 +16,7 @@ ShieldGemma 2 puts one or two `model.` more in front of these. Bare decoders hav
 
 import re
 
-from gemma_jax.config import GemmaConfig
+from gemma_jax.config import AltUpConfig, GemmaConfig
 
 from .table import Row, Table
 
@@ -31,8 +31,6 @@ CORE: Table = (
     Row("embed.table", "embed_tokens.weight"),
     Row("blocks.{i}.pre_attn_norm.scale", _LAYER + "input_layernorm.weight"),
     Row("blocks.{i}.attn.q.w", _LAYER + "self_attn.q_proj.weight", "(N H) D -> N H D"),
-    Row("blocks.{i}.attn.k.w", _LAYER + "self_attn.k_proj.weight", "(K H) D -> K H D"),
-    Row("blocks.{i}.attn.v.w", _LAYER + "self_attn.v_proj.weight", "(K H) D -> K H D"),
     Row("blocks.{i}.attn.o.w", _LAYER + "self_attn.o_proj.weight", "D (N H) -> D N H"),
     Row("blocks.{i}.ffn.gate.w", _LAYER + "mlp.gate_proj.weight"),
     Row("blocks.{i}.ffn.up.w", _LAYER + "mlp.up_proj.weight"),
@@ -40,10 +38,13 @@ CORE: Table = (
     Row("final_norm.scale", "norm.weight"),
 )
 
-QK_NORM: Table = (
-    Row("blocks.{i}.attn.q_norm.scale", _LAYER + "self_attn.q_norm.weight"),
-    Row("blocks.{i}.attn.k_norm.scale", _LAYER + "self_attn.k_norm.weight"),
+KEYS_VALUES: Table = (
+    Row("blocks.{i}.attn.k.w", _LAYER + "self_attn.k_proj.weight", "(K H) D -> K H D"),
+    Row("blocks.{i}.attn.v.w", _LAYER + "self_attn.v_proj.weight", "(K H) D -> K H D"),
 )
+
+Q_NORM: Table = (Row("blocks.{i}.attn.q_norm.scale", _LAYER + "self_attn.q_norm.weight"),)
+K_NORM: Table = (Row("blocks.{i}.attn.k_norm.scale", _LAYER + "self_attn.k_norm.weight"),)
 
 # Gemma 1 calls the norm in front of the feed-forward "post attention"; from Gemma 2 on that name
 # means what it says.
@@ -54,6 +55,33 @@ SANDWICH_NORMS: Table = (
     Row("blocks.{i}.post_attn_norm.scale", _LAYER + "post_attention_layernorm.weight"),
     Row("blocks.{i}.pre_ffn_norm.scale", _LAYER + "pre_feedforward_layernorm.weight"),
     Row("blocks.{i}.post_ffn_norm.scale", _LAYER + "post_feedforward_layernorm.weight"),
+)
+
+LAUREL: Table = (
+    Row("blocks.{i}.laurel.left.w", _LAYER + "laurel.linear_left.weight"),
+    Row("blocks.{i}.laurel.right.w", _LAYER + "laurel.linear_right.weight"),
+    Row("blocks.{i}.laurel.norm.scale", _LAYER + "laurel.post_laurel_norm.weight"),
+)
+PER_LAYER: Table = (
+    Row("per_layer.table", "embed_tokens_per_layer.weight", "V (L P) -> V L P"),
+    Row("per_layer.proj.w", "per_layer_model_projection.weight", "(L P) D -> L P D"),
+    Row("per_layer.norm.scale", "per_layer_projection_norm.weight"),
+    Row("blocks.{i}.per_layer.gate.w", _LAYER + "per_layer_input_gate.weight"),
+    Row("blocks.{i}.per_layer.proj.w", _LAYER + "per_layer_projection.weight"),
+    Row("blocks.{i}.per_layer.norm.scale", _LAYER + "post_per_layer_input_norm.weight"),
+)
+ALTUP: Table = (
+    Row("blocks.{i}.altup.router_norm.scale", _LAYER + "altup.router_norm.weight"),
+    Row("blocks.{i}.altup.router.w", _LAYER + "altup.modality_router.weight"),
+    Row("blocks.{i}.altup.predictor.w", _LAYER + "altup.prediction_coefs.weight"),
+    Row("blocks.{i}.altup.corrector.w", _LAYER + "altup.correction_coefs.weight"),
+)
+OUTPUT_SCALE = Row("blocks.{i}.altup.output_scale", _LAYER + "altup.correct_output_scale")
+
+# The towers of Gemma 3n, and what leads from them into the decoder.
+UNREAD: Table = tuple(
+    Row(None, part + ".*", why="of Gemma 3n the decoder alone is read")
+    for part in ("vision_tower", "audio_tower", "embed_vision", "embed_audio")
 )
 
 TIED: Table = (
@@ -93,11 +121,49 @@ def hf_table(cfg: GemmaConfig) -> Table:
     """The rows that a model with the features of `cfg` has."""
     return (
         CORE
+        + _of_owners(KEYS_VALUES + (K_NORM if cfg.qk_norm else ()), cfg)
         + (SANDWICH_NORMS if cfg.post_norms else PRE_NORMS)
-        + (QK_NORM if cfg.qk_norm else ())
+        + (Q_NORM if cfg.qk_norm else ())
+        + (LAUREL if cfg.laurel_rank else ())
+        + (PER_LAYER if cfg.per_layer else ())
+        + (_altup(cfg.altup) if cfg.altup else ())
         + (VISION if cfg.vision else ())
         + TIED
+        + (UNREAD if cfg.altup else ())
+        + unused(cfg)
     )
+
+
+def _of_owners(table: Table, cfg: GemmaConfig) -> Table:
+    """The rows for layers with keys and values of their own, one by one."""
+    owners = [i for i, spec in enumerate(cfg.layers) if spec.kv != "shared"]
+    return tuple(row.at(i) for row in table for i in owners)
+
+
+def _altup(altup: AltUpConfig) -> Table:
+    """With the maps from the first stream to the others, and back."""
+    maps = tuple(
+        Row(f"streams.{ours}.{j}.w", f"{theirs}.{j}.weight")
+        for ours, theirs in (
+            ("spread_maps", "altup_projections"),
+            ("merge_maps", "altup_unembed_projections"),
+        )
+        for j in range(altup.num_streams - 1)
+    )
+    return ALTUP + ((OUTPUT_SCALE,) if altup.correct_scale else ()) + maps
+
+
+def unused(cfg: GemmaConfig) -> Table:
+    """What checkpoints hold, and no model computes with."""
+    shared = tuple(
+        Row(None, f"layers.{i}.self_attn.{name}.weight", why="the layer shares another's")
+        for i, spec in enumerate(cfg.layers)
+        if spec.kv == "shared"
+        for name in ("k_proj", "v_proj", "k_norm")
+    )
+    unscaled = cfg.altup is not None and not cfg.altup.correct_scale
+    scales = Row(None, "layers.*.altup.correct_output_scale", why="altup_correct_scale is false")
+    return shared + ((scales,) if unscaled else ())
 
 
 def short_name(name: str) -> str:

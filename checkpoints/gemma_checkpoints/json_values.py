@@ -15,10 +15,11 @@ def nested(values: Json, key: str) -> Json:
     return value or {}
 
 
-def whole(values: Json, key: str) -> int:
+def whole(values: Json, key: str, *, least: int = 1) -> int:
     value = values.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{key} must be a positive whole number, got {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        expected = "positive whole number" if least == 1 else f"whole number from {least} on"
+        raise ValueError(f"{key} must be a {expected}, got {value!r}")
     return value
 
 
