@@ -1,0 +1,127 @@
+"""Numbers of transformers' Gemma 3n, float32, as in `test_gemma3_text.py`.
+
+`data/g3n_e2b_like` is a MatFormer slice of `data/g3n_text`: fewer layers, half the width.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from parity.goldens import DATA, assert_close, case, next_token_loss
+from safetensors.numpy import load_file
+
+from gemma_checkpoints import load_model, save_hf
+from gemma_jax import Runtime, forward, generate
+
+CAPTURES = ("embeddings", "per_layer_inputs", "layer_outputs", "final_norm")
+
+
+@pytest.fixture(scope="module", params=["scan", "unrolled"])
+def model(request):
+    return load_model(DATA / "g3n_text", dtype="float32", layout=request.param)
+
+
+def test_logits_and_every_stream_of_every_layer(model):
+    given, expected, tolerance = case("g3n_text", "forward")
+    out = forward(model, given["input_ids"].astype(np.int32), capture=CAPTURES)
+    assert (given["input_ids"] >= model.cfg.per_layer.vocab_size).sum() == 2
+    assert_close(out.logits, expected["logits"], tolerance["logits"])
+    for key in CAPTURES:
+        assert out.captured[key].shape == expected[key].shape
+        assert_close(out.captured[key], expected[key], tolerance[key])
+
+
+def test_a_slice():
+    model = load_model(DATA / "g3n_e2b_like", dtype="float32")
+    given, expected, tolerance = case("g3n_e2b_like", "forward")
+    out = forward(model, given["input_ids"].astype(np.int32), capture=("final_norm",))
+    assert_close(out.logits, expected["logits"], tolerance["logits"])
+    assert_close(out.captured["final_norm"], expected["final_norm"], tolerance["final_norm"])
+
+
+@pytest.mark.parametrize("name", ["batch_left_pad", "batch_right_pad"])
+def test_padded_batch(model, name):
+    given, expected, tolerance = case("g3n_text", name)
+    real = given["attention_mask"] == 1
+    positions = np.where(real, given["position_ids"], -1).astype(np.int32)
+    tokens = given["input_ids"].astype(np.int32)
+    out = forward(model, tokens, positions, capture=("final_norm",))
+    for key, value in {"logits": out.logits, **out.captured}.items():
+        assert_close(value, expected[key], tolerance[key], real[..., None])
+
+
+@pytest.mark.parametrize(
+    "folder, name",
+    [("g3n_text", "generate"), ("g3n_text", "generate_left_pad"), ("g3n_e2b_like", "generate")],
+)
+def test_greedy_continuations(folder, name):
+    model = load_model(DATA / folder, dtype="float32", layout="scan")
+    given, expected, tolerance = case(folder, name)
+    mask = given.get("attention_mask", np.ones_like(given["input_ids"])) == 1
+    rows = [ids[keep].tolist() for ids, keep in zip(given["input_ids"], mask)]
+    done = generate(model, None, rows, max_new_tokens=expected["gen_ids"].shape[1])
+    assert [row.token_ids for row in done] == expected["gen_ids"].tolist()
+    log_probs = jax.nn.log_softmax(expected["gen_logits"], axis=-1)
+    chosen = np.take_along_axis(log_probs, expected["gen_ids"][..., None], axis=-1)[..., 0]
+    # A log-probability differs by at most twice what the logits do.
+    assert_close([row.log_probs for row in done], chosen, 2 * tolerance["gen_logits"])
+
+
+def test_gradients(model, tmp_path):
+    given, expected, tolerance = case("g3n_text", "gradients")
+    ids, labels = given["input_ids"].astype(np.int32), given["labels"]
+
+    def loss(model):
+        return next_token_loss(forward(model, ids).logits, labels)
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(model)
+    assert_close(value, expected["loss"], tolerance["loss"])
+    # Ids beyond the per-layer table read its row 0, which torch never trains (`padding_idx`).
+    assert np.abs(grads.per_layer.table[0]).max() > 0
+    trained = [g for g in jax.tree.leaves(grads) if g is not grads.per_layer.table.get_value()]
+    trained.append(grads.per_layer.table[1:])
+    norm = np.sqrt(sum(np.square(np.asarray(g, np.float64)).sum() for g in trained))
+    assert_close(norm, expected["grad_global_norm"], tolerance["grad_global_norm"])
+
+    save_hf(grads, tmp_path / "grads")  # a gradient is shaped like a model, so it exports like one
+    ours = load_file(tmp_path / "grads" / "model.safetensors")
+    theirs = {k: v for k, v in expected.items() if k.startswith("grad.")}
+    assert len(theirs) >= 13
+    for name, value in theirs.items():
+        assert_close(ours[name.removeprefix("grad.")], value, tolerance[name])
+
+
+def test_bfloat16_is_as_good_as_the_reference():
+    given, expected, _ = case("g3n_text", "forward_bf16")
+    reference = np.abs(expected["logits_bf16"] - expected["logits_fp32"]).mean()
+    runtime = Runtime(dtype=jnp.dtype("bfloat16"))
+    model = load_model(DATA / "g3n_text", dtype="bfloat16", runtime=runtime)
+    logits = np.asarray(forward(model, given["input_ids"].astype(np.int32)).logits)
+    assert np.abs(logits - expected["logits_fp32"]).mean() <= 1.5 * reference
+
+
+def test_the_published_spelling_of_the_config_means_the_same(tmp_path):
+    for name in ("config.json", "config_legacy.json"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_bytes((DATA / "g3n_text" / name).read_bytes())
+        weights = (DATA / "g3n_text" / "model.safetensors").read_bytes()
+        (tmp_path / name / "model.safetensors").write_bytes(weights)
+    new, old = (load_model(tmp_path / n).cfg for n in ("config.json", "config_legacy.json"))
+    assert new == old
+
+
+def test_comes_back_from_an_export(tmp_path):
+    """All tensors but the unused keys and values of layers that share those of others."""
+    model = load_model(DATA / "g3n_text", dtype=None)
+    again = load_model(save_hf(model, tmp_path / "out"), dtype=None)
+    assert again.cfg == model.cfg
+    ours = load_file(tmp_path / "out" / "model.safetensors")
+    theirs = load_file(DATA / "g3n_text" / "model.safetensors")
+    left_out = {
+        f"model.layers.{i}.self_attn.{name}.weight"
+        for i, spec in enumerate(model.cfg.layers)
+        if spec.kv == "shared"
+        for name in ("k_proj", "v_proj", "k_norm")
+    }
+    assert set(theirs) - set(ours) == left_out and set(ours) <= set(theirs)
+    assert all((ours[name].view(np.uint16) == theirs[name].view(np.uint16)).all() for name in ours)
