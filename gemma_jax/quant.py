@@ -20,6 +20,7 @@ from flax import nnx
 
 from gemma_jax.compat import fuses_matrix_vector
 from gemma_jax.model import Gemma
+from gemma_jax.nn.einsum import matrix_vector
 
 Storage = Literal["float32", "bfloat16", "int8"]
 VECTOR_ROWS = 4  # up to here, one matrix-vector product per row of x
@@ -126,7 +127,7 @@ def _matmul(rows_RI: jax.Array, w_OI: jax.Array) -> jax.Array:
     if R <= VECTOR_ROWS and fuses_matrix_vector():
         rows = []
         for r in range(R):  # the barrier keeps XLA from merging them into one product of matrices
-            rows.append(jnp.dot(rows_RI[r], _widen(w_OI).T))
+            rows.append(matrix_vector(w_OI, rows_RI[r], _widen))
             w_OI, _ = jax.lax.optimization_barrier((w_OI, rows[-1]))
         return jnp.stack(rows)
     if R > TILE_ROWS or 4 * O * I <= WHOLE_BYTES:

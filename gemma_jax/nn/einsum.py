@@ -1,7 +1,7 @@
 """A linear map declared by its equation."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from gemma_jax.compat import fuses_matrix_vector
 from gemma_jax.dims import weight_dims
 
 HIGHEST = jax.lax.Precision.HIGHEST
+FUSED = 2048  # elements of a vector that XLA's CPU backend fuses into its product with a matrix
 
 
 def contract(equation: str, x: jax.Array, w: Any) -> jax.Array:
@@ -25,9 +26,26 @@ def contract(equation: str, x: jax.Array, w: Any) -> jax.Array:
     w = w.astype(x.dtype)
     outputs = w.ndim - len(contracted(equation))
     if x.size == math.prod(w.shape[outputs:]) and fuses_matrix_vector():
-        y_O = jnp.dot(x.ravel(), w.reshape(-1, x.size).T, precision=HIGHEST)
+        y_O = matrix_vector(w.reshape(-1, x.size), x.ravel())
         return y_O.reshape((1,) * (len(equation.split("->")[1]) - outputs) + w.shape[:outputs])
     return jnp.einsum(equation, x, w, precision=HIGHEST)
+
+
+def matrix_vector(
+    w_OI: jax.Array, x_I: jax.Array, widen: Callable[[jax.Array], jax.Array] = lambda w: w
+) -> jax.Array:
+    """`widen(w_OI) @ x_I`, for XLA's CPU backend (see `fuses_matrix_vector`).
+
+    It makes one loop of the product and of whatever the matrix is computed from: a conversion, or
+    a cut out of a larger matrix. Nothing is written in between, as long as the vector is below 16
+    KiB; so longer ones are taken in pieces, here 8 KiB.
+    """
+    cuts = [slice(i, i + FUSED) for i in range(0, x_I.size, FUSED)]
+    parts = [jnp.dot(x_I[cut], widen(w_OI[:, cut]).T, precision=HIGHEST) for cut in cuts]
+    if len(parts) == 1:
+        return parts[0]
+    # Not a sum: XLA would rather fuse that into a product than the product's own matrix.
+    return jnp.dot(jnp.ones(len(parts), x_I.dtype), jnp.stack(parts), precision=HIGHEST)
 
 
 def contracted(equation: str) -> str:
