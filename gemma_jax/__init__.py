@@ -28,7 +28,7 @@ _HOMES = {
     "gemma_jax.vision.pan_and_scan": ("PanAndScan",),
     "gemma_jax.vision.prompt": ("Prompt", "image_prompt"),
 }
-_MODULES = ("viz",)
+_MODULES = ("matformer", "viz")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = sorted(_HOME_OF)

@@ -48,6 +48,20 @@ CAPTURES = (
 )
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerInputs:
+    """What one layer gets besides the stream; stacked along a leading L for all of them.
+
+    Attributes:
+      vector_BTP: Its part of the per-layer inputs, in models that have them.
+      width: Feed-forward channels to compute with; `None` for all.
+    """
+
+    vector_BTP: jax.Array | None = None
+    width: jax.Array | None = None
+
+
 class Block(nnx.Module):
     """One decoder layer: attention and feed-forward, each between norms, on a residual stream.
 
@@ -75,20 +89,16 @@ class Block(nnx.Module):
         x: jax.Array,
         ctx: Context,
         cache: LayerCache | None,
-        vector_BTP: jax.Array | None = None,
+        inputs: LayerInputs = LayerInputs(),
     ) -> LayerOutput:
-        """The stream `[B, T, D]`, or streams `[A, B, T, D]`, after this layer.
-
-        Args:
-          vector_BTP: The layer's part of the per-layer inputs, if the model has them.
-        """
+        """The stream `[B, T, D]`, or streams `[A, B, T, D]`, after this layer."""
         numerics, extra = ctx.runtime.numerics, {}
         if self.altup is not None:
             with jax.named_scope("altup"):
                 x, extra["altup_mixtures"] = self.altup.predict(x, numerics)
                 extra["altup_predictions"] = x
         y_BTD, cache, kv, taps = self._compute(
-            x if self.altup is None else x[self.altup.active], ctx, cache
+            x if self.altup is None else x[self.altup.active], ctx, cache, inputs.width
         )
         if self.altup is None:
             x = active_BTD = y_BTD
@@ -98,7 +108,7 @@ class Block(nnx.Module):
                 active_BTD = self.altup.scaled(x)
         if self.per_layer is not None:
             with jax.named_scope("per_layer"):
-                y_BTD, gates = self.per_layer(active_BTD, vector_BTP, numerics)
+                y_BTD, gates = self.per_layer(active_BTD, inputs.vector_BTP, numerics)
                 extra |= gates
                 # The first stream is left alone, whichever one is active.
                 x = x + y_BTD if self.altup is None else x.at[1:].add(y_BTD)
@@ -106,7 +116,13 @@ class Block(nnx.Module):
         taps = taps | extra | {"layer_outputs": x}
         return LayerOutput(x=x, cache=cache, taps=taps, lent=lent)
 
-    def _compute(self, x_BTD: jax.Array, ctx: Context, cache: LayerCache | None):
+    def _compute(
+        self,
+        x_BTD: jax.Array,
+        ctx: Context,
+        cache: LayerCache | None,
+        width: jax.Array | None,
+    ):
         """Attention, with LAuReL beside it, and feed-forward, on one stream."""
         numerics = ctx.runtime.numerics
         normed_BTD = self.pre_attn_norm(x_BTD, numerics)
@@ -118,7 +134,7 @@ class Block(nnx.Module):
                 taps["laurel"] = self.laurel(normed_BTD, numerics)
                 x_BTD = (x_BTD + taps["laurel"]) / math.sqrt(2)
         with jax.named_scope("ffn"):
-            y_BTD, masks = self.ffn(self.pre_ffn_norm(x_BTD, numerics))
+            y_BTD, masks = self.ffn(self.pre_ffn_norm(x_BTD, numerics), width)
             x_BTD += y_BTD if self.post_ffn_norm is None else self.post_ffn_norm(y_BTD, numerics)
         return x_BTD, cache, kv, taps | masks
 
@@ -172,6 +188,7 @@ def forward(
     rope_positions_BT: jax.Array | None = None,
     logits: Literal["all", "last", "none"] = "all",
     capture: tuple[str, ...] = (),
+    ffn_widths_L: jax.Array | None = None,
 ) -> Output:
     """One pass over `T` new tokens per row: training, scoring, prefill and decoding alike.
 
@@ -188,6 +205,9 @@ def forward(
       logits: For every token, for the last real one of each row, or for none.
       capture: Names out of `CAPTURES`. `attention_weights` are dense `[B, N, T, S]`;
         `sparsity_masks` come from the sparse layers alone.
+      ffn_widths_L: Feed-forward channels per layer, int32: computes as a MatFormer slice of these
+        widths would, with one program for all widths. It saves no work (`matformer.at` does), and
+        is for training and for searching slices.
     """
     if unknown := set(capture) - set(CAPTURES):
         raise ValueError(f"cannot capture {sorted(unknown)}; choose from {', '.join(CAPTURES)}")
@@ -211,14 +231,14 @@ def forward(
     captured = {"embeddings": x_BTD}
     if soft is not None:
         x_BTD = soft.insert(x_BTD)
-    inputs_LBTP = None
+    inputs = LayerInputs(width=ffn_widths_L)
     if model.per_layer is not None:
         per_layer_BTLP = model.per_layer(tokens_BT, x_BTD, model.runtime.numerics)
         captured["per_layer_inputs"] = per_layer_BTLP
-        inputs_LBTP = jnp.moveaxis(per_layer_BTLP, 2, 0)
+        inputs = replace(inputs, vector_BTP=jnp.moveaxis(per_layer_BTLP, 2, 0))
     x = x_BTD if model.streams is None else model.streams.spread(x_BTD)
     layers = cache.layers if cache is not None else None
-    x, layers, taps = run_layers(model.blocks, model.segments, x, ctx, layers, inputs_LBTP)
+    x, layers, taps = run_layers(model.blocks, model.segments, x, ctx, layers, inputs)
     x_BTD = x if model.streams is None else model.streams.merge(x)
     x_BTD = model.final_norm(x_BTD, model.runtime.numerics)
     captured |= taps | {"final_norm": x_BTD}

@@ -1,0 +1,141 @@
+"""What a slice keeps, and which slices are legal. Pure data, no arrays."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from gemma_jax.config import GemmaConfig, LayerSpec, share_kv
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """One submodel.
+
+    Attributes:
+      ffn_widths: F of each kept layer, first to last: that many first channels stay.
+      skip_layers: Indices of the layers to leave out, in the model that is sliced.
+    """
+
+    ffn_widths: tuple[int, ...]
+    skip_layers: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        for name in ("ffn_widths", "skip_layers"):
+            values = tuple(getattr(self, name))
+            if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+                raise ValueError(f"{name}={list(values)} must be whole numbers")
+            object.__setattr__(self, name, values)
+
+    @classmethod
+    def whole(cls, cfg: GemmaConfig) -> "Slice":
+        """The slice that leaves a model as it is."""
+        return cls(ffn_widths=tuple(spec.d_ff for spec in cfg.layers))
+
+    @classmethod
+    def read(cls, file: str | Path) -> "Slice":
+        """From a JSON file with `ffn_widths` and, if layers are skipped, `skip_layers`.
+
+        Raises:
+          ValueError: Something else is in it.
+        """
+        text = Path(file).read_bytes()
+        try:
+            facts = json.loads(text)
+            return cls(**{name: tuple(values) for name, values in facts.items()})
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            raise ValueError(
+                f'{file} is no slice; expected {{"ffn_widths": [W0, W1, ...], "skip_layers": '
+                "[I, ...]}, whole numbers, one width per kept layer"
+            ) from None
+
+    def write(self, file: str | Path) -> None:
+        """To a JSON file that `read` takes."""
+        Path(file).write_text(json.dumps(asdict(self)) + "\n", "utf-8")
+
+    def kept(self, num_layers: int) -> tuple[int, ...]:
+        """Indices of the layers that stay."""
+        return tuple(i for i in range(num_layers) if i not in self.skip_layers)
+
+
+def slice_config(cfg: GemmaConfig, cut: Slice, *, allow_irregular: bool = False) -> GemmaConfig:
+    """The architecture of the slice.
+
+    Kept layers keep their kind and sparsity; those that share keys and values read the same layers
+    as before.
+
+    Args:
+      allow_irregular: Lets layers be skipped one by one. Otherwise only whole blocks of the
+        local/global pattern are, as in all published slices: transformers before 4.53 and other
+        tools take the pattern for granted.
+
+    Raises:
+      ValueError: An illegal slice, with all that is wrong with it.
+    """
+    if problems := _problems(cfg, cut, allow_irregular):
+        raise ValueError("illegal slice: " + "; ".join(problems))
+    kept = cut.kept(len(cfg.layers))
+    specs = [
+        replace(cfg.layers[i], d_ff=width, kv="own")
+        for i, width in zip(kept, cut.ffn_widths, strict=True)
+    ]
+    num_shared = sum(cfg.layers[i].kv == "shared" for i in kept)
+    return replace(cfg, layers=share_kv(specs, num_shared))
+
+
+def shares_cache(cfg: GemmaConfig, cut: Slice) -> bool:
+    """Whether the slice computes the same keys and values as the whole model.
+
+    The two may then write into one cache. It is so if nothing is narrowed or skipped before the
+    last layer that has keys and values of its own.
+    """
+    widths = dict(zip(cut.kept(len(cfg.layers)), cut.ffn_widths))
+    last = max(i for i, spec in enumerate(cfg.layers) if spec.kv != "shared")
+    return last in widths and all(widths.get(i) == cfg.layers[i].d_ff for i in range(last))
+
+
+def _problems(cfg: GemmaConfig, cut: Slice, allow_irregular: bool) -> list[str]:
+    layers, skipped = cfg.layers, cut.skip_layers
+    if outside := [i for i in skipped if not 0 <= i < len(layers)]:
+        return [f"skip_layers {outside} do not exist; the model has layers 0 to {len(layers) - 1}"]
+    if len(set(skipped)) != len(skipped):
+        return [f"skip_layers={list(skipped)} names a layer twice"]
+    kept = cut.kept(len(layers))
+    if not kept:
+        return ["no layer is kept"]
+    problems = []
+    if len(cut.ffn_widths) != len(kept):
+        problems.append(
+            f"{len(cut.ffn_widths)} ffn_widths for {len(kept)} kept layers; expected one for each"
+        )
+    problems += [
+        f"width {width} of layer {i} must lie in [1, {layers[i].d_ff}]"
+        for i, width in zip(kept, cut.ffn_widths)
+        if not 1 <= width <= layers[i].d_ff
+    ]
+    problems += [
+        f"layer {i} cannot be skipped: later {layers[i].kind} layers share its keys and values"
+        for i in sorted(skipped)
+        if layers[i].kv == "lent"
+    ]
+    if not allow_irregular and (broken := _broken_blocks(layers, skipped)):
+        problems.append(
+            f"{broken}; only whole blocks can be skipped without changing the local/global "
+            "pattern (--allow-irregular, allow_irregular=True, lets single layers through)"
+        )
+    return problems
+
+
+def _broken_blocks(layers: tuple[LayerSpec, ...], skipped: tuple[int, ...]) -> str | None:
+    """What is irregular about skipping these layers, if anything."""
+    if not skipped:
+        return None
+    kinds = [spec.kind for spec in layers]
+    period = kinds.index("global") + 1 if "global" in kinds else 1
+    regular = ["global" if (i + 1) % period == 0 else "local" for i in range(len(kinds))]
+    if "global" in kinds and kinds != regular:
+        return "the model's own layers do not repeat a pattern"
+    for first in range(0, len(layers), period):
+        block = range(first, min(first + period, len(layers)))
+        if 0 < len(inside := [i for i in block if i in skipped]) < len(block):
+            return f"of the block of layers {block[0]} to {block[-1]} only {inside} are skipped"
+    return None

@@ -1,0 +1,155 @@
+"""Slices of a model's parameters: cut out, or seen in place."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gemma_jax.config import GemmaConfig
+from gemma_jax.context import Runtime
+from gemma_jax.model import Gemma
+from gemma_jax.nn.part import Part
+from gemma_jax.segments import Layout
+
+from .cut import Slice, slice_config
+
+ParamPath = tuple[str | int, ...]
+
+
+def slice_model(
+    model: Gemma, cut: Slice, *, allow_irregular: bool = False, layout: Layout | None = None
+) -> Gemma:
+    """A smaller model with weights of its own.
+
+    Feed-forward matrices keep their first channels, the per-layer table and its projection the
+    parts of the kept layers; the rest is shared with `model`, or copied where layers are stacked
+    anew.
+
+    Args:
+      allow_irregular: See `slice_config`.
+      layout: Of the new model; default: that of `model`.
+
+    Raises:
+      ValueError: An illegal slice.
+    """
+    cfg = slice_config(model.cfg, cut, allow_irregular=allow_irregular)
+    layout = layout or ("unrolled" if _is_unrolled(model) else "scan")
+    parts = _parts(model, cut)
+
+    def value(target: Gemma, path: ParamPath) -> Any:
+        if path[0] != "blocks":
+            return _taken(parts(path, None))
+        _, segment, position, *rest = path
+        seg, kept = target.segments[segment], cut.kept(len(model.cfg.layers))
+        layers = [kept[seg.layer_index(position, r)] for r in range(seg.repeats)]
+        rows = [_taken(parts(("blocks", *rest), layer)) for layer in layers]
+        if len(rows) == 1:
+            return rows[0]
+        return jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *rows)
+
+    return _filled(cfg, model.runtime, layout, value)
+
+
+def at(model: Gemma, cut: Slice, *, allow_irregular: bool = False) -> Gemma:
+    """The same submodel as a view: it holds the arrays of `model`, and no other.
+
+    What it does not use is cut off inside the compiled programs, at widths that are known when they
+    are compiled. Any number of views may be used in turns. Results are those of `slice`: bit for bit
+    with plain arrays, to rounding where weights are stored narrower than they are used.
+
+    Raises:
+      ValueError: An illegal slice, or layers that are stacked (`layout="scan"`), where one array
+        holds widths of several layers.
+    """
+    if not _is_unrolled(model):
+        raise ValueError(
+            'a view needs an array per layer; load the model with layout="unrolled", or use '
+            "matformer.slice"
+        )
+    cfg = slice_config(model.cfg, cut, allow_irregular=allow_irregular)
+    kept, parts = cut.kept(len(model.cfg.layers)), _parts(model, cut)
+
+    def value(target: Gemma, path: ParamPath) -> Any:
+        if path[0] != "blocks":
+            return parts(path, None)
+        _, _, position, *rest = path
+        return parts(("blocks", *rest), kept[position])
+
+    return _filled(cfg, model.runtime, "unrolled", value)
+
+
+def _parts(model: Gemma, cut: Slice) -> Callable[[ParamPath, int | None], Any]:
+    """`(path, layer) -> value` of a parameter of `model`, or the `Part` of it that the slice uses.
+
+    The path of a layer's parameter is that within its block, after `"blocks"`; its value has a
+    leading axis of size 1, as in an unrolled model.
+    """
+    params = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    layers, kept = model.cfg.layers, cut.kept(len(model.cfg.layers))
+    width = dict(zip(kept, cut.ffn_widths))
+    places = {
+        seg.layer_index(position, repeat): (s, position, repeat)
+        for s, seg in enumerate(model.segments)
+        for position in range(len(seg.period))
+        for repeat in range(seg.repeats)
+    }
+
+    def find(path: ParamPath, layer: int | None) -> Any:
+        if layer is None:
+            param, fewer = params[path], path[0] != "vision" and len(kept) < len(layers)
+            return _part(param, param.get_value(), "L", kept, fewer)
+        segment, position, repeat = places[layer]
+        param = params["blocks", segment, position, *path[1:]]
+        value = param.get_value()
+        if model.segments[segment].repeats > 1:
+            value = jax.tree.map(lambda a: a[repeat : repeat + 1], value)
+        return _part(param, value, "F", width[layer], width[layer] < layers[layer].d_ff)
+
+    return find
+
+
+def _part(param: nnx.Param, value: Any, letter: str, index: Any, narrower: bool) -> Any:
+    if not narrower or letter not in param.dims:
+        return value
+    return Part.of(value, param.dims.index(letter) - len(param.dims), index)
+
+
+def _taken(value: Any) -> Any:
+    return value.taken() if isinstance(value, Part) else value
+
+
+def _is_unrolled(model: Gemma) -> bool:
+    return len(model.segments) == 1 and model.segments[0].repeats == 1
+
+
+def parameters(cfg: GemmaConfig) -> int:
+    """Parameters besides the tables that are looked up, of tokens and per layer.
+
+    What Gemma 3n counts as "effective" parameters, without the keys and values that its published
+    checkpoints hold for layers which never use them.
+    """
+    params = dict(nnx.to_flat_state(nnx.state(_abstract(cfg, Runtime(), "scan"), nnx.Param)))
+    tables = (("embed", "table"), ("per_layer", "table"))
+    return sum(p.get_value().size for path, p in params.items() if path not in tables)
+
+
+@lru_cache(maxsize=32)
+def _abstract(cfg: GemmaConfig, runtime: Runtime, layout: Layout) -> Gemma:
+    """Not to be changed: shared by all slices of the same shape."""
+    return jax.eval_shape(lambda: Gemma(cfg, rngs=nnx.Rngs(0), runtime=runtime, layout=layout))
+
+
+def _filled(
+    cfg: GemmaConfig,
+    runtime: Runtime,
+    layout: Layout,
+    value: Callable[[Gemma, ParamPath], Any],
+) -> Gemma:
+    """A model with `value(model, path)` for each of its parameters."""
+    target = _abstract(cfg, runtime, layout)
+    graph, state = nnx.split(target)
+    flat = {path: param.replace(value(target, path)) for path, param in nnx.to_flat_state(state)}
+    return nnx.merge(graph, nnx.from_flat_state(flat))
