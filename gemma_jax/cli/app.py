@@ -15,6 +15,7 @@ from gemma_jax.cli import (
     info,
     score,
     shield,
+    slice,
     tokenize,
 )
 
@@ -28,7 +29,7 @@ app = typer.Typer(
     "folder written by `gemma-jax convert`. --debug, anywhere, shows tracebacks.",
 )
 COMMANDS = (
-    generate, chat, score, shield, forward, tokenize, encode_image, info, convert, bench,
+    generate, chat, score, shield, forward, tokenize, encode_image, info, convert, slice, bench,
 )  # fmt: skip
 for module in COMMANDS:
     app.command(module.__name__.rpartition(".")[2].replace("_", "-"))(module.command)

@@ -31,6 +31,7 @@ def command(
     seed: common.Seed = 0,
     dtype: common.DTypeOption = None,
     weights: common.WeightsOption = None,
+    slice_name: common.SliceOption = None,
     pan_and_scan: common.PanAndScanOption = False,
 ) -> None:
     """Chat with a model; the cache is kept between turns.
@@ -48,7 +49,7 @@ def command(
     from gemma_jax.loading import load_tokenizer
 
     tokenizer = load_tokenizer(model)
-    net = common.load_model(model, dtype=dtype, weights=weights)
+    net = common.load_model(model, dtype=dtype, weights=weights, slice_name=slice_name)
 
     def start() -> Conversation:
         return Conversation(

@@ -15,7 +15,9 @@ from gemma_jax.cli import progress
 if TYPE_CHECKING:
     import numpy as np
 
+    from gemma_jax.matformer import Slice
     from gemma_jax.model import Gemma
+    from gemma_jax.segments import Layout
     from gemma_jax.vision.images import Image
     from gemma_jax.vision.pan_and_scan import PanAndScan
 
@@ -65,6 +67,12 @@ Images = Annotated[
 PanAndScanOption = Annotated[
     bool, typer.Option("--pan-and-scan", help="Add crops of elongated images.")
 ]
+SliceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--slice", metavar="NAME|FILE", help="Run a slice of the model: e2b, ..., or a JSON file."
+    ),
+]
 Temperature = Annotated[float, typer.Option(help="0 takes the most probable token.")]
 TopK = Annotated[int, typer.Option(help="Keep the k most probable tokens; 0 keeps all.")]
 TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens of this mass.")]
@@ -95,21 +103,52 @@ def load_model(
     numerics: NumericsName = NumericsName.hf,
     attention_impl: str | None = None,
     vision_dtype: DType | None = None,
+    slice_name: str | None = None,
+    layout: "Layout | None" = None,
 ) -> "Gemma":
-    """`gemma_jax.load` without the tokenizer, under a progress bar."""
+    """`gemma_jax.load` without the tokenizer, under a progress bar; or a slice of it."""
     set_up_jax()
     from gemma_jax.loading import load_model as load
 
+    cut = find_slice(slice_name, source)
     with progress.loading() as bar:
-        return load(
+        net = load(
             source,
             dtype=dtype and dtype.value,
             weights=weights and weights.value,
             numerics=numerics.value,
             attention_impl=attention_impl,
             vision_dtype=vision_dtype and vision_dtype.value,
+            layout=layout if cut is None else "unrolled",
             progress=bar,
         )
+    return view(net, cut)
+
+
+def find_slice(name: str | None, source: str) -> "Slice | None":
+    """The published slice `name`, or the one in the file `name`, if it is legal for the model.
+
+    Reads the model's config alone: an illegal slice should not cost the loading of weights.
+    """
+    if name is None:
+        return None
+    from gemma_checkpoints import describe, resolve
+    from gemma_jax import matformer
+
+    cfg = describe(resolve(source)).config
+    is_file = name not in matformer.PRESETS and os.path.exists(name)
+    cut = matformer.Slice.read(name) if is_file else matformer.preset(name, cfg)
+    matformer.slice_config(cfg, cut, allow_irregular=True)
+    return cut
+
+
+def view(net: "Gemma", cut: "Slice | None") -> "Gemma":
+    """The model, or what a slice leaves of it."""
+    if cut is None:
+        return net
+    from gemma_jax import matformer
+
+    return matformer.at(net, cut, allow_irregular=True)
 
 
 def save_arrays(arrays: dict[str, "np.ndarray"], path: Path, output: Path) -> None:

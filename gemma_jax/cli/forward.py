@@ -28,6 +28,7 @@ def command(
     capture: Annotated[str, typer.Option(help="Further outputs, by name, comma-separated.")] = "",
     dtype: common.DTypeOption = common.DType.float32,
     weights: common.WeightsOption = None,
+    slice_name: common.SliceOption = None,
     numerics: common.NumericsOption = common.NumericsName.hf,
     attention_impl: common.AttentionOption = None,
     vision_dtype: common.VisionDTypeOption = None,
@@ -55,6 +56,7 @@ def command(
             numerics=numerics,
             attention_impl=attention_impl,
             vision_dtype=vision_dtype,
+            slice_name=slice_name,
         )
         check_for_model(arrays, net.cfg, inputs)
         if net.cfg.vision is None and (asked := [n for n in names if n in encoder.CAPTURES]):

@@ -48,6 +48,7 @@ def command(
     ] = False,
     dtype: common.DTypeOption = None,
     weights: common.WeightsOption = None,
+    slice_name: common.SliceOption = None,
     numerics: common.NumericsOption = common.NumericsName.hf,
     attention_impl: common.AttentionOption = None,
     as_json: common.Json = False,
@@ -79,7 +80,12 @@ def command(
     images = common.open_images(image, model)
     tokenizer = load_tokenizer(model) if prompt is not None or has_tokenizer(model) else None
     net = common.load_model(
-        model, dtype=dtype, weights=weights, numerics=numerics, attention_impl=attention_impl
+        model,
+        dtype=dtype,
+        weights=weights,
+        numerics=numerics,
+        attention_impl=attention_impl,
+        slice_name=slice_name,
     )
     loaded = time.perf_counter()
     if arrays is None:

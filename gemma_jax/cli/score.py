@@ -23,6 +23,7 @@ def command(
     ] = None,
     dtype: common.DTypeOption = None,
     weights: common.WeightsOption = None,
+    slice_name: common.SliceOption = None,
     numerics: common.NumericsOption = common.NumericsName.hf,
     attention_impl: common.AttentionOption = None,
     as_json: common.Json = False,
@@ -42,7 +43,12 @@ def command(
     if ids is None:
         ids = load_tokenizer(model).encode(text, bos=True)
     net = common.load_model(
-        model, dtype=dtype, weights=weights, numerics=numerics, attention_impl=attention_impl
+        model,
+        dtype=dtype,
+        weights=weights,
+        numerics=numerics,
+        attention_impl=attention_impl,
+        slice_name=slice_name,
     )
     with progress.reading() as bar:
         log_probs = score(net, ids, progress=bar)

@@ -57,8 +57,8 @@ def at(model: Gemma, cut: Slice, *, allow_irregular: bool = False) -> Gemma:
     """The same submodel as a view: it holds the arrays of `model`, and no other.
 
     What it does not use is cut off inside the compiled programs, at widths that are known when they
-    are compiled. Any number of views may be used in turns. Results are those of `slice`: bit for bit
-    with plain arrays, to rounding where weights are stored narrower than they are used.
+    are compiled. Any number of views may be used in turns. Results are those of `slice`, bit for
+    bit with plain arrays, to rounding where weights are stored narrower than they are used.
 
     Raises:
       ValueError: An illegal slice, or layers that are stacked (`layout="scan"`), where one array

@@ -1,0 +1,120 @@
+"""The commands on Gemma 3n: transformers' numbers, slices written and slices run."""
+
+import json
+
+import numpy as np
+import pytest
+from parity.goldens import DATA, assert_close, case
+from safetensors.numpy import load_file
+
+SLICES = ("g3n_e2b_like", "g3n_mixed_widths", "g3n_off_pattern")
+TEXT = ("forward", "batch_left_pad", "batch_right_pad")
+
+
+def assert_outputs(written, name, which):
+    """Every output that is stored is there, to ten times the oracle's own rounding noise."""
+    given, expected, tolerance = case(name, which)
+    assert len(expected) >= 2 and expected.keys() <= written.keys()
+    for output, values in expected.items():
+        real = given.get("attention_mask", np.ones((1, 1)))[..., None] if len(given) > 1 else True
+        assert_close(written[output], values, tolerance[output], where=real)
+
+
+@pytest.fixture
+def forward(cli, tmp_path):
+    def call(model, name, which, *options):
+        inputs, output = DATA / name / f"{which}.safetensors", tmp_path / "out.safetensors"
+        ran = cli("forward", "--model", model, "--inputs", inputs, "--output", output, *options)
+        assert (ran.code, ran.out, ran.err) == (0, "", "")
+        return load_file(output)
+
+    return call
+
+
+@pytest.mark.parametrize("which", TEXT)
+def test_forward(forward, which):
+    names = "embeddings,layer_outputs,final_norm,per_layer_inputs"
+    written = forward(DATA / "g3n_text", "g3n_text", which, "--capture", names)
+    assert_outputs(written, "g3n_text", which)
+    if which == "forward":
+        assert written["layer_outputs"].shape == (20, 4, 1, 36, 48)
+        assert written["per_layer_inputs"].shape == (1, 36, 20, 8)
+
+
+@pytest.mark.parametrize("which", ["generate", "generate_left_pad"])
+def test_generate(cli, which):
+    file = DATA / "g3n_text" / f"{which}.safetensors"
+    expected = load_file(file)["out.gen_ids"]
+    ran = cli("generate", "--model", DATA / "g3n_text", "--inputs", file, "--json",
+              "--max-new-tokens", expected.shape[1])  # fmt: skip
+    assert json.loads(ran.out)["token_ids"] == expected.tolist()
+
+
+def words_of(name):
+    """What the command line calls the slice."""
+    cut = json.loads((DATA / name / "forward.json").read_text())
+    skipped, widths = cut["layers_to_skip"], cut["ffn_hidden_dims"]
+    options = ["--ffn-widths", ",".join(map(str, widths))]
+    options += ["--skip-layers", ",".join(map(str, skipped))] if skipped else []
+    return options + (["--allow-irregular"] if name == "g3n_off_pattern" else [])
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_slice_as_a_folder_and_in_place(cli, forward, tmp_path, name):
+    """Written by `slice`, or run by `--slice` on the whole model: the oracle's numbers."""
+    small = tmp_path / "small"
+    ran = cli("slice", DATA / "g3n_text", small, *words_of(name))
+    assert (ran.code, ran.out, ran.err) == (0, f"{small}\n", "")
+    written = forward(small, name, "forward", "--capture", "final_norm")
+    assert_outputs(written, name, "forward")
+
+    cut = json.loads((DATA / name / "forward.json").read_text())
+    file = tmp_path / "cut.json"
+    file.write_text(
+        json.dumps({"ffn_widths": cut["ffn_hidden_dims"], "skip_layers": cut["layers_to_skip"]})
+    )
+    in_place = forward(DATA / "g3n_text", name, "forward", "--slice", file)
+    np.testing.assert_array_equal(in_place["logits"], written["logits"])
+
+    inputs = DATA / name / "generate.safetensors"
+    expected = load_file(inputs)["out.gen_ids"]
+    words = ("--inputs", inputs, "--json", "--max-new-tokens", expected.shape[1])
+    for model in ((small,), (DATA / "g3n_text", "--slice", file)):
+        ran = cli("generate", "--model", *model, *words)
+        assert json.loads(ran.out)["token_ids"] == expected.tolist()
+
+
+def test_slices_keep_tokenizer_and_dtype(cli, tmp_path):
+    cut = ("--skip-layers", "10,11,12,13,14", "--dtype", "bfloat16")
+    assert cli("slice", DATA / "g3n_text", tmp_path / "x", *cut).code == 0
+    info = json.loads(cli("info", tmp_path / "x", "--json").out)
+    assert info["layers"] == 15
+    assert info["file_bytes_by_encoding"].keys() == {"BF16"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "give --preset, or --ffn-widths and --skip-layers"),
+        (("--preset", "e2b", "--skip-layers", "1"), "one of the two"),
+        (("--preset", "e2b"), "35 layers of E4B; this model has 20"),
+        (("--preset", "e9b"), "choose one of: e4b, e2b, e1.96b"),
+        (("--ffn-widths", "64,x"), "must be whole numbers"),
+        (("--ffn-widths", "64,64"), "2 ffn_widths for 20 kept layers"),
+        (("--skip-layers", "3"), "of the block of layers 0 to 4 only [3] are skipped"),
+        (("--skip-layers", "5,6,7,8,9"), "layer 8 cannot be skipped: later local layers share"),
+        (("--skip-layers", "9", "--allow-irregular"), "layer 9 cannot be skipped"),
+    ],
+)
+def test_illegal_slices(refused, tmp_path, options, message):
+    assert message in refused("slice", DATA / "g3n_text", tmp_path / "x", *options)
+    assert not (tmp_path / "x").exists()
+
+
+def test_slices_that_cannot_be_run(refused, tmp_path):
+    (tmp_path / "cut.json").write_text('{"ffn_widths": [1, 2]}')
+    words = ("forward", "--model", DATA / "g3n_text", "--output", tmp_path / "o.safetensors")
+    words += ("--inputs", DATA / "g3n_text" / "forward.safetensors", "--slice")
+    assert "2 ffn_widths for 20 kept layers" in refused(*words, tmp_path / "cut.json")
+    assert "unknown slice" in refused(*words, tmp_path / "nothing.json")
+    assert "is no slice" in refused(*words, DATA / "g3n_text" / "config.json")
