@@ -6,7 +6,7 @@ Positions are stored once per capacity, not once per layer, and masks are made f
 an empty slot holds -1. Rows of a batch may have different lengths.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import jax
@@ -67,6 +67,19 @@ class Cache:
     def length_B(self) -> jax.Array:
         """Position of the next token of each row."""
         return jnp.max(self.positions[self.max_len], axis=1) + 1
+
+    def rewound(self, length_B: jax.Array) -> "Cache":
+        """The cache without tokens at positions of `length` and beyond.
+
+        Tokens that they have evicted do not come back: rings need a slack of as many tokens.
+        """
+        return replace(
+            self,
+            positions={
+                capacity: jnp.where(pos_BS < length_B[:, None], pos_BS, -1)
+                for capacity, pos_BS in self.positions.items()
+            },
+        )
 
 
 @jax.tree_util.register_dataclass

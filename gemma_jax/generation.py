@@ -3,11 +3,14 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
+from gemma_jax.matformer import Slice
 from gemma_jax.model import Gemma
 from gemma_jax.prompts import Messages, PromptReader, encode_prompt_images, is_chat
 from gemma_jax.sampling import Sampling
 from gemma_jax.session import CHUNK, Session
+from gemma_jax.speculation import DRAFT_TOKENS, SpeculativeSession
 from gemma_jax.text import StopText, StreamDecoder, Tokenizer, images_of, render_next
 from gemma_jax.vision.pan_and_scan import PanAndScan
 from gemma_jax.vision.prompt import Prompt
@@ -26,6 +29,8 @@ class Completion:
       prompt_token_ids: What the model was given.
       finish_reason: `"stop"` (stop token or stop text) or `"length"`.
       log_probs: Log-probability of each new token under the model, before sampling rules; nats.
+      proposed_drafts, accepted_drafts: With a draft model, how many tokens it proposed, and how
+        many of them were kept.
     """
 
     text: str = ""
@@ -33,6 +38,8 @@ class Completion:
     prompt_token_ids: list[int] = field(default_factory=list)
     finish_reason: str = "length"
     log_probs: list[float] = field(default_factory=list)
+    proposed_drafts: int = 0
+    accepted_drafts: int = 0
 
     def __str__(self) -> str:
         return self.text
@@ -53,6 +60,8 @@ def generate(
     chunk: int = CHUNK,
     progress: Progress | None = None,
     on_text: Callable[[int, str], None] | None = None,
+    draft: Gemma | Slice | None = None,
+    draft_tokens: int = DRAFT_TOKENS,
     **sampling_fields: float,
 ) -> Completion | list[Completion]:
     """Continues one prompt, or a batch of prompts of any lengths.
@@ -75,6 +84,9 @@ def generate(
       chunk: Longest stretch of prompt read in one pass.
       progress: Told how much of the prompt has been read.
       on_text: Called with row number and new text as it appears; whole characters only.
+      draft: Speculates: this slice of the model (or another, smaller model) proposes tokens, and
+        the model checks several at once. The text stays the model's; see `gemma_jax.speculation`.
+      draft_tokens: How many at once.
 
     Returns:
       One `Completion`, or a list of them for a batch.
@@ -101,7 +113,10 @@ def generate(
             f"a prompt of {longest} tokens leaves no room in the model's context of "
             f"{model.cfg.max_positions}; shorten it"
         )
-    session = Session(
+    kind = Session
+    if draft is not None:
+        kind = partial(SpeculativeSession, draft=draft, draft_tokens=draft_tokens)
+    session = kind(
         model,
         len(rows),
         longest + new,
@@ -131,6 +146,9 @@ def generate(
             writers, session.chosen, rows, done, session.log_probs
         )
     ]
+    if draft is not None:
+        for done, *done_drafts in zip(completions, session.proposed, session.accepted):
+            done.proposed_drafts, done.accepted_drafts = done_drafts
     return completions[0] if single else completions
 
 

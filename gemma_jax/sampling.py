@@ -94,7 +94,29 @@ def sample(
     )
 
 
+def distribution(logits: jax.Array, how: SamplingProgram) -> jax.Array:
+    """Log-probabilities that `sample` draws from, `[..., V]`; -inf for what the rules leave out.
+
+    The repetition penalty is not among them. Greedy choice leaves the logits as they are.
+    """
+    if how.greedy:
+        return logits
+
+    def one(logits_V: jax.Array) -> jax.Array:
+        kept, candidates = _rules(logits_V / how.temperature, how)
+        return jax.nn.log_softmax(jnp.full_like(logits_V, -jnp.inf).at[candidates].set(kept))
+
+    flat = jax.vmap(one)(logits.reshape(-1, logits.shape[-1]))
+    return flat.reshape(logits.shape)
+
+
 def _draw(logits_V: jax.Array, key: jax.Array, how: SamplingProgram) -> jax.Array:
+    logits, candidates = _rules(logits_V, how)
+    return candidates[jax.random.categorical(key, logits)].astype(jnp.int32)
+
+
+def _rules(logits_V: jax.Array, how: SamplingProgram) -> tuple[jax.Array, jax.Array]:
+    """Logits after top-k, top-p and min-p, and the tokens they belong to."""
     # Only top-k and top-p need the candidates in descending order.
     candidates = jnp.arange(logits_V.size, dtype=jnp.int32)
     if how.top_k or how.use_top_p:
@@ -107,4 +129,4 @@ def _draw(logits_V: jax.Array, key: jax.Array, how: SamplingProgram) -> jax.Arra
     if how.use_min_p:
         floor = jnp.max(logits_V) + jnp.log(how.min_p)
         logits_V = jnp.where(logits_V >= floor, logits_V, -jnp.inf)
-    return candidates[jax.random.categorical(key, logits_V)].astype(jnp.int32)
+    return logits_V, candidates

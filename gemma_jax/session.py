@@ -151,6 +151,7 @@ class Session:
         alike, whatever the batch around them.
       stop_ids: Tokens that end a row.
       chunk: Longest stretch of prompt read in one pass; longer prompts take several.
+      slack: See `Cache`.
 
     Raises:
       ValueError: `max_len` exceeds the context of the model.
@@ -166,6 +167,7 @@ class Session:
         seeds: int | Sequence[int] = 0,
         stop_ids: Sequence[int] = (),
         chunk: int = CHUNK,
+        slack: int = 0,
     ):
         cfg = model.cfg
         if max_len > cfg.max_positions:
@@ -186,7 +188,13 @@ class Session:
             )
         seed_B = np.array([seed % 2**32 for seed in seed_B], np.uint32)
         self._state = _empty_state(
-            seed_B, cfg, model.segments, self.max_len, model.runtime.dtype, self.how.use_penalty
+            seed_B,
+            cfg,
+            model.segments,
+            self.max_len,
+            model.runtime.dtype,
+            self.how.use_penalty,
+            slack,
         )
 
     def read(
@@ -222,7 +230,7 @@ class Session:
         ]
         self._lengths = [start + len(row) for start, row in zip(starts, rows)]
         self.chosen, self.log_probs = [[] for _ in rows], [[] for _ in rows]
-        shape = (len(rows), bucket(max_new_tokens))
+        shape = (len(rows), self._width(max_new_tokens))
         self._state = replace(
             self._state,
             step=np.int32(0),
@@ -269,7 +277,11 @@ class Session:
         """Tokens that still fit into the longest row."""
         return self.max_len - max(n + len(new) for n, new in zip(self._lengths, self.chosen))
 
-    def _advance(self, limit, prompt, *, loop):
+    def _width(self, max_new_tokens: int) -> int:
+        """Columns for new tokens."""
+        return bucket(max_new_tokens)
+
+    def _advance(self, limit: int, prompt: Pass | None, *, loop: bool) -> None:
         self._state = advance(
             self.model,
             self._state,
@@ -297,7 +309,7 @@ class Session:
                 )
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6))
 def _empty_state(
     seed_B: jax.Array,
     cfg: GemmaConfig,
@@ -305,11 +317,12 @@ def _empty_state(
     max_len: int,
     dtype: jnp.dtype,
     penalty: bool,
+    slack: int,
 ) -> State:
     """One program rather than one per array: most of a small model's start was these."""
     batch = len(seed_B)
     return State(
-        cache=init_cache(cfg, segments, batch, max_len, dtype),
+        cache=init_cache(cfg, segments, batch, max_len, dtype, slack),
         last_B=jnp.zeros(batch, jnp.int32),
         keys_B=jax.vmap(jax.random.key)(seed_B),
         done_B=jnp.zeros(batch, bool),

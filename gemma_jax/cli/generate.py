@@ -49,6 +49,11 @@ def command(
     dtype: common.DTypeOption = None,
     weights: common.WeightsOption = None,
     slice_name: common.SliceOption = None,
+    speculative: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="Let this slice of the model draft tokens for it."),
+    ] = None,
+    draft_tokens: Annotated[int, typer.Option(min=1, help="Drafts per pass.")] = 4,
     numerics: common.NumericsOption = common.NumericsName.hf,
     attention_impl: common.AttentionOption = None,
     as_json: common.Json = False,
@@ -79,14 +84,17 @@ def command(
 
     images = common.open_images(image, model)
     tokenizer = load_tokenizer(model) if prompt is not None or has_tokenizer(model) else None
-    net = common.load_model(
+    cut = common.find_slice(slice_name, model)
+    draft = common.find_slice(speculative, model)
+    whole = common.load_model(
         model,
         dtype=dtype,
         weights=weights,
         numerics=numerics,
         attention_impl=attention_impl,
-        slice_name=slice_name,
+        layout="unrolled" if cut or draft else None,
     )
+    net = common.view(whole, cut)
     loaded = time.perf_counter()
     if arrays is None:
         prompts = [[{"role": "user", "content": [*images, prompt]}] if chat else prompt]
@@ -115,6 +123,9 @@ def command(
             seed=seed,
             stop=stop or (),
             on_text=None if inputs else on_text,
+            # A slice of a slice would be drafting for other layers than its name says.
+            draft=common.view(whole, draft) if cut and draft else draft,
+            draft_tokens=draft_tokens,
             progress=bar,
         )
     end = time.perf_counter()
@@ -122,7 +133,12 @@ def command(
         timings = {"load_s": loaded - start, "generate_s": end - loaded}
         if first:
             timings["first_token_s"] = first[0] - loaded
-        common.print_json(_result(completions, batch=inputs is not None) | {"timings": timings})
+        result = _result(completions, batch=inputs is not None)
+        if draft:
+            proposed = sum(done.proposed_drafts for done in completions)
+            accepted = sum(done.accepted_drafts for done in completions)
+            result |= {"proposed_drafts": proposed, "accepted_drafts": accepted}
+        common.print_json(result | {"timings": timings})
     elif inputs:
         for done in completions:
             print(done.text if tokenizer else " ".join(map(str, done.token_ids)))

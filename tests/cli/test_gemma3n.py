@@ -118,3 +118,24 @@ def test_slices_that_cannot_be_run(refused, tmp_path):
     assert "2 ffn_widths for 20 kept layers" in refused(*words, tmp_path / "cut.json")
     assert "unknown slice" in refused(*words, tmp_path / "nothing.json")
     assert "is no slice" in refused(*words, DATA / "g3n_text" / "config.json")
+
+
+def test_speculation(cli, refused, tmp_path):
+    """Both kinds of drafts: the same tokens, and how many drafts were kept."""
+    inputs = DATA / "g3n_text" / "generate_left_pad.safetensors"
+    words = ("generate", "--model", DATA / "g3n_text", "--inputs", inputs, "--json")
+    words += ("--max-new-tokens", 12)
+    plain = json.loads(cli(*words).out)
+    for name, cut in {
+        "own": {"ffn_widths": [64] * 15, "skip_layers": [10, 11, 12, 13, 14]},
+        "shared": {"ffn_widths": [128] * 10 + [32] * 10},
+    }.items():
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps(cut))
+        done = json.loads(cli(*words, "--speculative", file, "--draft-tokens", 2).out)
+        assert done["token_ids"] == plain["token_ids"]
+        assert 0 < done["accepted_drafts"] < done["proposed_drafts"]
+    assert "proposed_drafts" not in plain
+    assert "unknown slice 'x'" in refused(*words, "--speculative", "x")
+    penalty = ("--speculative", file, "--repetition-penalty", 1.2)
+    assert "no repetition penalty" in refused(*words, *penalty)
