@@ -21,12 +21,15 @@ class Runtime:
       numerics: Whose roundings to follow; see `numerics.py`.
       attention_impl: Name of an attention implementation, or `None` for the best that fits.
       vision_dtype: Dtype inside the vision tower; `None` for `dtype`.
+      remat: Keep only what passes between layers for the gradient, and compute a layer's inside
+        again in the backward pass.
     """
 
     dtype: jnp.dtype = field(default_factory=lambda: jnp.dtype("float32"))
     numerics: Numerics = NUMERICS["hf"]
     attention_impl: str | None = None
     vision_dtype: jnp.dtype | None = None
+    remat: bool = False
 
 
 @jax.tree_util.register_dataclass

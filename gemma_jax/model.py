@@ -260,6 +260,9 @@ def _head(model: Gemma, x_BTD: jax.Array, pos_BT: jax.Array, which: str) -> jax.
     elif which != "all":
         raise ValueError(f"logits={which!r} must be 'all', 'last' or 'none'")
     logits_BTV = model.embed.decode(x_BTD).astype(jnp.float32)
-    if (cap := model.cfg.final_soft_cap) is not None:
+    cap = model.cfg.final_soft_cap
+    if model.cfg.altup is not None and not model.runtime.numerics.cap_gemma3n:
+        cap = None
+    if cap is not None:
         logits_BTV = cap * jnp.tanh(logits_BTV / cap)
     return logits_BTV

@@ -67,10 +67,12 @@ def run_layers(
       inputs: Arrays with one entry per layer along their first axis, which its block gets besides.
     """
 
+    run_block = jax.checkpoint(_run_block) if ctx.runtime.remat else _run_block
+
     def run_period(ctx, x, period):
         news, taps, lent = [], [], {}
         for block, old, *extra in zip(*period):
-            out = _run_block(block, x, ctx, old, *extra)
+            out = run_block(block, x, ctx, old, *extra)
             x, lent = out.x, lent | out.lent
             ctx = ctx.lend(out.lent) if out.lent else ctx
             news.append(out.cache)
