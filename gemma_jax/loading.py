@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from gemma_jax.context import Runtime
 from gemma_jax.model import Gemma
+from gemma_jax.nn.off_device import Place
 from gemma_jax.numerics import Numerics, resolve_numerics
 from gemma_jax.segments import Layout
 from gemma_jax.text import Tokenizer
@@ -36,6 +37,7 @@ def load_model(
     numerics: str | Numerics = "hf",
     attention_impl: str | None = None,
     layout: Layout | None = None,
+    per_layer_table: Place = "device",
     progress: Callable[[int, int], None] | None = None,
 ) -> Gemma:
     """The model alone.
@@ -50,6 +52,10 @@ def load_model(
         float32 scale per output channel. Default: `dtype`.
       numerics: `"hf"` or `"gdm"`; see `gemma_jax.numerics`.
       attention_impl: A name out of `gemma_kernels.attention.IMPLEMENTATIONS`; default: the best.
+      per_layer_table: Gemma 3n's table of per-layer embeddings, half of its parameters: on the
+        `"device"`, in the memory of the `"host"`, or left in its file on `"disk"`. Rows of the
+        current tokens are gathered there and sent to the device. Off the device the table is not
+        stored as int8, but as bfloat16, and on disk as it is.
       layout: `"scan"` compiles fast, `"unrolled"` decodes fast on CPU. Default: by platform.
       progress: Called with bytes read so far and in total.
     """
@@ -71,6 +77,8 @@ def load_model(
         ),
         layout=layout or ("unrolled" if on_cpu else "scan"),
         transform=store_weights(weights) if narrower else None,
+        per_layer_table=per_layer_table,
+        per_layer_dtype=jnp.bfloat16 if narrower else None,
         progress=progress,
     )
 

@@ -7,6 +7,7 @@ import jax
 
 from gemma_jax.context import Runtime
 from gemma_jax.model import Gemma
+from gemma_jax.nn.off_device import Place
 from gemma_jax.segments import Layout
 
 from .catalog import Notify, resolve
@@ -25,6 +26,8 @@ def load_model(
     runtime: Runtime = Runtime(),
     placement: Placement | None = None,
     transform: Transform | None = None,
+    per_layer_table: Place = "device",
+    per_layer_dtype: jax.typing.DTypeLike | None = None,
     progress: Callable[[int, int], None] | None = None,
     notify: Notify | None = None,
 ) -> Gemma:
@@ -42,12 +45,16 @@ def load_model(
         straight there.
       transform: `(param, array) -> value`, applied to each Param as soon as it is complete, so
         that a model can be quantised while it never exists as a whole.
+      per_layer_table: Where Gemma 3n's table of per-layer embeddings goes: with the other
+        parameters, to the memory of the host, or nowhere: it stays in its safetensors file. Off the
+        device it is not transformed.
+      per_layer_dtype: Of that table in the memory of the host; default: `dtype`.
       progress: Called with (bytes done, bytes in all), counted after decoding.
       notify: See `resolve`.
 
     Raises:
       CheckpointError: everything that is wrong with the checkpoint, in one error.
-      ValueError: a modality that is none.
+      ValueError: a modality that is none, a place for a table that the model does not have.
     """
     return load_source(
         open_source(resolve(src, notify=notify)),
@@ -57,6 +64,8 @@ def load_model(
         runtime=runtime,
         placement=placement,
         transform=transform,
+        per_layer_table=per_layer_table,
+        per_layer_dtype=per_layer_dtype,
         progress=progress,
     )
 

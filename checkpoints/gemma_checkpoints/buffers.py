@@ -31,9 +31,15 @@ def make_buffer(shape: Shape, dtype: np.dtype, sharding: jax.sharding.Sharding |
 
 
 class HostBuffer:
-    """NumPy memory that JAX's CPU backend adopts as it is: no copy, and nothing to compile."""
+    """NumPy memory that JAX's CPU backend adopts as it is: no copy, and nothing to compile.
 
-    def __init__(self, shape: Shape, dtype: np.dtype):
+    Other places (`sharding`), as the host memory of an accelerator, get a copy of it.
+    """
+
+    def __init__(
+        self, shape: Shape, dtype: np.dtype, sharding: jax.sharding.Sharding | None = None
+    ):
+        self._sharding = sharding
         raw = np.empty(np.dtype(dtype).itemsize * int(np.prod(shape)) + _ALIGNMENT, np.uint8)
         start = -raw.ctypes.data % _ALIGNMENT
         self._array = raw[start : len(raw) - _ALIGNMENT + start].view(dtype).reshape(shape)
@@ -43,7 +49,7 @@ class HostBuffer:
         self._array[region] = array
 
     def finish(self) -> jax.Array:
-        return jax.device_put(self._array, may_alias=True)
+        return jax.device_put(self._array, self._sharding, may_alias=True)
 
 
 class DeviceBuffer:

@@ -43,10 +43,11 @@ def _repositories() -> dict[str, Repository]:
     gemma3 = [(f"gemma3-{size}", f"google/gemma-3-{size}") for size in "270m 1b 4b 12b 27b".split()]
     gemma2 = [(f"gemma2-{size}", f"google/gemma-2-{size}") for size in "2b 9b 27b".split()]
     gemma1 = [(f"gemma-{size}", f"google/gemma-{size}") for size in "2b 7b".split()]
-    # Google writes -pt from Gemma 3 on, and nothing before; the 270M lost its -pt again.
+    gemma3n = [(f"gemma3n-{size.lower()}", f"google/gemma-3n-{size}") for size in ("E2B", "E4B")]
+    # Google writes -pt with Gemma 3, and nothing before and after; the 270M lost its -pt again.
     names = {f"{ours}-pt": repo if "270m" in ours else f"{repo}-pt" for ours, repo in gemma3}
-    names |= dict(gemma2 + gemma1)
-    names |= {f"{ours}-it": f"{repo}-it" for ours, repo in gemma3 + gemma2 + gemma1}
+    names |= dict(gemma3n + gemma2 + gemma1)
+    names |= {f"{ours}-it": f"{repo}-it" for ours, repo in gemma3 + gemma3n + gemma2 + gemma1}
     return {ours: Repository(repo) for ours, repo in names.items()}
 
 

@@ -48,6 +48,11 @@ class HFFolder:
         file, theirs = self._where[name]
         return file.read(theirs, rows)
 
+    def mapped(self, name: str) -> np.ndarray:
+        """One tensor, mapped into memory and not read."""
+        file, theirs = self._where[name]
+        return file.mapped(theirs)
+
     @property
     def spellings(self) -> dict[str, str]:
         """Name as in the table -> name in the files."""

@@ -19,9 +19,10 @@ from flax import nnx
 
 from gemma_jax.context import Runtime
 from gemma_jax.model import Gemma
+from gemma_jax.nn.off_device import DiskTable, HostTable, Place, host_sharding
 from gemma_jax.segments import Layout
 
-from .buffers import Buffer, make_buffer
+from .buffers import Buffer, HostBuffer, make_buffer
 from .errors import CheckpointError
 from .match import Move, match
 from .modalities import config_for
@@ -30,6 +31,7 @@ from .source import Source
 
 PIECE = 1 << 20  # bytes of a decoded piece: small enough to stay in cache
 AHEAD = 8  # pieces waiting per thread
+TABLE: ParamPath = ("per_layer", "table")
 
 Placement = Callable[[ParamPath, str, tuple[int, ...]], jax.sharding.Sharding | None]
 Transform = Callable[[nnx.Param, jax.Array], Any]
@@ -59,6 +61,8 @@ def load_source(
     runtime: Runtime = Runtime(),
     placement: Placement | None = None,
     transform: Transform | None = None,
+    per_layer_table: Place = "device",
+    per_layer_dtype: jax.typing.DTypeLike | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Gemma:
     """`load_model` for a source that is open; the arguments are documented there."""
@@ -66,9 +70,27 @@ def load_source(
     model = abstract_model(cfg, runtime=runtime, layout=layout)
     params = flat_params(model)
     moves = match(source, named_slots(model))
-    total, done = sum(_size(move) for move in moves), 0
     arrays, non_finite = {}, Counter()
-    pieces = _pieces(moves, params, dtype, placement, _cut if source.reads_rows else _whole)
+    if per_layer_table != "device" and cfg.per_layer is None:
+        raise ValueError(
+            f"{per_layer_table=}, but this model has no per-layer table; leave it at 'device'"
+        )
+    if per_layer_table == "disk":
+        (move,) = (move for move in moves if move.slot.path == TABLE)
+        moves.remove(move)
+        arrays[TABLE] = _on_disk(source, move)
+    total, done = sum(_size(move) for move in moves), 0
+
+    def buffer(path: ParamPath, stored: np.dtype) -> Buffer:
+        param = params[path]
+        shape = param.get_value().shape
+        if path == TABLE and per_layer_table == "host":
+            table_dtype = jnp.dtype(per_layer_dtype or dtype or stored)
+            return HostBuffer(shape, table_dtype, host_sharding())
+        sharding = None if placement is None else placement(path, param.dims, shape)
+        return make_buffer(shape, jnp.dtype(dtype or stored), sharding)
+
+    pieces = _pieces(moves, buffer, _cut if source.reads_rows else _whole)
 
     def work(piece: Piece) -> int:
         array = _decode(source, piece)
@@ -79,8 +101,11 @@ def load_source(
         non_finite[piece.move.row.theirs] += bad
         if piece.last:
             array = piece.buffer.finish()
-            param = params[piece.path]
-            arrays[piece.path] = array if transform is None else transform(param, array)
+            if piece.path == TABLE and per_layer_table == "host":
+                array = HostTable(array)
+            elif transform is not None:
+                array = transform(params[piece.path], array)
+            arrays[piece.path] = array
         done += _size(piece.move, piece.rows)
         if progress is not None:
             progress(done, total)
@@ -90,11 +115,20 @@ def load_source(
     return _with_arrays(model, arrays)
 
 
+def _on_disk(source: Source, move: Move) -> DiskTable:
+    """The table of per-layer embeddings, left in its file."""
+    if not hasattr(source, "mapped"):
+        raise CheckpointError(
+            source.path,
+            f"the per-layer table of a {source.format} checkpoint cannot stay on disk; convert it "
+            "with `gemma-jax convert --to hf`",
+        )
+    return DiskTable.of(source.mapped(move.row.theirs), move.slot.shape[1:])
+
+
 def _pieces(
     moves: list[Move],
-    params: dict[ParamPath, nnx.Param],
-    dtype: jax.typing.DTypeLike | None,
-    placement: Placement | None,
+    make: Callable[[ParamPath, np.dtype], Buffer],
     cut: Callable[[Move], list[slice]],
 ) -> Iterator[Piece]:
     """Param by Param; its buffer is made when the first piece is asked for."""
@@ -102,11 +136,7 @@ def _pieces(
     for move in moves:
         groups.setdefault(move.slot.path, []).append(move)
     for path, group in groups.items():
-        param = params[path]
-        shape = param.get_value().shape
-        stored = jnp.result_type(*(move.info.dtype for move in group))
-        sharding = None if placement is None else placement(path, param.dims, shape)
-        buffer = make_buffer(shape, jnp.dtype(dtype or stored), sharding)
+        buffer = make(path, jnp.result_type(*(move.info.dtype for move in group)))
         cuts = [(move, rows) for move in group for rows in cut(move)]
         for i, (move, rows) in enumerate(cuts, 1):
             yield Piece(move, rows, buffer, last=i == len(cuts))

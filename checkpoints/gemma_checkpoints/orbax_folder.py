@@ -10,7 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from gemma_jax.config import GemmaConfig, LayerSpec, VisionConfig
+from gemma_jax.config import (
+    AltUpConfig,
+    GemmaConfig,
+    LayerSpec,
+    PerLayerConfig,
+    VisionConfig,
+)
 from gemma_jax.model import Gemma
 
 from .catalog import resolve
@@ -107,9 +113,11 @@ class OrbaxFolder:
 
 def _config(fields: dict) -> GemmaConfig:
     layers = tuple(LayerSpec(**spec) for spec in fields["layers"])
-    vision = fields.get("vision")  # absent from folders that are older than it
-    vision = None if vision is None else VisionConfig(**vision)
-    return GemmaConfig(**{**fields, "layers": layers, "vision": vision})
+    parts = {"vision": VisionConfig, "altup": AltUpConfig, "per_layer": PerLayerConfig}
+    own = {  # absent from folders that are older than the part
+        name: kind(**fields[name]) for name, kind in parts.items() if fields.get(name) is not None
+    }
+    return GemmaConfig(**{**fields, "layers": layers, **own})
 
 
 def _info(entry: Any) -> TensorInfo:

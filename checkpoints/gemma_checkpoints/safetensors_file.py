@@ -62,6 +62,13 @@ class SafetensorsFile:
         read_at(self.path, place.offset + first * width * dtype.itemsize, out)
         return out
 
+    def mapped(self, name: str) -> np.ndarray:
+        """A tensor as a view of the file: the system reads what of it is used, when it is."""
+        place = self._places[name]
+        return np.memmap(
+            self.path, place.info.dtype, mode="r", offset=place.offset, shape=place.info.shape
+        )
+
     def _header(self) -> tuple[dict, int]:
         with open(self.path, "rb") as file:
             prefix = file.read(_LENGTH.size)

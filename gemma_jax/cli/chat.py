@@ -32,6 +32,7 @@ def command(
     dtype: common.DTypeOption = None,
     weights: common.WeightsOption = None,
     slice_name: common.SliceOption = None,
+    per_layer_table: common.PerLayerTableOption = common.Place.device,
     pan_and_scan: common.PanAndScanOption = False,
 ) -> None:
     """Chat with a model; the cache is kept between turns.
@@ -49,7 +50,13 @@ def command(
     from gemma_jax.loading import load_tokenizer
 
     tokenizer = load_tokenizer(model)
-    net = common.load_model(model, dtype=dtype, weights=weights, slice_name=slice_name)
+    net = common.load_model(
+        model,
+        dtype=dtype,
+        weights=weights,
+        slice_name=slice_name,
+        per_layer_table=per_layer_table,
+    )
 
     def start() -> Conversation:
         return Conversation(

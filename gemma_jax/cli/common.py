@@ -34,6 +34,12 @@ class NumericsName(StrEnum):
     gdm = "gdm"
 
 
+class Place(StrEnum):
+    device = "device"
+    host = "host"
+    disk = "disk"
+
+
 class Weights(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -66,6 +72,9 @@ Images = Annotated[
 ]
 PanAndScanOption = Annotated[
     bool, typer.Option("--pan-and-scan", help="Add crops of elongated images.")
+]
+PerLayerTableOption = Annotated[
+    Place, typer.Option(help="Where Gemma 3n's per-layer table lies; rows are fetched from there.")
 ]
 SliceOption = Annotated[
     str | None,
@@ -104,6 +113,7 @@ def load_model(
     attention_impl: str | None = None,
     vision_dtype: DType | None = None,
     slice_name: str | None = None,
+    per_layer_table: Place = Place.device,
     layout: "Layout | None" = None,
 ) -> "Gemma":
     """`gemma_jax.load` without the tokenizer, under a progress bar; or a slice of it."""
@@ -119,6 +129,7 @@ def load_model(
             numerics=numerics.value,
             attention_impl=attention_impl,
             vision_dtype=vision_dtype and vision_dtype.value,
+            per_layer_table=per_layer_table.value,
             layout=layout if cut is None else "unrolled",
             progress=bar,
         )

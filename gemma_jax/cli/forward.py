@@ -29,6 +29,7 @@ def command(
     dtype: common.DTypeOption = common.DType.float32,
     weights: common.WeightsOption = None,
     slice_name: common.SliceOption = None,
+    per_layer_table: common.PerLayerTableOption = common.Place.device,
     numerics: common.NumericsOption = common.NumericsName.hf,
     attention_impl: common.AttentionOption = None,
     vision_dtype: common.VisionDTypeOption = None,
@@ -57,6 +58,7 @@ def command(
             attention_impl=attention_impl,
             vision_dtype=vision_dtype,
             slice_name=slice_name,
+            per_layer_table=per_layer_table,
         )
         check_for_model(arrays, net.cfg, inputs)
         if net.cfg.vision is None and (asked := [n for n in names if n in encoder.CAPTURES]):

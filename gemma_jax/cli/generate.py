@@ -49,6 +49,7 @@ def command(
     dtype: common.DTypeOption = None,
     weights: common.WeightsOption = None,
     slice_name: common.SliceOption = None,
+    per_layer_table: common.PerLayerTableOption = common.Place.device,
     speculative: Annotated[
         str | None,
         typer.Option(metavar="NAME|FILE", help="Let this slice of the model draft tokens for it."),
@@ -92,6 +93,7 @@ def command(
         weights=weights,
         numerics=numerics,
         attention_impl=attention_impl,
+        per_layer_table=per_layer_table,
         layout="unrolled" if cut or draft else None,
     )
     net = common.view(whole, cut)

@@ -24,6 +24,7 @@ def command(
     dtype: common.DTypeOption = None,
     weights: common.WeightsOption = None,
     slice_name: common.SliceOption = None,
+    per_layer_table: common.PerLayerTableOption = common.Place.device,
     numerics: common.NumericsOption = common.NumericsName.hf,
     attention_impl: common.AttentionOption = None,
     as_json: common.Json = False,
@@ -49,6 +50,7 @@ def command(
         numerics=numerics,
         attention_impl=attention_impl,
         slice_name=slice_name,
+        per_layer_table=per_layer_table,
     )
     with progress.reading() as bar:
         log_probs = score(net, ids, progress=bar)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_jax.nn.einsum import contract, contracted
+from gemma_jax.nn.off_device import DiskTable, HostTable
 
 
 @jax.tree_util.register_dataclass
@@ -36,6 +37,11 @@ class Part:
 
     def taken(self) -> Any:
         """The entries, in memory of their own."""
+        if isinstance(self.whole, HostTable | DiskTable):
+            raise ValueError(
+                "a table off the device can be viewed, not cut; load the model with "
+                'per_layer_table="device" to slice it'
+            )
         axis = self.axis + jax.tree.leaves(self.whole)[0].ndim
 
         def take(a: jax.Array) -> jax.Array:
