@@ -15,6 +15,7 @@ from gemma_jax.cli import progress
 if TYPE_CHECKING:
     import numpy as np
 
+    from gemma_jax.config import GemmaConfig
     from gemma_jax.matformer import Slice
     from gemma_jax.model import Gemma
     from gemma_jax.segments import Layout
@@ -144,13 +145,25 @@ def find_slice(name: str | None, source: str) -> "Slice | None":
     if name is None:
         return None
     from gemma_checkpoints import describe, resolve
-    from gemma_jax import matformer
 
     cfg = describe(resolve(source)).config
-    is_file = name not in matformer.PRESETS and os.path.exists(name)
-    cut = matformer.Slice.read(name) if is_file else matformer.preset(name, cfg)
-    matformer.slice_config(cfg, cut, allow_irregular=True)
+    cut = _named_slice(name, cfg)
+    cut_config(name, cfg)
     return cut
+
+
+def cut_config(name: str, cfg: "GemmaConfig") -> "GemmaConfig":
+    """The architecture of a slice, by its name or file; refuses illegal ones."""
+    from gemma_jax.matformer import slice_config
+
+    return slice_config(cfg, _named_slice(name, cfg), allow_irregular=True)
+
+
+def _named_slice(name: str, cfg: "GemmaConfig") -> "Slice":
+    from gemma_jax import matformer
+
+    is_file = name not in matformer.PRESETS and os.path.exists(name)
+    return matformer.Slice.read(name) if is_file else matformer.preset(name, cfg)
 
 
 def view(net: "Gemma", cut: "Slice | None") -> "Gemma":

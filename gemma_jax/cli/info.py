@@ -8,13 +8,18 @@ import typer
 from gemma_jax.cli import common
 
 if TYPE_CHECKING:
-    from gemma_jax.config import VisionConfig
+    from gemma_jax.config import GemmaConfig, VisionConfig
 
 CONTEXTS = (1_024, 8_192, 32_768, 131_072)
 
 
 def command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Preset, catalog name or path.")],
+    placement: Annotated[
+        bool,
+        typer.Option("--placement", help="Bytes on device, host and disk by place of the table."),
+    ] = False,
+    slice_name: common.SliceOption = None,
     as_json: common.Json = False,
 ) -> None:
     """Show what a model is and what it needs.
@@ -22,7 +27,9 @@ def command(
     Parameters, bytes, layers by kind, the vision tower, and cache bytes per context length. Reads
     no weights.
     """
-    facts = _facts(source)
+    facts = _facts(source, slice_name)
+    if placement:
+        facts["placement"] = _placement(facts)
     if as_json:
         common.print_json(facts)
         return
@@ -38,13 +45,19 @@ def command(
     for encoding, size in facts.get("file_bytes_by_encoding", {}).items():
         table.add_row(f"in the file as {encoding}", _megabytes(size))
     for length, size in facts["cache_bytes_bfloat16"].items():
-        table.add_row(f"cache at {int(length):,} tokens (bfloat16)", _megabytes(size))
+        full = facts["cache_bytes_if_all_layers_were_global_bfloat16"][length]
+        share = f", {size / full:.1%} of a full one"
+        table.add_row(f"cache at {int(length):,} tokens (bfloat16)", f"{size:,} bytes{share}")
     for dtype, size in facts["weight_bytes"].items():
         table.add_row(f"weights ({dtype})", _megabytes(size))
+    for place, by_dtype in facts.get("placement", {}).items():
+        for dtype, bytes_on in by_dtype.items():
+            where = ", ".join(f"{size:,} bytes on {name}" for name, size in bytes_on.items())
+            table.add_row(f"per-layer table on {place} ({dtype})", where)
     Console().print(table)
 
 
-def _facts(source: str) -> dict:
+def _facts(source: str, slice_name: str | None) -> dict:
     from gemma_checkpoints.params import params_by_part
     from gemma_jax.cache import cache_bytes
     from gemma_jax.presets import PRESETS
@@ -64,6 +77,9 @@ def _facts(source: str) -> dict:
             "file_bytes": sum(summary.tensor_bytes.values()),
             "file_bytes_by_encoding": dict(summary.tensor_bytes),
         }
+    if slice_name is not None:
+        stored = {}  # the files hold more than the slice
+        cfg = common.cut_config(slice_name, cfg)
     parts = params_by_part(cfg)
     parameters = sum(parts.values())
     local = [spec for spec in cfg.layers if spec.kind == "local"]
@@ -72,13 +88,14 @@ def _facts(source: str) -> dict:
         "parameters": parameters,
         **({} if cfg.vision is None else _by_part(parts)),
         "embedding_parameters": cfg.vocab_size * cfg.d_model,
+        **({} if cfg.per_layer is None else _gemma3n(cfg, parameters)),
         **stored,
         "layers": len(cfg.layers),
         "local_layers": len(local),
         "global_layers": len(cfg.layers) - len(local),
         "window": local[0].window if local else 0,
         "d_model": cfg.d_model,
-        "d_ff": cfg.layers[0].d_ff,
+        "d_ff": _one_or_all([spec.d_ff for spec in cfg.layers]),
         "query_heads": cfg.num_heads,
         "kv_heads": cfg.num_kv_heads,
         "head_dim": cfg.head_dim,
@@ -87,7 +104,50 @@ def _facts(source: str) -> dict:
         **({} if cfg.vision is None else _vision(cfg.vision)),
         "weight_bytes": {"float32": 4 * parameters, "bfloat16": 2 * parameters},
         "cache_bytes_bfloat16": {str(n): cache_bytes(cfg, 1, n, "bfloat16") for n in contexts},
+        "cache_bytes_if_all_layers_were_global_bfloat16": {
+            str(n): 4 * n * len(cfg.layers) * cfg.num_kv_heads * cfg.head_dim for n in contexts
+        },
     }
+
+
+def _gemma3n(cfg: "GemmaConfig", parameters: int) -> dict:
+    """What Gemma 3n has besides."""
+    per_layer, shared = cfg.per_layer, sum(spec.kv == "shared" for spec in cfg.layers)
+    table = per_layer.vocab_size * len(cfg.layers) * per_layer.width
+    streams = {} if cfg.altup is None else {"altup_streams": cfg.altup.num_streams}
+    effective = parameters - cfg.vocab_size * cfg.d_model - table
+    # Published files, and so published counts, hold keys and values for layers that use none.
+    head = cfg.num_kv_heads * cfg.head_dim * cfg.d_model
+    unused = shared * (2 * head + (cfg.head_dim if cfg.qk_norm else 0))
+    return {
+        "per_layer_table_parameters": table,
+        "effective_parameters": effective,
+        "published_parameters": parameters + unused,
+        "published_effective_parameters": effective + unused,
+        "per_layer_width": per_layer.width,
+        **streams,
+        "layers_with_a_cache": len(cfg.layers) - shared,
+        "layers_sharing_keys_and_values": shared,
+        "sparse_layers": sum(spec.sparsity > 0 for spec in cfg.layers),
+    }
+
+
+def _placement(facts: dict) -> dict:
+    """Place of the per-layer table -> dtype -> where -> bytes of weights."""
+    parameters = facts["parameters"]
+    if (table := facts.get("per_layer_table_parameters")) is None:
+        raise ValueError("--placement is about per-layer tables, which only Gemma 3n has")
+    rest = parameters - table
+    sizes = {"float32": 4, "bfloat16": 2}
+    return {
+        "device": {d: {"device": size * parameters} for d, size in sizes.items()},
+        "host": {d: {"device": size * rest, "host": size * table} for d, size in sizes.items()},
+        "disk": {d: {"device": size * rest, "disk": size * table} for d, size in sizes.items()},
+    }
+
+
+def _one_or_all(values: list[int]) -> int | list[int]:
+    return values[0] if len(set(values)) == 1 else values
 
 
 def _by_part(parts: dict[str, int]) -> dict[str, int]:

@@ -67,3 +67,36 @@ def test_real_gguf(cli, real_gguf):
     told = facts(cli, real_gguf)
     assert (told["format"], told["parameters"]) == ("GGUF", 268_098_176)
     assert "Q4_K" in told["file_bytes_by_encoding"]
+
+
+def test_gemma_3n(cli, no_network):
+    """The published counts, and exact bytes of cache and of every placement."""
+    ran = cli("info", "gemma3n-e4b", "--placement", "--json")
+    told = json.loads(ran.out)
+    assert told["published_parameters"] == 6_866_696_688
+    assert told["published_effective_parameters"] == 3_980_491_248
+    assert told["cache_bytes_bfloat16"]["32768"] == 285_212_672
+    assert told["cache_bytes_if_all_layers_were_global_bfloat16"]["32768"] == 2_348_810_240
+    assert (told["layers_with_a_cache"], told["layers_sharing_keys_and_values"]) == (20, 15)
+    assert (told["altup_streams"], told["sparse_layers"], told["d_ff"]) == (4, 10, 16_384)
+    device, host, disk = (told["placement"][k]["bfloat16"] for k in ("device", "host", "disk"))
+    assert device == {"device": told["weight_bytes"]["bfloat16"]}
+    assert device["device"] - host["device"] == host["host"] == 4_697_620_480
+    assert disk == {"device": host["device"], "disk": host["host"]}
+    out = cli("info", "gemma3n-e4b", "--placement").out
+    assert "4,697,620,480 bytes on host" in out
+    assert "285,212,672 bytes, 12.1%" in out
+
+
+def test_a_slice(cli, refused, no_network, tmp_path):
+    told = json.loads(cli("info", "gemma3n-e4b", "--slice", "e2b", "--json").out)
+    small = facts(cli, "gemma3n-e2b")
+    assert told == small
+    assert small["published_parameters"] == 4_456_156_768
+    assert small["published_effective_parameters"] == 1_905_495_648
+    cut = tmp_path / "cut.json"
+    cut.write_text(json.dumps({"ffn_widths": [1000] * 34 + [2000]}))
+    told = json.loads(cli("info", "gemma3n-e4b", "--slice", cut, "--json").out)
+    assert told["d_ff"] == [1000] * 34 + [2000]
+    assert "choose one of: e4b" in refused("info", "gemma3n-e4b", "--slice", "e1b")
+    assert "only Gemma 3n has" in refused("info", "gemma3-1b", "--placement")
