@@ -54,8 +54,8 @@ def load_model(
       attention_impl: A name out of `gemma_kernels.attention.IMPLEMENTATIONS`; default: the best.
       per_layer_table: Gemma 3n's table of per-layer embeddings, half of its parameters: on the
         `"device"`, in the memory of the `"host"`, or left in its file on `"disk"`. Rows of the
-        current tokens are gathered there and sent to the device. Off the device the table is not
-        stored as int8, but as bfloat16, and on disk as it is.
+        current tokens are gathered there and sent to the device. With int8 weights, a table off the
+        device is bfloat16.
       layout: `"scan"` compiles fast, `"unrolled"` decodes fast on CPU. Default: by platform.
       progress: Called with bytes read so far and in total.
     """

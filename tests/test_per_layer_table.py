@@ -11,6 +11,7 @@ from parity.goldens import DATA
 from gemma_checkpoints import CheckpointError, load_model, save_hf, save_orbax
 from gemma_jax import forward, generate, matformer
 from gemma_jax.loading import load_model as load
+from gemma_jax.nn.off_device import HostTable
 
 CFG = tiny.gemma3n()
 PLACES = ("host", "disk")
@@ -95,15 +96,34 @@ def test_the_disk_variant_reads_only_what_is_asked_for(folder, monkeypatch):
     assert not jax.tree.leaves(table(net))
 
 
-def test_stored_narrower(folder):
-    """The host's table follows the storage of the weights."""
-    nets = [
-        load(str(folder), dtype="float32", weights="bfloat16", per_layer_table=place)
-        for place in ("device", "host")
-    ]
-    assert table(nets[1]).values.dtype == jnp.bfloat16
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "how", [dict(dtype="float32", weights="bfloat16"), dict(dtype="bfloat16")], ids=str
+)
+def test_stored_narrower(folder, place, how):
+    """The table follows the storage of the weights, and the file is float32."""
+    nets = [load(str(folder), per_layer_table=p, **how) for p in ("device", place)]
+    if place == "host":
+        assert table(nets[1]).values.dtype == jnp.uint16
     tokens = tiny.tokens(CFG, 1, 7)
     chex.assert_trees_all_equal(*(forward(net, tokens).logits for net in nets))
+
+
+def test_no_program_converts_the_whole_table():
+    """A pass over a bfloat16 table in host memory needs less room than a float32 copy of it."""
+    import ml_dtypes
+
+    rows = HostTable.of(np.ones((50_000, 64), ml_dtypes.bfloat16))
+
+    def steps(table, ids):
+        def add(i, total):
+            return total + table[ids].astype(jnp.float32)
+
+        return jax.lax.fori_loop(0, 5, add, jnp.zeros((3, 64)))
+
+    compiled = jax.jit(steps).lower(rows, jnp.arange(3)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 50_000 * 64
+    np.testing.assert_array_equal(compiled(rows, jnp.arange(3)), 5.0)
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -48,7 +48,7 @@ def load_model(
       per_layer_table: Where Gemma 3n's table of per-layer embeddings goes: with the other
         parameters, to the memory of the host, or nowhere: it stays in its safetensors file. Off the
         device it is not transformed.
-      per_layer_dtype: Of that table in the memory of the host; default: `dtype`.
+      per_layer_dtype: Of the rows of that table off the device; default: `dtype`.
       progress: Called with (bytes done, bytes in all), counted after decoding.
       notify: See `resolve`.
 

@@ -1,6 +1,6 @@
 """Parameters under construction: memory in the final shape, dtype and place, filled by rows.
 
-Two kinds, one use: `write(array, index)` from any thread, then `finish()` for the JAX array.
+Three kinds, one use: `write(array, index)` from any thread, then `finish()` for the result.
 """
 
 import threading
@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_jax.nn.off_device import HostTable
+
 Shape = tuple[int, ...]
 _ALIGNMENT = 64  # bytes; JAX on CPU adopts NumPy memory that is aligned so, and copies other
 
@@ -20,7 +22,7 @@ class Buffer(Protocol):
         """Puts `array` (same rank) where its first element has `index`."""
         ...
 
-    def finish(self) -> jax.Array: ...
+    def finish(self) -> jax.Array | HostTable: ...
 
 
 def make_buffer(shape: Shape, dtype: np.dtype, sharding: jax.sharding.Sharding | None) -> Buffer:
@@ -31,15 +33,9 @@ def make_buffer(shape: Shape, dtype: np.dtype, sharding: jax.sharding.Sharding |
 
 
 class HostBuffer:
-    """NumPy memory that JAX's CPU backend adopts as it is: no copy, and nothing to compile.
+    """NumPy memory that JAX's CPU backend adopts as it is: no copy, and nothing to compile."""
 
-    Other places (`sharding`), as the host memory of an accelerator, get a copy of it.
-    """
-
-    def __init__(
-        self, shape: Shape, dtype: np.dtype, sharding: jax.sharding.Sharding | None = None
-    ):
-        self._sharding = sharding
+    def __init__(self, shape: Shape, dtype: np.dtype):
         raw = np.empty(np.dtype(dtype).itemsize * int(np.prod(shape)) + _ALIGNMENT, np.uint8)
         start = -raw.ctypes.data % _ALIGNMENT
         self._array = raw[start : len(raw) - _ALIGNMENT + start].view(dtype).reshape(shape)
@@ -49,7 +45,14 @@ class HostBuffer:
         self._array[region] = array
 
     def finish(self) -> jax.Array:
-        return jax.device_put(self._array, self._sharding, may_alias=True)
+        return jax.device_put(self._array, may_alias=True)
+
+
+class TableBuffer(HostBuffer):
+    """Stays with the host, whatever the device."""
+
+    def finish(self) -> HostTable:
+        return HostTable.of(self._array)
 
 
 class DeviceBuffer:

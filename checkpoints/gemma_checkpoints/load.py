@@ -19,10 +19,10 @@ from flax import nnx
 
 from gemma_jax.context import Runtime
 from gemma_jax.model import Gemma
-from gemma_jax.nn.off_device import DiskTable, HostTable, Place, host_sharding
+from gemma_jax.nn.off_device import DiskTable, Place
 from gemma_jax.segments import Layout
 
-from .buffers import Buffer, HostBuffer, make_buffer
+from .buffers import Buffer, TableBuffer, make_buffer
 from .errors import CheckpointError
 from .match import Move, match
 from .modalities import config_for
@@ -78,15 +78,14 @@ def load_source(
     if per_layer_table == "disk":
         (move,) = (move for move in moves if move.slot.path == TABLE)
         moves.remove(move)
-        arrays[TABLE] = _on_disk(source, move)
+        arrays[TABLE] = _on_disk(source, move, per_layer_dtype or dtype)
     total, done = sum(_size(move) for move in moves), 0
 
     def buffer(path: ParamPath, stored: np.dtype) -> Buffer:
         param = params[path]
         shape = param.get_value().shape
         if path == TABLE and per_layer_table == "host":
-            table_dtype = jnp.dtype(per_layer_dtype or dtype or stored)
-            return HostBuffer(shape, table_dtype, host_sharding())
+            return TableBuffer(shape, jnp.dtype(per_layer_dtype or dtype or stored))
         sharding = None if placement is None else placement(path, param.dims, shape)
         return make_buffer(shape, jnp.dtype(dtype or stored), sharding)
 
@@ -101,9 +100,7 @@ def load_source(
         non_finite[piece.move.row.theirs] += bad
         if piece.last:
             array = piece.buffer.finish()
-            if piece.path == TABLE and per_layer_table == "host":
-                array = HostTable(array)
-            elif transform is not None:
+            if transform is not None and not isinstance(piece.buffer, TableBuffer):
                 array = transform(params[piece.path], array)
             arrays[piece.path] = array
         done += _size(piece.move, piece.rows)
@@ -115,7 +112,7 @@ def load_source(
     return _with_arrays(model, arrays)
 
 
-def _on_disk(source: Source, move: Move) -> DiskTable:
+def _on_disk(source: Source, move: Move, dtype: jax.typing.DTypeLike | None) -> DiskTable:
     """The table of per-layer embeddings, left in its file."""
     if not hasattr(source, "mapped"):
         raise CheckpointError(
@@ -123,7 +120,8 @@ def _on_disk(source: Source, move: Move) -> DiskTable:
             f"the per-layer table of a {source.format} checkpoint cannot stay on disk; convert it "
             "with `gemma-jax convert --to hf`",
         )
-    return DiskTable.of(source.mapped(move.row.theirs), move.slot.shape[1:])
+    mapped = source.mapped(move.row.theirs)
+    return DiskTable.of(mapped, move.slot.shape[1:], jnp.dtype(dtype or mapped.dtype))
 
 
 def _pieces(

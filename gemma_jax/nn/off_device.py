@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.experimental.compute_on import compute_on
+
+from gemma_jax.compat import on_host
 
 Place = Literal["device", "host", "disk"]
 HOST_KINDS = ("pinned_host", "unpinned_host")
@@ -22,21 +24,34 @@ class HostTable:
     """An array in the host's memory, next to a device.
 
     Attributes:
-      values: `[V, ...]`, placed by `host_sharding`.
+      values: `[V, ...]`; bfloat16 as its uint16 bits, since XLA's CPU backend converts all of a
+        bfloat16 table before it gathers rows of it.
     """
 
     values: jax.Array
 
+    @classmethod
+    def of(cls, array: np.ndarray) -> "HostTable":
+        """The array in host memory, without a way through the device.
+
+        Raises:
+          ValueError: The backend knows no such memory.
+        """
+        bits = array.view(np.uint16) if array.dtype == jnp.bfloat16 else array
+        return cls(jax.device_put(bits, host_sharding(), may_alias=True))
+
     def __getitem__(self, ids: jax.Array) -> jax.Array:
         """Rows `[*ids.shape, ...]`: gathered on the host, then sent to the device."""
-        return _gather(self.values, ids)
+        rows = _gather(self.values, ids)
+        if rows.dtype == jnp.uint16:
+            return jax.lax.bitcast_convert_type(rows, jnp.bfloat16)
+        return rows
 
 
 @jax.jit
 def _gather(values: jax.Array, ids: jax.Array) -> jax.Array:
     ids = jax.device_put(ids, jax.memory.Space.Host)
-    with compute_on("device_host"):
-        rows = values[ids]
+    rows = on_host(lambda values, ids: values[ids])(values, ids)
     return jax.device_put(rows, jax.memory.Space.Device)
 
 
@@ -55,14 +70,14 @@ class DiskTable:
     dtype: np.dtype = field(metadata={"static": True})
 
     @classmethod
-    def of(cls, mapped: np.ndarray, shape: tuple[int, ...]) -> "DiskTable":
-        """A table out of a mapped `[V, product of shape]`."""
+    def of(cls, mapped: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> "DiskTable":
+        """A table out of a mapped `[V, product of shape]`, whose rows become `dtype`."""
 
         def rows(ids: np.ndarray) -> np.ndarray:
             ids = np.asarray(ids)
-            return np.asarray(mapped[ids]).reshape(*ids.shape, *shape)
+            return np.asarray(mapped[ids]).reshape(*ids.shape, *shape).astype(dtype)
 
-        return cls(rows, shape, mapped.dtype)
+        return cls(rows, shape, dtype)
 
     def __getitem__(self, ids: jax.Array) -> jax.Array:
         """Rows `[*ids.shape, *shape]`, read by the host while the device waits."""
