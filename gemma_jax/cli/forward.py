@@ -73,12 +73,21 @@ def command(
                 soft=soft,
                 capture=tuple(n for n in names if n not in encoder.CAPTURES),
             )
-            results = {"logits": out.logits, **out.captured, **seen}
+            results = {"logits": out.logits, **_by_layer(out.captured), **seen}
             common.save_arrays(
                 {name: np.asarray(array, np.float32) for name, array in results.items()},
                 path,
                 output,
             )
+
+
+def _by_layer(captured: dict) -> dict:
+    """Layers of different shapes, as in a slice, one by one: `sparsity_masks.0`, ..."""
+    arrays = {}
+    for name, values in captured.items():
+        layers = isinstance(values, tuple)
+        arrays |= {f"{name}.{i}": a for i, a in enumerate(values)} if layers else {name: values}
+    return arrays
 
 
 def _captures(names: str) -> tuple[str, ...]:

@@ -50,6 +50,29 @@ def test_generate(cli, which):
     assert json.loads(ran.out)["token_ids"] == expected.tolist()
 
 
+INSIDE = {
+    "layer_outputs": (20, 4, 1, 36, 48),
+    "altup_predictions": (20, 4, 1, 36, 48),
+    "altup_mixtures": (20, 1, 36, 4, 4),
+    "altup_gains": (20, 1, 36, 4),
+    "laurel": (20, 1, 36, 48),
+    "per_layer_gates": (20, 1, 36, 8),
+    "attention_weights": (20, 1, 4, 36, 36),
+    "sparsity_masks": (5, 1, 36, 128),
+}
+
+
+def test_everything_inside(forward, tmp_path):
+    """All captures by name; where layers differ in shape, layer by layer."""
+    written = forward(DATA / "g3n_text", "g3n_text", "forward", "--capture", ",".join(INSIDE))
+    assert {name: array.shape for name, array in written.items() if name != "logits"} == INSIDE
+    (tmp_path / "cut.json").write_text(json.dumps({"ffn_widths": [64] * 2 + [128] * 18}))
+    words = ("--slice", tmp_path / "cut.json", "--capture", "sparsity_masks")
+    written = forward(DATA / "g3n_text", "g3n_text", "forward", *words)
+    widths = [written[f"sparsity_masks.{i}"].shape[-1] for i in range(5)]
+    assert widths == [64, 64, 128, 128, 128]
+
+
 def words_of(name):
     """What the command line calls the slice."""
     cut = json.loads((DATA / name / "forward.json").read_text())
