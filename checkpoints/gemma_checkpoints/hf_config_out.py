@@ -93,7 +93,7 @@ def _gemma3n_to_hf(cfg: GemmaConfig) -> Json:
     altup = cfg.altup
     return {
         "intermediate_size": [spec.d_ff for spec in cfg.layers],
-        "activation_sparsity_pattern": [spec.sparsity for spec in cfg.layers],
+        "activation_sparsity_pattern": [float(spec.sparsity) for spec in cfg.layers],
         "num_kv_shared_layers": sum(spec.kv == "shared" for spec in cfg.layers),
         "laurel_rank": cfg.laurel_rank,
         "hidden_size_per_layer_input": cfg.per_layer.width,
