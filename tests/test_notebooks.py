@@ -1,6 +1,7 @@
 """The notebooks run from top to bottom on trained weights, and are stored without outputs."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,15 @@ def test_vision():
     assert "(0, 0, 32, 32)" in printed(done, "draw_crops")
     read, written = printed(done, 'Read the digits.", images=[crop]').split("| written:")
     assert sum(a == b for a, b in zip(read.split(), written.split())) >= 3
+
+
+def test_matformer():
+    done = run("03_matformer", ROOT / "notebooks")
+    assert "a view adds 0 bytes" in printed(done, "live_arrays")
+    assert "the same logits: True" in printed(done, "live_arrays")
+    rows = printed(done, "for _ in range(2)").splitlines()
+    assert len(rows) == 6 and rows[:3] == rows[3:] and len(set(rows)) == 3
+    for picture in ("plot_sensitivity", "plot_slices"):
+        assert any("image/png" in o.get("data", {}) for o in outputs(done, picture))
+    searched, half = (float(s) for s in re.findall(r"\d\.\d{3}", printed(done, "plot_slices")))
+    assert searched < half + 0.05

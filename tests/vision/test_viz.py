@@ -147,3 +147,40 @@ def test_the_image_given_stays_as_it_is():
     gj.viz.draw_crops(image, [(0, 0, 50, 60)])
     gj.viz.attention_overlay(image, np.ones((2, 2)))
     assert (image.rgb == 100).all()
+
+
+@pytest.fixture
+def plt():
+    """matplotlib, whose figures are closed again."""
+    plt = pytest.importorskip("matplotlib.pyplot", reason="pip install 'gemma-jax[notebook]'")
+    yield plt
+    plt.close("all")
+
+
+def test_sensitivity_has_layers_across_and_widths_down(plt):
+    matrix = np.array([[0.0, 0.1], [-0.2, 0.4], [0.0, 0.0]])
+    ax = gj.viz.plot_sensitivity(matrix, (0.5, 0.25))
+    (image,) = ax.images
+    np.testing.assert_allclose(image.get_array(), matrix.T, rtol=1e-6)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["50%", "25%"]
+    shades = image.to_rgba(image.get_array()).sum(axis=-1)
+    assert np.argmin(shades) == 4 and shades[0, 1] == shades.max()  # darkest: layer 1 at a quarter
+    with pytest.raises(ValueError, match=r"expected a matrix \[L, 3\].*got shape \[3, 2\]"):
+        gj.viz.plot_sensitivity(matrix, (0.75, 0.5, 0.25))
+
+
+def test_the_line_joins_the_slices_that_none_smaller_is_as_good_as(plt):
+    cut = gj.matformer.Slice(ffn_widths=(1,))
+    sizes = {300: 1.0, 100: 3.0, 200: 2.0, 250: 2.5, 260: 2.0}
+    points = [gj.matformer.Point(cut, size, loss) for size, loss in sizes.items()]
+    ax = gj.viz.plot_slices(points, names=("full", "", "half"))
+    assert ax.lines[0].get_xydata().tolist() == [[100, 3], [200, 2], [300, 1]]
+    assert ax.collections[0].get_offsets().tolist() == [list(p) for p in sizes.items()]
+    assert {text.get_text(): text.xy for text in ax.texts if text.get_text()} == {
+        "full": (300, 1.0),
+        "half": (200, 2.0),
+    }
+    assert gj.viz.plot_slices(points[:1], ax=ax) is ax and len(ax.lines) == 2
+    for wrong, message in (([], "no points"), (points[:1], "2 names for 1 points")):
+        with pytest.raises(ValueError, match=message):
+            gj.viz.plot_slices(wrong, names=("a", "b"))
