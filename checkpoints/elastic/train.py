@@ -3,7 +3,7 @@
     python checkpoints/elastic/train.py OUT
 
 writes a Hugging Face folder to OUT, with the held-out text and `results.json` beside the weights.
-MINUTES on two CPU cores. The text comes with Python (see `corpus.py`).
+About a quarter of an hour on two CPU cores. The text comes with Python (see `corpus.py`).
 
 Every step lowers the mean of three losses on the same rows (MatFormer; Devvrit et al., 2023): that
 of the whole model; of the slice that is to it what Gemma 3n's E2B is to E4B; and of the model with

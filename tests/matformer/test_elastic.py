@@ -80,7 +80,7 @@ def test_the_first_channels_are_the_ones_that_matter(train, elastic, held_out_BT
     graph, state = nnx.split(model, nnx.Param)
     flat = [(path, p.replace(flipped(p))) for path, p in nnx.to_flat_state(state)]
     reverse = nnx.merge(graph, nnx.from_flat_state(flat))
-    for name, least, most in (("full", -1e-3, 1e-3), ("half", 0.5, 99), ("e2b", 0.5, 99)):
+    for name, least, most in (("full", -1e-3, 1e-3), ("half", 0.2, 99), ("e2b", 0.2, 99)):
         row = train.measure(reverse, tokenizer, held_out_BT, train.SLICES[name])
         assert least < row["nats_per_token"] - losses[name] < most
 
@@ -89,6 +89,21 @@ def test_slices_mostly_write_what_the_model_writes(train, elastic, held_out_BT):
     shares = train.agreement(*elastic, held_out_BT[::14], train.SLICES)
     assert min(shares[name] for name in ("half", "e2b", "shared")) > 0.5, shares
     assert min(RESULTS["agreement"].values()) > 0.5
+
+
+@pytest.mark.parametrize("name", ["e2b", "shared"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_more_than_half_of_the_drafts_are_kept(train, elastic, name, temperature):
+    """With a cache of the draft's own, and with the model's; greedy text is the model's."""
+    text = (FOLDER / "held_out.txt").read_text("utf-8")
+    prompts = [text[start : start + 250] for start in range(6000, 102_000, 6000)]
+    options = dict(max_new_tokens=64, temperature=temperature)
+    drafted = gj.generate(*elastic, prompts, draft=train.SLICES[name], draft_tokens=4, **options)
+    kept, made = (sum(getattr(d, f"{w}_drafts") for d in drafted) for w in ("accepted", "proposed"))
+    assert kept / made > 0.5
+    if temperature == 0:
+        plain = gj.generate(*elastic, prompts, **options)
+        assert [d.token_ids for d in drafted] == [d.token_ids for d in plain]
 
 
 def test_all_parts_of_gemma_3n_are_there(train, elastic):
