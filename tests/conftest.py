@@ -29,6 +29,14 @@ def compile_cache(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_module():
+    """Compiled programs are dropped after each module: each holds maps of memory, of which Linux
+    gives a process 65,530, and the suite compiles more than that."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def real_gguf():
     """The real Gemma 3 270M (base, Q4_K_M), assembled from the demo wheel."""
