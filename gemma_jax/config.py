@@ -116,6 +116,27 @@ class PerLayerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModalityVocabulary:
+    """Ids at the end of the vocabulary that are embedded in a tower's width (Gemma 3n).
+
+    They mark where images and sounds begin and end, and what is missing in them.
+
+    Attributes:
+      first_id, vocab_size: The ids are `[first_id, first_id + vocab_size)`.
+      width: C of the tower.
+      norm_eps: Added to the mean square in the norms of these embeddings.
+    """
+
+    first_id: int
+    vocab_size: int
+    width: int
+    norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        _check_positive(self, "first_id", "vocab_size", "width", "norm_eps")
+
+
+@dataclass(frozen=True, kw_only=True)
 class VisionConfig:
     """The SigLIP tower that reads images, and how its result enters the text.
 
@@ -206,6 +227,7 @@ class GemmaConfig:
       altup: Several residual streams (Gemma 3n).
       laurel_rank: R of the low-rank residual beside attention (Gemma 3n).
       per_layer: Per-layer embeddings (Gemma 3n).
+      modality_vocabularies: Ids with embeddings of their own: of images, then of sounds (Gemma 3n).
       vision: The tower of models that read images (Gemma 3 from 4B on); `None` for text alone.
     """
 
@@ -227,6 +249,7 @@ class GemmaConfig:
     altup: AltUpConfig | None = None
     laurel_rank: int | None = None
     per_layer: PerLayerConfig | None = None
+    modality_vocabularies: tuple[ModalityVocabulary, ...] = ()
     vision: VisionConfig | None = None
 
     def __post_init__(self):

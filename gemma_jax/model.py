@@ -23,7 +23,7 @@ from gemma_jax.config import GemmaConfig, LayerSpec
 from gemma_jax.context import Context, Runtime, make_context
 from gemma_jax.nn.altup import AltUp, Streams
 from gemma_jax.nn.attention import Attention
-from gemma_jax.nn.embed import Embedder
+from gemma_jax.nn.embed import Embedder, ModalityEmbedder
 from gemma_jax.nn.ffn import FeedForward
 from gemma_jax.nn.laurel import Laurel
 from gemma_jax.nn.norm import RMSNorm
@@ -153,6 +153,9 @@ class Gemma(nnx.Module):
         self.cfg, self.runtime = cfg, runtime
         self.segments = segment_layers(cfg.layers, layout)
         self.embed = Embedder(cfg, rngs=rngs)
+        self.modalities = nnx.List(
+            [ModalityEmbedder(cfg, ids, rngs=rngs) for ids in cfg.modality_vocabularies]
+        )
         self.blocks = stack_layers(lambda spec, r: Block(cfg, spec, rngs=r), self.segments, rngs)
         self.per_layer = PerLayerEmbedder(cfg, rngs=rngs) if cfg.per_layer else None
         self.streams = Streams(cfg, rngs=rngs) if cfg.altup else None
@@ -229,6 +232,8 @@ def forward(
 
     x_BTD = model.embed.encode(tokens_BT, model.runtime.dtype)
     captured = {"embeddings": x_BTD}
+    for modality in model.modalities:
+        x_BTD = modality.insert(tokens_BT, x_BTD, model.runtime.numerics)
     if soft is not None:
         x_BTD = soft.insert(x_BTD)
     inputs = LayerInputs(width=ffn_widths_L)

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -91,7 +91,8 @@ def save_hf(
     """Writes `model` to a new folder, which appears whole or not at all.
 
     A model that was loaded with `dtype=None` comes out with the bytes that went in. One that sees
-    becomes a `gemma3` folder; if only its decoder was loaded, a `gemma3_text` folder.
+    becomes a `gemma3` folder; if only its decoder was loaded, a `gemma3_text` folder. Of Gemma 3n
+    the decoder is written, with the whole vocabulary, as a `gemma3n_text` folder.
 
     Args:
       model: Dense parameters in float32, float16 or bfloat16.
@@ -108,6 +109,8 @@ def save_hf(
       CheckpointError: the folder is taken or cannot be written, or transformers has no class for
         this architecture.
     """
+    if model.cfg.modality_vocabularies:
+        model = _decoder(model)
     target, params = Path(folder), flat_params(model)
     refuse_inexact(target, params)
     source = None if source is None else resolve(source)
@@ -133,6 +136,14 @@ def save_hf(
                     progress(done, total)
         _write_index(part, tensors, max_shard_bytes)
     return target
+
+
+def _decoder(model: Gemma) -> Gemma:
+    """The model without embeddings that transformers has only together with towers."""
+    model = nnx.merge(*nnx.split(model))
+    model.cfg = replace(model.cfg, modality_vocabularies=())
+    model.modalities = nnx.List([])
+    return model
 
 
 def refuse_inexact(target: Path, params: dict[ParamPath, nnx.Param]) -> None:

@@ -9,7 +9,14 @@ Source: `models/gemma{,2,3,3n}/configuration_gemma{,2,3,3n}.py` of transformers.
 
 from collections.abc import Mapping
 
-from gemma_jax.config import AltUpConfig, GemmaConfig, LayerSpec, PerLayerConfig, share_kv
+from gemma_jax.config import (
+    AltUpConfig,
+    GemmaConfig,
+    LayerSpec,
+    ModalityVocabulary,
+    PerLayerConfig,
+    share_kv,
+)
 
 from .hf_vision_config import vision_from_hf
 from .json_values import Json, depth, nested, positive, whole
@@ -92,8 +99,13 @@ THETA = {"global": 1_000_000.0, "local": 10_000.0}
 KINDS = {"full_attention": "global", "sliding_attention": "local"}
 # Models with a tower around a `gemma3_text`. ShieldGemma 2 differs in what it was trained for.
 MULTIMODAL = ("gemma3", "shieldgemma2")
-# Towers for images and sound around a `gemma3n_text`, of which the decoder alone is read.
+# Towers for images and sound around a `gemma3n_text`; they are not read, their vocabularies are.
 DECODER_ONLY = "gemma3n"
+_VOCABULARY = {"rms_norm_eps": 1e-6, "vocab_size": 128}
+VOCABULARIES: Mapping[str, Json] = {
+    "vision_config": _VOCABULARY | {"hidden_size": 2_048, "vocab_offset": 262_144},
+    "audio_config": _VOCABULARY | {"hidden_size": 1_536, "vocab_offset": 262_272},
+}
 
 
 def text_config(raw: Json) -> Json:
@@ -149,7 +161,21 @@ def config_from_hf(raw: Json) -> GemmaConfig:
         attn_soft_cap=_cap(text, "attn_logit_softcapping") if family == "gemma2" else None,
         final_soft_cap=None if family == "gemma" else _cap(text, "final_logit_softcapping"),
         vision=vision_from_hf(raw) if raw["model_type"] in MULTIMODAL else None,
+        modality_vocabularies=_vocabularies(raw) if raw["model_type"] == DECODER_ONLY else (),
         **_gemma3n_parts(text) if gemma3n else {},
+    )
+
+
+def _vocabularies(raw: Json) -> tuple[ModalityVocabulary, ...]:
+    configs = [defaults | nested(raw, key) for key, defaults in VOCABULARIES.items()]
+    return tuple(
+        ModalityVocabulary(
+            first_id=whole(config, "vocab_offset"),
+            vocab_size=whole(config, "vocab_size"),
+            width=whole(config, "hidden_size"),
+            norm_eps=positive(config, "rms_norm_eps"),
+        )
+        for config in configs
     )
 
 

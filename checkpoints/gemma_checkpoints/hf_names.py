@@ -78,10 +78,15 @@ ALTUP: Table = (
 )
 OUTPUT_SCALE = Row("blocks.{i}.altup.output_scale", _LAYER + "altup.correct_output_scale")
 
-# The towers of Gemma 3n, and what leads from them into the decoder.
+# Of Gemma 3n's other modalities their vocabularies are read, if asked for; their towers are not.
+_MODALITIES = ("embed_vision", "embed_audio")
 UNREAD: Table = tuple(
-    Row(None, part + ".*", why="of Gemma 3n the decoder alone is read")
-    for part in ("vision_tower", "audio_tower", "embed_vision", "embed_audio")
+    Row(None, part, why="Gemma 3n's towers are not read")
+    for part in (
+        "vision_tower.*",
+        "audio_tower.*",
+        *(f"{embedder}.soft_embedding_norm.weight" for embedder in _MODALITIES),
+    )
 )
 
 TIED: Table = (
@@ -129,7 +134,7 @@ def hf_table(cfg: GemmaConfig) -> Table:
         + (_altup(cfg.altup) if cfg.altup else ())
         + (VISION if cfg.vision else ())
         + TIED
-        + (UNREAD if cfg.altup else ())
+        + (UNREAD + _modalities(cfg) if cfg.altup else ())
         + unused(cfg)
     )
 
@@ -151,6 +156,21 @@ def _altup(altup: AltUpConfig) -> Table:
         for j in range(altup.num_streams - 1)
     )
     return ALTUP + ((OUTPUT_SCALE,) if altup.correct_scale else ()) + maps
+
+
+def _modalities(cfg: GemmaConfig) -> Table:
+    """The vocabularies of images and sounds."""
+    if not cfg.modality_vocabularies:
+        return tuple(Row(None, part + ".*", why="of no use to text") for part in _MODALITIES)
+    return tuple(
+        Row(f"modalities.{i}.{ours}", f"{part}.{theirs}.weight")
+        for i, part in enumerate(_MODALITIES)
+        for ours, theirs in (
+            ("table", "embedding"),
+            ("norm.scale", "hard_embedding_norm"),
+            ("proj.w", "embedding_projection"),
+        )
+    )
 
 
 def unused(cfg: GemmaConfig) -> Table:

@@ -33,7 +33,7 @@ def config_for(source: Source, modalities: Collection[str] | None) -> GemmaConfi
             f"modalities={sorted(wanted)} must hold 'text': the decoder is always needed"
         )
     if "image" not in wanted:
-        return replace(source.config, vision=None)
+        return replace(source.config, vision=None, modality_vocabularies=())
     if source.config.vision is None:
         raise CheckpointError(source.path, _no_images(source))
     return source.config

@@ -14,6 +14,7 @@ from gemma_jax.config import (
     AltUpConfig,
     GemmaConfig,
     LayerSpec,
+    ModalityVocabulary,
     PerLayerConfig,
     VisionConfig,
 )
@@ -117,7 +118,9 @@ def _config(fields: dict) -> GemmaConfig:
     own = {  # absent from folders that are older than the part
         name: kind(**fields[name]) for name, kind in parts.items() if fields.get(name) is not None
     }
-    return GemmaConfig(**{**fields, "layers": layers, **own})
+    vocabularies = (ModalityVocabulary(**ids) for ids in fields.get("modality_vocabularies", ()))
+    lists = {"layers": layers, "modality_vocabularies": tuple(vocabularies)}
+    return GemmaConfig(**{**fields, **lists, **own})
 
 
 def _info(entry: Any) -> TensorInfo:

@@ -1,4 +1,4 @@
-"""Token embedding, which is the output head as well."""
+"""Token embedding, which is the output head as well; embeddings of ids for other modalities."""
 
 import math
 
@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gemma_jax.config import GemmaConfig
-from gemma_jax.nn.einsum import contract
+from gemma_jax.config import GemmaConfig, ModalityVocabulary
+from gemma_jax.nn.einsum import Einsum, contract
+from gemma_jax.nn.norm import RMSNorm, rms_norm
+from gemma_jax.numerics import Numerics
 
 
 class Embedder(nnx.Module):
@@ -32,3 +34,26 @@ class Embedder(nnx.Module):
     def decode(self, x_BTD: jax.Array) -> jax.Array:
         """Logits `[B, T, V]`, with the unscaled table."""
         return contract("BTD,VD->BTV", x_BTD, self.table.get_value())
+
+
+class ModalityEmbedder(nnx.Module):
+    """Embeddings in a tower's width, mapped to the decoder's (hf `Gemma3nMultimodalEmbedder`).
+
+    `norm(proj(norm(row) * scale))`, the outer norm without a scale; not multiplied by sqrt(D).
+    """
+
+    def __init__(self, cfg: GemmaConfig, vocabulary: ModalityVocabulary, *, rngs: nnx.Rngs):
+        self.vocabulary = vocabulary
+        V, C = vocabulary.vocab_size, vocabulary.width
+        self.table = nnx.Param(rngs.normal((V, C)), dims="VC", inputs="C")
+        self.norm = RMSNorm("C", C, vocabulary.norm_eps, plus_one=cfg.scale_plus_one)
+        self.proj = Einsum("BTC,DC->BTD", {"C": C, "D": cfg.d_model}, rngs=rngs)
+
+    def insert(self, tokens_BT: jax.Array, x_BTD: jax.Array, numerics: Numerics) -> jax.Array:
+        """`x_BTD`, with these embeddings where the ids are of this vocabulary."""
+        rows_BT = tokens_BT - self.vocabulary.first_id
+        ours_BT = (rows_BT >= 0) & (rows_BT < self.vocabulary.vocab_size)
+        rows_BTC = self.table.get_value()[jnp.where(ours_BT, rows_BT, 0)].astype(x_BTD.dtype)
+        y_BTD = self.proj(self.norm(rows_BTC, numerics))
+        y_BTD = rms_norm(y_BTD, self.vocabulary.norm_eps, numerics)
+        return jnp.where(ours_BT[:, :, None], y_BTD, x_BTD)

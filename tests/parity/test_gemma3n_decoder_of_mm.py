@@ -1,36 +1,62 @@
 """The decoder of a Gemma 3n that sees and hears, from its own folder (`data/g3n_mm`)."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
+import pytest
 from parity.goldens import DATA, assert_close, case
 from safetensors.numpy import load_file
 
-from gemma_checkpoints import load_model, save_hf
+from gemma_checkpoints import load_model, save_hf, save_orbax
 from gemma_jax import forward
 
 CAPTURES = ("embeddings", "layer_outputs", "final_norm")
 
 
-def test_text_alone():
-    """Ids of the towers' own vocabularies are embedded beside them; no token before sees those."""
-    model = load_model(DATA / "g3n_mm", dtype="float32", layout="scan")
+@pytest.fixture(scope="module")
+def model():
+    return load_model(DATA / "g3n_mm", dtype="float32", layout="scan")
+
+
+def test_ids_of_images_and_sounds(model):
+    """Ids that mark images and sounds are embedded as their towers' results are."""
     given, expected, tolerance = case("g3n_mm", "forward_text_only")
-    foreign = given["input_ids"][0] >= model.cfg.per_layer.vocab_size
-    ids = given["input_ids"][:, : foreign.argmax()].astype(np.int32)
-    assert ids.shape[1] == 11
+    ids = given["input_ids"].astype(np.int32)
+    for vocabulary in model.cfg.modality_vocabularies:
+        last = vocabulary.first_id + vocabulary.vocab_size
+        assert ((ids >= vocabulary.first_id) & (ids < last)).any()
     out = forward(model, ids, capture=CAPTURES)
     for name, value in {"logits": out.logits, **out.captured}.items():
-        assert_close(value, expected[name][..., :11, :], tolerance[name])
+        assert_close(value, expected[name], tolerance[name])
 
 
-def test_comes_back_as_a_decoder_alone(tmp_path):
+def test_loaded_for_text_alone_it_is_the_same_until_such_an_id(model):
+    given, _, tolerance = case("g3n_mm", "forward_text_only")
+    ids = given["input_ids"].astype(np.int32)
+    first = int((ids[0] >= model.cfg.modality_vocabularies[0].first_id).argmax())
+    text = load_model(DATA / "g3n_mm", dtype="float32", layout="scan", modalities=("text",))
+    assert text.cfg.modality_vocabularies == ()
+    ours, whole = forward(text, ids).logits, forward(model, ids).logits
+    assert_close(ours[:, :first], whole[:, :first], tolerance["logits"])
+    assert np.abs(ours - whole)[:, first].max() > 100 * tolerance["logits"]
+
+
+@pytest.mark.parametrize("modalities", [None, ("text",)], ids=["all", "text"])
+def test_comes_back_as_a_decoder_alone(tmp_path, modalities):
     source = DATA / "g3n_mm"
-    model = load_model(source, dtype=None, modalities=("text",))
+    model = load_model(source, dtype=None, modalities=modalities)
     out = save_hf(model, tmp_path / "out", source=source)
     assert json.loads((out / "config.json").read_text())["model_type"] == "gemma3n_text"
     ours, theirs = load_file(out / "model.safetensors"), load_file(source / "model.safetensors")
     for name, array in ours.items():
         stored = theirs[name.replace("model.", "model.language_model.", 1)]
         assert (array.view(np.uint16) == stored.view(np.uint16)).all(), name
-    assert load_model(out, dtype=None).cfg == model.cfg
+    assert load_model(out, dtype=None).cfg == replace(model.cfg, modality_vocabularies=())
+
+
+def test_orbax_keeps_the_vocabularies(model, tmp_path):
+    again = load_model(save_orbax(model, tmp_path / "out"), dtype="float32")
+    assert again.cfg == model.cfg
+    ids = case("g3n_mm", "forward_text_only")[0]["input_ids"].astype(np.int32)
+    assert_close(forward(again, ids).logits, forward(model, ids).logits, 1e-5)
