@@ -13,6 +13,7 @@ from gemma_jax.config import (
     AltUpConfig,
     GemmaConfig,
     LayerSpec,
+    ModalityVocabulary,
     PerLayerConfig,
     VisionConfig,
     share_kv,
@@ -191,6 +192,7 @@ def test_every_config_field_matters():
         post_norms=False, attn_soft_cap=2.0, final_soft_cap=2.0, vision=tiny.vision(),
         scale_plus_one=False, v_norm=True, altup=AltUpConfig(num_streams=2), laurel_rank=3,
         per_layer=PerLayerConfig(width=4, vocab_size=90),
+        modality_vocabularies=(ModalityVocabulary(first_id=90, vocab_size=4, width=5),),
     )  # fmt: skip
     fields = {f.name for f in dataclasses.fields(GemmaConfig)}
     assert fields == changes.keys() | {"max_positions"}  # bounds sequences; see test_generation

@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
 
 from gemma_kernels.attention import (
     IMPLEMENTATIONS,
@@ -16,8 +19,10 @@ from gemma_kernels.attention import (
     last_of_block,
 )
 from gemma_kernels.attention.cases import CASES, Case
+from gemma_kernels.attention.tpu import Blocks, attention_tpu, default_blocks
 
 FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
+SMALL = Blocks(q=128, k=128)  # many tiles in short sequences
 
 
 def operands(case: Case, dtype=jnp.float32):
@@ -34,9 +39,14 @@ def operands(case: Case, dtype=jnp.float32):
 
 
 def run(name, case, arrays, mask):
-    return jax.jit(lambda q, k, v: attention(q, k, v, **mask, spec=case.spec, implementation=name))(
-        *arrays
-    )
+    return jax.jit(lambda q, k, v: call(name, q, k, v, **mask, spec=case.spec))(*arrays)
+
+
+def call(name, *arrays, spec, interpret=True, **mask):
+    """Kernels for other hardware run in Pallas' interpreter."""
+    if name != "tpu":
+        return attention(*arrays, **mask, spec=spec, implementation=name)
+    return attention_tpu(*arrays, **mask, spec=spec, blocks=SMALL, interpret=interpret)
 
 
 def test_reference_by_hand():
@@ -107,10 +117,8 @@ def test_padding_sees_nothing_and_is_not_seen():
     lo, hi = causal_interval(pos)
     q = k = v = jnp.ones((1, 4, 1, 2))
     for name in IMPLEMENTATIONS:
-        out = attention(
-            q, k, v, lo_BT=lo, hi_BT=hi, kv_pos_BS=pos,
-            spec=AttentionSpec(scale=1.0), implementation=name,
-        )  # fmt: skip
+        mask = dict(lo_BT=lo, hi_BT=hi, kv_pos_BS=pos)
+        out = call(name, q, k, v, **mask, spec=AttentionSpec(scale=1.0))
         np.testing.assert_array_equal(out[0, :, 0, 0], [0, 1, 1, 0])
 
 
@@ -124,7 +132,7 @@ def test_forward_and_gradients(name, case):
     np.testing.assert_array_equal(actual, run(name, case, arrays, mask))
 
     def loss(implementation, arrays):
-        out = attention(*arrays, **mask, spec=case.spec, implementation=implementation)
+        out = call(implementation, *arrays, **mask, spec=case.spec)
         return jnp.sum(out * jnp.cos(jnp.arange(out.size).reshape(out.shape)))
 
     grads = {n: jax.jit(jax.grad(lambda a, n=n: loss(n, a)))(arrays) for n in ("reference", name)}
@@ -149,6 +157,85 @@ def test_bfloat16_errs_no_more_than_plain_code(name, case):
     bound = 2 * np.abs(np.asarray(plain(*arrays), np.float32) - exact).max()
     actual = np.asarray(run(name, case, arrays, mask), np.float32)
     assert np.abs(actual - exact).max() <= bound
+
+
+RACES = [
+    CASES[0],
+    CASES[1],
+    next(case for case in CASES if case.lengths),
+    next(case for case in CASES if case.images),
+]
+
+
+@pytest.mark.parametrize("case", RACES, ids=lambda case: case.name)
+def test_tpu_kernel_has_no_races(case):
+    """Under the interpreter that imitates a TPU's memories and copies."""
+    arrays, mask = operands(case)
+    params = pltpu.InterpretParams(detect_races=True)
+    out = jax.jit(lambda *a: call("tpu", *a, **mask, spec=case.spec, interpret=params))(*arrays)
+    np.testing.assert_allclose(out, run("reference", case, arrays, mask), atol=2e-6)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_tpu_kernel_on_drawn_calls(data):
+    """Shapes, windows, images and positions that nobody thought of."""
+    T = data.draw(st.integers(1, 300), "T")
+    K, groups = data.draw(st.sampled_from([(1, 1), (1, 3), (2, 2)]), "heads")
+    first = data.draw(st.sampled_from([0, 7, 130, 100_000]), "first")
+    held = min(first, data.draw(st.integers(0, 200), "cached keys"))
+    window = data.draw(st.none() | st.integers(1, 260), "window")
+    start = data.draw(st.integers(0, T - 1), "image")
+    image = data.draw(st.integers(0, min(70, T - start)), "length of the image")
+    case = Case(name="drawn", T=T, S=held + T, N=K * groups, K=K, window=window, first=first)
+    pos = first - held + np.arange(held + T, dtype=np.int32)[None]
+    pos = np.where(np.arange(held + T) < data.draw(st.integers(0, 9), "left padding"), -1, pos)
+    block = np.zeros((1, T), np.int32)
+    block[:, start : start + image] = 1
+    lo, hi = causal_interval(
+        jnp.asarray(pos[:, held:]), window, last_of_block(jnp.asarray(pos[:, held:]), block)
+    )
+    mask = dict(lo_BT=lo, hi_BT=hi, kv_pos_BS=jnp.asarray(pos))
+    spec = replace(case.spec, window=None if image else window)
+    arrays, _ = operands(replace(case, window=None))
+    ours, theirs = (
+        jax.jit(lambda *a, name=name: call(name, *a, **mask, spec=spec))(*arrays)
+        for name in ("tpu", "reference")
+    )
+    np.testing.assert_allclose(ours, theirs, atol=2e-6)
+
+
+def test_tiles_of_the_tpu_kernel_are_checked():
+    arrays, mask = operands(CASES[1])
+    spec = CASES[1].spec
+    for blocks, message in (
+        (Blocks(q=100, k=128), "multiples of 128, got q=100"),
+        (Blocks(q=128, k=256), "q=128 must be a multiple of k=256"),
+        (Blocks(q=128, k=128, heads=3), "heads=3 must divide the 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attention_tpu(*arrays, **mask, spec=spec, blocks=blocks, interpret=True)
+    with pytest.raises(NotImplementedError, match="softmax is in float32 only"):
+        narrow = replace(spec, softmax_in_float32=False)
+        attention_tpu(*arrays, **mask, spec=narrow, interpret=True)
+    with pytest.raises(NotImplementedError, match="needs a TPU; this program is for cpu"):
+        attention(*arrays, **mask, spec=spec, implementation="tpu")
+
+
+@pytest.mark.parametrize("window", [None, 512, 1024])
+@pytest.mark.parametrize("N, K", [(4, 1), (8, 2), (8, 4), (16, 8), (32, 16), (16, 16)])
+def test_default_tiles_fit_every_model(N, K, window):
+    spec = AttentionSpec(scale=1.0, window=window)
+    for length in (1, 130, 4096):
+        blocks = default_blocks((1, length, N, 256), (1, length, K, 256), spec)
+        shape = (1, length, N, 256), (1, length, K, 256)
+        q, k = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shape)
+        ints = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        mask = dict(lo_BT=ints, hi_BT=ints, kv_pos_BS=ints)
+        out = jax.eval_shape(
+            lambda q, k, mask: attention_tpu(q, k, k, **mask, spec=spec, interpret=True), q, k, mask
+        )
+        assert out.shape == q.shape and blocks.q <= max(128, length + 127)
 
 
 def test_memory_is_linear_in_the_length_for_a_window():
@@ -185,7 +272,10 @@ def test_a_call_nobody_serves_lists_every_reason(monkeypatch):
 
     monkeypatch.setitem(IMPLEMENTATIONS, "xla", cannot)
     arrays, mask = operands(CASES[0])
-    with pytest.raises(NotImplementedError, match="no attention .* fits: xla: no such hardware"):
+    with pytest.raises(
+        NotImplementedError,
+        match="no attention .* fits: tpu: needs a TPU; .* xla: no such hardware",
+    ):
         attention(*arrays, **mask, spec=CASES[0].spec)
     with pytest.raises(NotImplementedError, match="^no such hardware"):
         attention(*arrays, **mask, spec=CASES[0].spec, implementation="xla")

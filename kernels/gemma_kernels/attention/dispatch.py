@@ -7,9 +7,29 @@ import jax
 from gemma_kernels.attention.reference import attention_reference
 from gemma_kernels.attention.spec import AttentionSpec, check_shapes
 from gemma_kernels.attention.xla import attention_xla
+from gemma_kernels.platform import target_platform
 
-IMPLEMENTATIONS: dict[str, Callable] = {"xla": attention_xla, "reference": attention_reference}
-AUTO = ("xla",)  # tried in this order
+FEW = 16  # new tokens of a decoding step, at most
+
+
+def _tpu(*operands) -> jax.Array:
+    if (platform := target_platform()) != "tpu":
+        raise NotImplementedError(f"needs a TPU; this program is for {platform}")
+    from gemma_kernels.attention.tpu import attention_tpu  # Pallas takes a while to import
+
+    return attention_tpu(*operands)
+
+
+IMPLEMENTATIONS: dict[str, Callable] = {
+    "tpu": _tpu,
+    "xla": attention_xla,
+    "reference": attention_reference,
+}
+
+
+def automatic(T: int) -> tuple[str, ...]:
+    """Names to be tried for `T` new tokens, in this order."""
+    return ("xla",) if T <= FEW else ("tpu", "xla")
 
 
 def attention(
@@ -49,7 +69,7 @@ def attention(
             raise ValueError(f"unknown attention {implementation=}; choose one of: {known}")
         return IMPLEMENTATIONS[implementation](*operands, spec)
     reasons = []
-    for name in AUTO:
+    for name in automatic(q_BTNH.shape[1]):
         try:
             return IMPLEMENTATIONS[name](*operands, spec)
         except NotImplementedError as reason:

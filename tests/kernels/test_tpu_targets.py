@@ -1,0 +1,93 @@
+"""Kernels compiled for real TPUs, with the compiler that comes with libtpu and no TPU."""
+
+import os
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gemma_jax import Gemma, Runtime, forward, preset
+from gemma_kernels.attention import AttentionSpec, attention
+
+pytest.importorskip("libtpu", reason="the compiler comes with the plan extra: gemma-jax[plan]")
+
+TARGETS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+# name -> T, S, N, K, H, window
+SHAPES = {
+    "1B, local": (1024, 1024, 4, 1, 256, 512),
+    "4B, local": (2048, 2048, 8, 4, 256, 1024),
+    "27B, local": (2048, 2048, 32, 16, 128, 1024),
+    "4B, global": (2048, 2048, 8, 4, 256, None),
+    "4B, chunk on a long cache": (512, 4096, 8, 4, 256, None),
+    "12B, local, odd length": (1021, 1500, 16, 8, 256, 1024),
+    "SigLIP": (4096, 4096, 16, 16, 72, None),
+}
+EVERYWHERE = ("4B, local", "4B, global")
+
+
+@cache
+def one_device(target: str) -> NamedSharding:
+    # Without these libtpu looks for a TPU, and a second process waits for the first.
+    os.environ |= {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=target)
+    return NamedSharding(Mesh(topology.devices[:1], ("x",)), PartitionSpec())
+
+
+def lower(function, target: str, *args):
+    sharding = one_device(target)
+    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
+    with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
+        return jax.jit(function, out_shardings=sharding).lower(*args)
+
+
+@pytest.mark.parametrize(
+    "target, name",
+    [(target, name) for name in SHAPES for target in TARGETS if name in EVERYWHERE]
+    + [("v5e:2x2", name) for name in SHAPES if name not in EVERYWHERE],
+)
+def test_compiles(target, name):
+    T, S, N, K, H, window = SHAPES[name]
+    spec = AttentionSpec(scale=H**-0.5, window=window, masked=name != "SigLIP")
+    q = jax.ShapeDtypeStruct((1, T, N, H), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((1, S, K, H), jnp.bfloat16)
+    ints_T, ints_S = (jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (T, S))
+
+    def run(q, k, v, lo, hi, pos):
+        return attention(
+            q, k, v, lo_BT=lo, hi_BT=hi, kv_pos_BS=pos, spec=spec, implementation="tpu"
+        )
+
+    lowered = lower(run, target, q, k, k, ints_T, ints_T, ints_S)
+    assert "tpu_custom_call" in lowered.as_text()
+    memory = lowered.compile().memory_analysis()
+    # Operands and result in other layouts or padded, at most; no scores.
+    padded = -(-H // 128) * 128
+    operands = 2 * (2 * N * (T + 512) + 2 * K * (S + 1024)) * padded
+    assert memory.temp_size_in_bytes <= 2 * operands
+
+
+def test_models_run_on_it():
+    """Of a model compiled for a TPU, prefill takes the kernels, and decoding does not."""
+    model = jax.eval_shape(
+        partial(Gemma, preset("gemma3-1b"), runtime=Runtime(dtype=jnp.dtype("bfloat16"))),
+        rngs=nnx.Rngs(0),
+    )
+    graph, params = nnx.split(model)
+
+    def text(T):
+        tokens = jax.ShapeDtypeStruct((1, T), jnp.int32)
+        run = lambda params, ids: forward(nnx.merge(graph, params), ids, logits="last").logits  # noqa: E731
+        return lower(run, "v5e:2x2", params, tokens).as_text()
+
+    prefill = text(1024)
+    assert "local_attention" in prefill and "global_attention" in prefill
+    assert "tpu_custom_call" not in text(1)
