@@ -124,7 +124,7 @@ def default_blocks(q_shape: tuple, k_shape: tuple, spec: AttentionSpec) -> Block
     if spec.window is None:
         return Blocks(q=min(whole, 512), k=min(pl.cdiv(k_shape[1], LANES) * LANES, 1024))
     heads = max(n for n in (1, 2, 4) if k_shape[2] % n == 0 and n * groups <= max(groups, 4))
-    return Blocks(q=min(whole, 256), k=min(whole, 256), heads=heads)
+    return Blocks(q=min(whole, 512), k=min(whole, 256), heads=heads)
 
 
 def _check_blocks(blocks: Blocks, K: int, spec: AttentionSpec) -> None:
@@ -376,7 +376,8 @@ def _piece(head, row, mask, q_ref, k_refs, v_refs, out_ref, running, plan: _Plan
             seen_RS = (pos_1S >= jnp.maximum(lo_R1, 0)) & (pos_1S < hi_R1)
         return s_RS if seen_RS is None else jnp.where(seen_RS, s_RS, MASKED)
 
-    s = [scores(r) for r in range(plan.resident)]
+    visible = [r for r in range(plan.resident) if _reaches(r, t, size, plan)]
+    s = [scores(r) for r in visible]
     top_R1 = reduce(jnp.maximum, [jnp.max(s_RS, axis=1, keepdims=True) for s_RS in s])
     if running:
         at = pl.ds(row, size)
@@ -389,7 +390,7 @@ def _piece(head, row, mask, q_ref, k_refs, v_refs, out_ref, running, plan: _Plan
     total_R1 = sum(jnp.sum(p_RS, axis=1, keepdims=True) for p_RS in p)
     sum_RH = sum(
         lax.dot_general(p_RS.astype(plan.dtype), v_refs[r][head], (((1,), (0,)), ((), ())), **exact)
-        for r, p_RS in enumerate(p)
+        for r, p_RS in zip(visible, p)
     )
     if running:
         keep_R1 = jnp.exp2(old_R1 - top_R1)
@@ -401,10 +402,20 @@ def _piece(head, row, mask, q_ref, k_refs, v_refs, out_ref, running, plan: _Plan
         out_ref[head, group, t : t + size] = (sum_RH * _inverse(total_R1, sees)).astype(plan.dtype)
 
 
+def _ahead(r: int, t: int, plan: _Plan) -> int:
+    """First key of resident block `r` minus row `t` of any tile of queries, both as key rows."""
+    return (plan.first + r) * plan.blocks.k - plan.offset - t
+
+
+def _reaches(r: int, t: int, size: int, plan: _Plan) -> bool:
+    """Whether the promised window lets rows `[t, t + size)` see anything of resident block `r`."""
+    ahead = _ahead(r, t, plan)
+    return plan.window is None or -plan.window - plan.blocks.k + 1 < ahead < size
+
+
 def _window_mask(r: int, t: int, size: int, plan: _Plan) -> jax.Array | None:
     """Which keys of resident block `r` the rows `[t, t + size)` of a tile see, by row numbers."""
-    # Key row minus query row of the first of both.
-    ahead = (plan.first + r) * plan.blocks.k - plan.offset - t
+    ahead = _ahead(r, t, plan)
     shape = (size, plan.blocks.k)
     delta_RS = lax.broadcasted_iota(jnp.int32, shape, 1) - lax.broadcasted_iota(jnp.int32, shape, 0)
     seen_RS = None
