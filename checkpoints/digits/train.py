@@ -31,6 +31,7 @@ import gemma_jax as gj
 from gemma_checkpoints import save_hf
 from gemma_jax.config import GemmaConfig, LayerSpec, VisionConfig
 from gemma_jax.text import Tokenizer
+from gemma_jax.training import muon, trainable
 from gemma_jax.vision.prompt import MARKER, PLACEHOLDER, expand
 from gemma_jax.vision.soft_tokens import soft_tokens
 
@@ -136,19 +137,9 @@ def train(tokenizer: Tokenizer, cfg: GemmaConfig, steps: int, seed: int) -> gj.G
     if cfg.vision is not None:
         patches = model.vision.tower.patches
         patches.positions[...] = sincos_positions(cfg.vision.grid, cfg.vision.d_tower)
-    graph, state = nnx.split(model, nnx.Param)
-    flat = nnx.to_flat_state(state)
-    params = {path: param.get_value() for path, param in flat}
+    params, rebuild = trainable(model)
     rate = optax.warmup_cosine_decay_schedule(0, 4e-3, steps // 20, steps, 4e-5)
-    matrices = {path: _matrix(param) for path, param in flat}
-    optimizer = optax.contrib.muon(
-        rate, muon_weight_dimension_numbers=matrices, weight_decay=0.01, adam_weight_decay=0.01
-    )
-
-    def rebuild(params) -> gj.Gemma:
-        return nnx.merge(
-            graph, nnx.from_flat_state([(path, p.replace(params[path])) for path, p in flat])
-        )
+    optimizer = muon(model, rate)
 
     def loss(params, tokens, positions, weights, pixels):
         model = rebuild(params)
@@ -171,18 +162,6 @@ def train(tokenizer: Tokenizer, cfg: GemmaConfig, steps: int, seed: int) -> gj.G
             seconds = time.perf_counter() - start
             print(f"step {i + 1}: loss {value:.3f}, {seconds:.0f} s", flush=True)
     return rebuild(params)
-
-
-def _matrix(param: nnx.Param) -> optax.contrib.MuonDimensionNumbers | None:
-    """Which axes of a parameter are its rows and columns; `None` for what is no linear map."""
-    inputs, dims = param.get_metadata().get("inputs", ""), param.get_metadata()["dims"]
-    if not inputs or "V" in dims:
-        return None
-    ndim = param.get_value().ndim
-    columns, first = ndim - len(inputs), ndim - len(dims)
-    return optax.contrib.MuonDimensionNumbers(
-        reduction_axis=tuple(range(columns, ndim)), output_axis=tuple(range(first, columns))
-    )
 
 
 def accuracy(

@@ -33,6 +33,7 @@ from gemma_checkpoints import save_hf
 from gemma_jax.config import AltUpConfig, GemmaConfig, LayerSpec, PerLayerConfig, share_kv
 from gemma_jax.matformer import Slice, at, slice_config, slice_model
 from gemma_jax.text import Tokenizer
+from gemma_jax.training import muon, trainable
 
 STEPS, BATCH, LENGTH, RATE = 500, 4, 256, 1e-2
 LAYERS, D_FF = 10, 256
@@ -128,19 +129,9 @@ def train(
         # Scores are not divided by anything: sharp ones are for training to find.
         norm = block.attn.q_norm
         norm.scale[...] = norm.scale[...] * cfg.head_dim**-0.5
-    graph, state = nnx.split(model, nnx.Param)
-    flat = nnx.to_flat_state(state)
-    params = {path: param.get_value() for path, param in flat}
+    params, rebuild = trainable(model)
     rate = optax.warmup_cosine_decay_schedule(0, RATE, steps // 20, steps, RATE / 100)
-    matrices = {path: _matrix(param) for path, param in flat}
-    optimizer = optax.contrib.muon(
-        rate, muon_weight_dimension_numbers=matrices, weight_decay=0.01, adam_weight_decay=0.01
-    )
-
-    def rebuild(params) -> gj.Gemma:
-        return nnx.merge(
-            graph, nnx.from_flat_state([(path, p.replace(params[path])) for path, p in flat])
-        )
+    optimizer = muon(model, rate)
 
     def loss(params, tokens_BT, widths_L):
         model = rebuild(params)
@@ -173,18 +164,6 @@ def error(model: gj.Gemma, tokens_BT: jax.Array, widths_L: jax.Array | None = No
     """Loss of the next token, nats."""
     logits = gj.forward(model, tokens_BT, ffn_widths_L=widths_L).logits[:, :-1]
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens_BT[:, 1:]).mean()
-
-
-def _matrix(param: nnx.Param) -> optax.contrib.MuonDimensionNumbers | None:
-    """Which axes of a parameter are its rows and columns; `None` for what is no linear map."""
-    inputs, dims = param.get_metadata().get("inputs", ""), param.get_metadata()["dims"]
-    if not inputs or "V" in dims:
-        return None
-    ndim = param.get_value().ndim
-    columns, first = ndim - len(inputs), ndim - len(dims)
-    return optax.contrib.MuonDimensionNumbers(
-        reduction_axis=tuple(range(columns, ndim)), output_axis=tuple(range(first, columns))
-    )
 
 
 def measure(
