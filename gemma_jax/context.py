@@ -19,7 +19,7 @@ class Runtime:
     Attributes:
       dtype: Dtype of activations and caches. Parameters may be stored in another.
       numerics: Whose roundings to follow; see `numerics.py`.
-      attention_impl: Name of an attention implementation, or `None` for the best that fits.
+      attention_impl: Name of an attention implementation; `"auto"`: by platform and shape.
       vision_dtype: Dtype inside the vision tower; `None` for `dtype`.
       remat: Keep only what passes between layers for the gradient, and compute a layer's inside
         again in the backward pass.
@@ -27,7 +27,7 @@ class Runtime:
 
     dtype: jnp.dtype = field(default_factory=lambda: jnp.dtype("float32"))
     numerics: Numerics = NUMERICS["hf"]
-    attention_impl: str | None = None
+    attention_impl: str = "auto"
     vision_dtype: jnp.dtype | None = None
     remat: bool = False
 

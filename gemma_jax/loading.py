@@ -35,7 +35,7 @@ def load_model(
     vision_dtype: jax.typing.DTypeLike | None = None,
     weights: str | None = None,
     numerics: str | Numerics = "hf",
-    attention_impl: str | None = None,
+    attention_impl: str = "auto",
     layout: Layout | None = None,
     per_layer_table: Place = "device",
     progress: Callable[[int, int], None] | None = None,
@@ -51,7 +51,8 @@ def load_model(
       weights: Dtype the weights are stored in: `"float32"`, `"bfloat16"`, or `"int8"` with a
         float32 scale per output channel. Default: `dtype`.
       numerics: `"hf"` or `"gdm"`; see `gemma_jax.numerics`.
-      attention_impl: A name out of `gemma_kernels.attention.IMPLEMENTATIONS`; default: the best.
+      attention_impl: A name out of `gemma_kernels.attention.IMPLEMENTATIONS`, or `"auto"` for the
+        best by platform and shape.
       per_layer_table: Gemma 3n's table of per-layer embeddings, half of its parameters: on the
         `"device"`, in the memory of the `"host"`, or left in its file on `"disk"`. Rows of the
         current tokens are gathered there and sent to the device. With int8 weights, a table off the

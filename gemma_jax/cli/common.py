@@ -62,7 +62,7 @@ NumericsOption = Annotated[
     NumericsName, typer.Option(help="Whose roundings to follow: transformers' or DeepMind's.")
 ]
 AttentionOption = Annotated[
-    str | None, typer.Option("--attention-impl", help="Attention implementation; default: auto.")
+    str, typer.Option("--attention-impl", help="Attention implementation, by name.")
 ]
 VisionDTypeOption = Annotated[
     DType | None, typer.Option(help="Dtype inside the vision tower. Default: as --dtype.")
@@ -111,7 +111,7 @@ def load_model(
     dtype: DType | None,
     weights: Weights | None = None,
     numerics: NumericsName = NumericsName.hf,
-    attention_impl: str | None = None,
+    attention_impl: str = "auto",
     vision_dtype: DType | None = None,
     slice_name: str | None = None,
     per_layer_table: Place = Place.device,

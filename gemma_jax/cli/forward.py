@@ -31,7 +31,7 @@ def command(
     slice_name: common.SliceOption = None,
     per_layer_table: common.PerLayerTableOption = common.Place.device,
     numerics: common.NumericsOption = common.NumericsName.hf,
-    attention_impl: common.AttentionOption = None,
+    attention_impl: common.AttentionOption = "auto",
     vision_dtype: common.VisionDTypeOption = None,
 ) -> None:
     """Run stored inputs and write what comes out.

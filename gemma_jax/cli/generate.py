@@ -56,7 +56,7 @@ def command(
     ] = None,
     draft_tokens: Annotated[int, typer.Option(min=1, help="Drafts per pass.")] = 4,
     numerics: common.NumericsOption = common.NumericsName.hf,
-    attention_impl: common.AttentionOption = None,
+    attention_impl: common.AttentionOption = "auto",
     as_json: common.Json = False,
 ) -> None:
     """Continue PROMPT and stream the text to stdout."""

@@ -26,7 +26,7 @@ def command(
     slice_name: common.SliceOption = None,
     per_layer_table: common.PerLayerTableOption = common.Place.device,
     numerics: common.NumericsOption = common.NumericsName.hf,
-    attention_impl: common.AttentionOption = None,
+    attention_impl: common.AttentionOption = "auto",
     as_json: common.Json = False,
 ) -> None:
     """Measure how probable a text is.

@@ -63,14 +63,10 @@ class TowerAttention(nnx.Module):
         self.spec = AttentionSpec(scale=sizes["H"] ** -0.5, masked=False)
 
     def __call__(self, x_IQC: jax.Array, ctx: TowerContext) -> jax.Array:
-        place_IQ = jnp.broadcast_to(jnp.arange(x_IQC.shape[1], dtype=jnp.int32), x_IQC.shape[:2])
         out_IQNH = attention(
             self.q(x_IQC),
             self.k(x_IQC),
             self.v(x_IQC),
-            lo_BT=jnp.zeros_like(place_IQ),
-            hi_BT=jnp.full_like(place_IQ, x_IQC.shape[1]),
-            kv_pos_BS=place_IQ,
             spec=self.spec,
             implementation=ctx.runtime.attention_impl,
         )

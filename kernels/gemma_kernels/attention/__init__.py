@@ -1,7 +1,12 @@
 """Attention under Gemma's masks: causal, sliding-window, padded; grouped queries; soft cap."""
 
 from gemma_kernels.attention.dispatch import IMPLEMENTATIONS, attention
-from gemma_kernels.attention.mask import causal_interval, last_of_block
+from gemma_kernels.attention.mask import (
+    causal_interval,
+    first_of_document,
+    last_of_block,
+    two_sided_interval,
+)
 from gemma_kernels.attention.reference import attention_weights
 from gemma_kernels.attention.spec import AttentionSpec
 
@@ -11,5 +16,7 @@ __all__ = [
     "attention",
     "attention_weights",
     "causal_interval",
+    "first_of_document",
     "last_of_block",
+    "two_sided_interval",
 ]

@@ -4,32 +4,50 @@ from collections.abc import Callable
 
 import jax
 
+from gemma_kernels.attention.cudnn import attention_cudnn
+from gemma_kernels.attention.mask import causal_rows, everything
 from gemma_kernels.attention.reference import attention_reference
-from gemma_kernels.attention.spec import AttentionSpec, check_shapes
+from gemma_kernels.attention.spec import AttentionSpec, check_operands
 from gemma_kernels.attention.xla import attention_xla
 from gemma_kernels.platform import target_platform
 
-FEW = 16  # new tokens of a decoding step, at most
 
-
-def _tpu(*operands) -> jax.Array:
+def _tpu(*operands, return_lse: bool = False) -> jax.Array:
     if (platform := target_platform()) != "tpu":
         raise NotImplementedError(f"needs a TPU; this program is for {platform}")
     from gemma_kernels.attention.tpu import attention_tpu  # Pallas takes a while to import
 
+    if return_lse:
+        raise NotImplementedError("it does not return the log-sum-exp")
     return attention_tpu(*operands)
 
 
+def _with_mask(implementation: Callable) -> Callable:
+    """`implementation`, for which a mask that the spec states is written out as intervals."""
+
+    def attention(q_BTNH, k_BSKH, v_BSKH, lo_BT, hi_BT, kv_pos_BS, spec, **options):
+        if lo_BT is None:
+            B, T, S = *q_BTNH.shape[:2], k_BSKH.shape[1]
+            mask = causal_rows(B, T, S, spec.window) if spec.causal else everything(B, T, S)
+        else:
+            mask = (lo_BT, hi_BT, kv_pos_BS)
+        return implementation(q_BTNH, k_BSKH, v_BSKH, *mask, spec, **options)
+
+    return attention
+
+
 IMPLEMENTATIONS: dict[str, Callable] = {
-    "tpu": _tpu,
-    "xla": attention_xla,
-    "reference": attention_reference,
+    "tpu": _with_mask(_tpu),
+    "cudnn": attention_cudnn,
+    "xla": _with_mask(attention_xla),
+    "reference": _with_mask(attention_reference),
 }
+FEW = 16  # new tokens of a decoding step, at most
 
 
 def automatic(T: int) -> tuple[str, ...]:
     """Names to be tried for `T` new tokens, in this order."""
-    return ("xla",) if T <= FEW else ("tpu", "xla")
+    return ("cudnn", "xla") if T <= FEW else ("tpu", "cudnn", "xla")
 
 
 def attention(
@@ -37,41 +55,45 @@ def attention(
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     *,
-    lo_BT: jax.Array,
-    hi_BT: jax.Array,
-    kv_pos_BS: jax.Array,
+    lo_BT: jax.Array | None = None,
+    hi_BT: jax.Array | None = None,
+    kv_pos_BS: jax.Array | None = None,
     spec: AttentionSpec,
+    return_lse: bool = False,
     implementation: str | None = None,
-) -> jax.Array:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Grouped-query attention under an interval mask.
 
     Args:
       q_BTNH: Queries.
       k_BSKH, v_BSKH: Keys and values; query head `n` reads head `n // (N / K)`.
-      lo_BT, hi_BT: int32; query `t` sees the keys with position in `[lo, hi)`.
+      lo_BT, hi_BT: int32; query `t` sees the keys with position in `[lo, hi)`. Left out, like
+        the positions, where the spec states the whole mask (`causal=True`, `masked=False`).
       kv_pos_BS: int32 positions of the keys, -1 for slots that no query may see.
       spec: Scale, soft cap and promises about the mask.
-      implementation: `None` takes the first that can serve this call; a name from
+      return_lse: Return the logarithm of the softmax's denominator as well.
+      implementation: `None` or `"auto"` takes the first that can serve this call; a name from
         `IMPLEMENTATIONS` takes that one or fails.
 
     Returns:
-      `[B, T, N, H]` in the dtype of the queries; zeros for a query that sees no key.
+      `[B, T, N, H]` in the dtype of the queries, zeros for a query that sees no key; with
+      `return_lse` also float32 `[B, T, N]`, -inf for such a query. Both have gradients.
 
     Raises:
       ValueError: Operands do not fit together, or the name is unknown.
       NotImplementedError: The named implementation, or every one, cannot serve this call.
     """
     operands = (q_BTNH, k_BSKH, v_BSKH, lo_BT, hi_BT, kv_pos_BS)
-    check_shapes(*operands)
-    if implementation is not None:
+    check_operands(*operands, spec)
+    if implementation not in (None, "auto"):
         if implementation not in IMPLEMENTATIONS:
-            known = ", ".join(IMPLEMENTATIONS)
+            known = ", ".join(["auto", *IMPLEMENTATIONS])
             raise ValueError(f"unknown attention {implementation=}; choose one of: {known}")
-        return IMPLEMENTATIONS[implementation](*operands, spec)
+        return IMPLEMENTATIONS[implementation](*operands, spec, return_lse=return_lse)
     reasons = []
     for name in automatic(q_BTNH.shape[1]):
         try:
-            return IMPLEMENTATIONS[name](*operands, spec)
+            return IMPLEMENTATIONS[name](*operands, spec, return_lse=return_lse)
         except NotImplementedError as reason:
             reasons.append(f"{name}: {reason}")
     raise NotImplementedError("no attention implementation fits: " + "; ".join(reasons))

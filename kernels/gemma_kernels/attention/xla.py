@@ -37,8 +37,15 @@ def attention_xla(
     hi_BT: jax.Array,
     kv_pos_BS: jax.Array,
     spec: AttentionSpec,
-) -> jax.Array:
-    """Same result as `reference.attention_reference`, `[B, T, N, H]` in the queries' dtype."""
+    *,
+    return_lse: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Same results as `reference.attention_reference`."""
+    out_BTNH, lse_BTN = _out_and_lse(q_BTNH, k_BSKH, v_BSKH, lo_BT, hi_BT, kv_pos_BS, spec)
+    return (out_BTNH, lse_BTN) if return_lse else out_BTNH
+
+
+def _out_and_lse(q_BTNH, k_BSKH, v_BSKH, lo_BT, hi_BT, kv_pos_BS, spec):
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     if not spec.masked:
@@ -46,30 +53,36 @@ def attention_xla(
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     keys = (k_BSKH, v_BSKH, kv_pos_BS)
     if T <= BLOCK_Q:
-        return _query_block(q_BTKGH, lo_BT, hi_BT, keys, spec, S - T).reshape(B, T, N, H)
+        out_BTKGH, lse_BTKG = _query_block(q_BTKGH, lo_BT, hi_BT, keys, spec, S - T)
+        return out_BTKGH.reshape(B, T, N, H), lse_BTKG.reshape(B, T, N)
 
     blocks = math.ceil(T / BLOCK_Q)
     # Padding queries have an empty interval [0, 0): they see nothing and are cut off below.
     q_nBtKGH, lo_nBt, hi_nBt = (_split(x, blocks) for x in (q_BTKGH, lo_BT, hi_BT))
     offsets = S - T + BLOCK_Q * jnp.arange(blocks)
     block = jax.checkpoint(lambda q, lo, hi, offset: _query_block(q, lo, hi, keys, spec, offset))
-    _, out_nBtKGH = lax.scan(
+    _, (out_nBtKGH, lse_nBtKG) = lax.scan(
         lambda carry, xs: (carry, block(*xs)), None, (q_nBtKGH, lo_nBt, hi_nBt, offsets)
     )
     out_BTNH = jnp.moveaxis(out_nBtKGH, 0, 1).reshape(B, blocks * BLOCK_Q, N, H)
-    return out_BTNH[:, :T]
+    lse_BTN = jnp.moveaxis(lse_nBtKG, 0, 1).reshape(B, blocks * BLOCK_Q, N)
+    return out_BTNH[:, :T], lse_BTN[:, :T]
 
 
 def _query_block(q_BTKGH, lo_BT, hi_BT, keys, spec, offset):
-    """One block of queries; `offset` is the key row of its first query under `spec.window`."""
+    """One block of queries: out `[B, T, K, G, H]`, lse `[B, T, K, G]`.
+
+    `offset` is the key row of its first query under `spec.window`.
+    """
     T, S = q_BTKGH.shape[1], keys[0].shape[1]
     if spec.window is not None and T + spec.window - 1 < S:
         start = jnp.clip(offset - (spec.window - 1), 0, S - (T + spec.window - 1))
         keys = tuple(lax.dynamic_slice_in_dim(x, start, T + spec.window - 1, 1) for x in keys)
     elif T > 1 and S >= 2 * BLOCK_K:
         return _running_softmax(q_BTKGH, lo_BT, hi_BT, keys, spec)
-    p_BKGTS, _ = _exp_scores(q_BTKGH, keys[0], lo_BT, hi_BT, keys[2], spec)
-    return _normalise(_weigh(p_BKGTS, keys[1]), jnp.sum(p_BKGTS, axis=-1), q_BTKGH.dtype)
+    p_BKGTS, top_BKGT = _exp_scores(q_BTKGH, keys[0], lo_BT, hi_BT, keys[2], spec)
+    total_BKGT = jnp.sum(p_BKGTS, axis=-1)
+    return _normalise(_weigh(p_BKGTS, keys[1]), total_BKGT, top_BKGT, q_BTKGH.dtype)
 
 
 def _running_softmax(q_BTKGH, lo_BT, hi_BT, keys, spec):
@@ -98,8 +111,8 @@ def _running_softmax(q_BTKGH, lo_BT, hi_BT, keys, spec):
         jnp.zeros((B, K, G, T), jnp.float32),
         jnp.zeros((B, T, K, G, H), jnp.float32),
     )
-    (_, total_BKGT, sum_BTKGH), _ = lax.scan(tile, start, (k_nBSKH, v_nBSKH, pos_nBS))
-    return _normalise(sum_BTKGH, total_BKGT, q_BTKGH.dtype)
+    (top_BKGT, total_BKGT, sum_BTKGH), _ = lax.scan(tile, start, (k_nBSKH, v_nBSKH, pos_nBS))
+    return _normalise(sum_BTKGH, total_BKGT, top_BKGT, q_BTKGH.dtype)
 
 
 def _head_by_head(q_BTNH, k_BSKH, v_BSKH, spec):
@@ -119,17 +132,22 @@ def _head_by_head(q_BTNH, k_BSKH, v_BSKH, spec):
         q_nBtH, k_BSH, v_BSH = xs
         return lax.map(lambda q_BtH: block(q_BtH, k_BSH, v_BSH), q_nBtH)
 
-    out_NnBtH = lax.map(head, (q_NnBtH, k_NBSH, v_NBSH))
-    return jnp.transpose(out_NnBtH, (2, 1, 3, 0, 4)).reshape(B, blocks * size, N, H)[:, :T]
+    out_NnBtH, lse_NnBt = lax.map(head, (q_NnBtH, k_NBSH, v_NBSH))
+    out_BTNH = jnp.transpose(out_NnBtH, (2, 1, 3, 0, 4)).reshape(B, blocks * size, N, H)
+    lse_BTN = jnp.transpose(lse_NnBt, (2, 1, 3, 0)).reshape(B, blocks * size, N)
+    return out_BTNH[:, :T], lse_BTN[:, :T]
 
 
 def _unmasked_tile(q_BTH, k_BSH, v_BSH, spec):
     exact = dict(precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
     s_BTS = spec.scale * jnp.einsum("BTH,BSH->BTS", q_BTH, k_BSH, **exact)
     s_BTS = _cap(s_BTS, spec, q_BTH.dtype)
-    p_BTS = jnp.exp(s_BTS - lax.stop_gradient(jnp.max(s_BTS, axis=-1, keepdims=True)))
+    top_BT1 = lax.stop_gradient(jnp.max(s_BTS, axis=-1, keepdims=True))
+    p_BTS = jnp.exp(s_BTS - top_BT1)
     sum_BTH = jnp.einsum("BTS,BSH->BTH", p_BTS.astype(v_BSH.dtype), v_BSH, **exact)
-    return (sum_BTH / jnp.sum(p_BTS, axis=-1, keepdims=True)).astype(q_BTH.dtype)
+    total_BT1 = jnp.sum(p_BTS, axis=-1, keepdims=True)
+    lse_BT = (top_BT1 + jnp.log(total_BT1))[..., 0]
+    return (sum_BTH / total_BT1).astype(q_BTH.dtype), lse_BT
 
 
 def _cap(scores, spec, dtype):
@@ -168,9 +186,13 @@ def _weigh(p_BKGTS, v_BSKH):
     )
 
 
-def _normalise(sum_BTKGH, total_BKGT, dtype):
-    total_BTKG1 = jnp.moveaxis(total_BKGT, 3, 1)[..., None]
-    return (sum_BTKGH / jnp.where(total_BTKG1 == 0, 1.0, total_BTKG1)).astype(dtype)
+def _normalise(sum_BTKGH, total_BKGT, top_BKGT, dtype):
+    """Output, and the logarithm of the softmax's denominator; 0 and -inf where nothing is seen."""
+    total_BTKG, top_BTKG = (jnp.moveaxis(x, 3, 1) for x in (total_BKGT, top_BKGT))
+    none_BTKG = total_BTKG == 0
+    safe_BTKG = jnp.where(none_BTKG, 1.0, total_BTKG)
+    out_BTKGH = (sum_BTKGH / safe_BTKG[..., None]).astype(dtype)
+    return out_BTKGH, jnp.where(none_BTKG, -jnp.inf, top_BTKG + jnp.log(safe_BTKG))
 
 
 def _split(x, blocks: int, size: int = BLOCK_Q, fill: int = 0):
