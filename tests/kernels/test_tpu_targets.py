@@ -1,20 +1,18 @@
 """Kernels compiled for real TPUs, with the compiler that comes with libtpu and no TPU."""
 
-import os
-from functools import cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma_jax import Gemma, Runtime, forward, preset
 from gemma_kernels.attention import AttentionSpec, attention
+from gemma_kernels.targets import CHIPS, lower
 
 pytest.importorskip("libtpu", reason="the compiler comes with the plan extra: gemma-jax[plan]")
 
-TARGETS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 # name -> T, S, N, K, H, window
 SHAPES = {
     "1B, local": (1024, 1024, 4, 1, 256, 512),
@@ -28,31 +26,10 @@ SHAPES = {
 EVERYWHERE = ("4B, local", "4B, global")
 
 
-@cache
-def one_device(target: str) -> NamedSharding:
-    # Without these libtpu looks for a TPU, and a second process waits for the first.
-    os.environ |= {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=target)
-    return NamedSharding(Mesh(topology.devices[:1], ("x",)), PartitionSpec())
-
-
-def lower(function, target: str, *args):
-    sharding = one_device(target)
-    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
-    with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
-        return jax.jit(function, out_shardings=sharding).lower(*args)
-
-
 @pytest.mark.parametrize(
     "target, name",
-    [(target, name) for name in SHAPES for target in TARGETS if name in EVERYWHERE]
-    + [("v5e:2x2", name) for name in SHAPES if name not in EVERYWHERE],
+    [(target, name) for name in SHAPES for target in CHIPS if name in EVERYWHERE]
+    + [("v5e", name) for name in SHAPES if name not in EVERYWHERE],
 )
 def test_compiles(target, name):
     T, S, N, K, H, window = SHAPES[name]
@@ -86,7 +63,7 @@ def test_models_run_on_it():
     def text(T):
         tokens = jax.ShapeDtypeStruct((1, T), jnp.int32)
         run = lambda params, ids: forward(nnx.merge(graph, params), ids, logits="last").logits  # noqa: E731
-        return lower(run, "v5e:2x2", params, tokens).as_text()
+        return lower(run, "v5e", params, tokens).as_text()
 
     prefill = text(1024)
     assert "local_attention" in prefill and "global_attention" in prefill
