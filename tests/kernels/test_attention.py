@@ -268,7 +268,7 @@ def test_unknown_names_and_misfits_are_refused():
 
 
 def test_a_call_nobody_serves_lists_every_reason(monkeypatch):
-    def cannot(*args):
+    def cannot(*args, **options):
         raise NotImplementedError("no such hardware")
 
     monkeypatch.setitem(IMPLEMENTATIONS, "xla", cannot)
