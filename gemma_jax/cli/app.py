@@ -7,6 +7,7 @@ import typer
 
 from gemma_jax.cli import (
     bench,
+    bench_kernels,
     chat,
     convert,
     encode_image,
@@ -29,10 +30,15 @@ app = typer.Typer(
     "folder written by `gemma-jax convert`. --debug, anywhere, shows tracebacks.",
 )
 COMMANDS = (
-    generate, chat, score, shield, forward, tokenize, encode_image, info, convert, slice, bench,
+    generate, chat, score, shield, forward, tokenize, encode_image, info, convert, slice,
 )  # fmt: skip
 for module in COMMANDS:
     app.command(module.__name__.rpartition(".")[2].replace("_", "-"))(module.command)
+
+benches = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
+benches.callback()(bench.command)
+benches.command("kernels")(bench_kernels.command)
+app.add_typer(benches, name="bench")
 
 # Paths that a user got wrong; every other OSError is a failure of the machine.
 WRONG_PATH = (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError)

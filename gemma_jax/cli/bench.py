@@ -8,6 +8,7 @@ from gemma_jax.cli import common
 
 
 def command(
+    ctx: typer.Context,
     model: common.Model = "gemma3-270m",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prefill.")] = 1024,
     new_tokens: Annotated[int, typer.Option(min=1, help="Length of the token loop.")] = 64,
@@ -18,6 +19,8 @@ def command(
     as_json: common.Json = False,
 ) -> None:
     """Measure prefill, decoding, time to first token, peak memory and import time."""
+    if ctx.invoked_subcommand is not None:
+        return
     common.set_up_jax()
     from gemma_jax import benchmark
     from gemma_jax.loading import load_tokenizer

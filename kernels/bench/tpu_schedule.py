@@ -1,48 +1,59 @@
-"""Attention on TPU by its schedule: cycles that the compiler plans, beside those of JAX's splash.
+"""Attention on TPU by its plan: cycles that the compiler schedules, beside splash attention.
 
     pip install -e ".[plan]"
-    python kernels/bench/tpu_schedule.py --output kernels/bench/results/NAME.json
+    python kernels/bench/tpu_schedule.py --tokamax-python PATH \
+        --output kernels/bench/results/tpu-schedule.json
+    python kernels/bench/tpu_schedule.py --check kernels/bench/results/tpu-schedule.json
 
-Needs no TPU, and measures none. A TPU core executes one bundle of instructions per cycle, in an
-order that its compiler fixes and writes down. Each kernel is compiled in a process of its own, and
-its cycles are those of the parts of its body times how often the grid visits them. What counts is
-the ratio of two kernels on one chip: waiting for memory is left out on both sides.
+Needs no TPU, and measures none: see `gemma_kernels.bundles` for what a plan is. What counts is the
+ratio of two kernels on one chip; waiting for memory is left out on both sides, and for ours the
+time of its copies at the chip's bandwidth stands beside its cycles. Rivals are splash attention of
+JAX and, with `--tokamax-python` (an interpreter of an environment that has tokamax and libtpu),
+that of tokamax; of each the best of several tilings counts.
 
-To be on the safe side, everything in our kernel that is not a matrix product is counted for every
-grid step, and in splash not at all; and of splash the best of several tilings counts.
+Cycles of a kernel, ours or theirs: its bodies as often as the grid runs them, what surrounds them
+once per step, starts and ends of sweeps once per sweep.
+
+`--check` compiles our kernels again and fails if one needs 3 % more cycles than stored.
 """
 
 import argparse
 import json
-import os
-import platform
-import re
 import subprocess
 import sys
-import tempfile
-from collections import Counter
-from importlib.metadata import version
-from math import ceil
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
-CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-MACS_PER_CYCLE = {"v5e": 65_536, "v5p": 65_536, "v6e": 262_144, "tpu7x": 262_144}
-LENGTH = 8192
-# name -> query heads, key/value heads, head width, window
-SHAPES = {
-    "4B, 12B local": (8, 4, 256, 1024),
-    "27B local": (32, 16, 128, 1024),
-    "270M, 1B local": (4, 1, 256, 512),
-    "3n local": (8, 2, 256, 512),
-    "4B global": (8, 4, 256, None),
+from gemma_kernels.attention import tuning
+from gemma_kernels.bundles import Job, Schedule, planned
+from gemma_kernels.targets import CHIPS
+
+SPLASH = str(Path(__file__).with_name("workers") / "splash.py")
+SLACK = 1.03  # a schedule that is longer by more fails the check
+
+# Tilings of rivals, by kind and whether there is a window: the best of a wider search, in which
+# another one won on another chip or shape. `inner`: keys at a time within a block.
+JAX, TOKAMAX = ("q", "k"), ("q", "k", "inner", "scheduler")
+TILINGS = {
+    ("jax", "forward", True): (JAX, [(512, 512), (1024, 512)]),
+    ("jax", "forward", False): (JAX, [(1024, 1024)]),
+    ("jax", "backward", True): (JAX, [(512, 512), (1024, 1024)]),
+    ("jax", "backward", False): (JAX, [(1024, 1024)]),
+    ("tokamax", "forward", True): (
+        TOKAMAX,
+        [(512, 512, 512, True), (512, 512, 256, False), (1024, 1024, 256, False)],
+    ),
+    ("tokamax", "forward", False): (
+        TOKAMAX,
+        [(2048, 2048, 512, True), (2048, 2048, 512, False), (2048, 2048, 1024, False)],
+    ),
+    ("tokamax", "backward", True): (
+        TOKAMAX,
+        [(512, 512, 512, False), (256, 256, 256, False), (1024, 1024, 1024, False)],
+    ),
+    ("tokamax", "backward", False): (TOKAMAX, [(1024, 1024, 1024, False)]),
 }
-SPLASH = [  # query block, key block, layout of the keys
-    (q, k, layout)
-    for q, k in ((256, 256), (512, 512), (1024, 512), (512, 1024), (1024, 1024), (2048, 1024))
-    for layout in ("HEAD_DIM_MINOR", "SEQ_MINOR")
-]
-BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z,! ]+)?:")
-MARK = re.compile(r"(Start/End empty|Start|End) region (\d+)")
 
 
 def main() -> None:
@@ -50,187 +61,150 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--chips", default=",".join(CHIPS))
     parser.add_argument("--shapes", help="names, separated by ';'; default: all")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--kinds", default="forward,backward")
+    parser.add_argument("--tokamax-python", help="interpreter with tokamax; default: without it")
+    parser.add_argument("--check", type=Path, metavar="FILE", help="compare with stored results")
     args = parser.parse_args()
-    if args.worker:
-        print(json.dumps(compile_here(**json.loads(args.worker))))
-        return
-    names = args.shapes.split(";") if args.shapes else list(SHAPES)
-    rows = [compare(chip, name) for name in names for chip in args.chips.split(",")]
+    chips = args.chips.split(",")
+    if args.check:
+        sys.exit(check(json.loads(args.check.read_text()), chips, args.kinds.split(",")))
+    names = args.shapes.split(";") if args.shapes else list(tuning.SHAPES)
+    work = [(kind, name) for kind in args.kinds.split(",") for name in names]
+    rows = [row for chip in chips for row in compare(chip, work, args.tokamax_python)]
     result = {
-        "command": "python " + " ".join(sys.argv),
-        "versions": {n: version(n) for n in ("jax", "libtpu")}
-        | {"python": platform.python_version()},
+        "command": "python " + " ".join(sys.argv).replace(str(args.tokamax_python), "PATH"),
+        "versions": versions(sys.executable)
+        | ({"tokamax's environment": versions(args.tokamax_python)} if args.tokamax_python else {}),
         "what": "planned cycles, no TPU; useful: visible keys, share of the matrix unit's peak",
-        "length": LENGTH,
+        "length": tuning.LENGTH,
         "rows": rows,
     }
     if args.output:
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def compare(chip: str, name: str) -> dict:
-    """One line of the table, printed as well."""
-    N, K, H, window = SHAPES[name]
-    seen = sum(min(t + 1, window or LENGTH) for t in range(LENGTH))
-    peak = seen * 2 * H * N / MACS_PER_CYCLE[chip]
-    ours = run(chip, kernel="ours", shape=SHAPES[name])
-    splash = {}
-    for tiling in SPLASH:
-        body = run(chip, kernel="splash", shape=SHAPES[name], tiling=tiling)
-        if body is not None:
-            cycles = body["cycles"][-1] * N * splash_visits(window, *tiling[:2])
-            splash[" ".join(map(str, tiling))] = peak / cycles
-    best = max(splash, key=splash.get)
-    total = our_cycles(ours, N, K, window)
-    row = {
-        "shape": name,
-        "chip": chip,
-        "useful": round(peak / total, 4),
-        "splash_useful": round(splash[best], 4),
-        "ratio": round(peak / total / splash[best], 3),
-        "splash_tiling": best,
-        "tiling": ours["tiling"],
-        "body_cycles": ours["cycles"],
-        "step_cycles": ours["other"],
-        "cycles": total,
-    }
-    print(
-        f"{name:16} {chip:6} {row['useful']:6.1%} {row['splash_useful']:6.1%} {row['ratio']:5.2f}x"
-    )
-    sys.stdout.flush()
-    return row
-
-
-def our_cycles(body: dict, N: int, K: int, window: int | None) -> int:
-    """Cycles of the whole grid, by how often each of its bodies runs."""
-    q, k, heads = body["tiling"]
-    tiles, passes = ceil(LENGTH / q), K // heads
-    if window is not None:
-        plain, by_position = body["cycles"]
-        first = ceil((window - 1) / q)  # tiles whose window would begin before the text
-        cycles = first * by_position + (tiles - first) * plain + tiles * body["other"]
-    else:
-        plain, by_position = body["cycles"]
-        edges = sum(ceil((i + 1) * q / k) - i * q // k for i in range(tiles))
-        inner = sum(i * q // k for i in range(tiles))
-        steps = tiles * ceil(LENGTH / k)
-        cycles = edges * by_position + inner * plain + (edges + inner) * body["other"]
-        cycles += (steps - edges - inner) * SKIPPED
-    return passes * cycles
-
-
-SKIPPED = 250  # cycles of a grid step that does nothing
-
-
-def splash_visits(window: int | None, q: int, k: int) -> int:
-    """Blocks with something to see in them."""
-    visits = 0
-    for i in range(LENGTH // q):
-        oldest = max(0, i * q - window + 1) if window else 0
-        visits += ((i + 1) * q - 1) // k - oldest // k + 1
-    return visits
-
-
-def run(chip: str, **what) -> dict | None:
-    """Compiles in a process of its own, whose compiler writes down its schedule."""
-    with tempfile.TemporaryDirectory() as folder:
-        env = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "TPU_SKIP_MDS_QUERY": "1",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
-            "--xla_jf_dump_llo_pass_label_regex=.*(packed-bundles-post-ra|pre-delay).*",
+def compare(chip: str, work: list[tuple[str, str]], tokamax_python: str | None) -> list[dict]:
+    """Rows of the table, printed as well."""
+    blocks = [tuning.table_blocks(kind, name, chip) for kind, name in work]
+    jobs = [tuning.job(kind, name, sizes) for (kind, name), sizes in zip(work, blocks)]
+    ours = planned(chip, jobs)
+    rivals = {"jax": rival_jobs(work, "jax")}
+    if tokamax_python:
+        rivals["tokamax"] = rival_jobs(work, "tokamax")
+    found: dict[tuple[str, str], list] = {item: [] for item in work}
+    for who, jobs in rivals.items():
+        python = sys.executable if who == "jax" else tokamax_python
+        for (item, job), schedules in zip(jobs, planned(chip, [job for _, job in jobs], python)):
+            if not isinstance(schedules, str):  # a tiling that does not fit this chip
+                cycles = rival_cycles(item, job.args, schedules)
+                found[item].append((cycles, who, job.args))
+    rows = []
+    for (kind, name), sizes, schedules in zip(work, blocks, ours):
+        if isinstance(schedules, str):
+            sys.exit(f"{kind}, {name}, {chip}: {schedules}")
+        plan = tuning.cost(kind, name, chip, sizes, schedules[0])
+        peak = tuning.useful_macs(kind, name) / CHIPS[chip].macs
+        N = tuning.SHAPES[name].N
+        row = {
+            "kind": kind,
+            "shape": name,
+            "chip": chip,
+            "useful": round(peak / plan.cycles, 4),
+            "cycles": plan.cycles,
+            "copy_cycles": plan.copy_cycles,
+            "blocks": sizes,
+            "schedule": asdict(schedules[0]),
         }
-        job = json.dumps({"chip": chip, **what})
-        command = [sys.executable, __file__, "--worker", job]
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
-        if done.returncode:
-            if what["kernel"] == "splash":  # a tiling that does not fit this chip
-                return None
-            sys.exit(done.stderr[-3000:])
-        facts = json.loads(done.stdout.splitlines()[-1])
-        return facts | schedule(Path(folder), facts["name"])
+        if found[kind, name]:
+            cycles, who, tiling = min(found[kind, name], key=lambda item: item[0])
+            row |= {
+                "rival_useful": round(peak / (N * cycles), 4),
+                "ratio": round(N * cycles / plan.cycles, 3),
+                "rival": who,
+                "rival_tiling": {k: v for k, v in tiling.items() if k not in ("length", "H")},
+            }
+        rows.append(row)
+        print(
+            f"{kind:9}{name:16}{chip:7}{row['useful']:6.1%}{row.get('rival_useful', 0):7.1%}"
+            f"{row.get('ratio', 0):6.2f}x  {row.get('rival', '')}",
+            flush=True,
+        )
+    return rows
 
 
-def compile_here(chip: str, kernel: str, shape: list, tiling: list | None = None) -> dict:
-    """Compiles one kernel for one chip; the name that its schedule goes by."""
-    import jax
-    import jax.numpy as jnp
-    from jax.experimental import topologies
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-    N, K, H, window = shape
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices
-    sharding = NamedSharding(Mesh(devices[:1], ("x",)), PartitionSpec())
-
-    def array(*shape, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    if kernel == "ours":
-        from gemma_kernels.attention import AttentionSpec
-        from gemma_kernels.attention.tpu import attention_tpu, default_blocks
-
-        spec = AttentionSpec(scale=H**-0.5, window=window)
-        q, k = array(1, LENGTH, N, H), array(1, LENGTH, K, H)
-        blocks = default_blocks(q.shape, k.shape, spec)
-        ints = array(1, LENGTH, dtype=jnp.int32)
-        args = (q, k, k, ints, ints, ints)
-        facts = {"name": "attention", "tiling": [blocks.q, blocks.k, blocks.heads]}
-        function = lambda *args: attention_tpu(*args, spec)  # noqa: E731
-    else:
-        # Heads of splash are grid steps all alike: one is enough.
-        args = (array(1, LENGTH, H), array(1, LENGTH, H), array(1, LENGTH, H))
-        function, facts = splash(window, *tiling), {"name": "splash"}
-    with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
-        jax.jit(function, out_shardings=sharding).lower(*args).compile()
-    return facts
+def rival_jobs(work: Iterable[tuple[str, str]], who: str) -> list[tuple[tuple[str, str], Job]]:
+    jobs = []
+    for kind, name in work:
+        shape = tuning.SHAPES[name]
+        facts = dict(length=tuning.LENGTH, H=shape.H, window=shape.window)
+        facts |= dict(backward=True) if kind == "backward" else {}
+        fields, tilings = TILINGS[who, kind, shape.window is not None]
+        for tiling in tilings:
+            job = Job(f"{SPLASH}:{who}_splash", facts | dict(zip(fields, tiling)), "splash")
+            jobs.append(((kind, name), job))
+    return jobs
 
 
-def splash(window: int | None, q: int, k: int, layout: str):
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+def rival_cycles(item: tuple[str, str], facts: dict, schedules: list[Schedule]) -> int:
+    """Of one head. The forward kernel, which a gradient brings along, does not count for it."""
+    kind, name = item
+    length, q, k = facts["length"], facts["q"], facts["k"]
+    whole, edge = visits(tuning.SHAPES[name].window, length, q, k)
+    cycles = 0
+    for schedule in schedules:
+        if ("fwd" in schedule.kernel) != (kind == "forward"):
+            continue
+        sweeps = length // (k if "dkv" in schedule.kernel else q)
+        cycles += schedule.outside + (whole + edge) * (schedule.step + schedule.live)
+        cycles += whole * schedule.bodies[0] + edge * schedule.bodies[-1] + sweeps * schedule.edges
+    return cycles
 
-    shape = (LENGTH, LENGTH)
-    mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
-    sizes = kernels.BlockSizes(
-        block_q=q, block_kv=k, block_kv_compute=k, k_layout=kernels.QKVLayout[layout]
+
+def visits(window: int | None, length: int, q: int, k: int) -> tuple[int, int]:
+    """Pairs of blocks that see each other wholly, and in part."""
+    whole = edge = 0
+    for i in range(0, length, q):
+        for j in range(0, i + q, k):
+            if window and j + k - 1 < i - window + 1:
+                continue
+            inside = j + k - 1 <= i and (not window or j >= i + q - window)
+            whole, edge = whole + inside, edge + (not inside)
+    return whole, edge
+
+
+def check(stored: dict, chips: list[str], kinds: list[str]) -> int:
+    """Prints a line for each kernel of ours; 1 if one is planned to be slower than stored, or 0."""
+    if versions(sys.executable)["libtpu"] != stored["versions"]["libtpu"]:
+        print(f"stored with libtpu {stored['versions']['libtpu']}: another compiler, not compared")
+        return 0
+    slower = 0
+    for chip in chips:
+        rows = [r for r in stored["rows"] if r["chip"] == chip and r["kind"] in kinds]
+        jobs = [tuning.job(row["kind"], row["shape"], row["blocks"]) for row in rows]
+        for row, schedules in zip(rows, planned(chip, jobs)):
+            if isinstance(schedules, str):
+                sys.exit(f"{row['kind']}, {row['shape']}, {chip}: {schedules}")
+            cycles = tuning.cost(
+                row["kind"], row["shape"], chip, row["blocks"], schedules[0]
+            ).cycles
+            bad = cycles > SLACK * row["cycles"]
+            slower += bad
+            print(
+                f"{row['kind']:9}{row['shape']:16}{chip:7}{cycles:>11,} stored {row['cycles']:>11,}"
+                + bad * "  SLOWER",
+                flush=True,
+            )
+    return int(slower > 0)
+
+
+def versions(python: str) -> dict[str, str]:
+    names = ("jax", "libtpu", "tokamax")
+    code = (
+        "import json, platform; from importlib.metadata import distributions; "
+        f"found = {{d.name: d.version for d in distributions() if d.name in {names}}}; "
+        "print(json.dumps(found | {'python': platform.python_version()}))"
     )
-    return kernels.make_splash_mha(
-        masks.MultiHeadMask([mask]), block_sizes=sizes, head_shards=1, q_seq_shards=1
-    )
-
-
-def schedule(folder: Path, name: str) -> dict:
-    """Cycles of the regions that use the matrix unit, in the order of the code, and of the rest."""
-    dumps = {
-        kind: next(path for path in folder.glob(f"*{kind}.txt") if name in path.name)
-        for kind in ("[0-9]-packed-bundles-post-ra", "hlo-static-per-bundle-utilization")
-    }
-    bundles, usage = dumps.values()
-    used = [
-        int(line.split()[0])
-        for line in usage.read_text().split("== UTILIZATION:")[1].splitlines()
-        if line.strip()
-    ]
-    cycles, products, open_regions, bundle = Counter(), Counter(), ["-"], 0
-    for line in bundles.read_text(errors="replace").splitlines():
-        marks = MARK.findall(line)
-        open_regions += [region for kind, region in marks if kind == "Start"]
-        if BUNDLE.match(line):
-            cycles[open_regions[-1]] += 1
-            products[open_regions[-1]] += used[bundle] if bundle < len(used) else 0
-            bundle += 1
-        for kind, region in marks:
-            if kind == "End" and region in open_regions:
-                open_regions.remove(region)
-    bodies = sorted((r for r in products if products[r]), key=int)
-    bodies = sorted(sorted(bodies, key=lambda r: cycles[r])[-2:], key=int)
-    return {
-        "cycles": [cycles[region] for region in bodies],
-        "other": sum(cycles.values()) - sum(cycles[region] for region in bodies),
-    }
+    return json.loads(subprocess.run([python, "-c", code], capture_output=True, check=True).stdout)
 
 
 if __name__ == "__main__":

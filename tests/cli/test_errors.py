@@ -162,7 +162,7 @@ def test_help_goes_to_stdout(cli, help_):
 
 
 def test_every_command_is_there(cli):
-    names = {info.name for info in app.registered_commands}
+    names = {info.name for info in (*app.registered_commands, *app.registered_groups)}
     assert names >= {"generate", "chat", "score", "forward", "tokenize", "info", "convert", "bench"}
     assert all(f"  {name} " in cli("--help").out for name in names)
     assert json.dumps(generate.command.__doc__)  # the text of its help

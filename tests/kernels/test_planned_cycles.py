@@ -1,0 +1,115 @@
+"""Plans of the TPU's compiler: how they are read, the table of tiles, and that none gets longer."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gemma_kernels.attention import tpu_blocks, tuning
+from gemma_kernels.bundles import Schedule, read_schedules
+from gemma_kernels.targets import CHIPS
+
+ROOT = Path(__file__).parents[2]
+STORED = ROOT / "kernels" / "bench" / "results" / "tpu-schedule.json"
+
+BUNDLES = """\
+= control target key start
+LB: loop body
+     0   :  { outside }
+   0x1 LB: > { every step }
+   0x2   : > { %1 = sbr.rel (%p1) target bundleno = 9 (0x9), region = 5  ;;  every step }
+   0x3   : > { around the body }
+   0x4   : > { %2 = sbr.rel (%p2) target bundleno = 7 (0x7), region = 6 }
+   0x5   : > { body }
+   0x6   :  {}
+   0x7 LB: > > { a loop inside }
+   0x8   : > > { %3 = sbr.rel (!%p3) target bundleno = 7 (0x7), region = 7 }
+   0x9   : > { %4 = sbr.rel (%p4) target bundleno = 11 (0xb), region = 8 }
+   0xa   : > { an edge }
+   0xb   : > { %5 = sbr.rel (!%p5) target bundleno = 1 (0x1), region = 9 }
+   0xc   :  { outside }
+"""
+USE = """\
+== CAPACTIY:
+MATMUL, VSTORE:SPILL
+    4     1
+== UTILIZATION:
+""" + "\n".join(
+    f"{int(bundle in (5, 7))} {int(bundle == 6)}" for bundle in range(13)
+)  # fmt: skip
+
+
+def test_a_plan_by_hand(tmp_path):
+    (tmp_path / "17-my_kernel.1-01-packed-bundles-post-ra.txt").write_text(BUNDLES)
+    (tmp_path / "17-my_kernel.1-00-schedule-analysis_packed-bundles-post-ra.txt").write_text("")
+    use = tmp_path / "17-my_kernel.1-02-pre-delay_hlo-static-per-bundle-utilization.txt"
+    use.write_text(USE)
+    assert read_schedules(tmp_path, "kernel") == [
+        Schedule(
+            kernel="my_kernel", outside=2, step=4, live=2, bodies=[2, 2], edges=1, spills=1
+        )
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="no schedule of a kernel called 'other'"):
+        read_schedules(tmp_path, "other")
+
+
+def test_the_table_has_tiles_for_every_chip_and_kind():
+    for chip in CHIPS:
+        for kind in tuning.KINDS:
+            for name, shape in tuning.SHAPES.items():
+                row = tpu_blocks.nearest(kind, chip, shape.N // shape.K, shape.H, shape.window)
+                found = row["groups"], row["width"], row["window"]
+                assert found == (shape.N // shape.K, shape.H, shape.window), name
+
+
+def test_other_shapes_take_the_nearest_row():
+    row = tpu_blocks.nearest("forward", "v5e", groups=3, width=240, window=700)
+    assert (row["groups"], row["width"], row["window"]) == (4, 256, 512)
+    row = tpu_blocks.nearest("backward", "v6e", groups=1, width=72, window=None)
+    assert (row["groups"], row["width"], row["window"]) == (2, 128, None)
+
+
+def test_a_stored_row_is_replaced_and_others_stay(tmp_path):
+    table = tmp_path / "table.json"
+    row = dict(chip="v5e", kind="forward", groups=2, width=128, window=None)
+    other = row | dict(chip="v6e", blocks={"q": 128})
+    pytest.importorskip("libtpu", reason="its version is written down: gemma-jax[plan]")
+    tuning.write_table([row | dict(blocks={"q": 256}), other], table)
+    tuning.write_table([row | dict(blocks={"q": 512}, cycles=1)], table)
+    assert json.loads(table.read_text())["rows"] == [row | dict(blocks={"q": 512}), other]
+
+
+@pytest.mark.parametrize("chip, kinds", [("v5e", "forward,backward"), ("v6e", "forward")])
+def test_no_kernel_of_ours_is_planned_to_be_slower_than_stored(chip, kinds):
+    """Two chips of different matrix units: the rest is compared by hand, with the bench."""
+    pytest.importorskip("libtpu", reason="the compiler comes with the plan extra: gemma-jax[plan]")
+    bench = ROOT / "kernels" / "bench" / "tpu_schedule.py"
+    command = [
+        sys.executable,
+        str(bench),
+        "--check",
+        str(STORED),
+        "--chips",
+        chip,
+        "--kinds",
+        kinds,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if "not compared" in done.stdout:
+        pytest.skip(done.stdout.strip())
+
+
+def test_the_stored_table_meets_what_is_promised():
+    """Ratios to the best splash attention, as `kernels/README.md` says them."""
+    rows = json.loads(STORED.read_text())["rows"]
+    assert {(row["chip"], row["kind"], row["shape"]) for row in rows} == {
+        (chip, kind, name) for chip in CHIPS for kind in tuning.KINDS for name in tuning.SHAPES
+    }
+    for row in rows:
+        local = tuning.SHAPES[row["shape"]].window is not None
+        assert row["copy_cycles"] < row["cycles"]
+        if row["kind"] == "forward" and local:
+            assert row["ratio"] >= 1.25
