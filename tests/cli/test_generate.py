@@ -117,7 +117,7 @@ def test_prompt_beyond_the_context(refused, mute, stored):
         (["--stop", ""], "--stop"),
         (["--stop", "a"], "tokenizer"),
         (["--seed", "x"], "--seed"),
-        (["--attention-impl", "magic"], "choose one of: auto, tpu, cudnn, xla, reference"),
+        (["--attention-impl", "magic"], "choose one of: auto, tpu, hopper, cudnn, xla, reference"),
     ],
 )
 def test_impossible_values(refused, mute, stored, words, message):

@@ -21,9 +21,11 @@ from gemma_kernels.attention import (
 from gemma_kernels.attention.cases import CASES, Case
 from gemma_kernels.attention.tpu import Blocks, attention_tpu, default_blocks
 
-HERE = [name for name in IMPLEMENTATIONS if name != "cudnn"]  # a library of another machine
+# Not a library of another machine; and Mosaic GPU's interpreter is too slow for all cases, so the
+# kernels for Hopper have files of their own.
+HERE = [name for name in IMPLEMENTATIONS if name not in ("cudnn", "hopper")]
 FAST = [name for name in HERE if name != "reference"]
-SMALL = Blocks(q=128, k=128)  # many tiles in short sequences
+SMALL = Blocks(q=256, k=128, piece=128, fetch=2)  # many tiles in short sequences
 
 
 def operands(case: Case, dtype=jnp.float32):
@@ -177,7 +179,7 @@ def test_tpu_kernel_has_no_races(case):
     np.testing.assert_allclose(out, run("reference", case, arrays, mask), atol=2e-6)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_tpu_kernel_on_drawn_calls(data):
     """Shapes, windows, images and positions that nobody thought of."""
@@ -211,8 +213,9 @@ def test_tiles_of_the_tpu_kernel_are_checked():
     spec = CASES[1].spec
     for blocks, message in (
         (Blocks(q=100, k=128), "multiples of 128, got q=100"),
-        (Blocks(q=128, k=256), "q=128 must be a multiple of k=256"),
-        (Blocks(q=128, k=128, heads=3), "heads=3 must divide the 2"),
+        (Blocks(q=256, piece=384), "piece=384 must divide q=256"),
+        (Blocks(fetch=0), "fetch=0 must be at least 1"),
+        (Blocks(q=2**17), r"heads of 16 needs \d+ MiB of VMEM; there are 48"),
     ):
         with pytest.raises(ValueError, match=message):
             attention_tpu(*arrays, **mask, spec=spec, blocks=blocks, interpret=True)

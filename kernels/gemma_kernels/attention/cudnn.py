@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_kernels.attention.spec import AttentionSpec
-from gemma_kernels.platform import target_platform
+from gemma_kernels.platform import require
 
 
 def attention_cudnn(
@@ -24,8 +24,7 @@ def attention_cudnn(
       NotImplementedError: A call that cuDNN does not serve; says why.
     """
     T, S, H = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[3]
-    if (platform := target_platform()) != "gpu":
-        raise NotImplementedError(f"needs a GPU; this program is for {platform}")
+    require("gpu")
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"queries are {q_BTNH.dtype}; it takes bfloat16 and float16")
     if not (spec.causal or not spec.masked):

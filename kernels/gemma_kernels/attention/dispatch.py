@@ -9,17 +9,21 @@ from gemma_kernels.attention.mask import causal_rows, everything
 from gemma_kernels.attention.reference import attention_reference
 from gemma_kernels.attention.spec import AttentionSpec, check_operands
 from gemma_kernels.attention.xla import attention_xla
-from gemma_kernels.platform import target_platform
+from gemma_kernels.platform import require, require_hopper
 
 
-def _tpu(*operands, return_lse: bool = False) -> jax.Array:
-    if (platform := target_platform()) != "tpu":
-        raise NotImplementedError(f"needs a TPU; this program is for {platform}")
+def _tpu(*operands, **options) -> jax.Array | tuple[jax.Array, jax.Array]:
+    require("tpu")
     from gemma_kernels.attention.tpu import attention_tpu  # Pallas takes a while to import
 
-    if return_lse:
-        raise NotImplementedError("it does not return the log-sum-exp")
-    return attention_tpu(*operands)
+    return attention_tpu(*operands, **options)
+
+
+def _hopper(*operands, **options) -> jax.Array | tuple[jax.Array, jax.Array]:
+    require_hopper()
+    from gemma_kernels.attention.hopper import attention_hopper  # as above
+
+    return attention_hopper(*operands, **options)
 
 
 def _with_mask(implementation: Callable) -> Callable:
@@ -37,17 +41,14 @@ def _with_mask(implementation: Callable) -> Callable:
 
 
 IMPLEMENTATIONS: dict[str, Callable] = {
-    "tpu": _with_mask(_tpu),
+    "tpu": _tpu,
+    "hopper": _hopper,
     "cudnn": attention_cudnn,
     "xla": _with_mask(attention_xla),
     "reference": _with_mask(attention_reference),
 }
-FEW = 16  # new tokens of a decoding step, at most
-
-
-def automatic(T: int) -> tuple[str, ...]:
-    """Names to be tried for `T` new tokens, in this order."""
-    return ("cudnn", "xla") if T <= FEW else ("tpu", "cudnn", "xla")
+# Tried in this order. "hopper" is not among them as long as it has not run on a Hopper GPU.
+AUTOMATIC = ("tpu", "cudnn", "xla")
 
 
 def attention(
@@ -91,7 +92,7 @@ def attention(
             raise ValueError(f"unknown attention {implementation=}; choose one of: {known}")
         return IMPLEMENTATIONS[implementation](*operands, spec, return_lse=return_lse)
     reasons = []
-    for name in automatic(q_BTNH.shape[1]):
+    for name in AUTOMATIC:
         try:
             return IMPLEMENTATIONS[name](*operands, spec, return_lse=return_lse)
         except NotImplementedError as reason:
