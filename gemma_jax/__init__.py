@@ -16,6 +16,7 @@ _HOMES = {
     "gemma_jax.context": ("Runtime",),
     "gemma_jax.generation": ("Completion", "Conversation", "generate"),
     "gemma_jax.loading": ("load", "load_model", "load_tokenizer"),
+    "gemma_jax.losses": ("loss", "token_losses"),
     "gemma_jax.model": ("Gemma", "Output", "forward"),
     "gemma_jax.numerics": ("Numerics",),
     "gemma_jax.presets": ("PRESETS", "preset"),

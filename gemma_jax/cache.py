@@ -4,6 +4,9 @@ for layers that share those of another.
 A token at position `p` lives in slot `p % capacity`, so a full cache is a ring that never wraps.
 Positions are stored once per capacity, not once per layer, and masks are made from them alone:
 an empty slot holds -1. Rows of a batch may have different lengths.
+
+Key/value heads come before slots: so a kernel's copy of some slots is whole tiles of a TPU's
+memory, however few heads there are.
 """
 
 from dataclasses import dataclass, field, replace
@@ -15,14 +18,20 @@ import jax.numpy as jnp
 from gemma_jax.config import GemmaConfig, LayerSpec
 from gemma_jax.segments import Segment
 
+BLOCK = 128  # slots: kernels read whole ones
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerCache:
-    """Rotated keys and values of one layer, `[B, S, K, H]` (in a `Cache`: `[repeats, B, ...]`)."""
+    """Rotated keys and values of one layer, `[B, K, S, H]` (in a `Cache`: `[repeats, B, ...]`)."""
 
-    k_BSKH: jax.Array
-    v_BSKH: jax.Array
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
+
+    @property
+    def capacity(self) -> int:
+        return self.k_BKSH.shape[-2]
 
 
 @jax.tree_util.register_dataclass
@@ -31,13 +40,13 @@ class KeysValues:
     """What the queries of one pass attend to.
 
     Attributes:
-      k_BSKH, v_BSKH: Rotated keys, and values.
+      k_BKSH, v_BKSH: Rotated keys, and values.
       kv_pos_BS: Their positions, -1 for slots to be ignored.
       in_order: Whether they come in the order of the queries (see `AttentionSpec.window`).
     """
 
-    k_BSKH: jax.Array
-    v_BSKH: jax.Array
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
     kv_pos_BS: jax.Array
     in_order: bool = field(metadata={"static": True})
 
@@ -102,7 +111,12 @@ class Slots:
 
 def layer_capacity(spec: LayerSpec, max_len: int, slack: int = 0) -> int:
     """Slots a layer needs for sequences of up to `max_len` tokens."""
-    return max_len if spec.window is None else min(spec.window + slack, max_len)
+    if spec.window is None:
+        return max_len
+    ring = spec.window + slack
+    if ring > BLOCK:
+        ring = -(-ring // BLOCK) * BLOCK
+    return min(ring, max_len)
 
 
 def init_cache(
@@ -119,7 +133,7 @@ def init_cache(
         if spec.kv == "shared":
             return None
         capacity = layer_capacity(spec, max_len, slack)
-        shape = (repeats, batch, capacity, cfg.num_kv_heads, cfg.head_dim)
+        shape = (repeats, batch, cfg.num_kv_heads, capacity, cfg.head_dim)
         return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     capacities = {max_len} | {layer_capacity(spec, max_len, slack) for spec in cfg.layers}
@@ -166,22 +180,31 @@ def plan_slots(cache: Cache, pos_BT: jax.Array) -> tuple[dict[int, Slots], dict[
 
 
 def extend(
-    layer: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slots: Slots
+    layer: LayerCache, k_BKTH: jax.Array, v_BKTH: jax.Array, slots: Slots
 ) -> tuple[jax.Array, jax.Array, LayerCache]:
     """Keys and values for attention (at `slots.kv_pos_BS`), and the cache after the write."""
-    old = (layer.k_BSKH, layer.v_BSKH)
-    new = (k_BTKH, v_BTKH)
-    written = tuple(_write(o, n, slots.write_BT) for o, n in zip(old, new))
+    old = (layer.k_BKSH, layer.v_BKSH)
+    new = (k_BKTH, v_BKTH)
+    written = tuple(_write_heads(o, n, slots.write_BT) for o, n in zip(old, new))
     if slots.order_BS is None:
         return *written, LayerCache(*written)
-    order_BS11 = slots.order_BS[:, :, None, None]
+    order_B1S1 = slots.order_BS[:, None, :, None]
     joined = (
-        jnp.take_along_axis(jnp.concatenate(pair, axis=1), order_BS11, axis=1)
+        jnp.take_along_axis(jnp.concatenate(pair, axis=2), order_B1S1, axis=2)
         for pair in zip(old, new)
     )
     return *joined, LayerCache(*written)
 
 
+def _write_heads(old_BKSH: jax.Array, new_BKTH: jax.Array, slot_BT: jax.Array) -> jax.Array:
+    # With an index for each row and head: of anything shorter, XLA for TPUs makes a scatter that
+    # wants the cache in another layout, and copies all of it.
+    B, K = old_BKSH.shape[:2]
+    row_B11, head_1K1 = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
+    at = old_BKSH.at[row_B11, head_1K1, slot_BT[:, None]]
+    return at.set(new_BKTH.astype(old_BKSH.dtype), mode="drop")
+
+
 @partial(jax.vmap, in_axes=(0, 0, 0))
 def _write(old_S, new_T, slot_T):
-    return old_S.at[slot_T].set(new_T.astype(old_S.dtype), mode="drop")
+    return old_S.at[slot_T].set(new_T, mode="drop")

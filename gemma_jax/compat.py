@@ -5,6 +5,8 @@ from collections.abc import Callable
 import jax
 from jax.experimental import compute_on
 
+from gemma_kernels.platform import target_platform
+
 
 def on_host(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """`function`, run by the host in the middle of a program: arrays and result in its memory.
@@ -23,4 +25,4 @@ def fuses_matrix_vector() -> bool:
     converted matrix and beats its own matrix product by half. The emitter of jax 0.12 sums such a
     loop serially. Other backends have no need of it.
     """
-    return jax.__version_info__ < (0, 12) and jax.default_backend() == "cpu"
+    return jax.__version_info__ < (0, 12) and target_platform() == "cpu"

@@ -43,6 +43,8 @@ class Context:
       tables: `(theta, scale)` -> rope table.
       slots: cache capacity -> where new tokens go; empty without a cache.
       causal: Whether no query sees a key after its own; images within the new tokens do.
+      whole: Whether rows are whole texts without padding or images, so that masks are known at
+        compile time.
       capture: Names of intermediate results to return.
       lent: kind of layer -> keys and values that later layers of the kind read.
     """
@@ -53,6 +55,7 @@ class Context:
     tables: dict[tuple[float, float], RopeTable]
     slots: dict[int, Slots]
     causal: bool = field(metadata={"static": True})
+    whole: bool = field(metadata={"static": True})
     capture: frozenset[str] = field(metadata={"static": True})
     lent: dict[str, KeysValues] = field(default_factory=dict)
 
@@ -72,6 +75,7 @@ def make_context(
     pos_BT: jax.Array,
     rope_pos_BT: jax.Array,
     block_BT: jax.Array | None,
+    whole: bool,
     slots: dict[int, Slots],
     capture: frozenset[str],
 ) -> Context:
@@ -86,5 +90,6 @@ def make_context(
         tables={r: rope_table(rope_pos_BT, cfg.head_dim, *r, runtime.numerics) for r in ropes},
         slots=slots,
         causal=block_BT is None,
+        whole=whole,
         capture=capture,
     )

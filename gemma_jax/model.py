@@ -162,6 +162,13 @@ class Gemma(nnx.Module):
         self.final_norm = RMSNorm("D", cfg.d_model, cfg.norm_eps, plus_one=cfg.scale_plus_one)
         self.vision = VisionEncoder(cfg, rngs=rngs, layout=layout) if cfg.vision else None
 
+    @property
+    def soft_cap(self) -> float | None:
+        """Cap on the logits, under the numerics in use."""
+        if self.cfg.altup is not None and not self.runtime.numerics.cap_gemma3n:
+            return None
+        return self.cfg.final_soft_cap
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -214,6 +221,7 @@ def forward(
     """
     if unknown := set(capture) - set(CAPTURES):
         raise ValueError(f"cannot capture {sorted(unknown)}; choose from {', '.join(CAPTURES)}")
+    whole = positions_BT is None and cache is None and soft is None
     if positions_BT is None:
         start_B = jnp.zeros(len(tokens_BT), jnp.int32) if cache is None else cache.length_B
         positions_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
@@ -226,6 +234,7 @@ def forward(
         positions_BT,
         rope_positions_BT,
         None if soft is None else soft.block_BT,
+        whole,
         slots,
         frozenset(capture),
     )
@@ -264,10 +273,8 @@ def _head(model: Gemma, x_BTD: jax.Array, pos_BT: jax.Array, which: str) -> jax.
         x_BTD = jnp.take_along_axis(x_BTD, last_B1[:, :, None], axis=1)
     elif which != "all":
         raise ValueError(f"logits={which!r} must be 'all', 'last' or 'none'")
-    logits_BTV = model.embed.decode(x_BTD).astype(jnp.float32)
-    cap = model.cfg.final_soft_cap
-    if model.cfg.altup is not None and not model.runtime.numerics.cap_gemma3n:
-        cap = None
-    if cap is not None:
-        logits_BTV = cap * jnp.tanh(logits_BTV / cap)
+    with jax.named_scope("head"):
+        logits_BTV = model.embed.decode(x_BTD).astype(jnp.float32)
+        if (cap := model.soft_cap) is not None:
+            logits_BTV = cap * jnp.tanh(logits_BTV / cap)
     return logits_BTV

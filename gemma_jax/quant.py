@@ -21,6 +21,7 @@ from flax import nnx
 from gemma_jax.compat import fuses_matrix_vector
 from gemma_jax.model import Gemma
 from gemma_jax.nn.einsum import matrix_vector
+from gemma_kernels.platform import target_platform
 
 Storage = Literal["float32", "bfloat16", "int8"]
 VECTOR_ROWS = 4  # up to here, one matrix-vector product per row of x
@@ -50,18 +51,32 @@ class StoredWeight:
         scale = self.scale[index]
         return rows * scale.reshape(scale.shape + (1,) * (rows.ndim - scale.ndim))
 
+    def narrow(self) -> tuple[jax.Array, jax.Array | None]:
+        """The weight as an array of bfloat16, or as one of int8 and its scales."""
+        return self._narrow(self.values), self.scale
+
+    def _narrow(self, values: jax.Array) -> jax.Array:
+        if self.scale is None:
+            return jax.lax.bitcast_convert_type(values, jnp.bfloat16)
+        return values
+
     def contract(self, equation: str, x: jax.Array) -> jax.Array:
-        """`einsum(equation, x, self)` in float32, returned in the dtype of `x`."""
+        """`einsum(equation, x, self)`, summed in float32, returned in the dtype of `x`."""
         letters_x, dims, result = equation.replace("->", ",").split(",")
         inputs = [letter for letter in dims if letter not in result]
         free = len(letters_x) - len(inputs)
         outputs = len(dims) - len(inputs)
-        rows_RI = x.reshape(math.prod(x.shape[:free]), -1).astype(jnp.float32)
+        rows_RI = x.reshape(math.prod(x.shape[:free]), -1)
         w_OI = self.values.reshape(math.prod(self.values.shape[:outputs]), -1)
         # Ties the weights to this step's activations: XLA would otherwise widen them once, outside
         # the token loop, and keep the float32 copy.
         w_OI, rows_RI = jax.lax.optimization_barrier((w_OI, rows_RI))
-        y_RO = _matmul(rows_RI, w_OI)
+        if target_platform() == "cpu":
+            y_RO = _matmul(rows_RI.astype(jnp.float32), w_OI)
+        else:  # accelerators widen while they multiply
+            w_OI = self._narrow(w_OI).astype(x.dtype)
+            exact = "highest" if x.dtype == jnp.float32 else "default"
+            y_RO = jnp.dot(rows_RI, w_OI.T, precision=exact, preferred_element_type=jnp.float32)
         if self.scale is not None:
             y_RO = y_RO * self.scale.reshape(-1)
         shape = x.shape[:free] + self.values.shape[:outputs]

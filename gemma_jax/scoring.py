@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax.cache import Cache, init_cache
+from gemma_jax.losses import token_losses
 from gemma_jax.model import Gemma, forward
 from gemma_jax.passes import bucket
 
-CHUNK = 128  # tokens whose logits exist at one time: 128 x 262,144 float32 are 134 MB
+CHUNK = 1024  # tokens of one pass
 
 
 def score(
@@ -22,7 +23,8 @@ def score(
 ) -> np.ndarray:
     """Natural-log probability of every token but the first, given those before it.
 
-    Runs in chunks over a cache, so the logits of a long text never exist at once.
+    Runs in chunks over a cache, so neither the logits nor the activations of a long text ever exist
+    at once.
 
     Args:
       token_ids: One text, beginning with BOS if the model should see one.
@@ -54,7 +56,7 @@ def score(
             cache,
             jnp.asarray(np.pad(inputs, padding)[None], jnp.int32),
             jnp.asarray(positions[None], jnp.int32),
-            jnp.asarray(np.pad(targets, padding), jnp.int32),
+            jnp.asarray(np.pad(targets, padding, constant_values=-1)[None], jnp.int32),
         )
         scores.append(np.asarray(logs_T)[: len(targets)])
         if progress is not None:
@@ -64,9 +66,9 @@ def score(
 
 @partial(jax.jit, donate_argnames=("cache",))
 def _score_chunk(
-    model: Gemma, cache: Cache, tokens_BT: jax.Array, positions_BT: jax.Array, targets_T: jax.Array
+    model: Gemma, cache: Cache, tokens_BT: jax.Array, positions_BT: jax.Array, targets_BT: jax.Array
 ) -> tuple[jax.Array, Cache]:
-    out = forward(model, tokens_BT, positions_BT, cache=cache)
-    logits_TV = out.logits[0]
-    chosen_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=1)[:, 0]
-    return chosen_T - jax.nn.logsumexp(logits_TV, axis=1), out.cache
+    out = forward(
+        model, tokens_BT, positions_BT, cache=cache, logits="none", capture=("final_norm",)
+    )
+    return -token_losses(model, out.captured["final_norm"], targets_BT)[0], out.cache

@@ -68,7 +68,7 @@ def shard_cache(cache: Cache, mesh: Mesh, rules: Mapping[str, str] = INFERENCE) 
     """The cache with rows and key/value heads placed by the same rules."""
 
     def place(node: LayerCache | jax.Array) -> LayerCache | jax.Array:
-        dims = "BSKH" if isinstance(node, LayerCache) else "BS"
+        dims = "BKSH" if isinstance(node, LayerCache) else "BS"
         return jax.tree.map(
             lambda a: jax.device_put(a, letter_sharding(mesh, dims, a.shape, rules)), node
         )

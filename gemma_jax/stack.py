@@ -69,23 +69,22 @@ def run_layers(
 
     run_block = jax.checkpoint(_run_block) if ctx.runtime.remat else _run_block
 
-    def run_period(ctx, x, period):
+    def run_period(ctx, x, blocks, old_caches, inputs):
         news, taps, lent = [], [], {}
-        for block, old, *extra in zip(*period):
+        for block, old, *extra in zip(blocks, old_caches, *inputs):
             out = run_block(block, x, ctx, old, *extra)
             x, lent = out.x, lent | out.lent
             ctx = ctx.lend(out.lent) if out.lent else ctx
             news.append(out.cache)
             taps.append({name: out.taps[name] for name in out.taps.keys() & ctx.capture})
-        return x, (tuple(news), tuple(taps), lent)
+        return x, tuple(news), (tuple(taps), lent)
 
     new_caches, by_layer = [], {}
     for i, seg in enumerate(segments):
         old = (None,) * len(seg.period) if caches is None else caches[i]
-        period = (tuple(blocks[i]), old)
-        if inputs is not None:
-            period += (_by_position(inputs, seg),)
-        x, (news, taps, lent) = _scan(partial(run_period, ctx), x, period, seg.repeats)
+        extra = () if inputs is None else (_by_position(inputs, seg),)
+        body = partial(run_period, ctx)
+        x, news, (taps, lent) = _repeat(body, x, old, (tuple(blocks[i]), extra), seg.repeats)
         if lent:  # such a segment is not repeated: a kind of layer lends once
             ctx = ctx.lend(jax.tree.map(lambda a: a[0], lent))
         new_caches.append(news)
@@ -114,11 +113,26 @@ def _by_position(inputs: Any, seg: Segment) -> tuple[Any, ...]:
     )
 
 
-def _scan(body, x, xs, repeats: int):
-    if repeats > 1:
-        return jax.lax.scan(body, x, xs)
-    x, ys = body(x, jax.tree.map(lambda a: a[0], xs))
-    return x, jax.tree.map(lambda a: a[None], ys)
+def _repeat(body, x, caches, weights, repeats: int):
+    """Runs a period so many times; caches, weights and results are stacked along the repeats.
+
+    Caches are carried and written in place: as inputs and outputs of the scan there would be two of
+    each, even of one that is donated.
+    """
+    if repeats == 1:
+        blocks, extra = jax.tree.map(lambda a: a[0], weights)
+        x, *results = body(x, blocks, jax.tree.map(lambda a: a[0], caches), extra)
+        return x, *jax.tree.map(lambda a: a[None], results)
+
+    def step(carry, xs):
+        x, caches = carry
+        i, (blocks, extra) = xs
+        old = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), caches)
+        x, new, results = body(x, blocks, old, extra)
+        return (x, jax.tree.map(lambda a, n: a.at[i].set(n), caches, new)), results
+
+    (x, caches), results = jax.lax.scan(step, (x, caches), (jnp.arange(repeats), weights))
+    return x, caches, results
 
 
 def _stack(rows: list[jax.Array]) -> jax.Array | tuple[jax.Array, ...]:

@@ -144,9 +144,7 @@ def train(tokenizer: Tokenizer, cfg: GemmaConfig, steps: int, seed: int) -> gj.G
     def loss(params, tokens, positions, weights, pixels):
         model = rebuild(params)
         soft = None if cfg.vision is None else soft_tokens(model, tokens, pixels)
-        logits = gj.forward(model, tokens, positions, soft=soft).logits[:, :-1]
-        errors = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-        return (errors * weights[:, 1:]).sum() / weights[:, 1:].sum()
+        return gj.loss(model, tokens, positions, soft=soft, weights_BT=weights)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, *batch):

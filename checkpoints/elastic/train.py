@@ -135,9 +135,12 @@ def train(
 
     def loss(params, tokens_BT, widths_L):
         model = rebuild(params)
-        losses = [error(model, tokens_BT)]
+        losses = [gj.loss(model, tokens_BT)]
         if nested is not None:
-            losses += [error(at(model, nested), tokens_BT), error(model, tokens_BT, widths_L)]
+            losses += [
+                gj.loss(at(model, nested), tokens_BT),
+                gj.loss(model, tokens_BT, ffn_widths_L=widths_L),
+            ]
         return sum(losses) / len(losses), losses[0]
 
     @partial(jax.jit, donate_argnums=(0, 1))
@@ -160,28 +163,19 @@ def train(
     return rebuild(params)
 
 
-def error(model: gj.Gemma, tokens_BT: jax.Array, widths_L: jax.Array | None = None) -> jax.Array:
-    """Loss of the next token, nats."""
-    logits = gj.forward(model, tokens_BT, ffn_widths_L=widths_L).logits[:, :-1]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens_BT[:, 1:]).mean()
-
-
 def measure(
     model: gj.Gemma, tokenizer: Tokenizer, held_out_BT: np.ndarray, cut: Slice
 ) -> dict[str, float]:
     """Loss of a slice on the held-out text, and its size."""
     view, tokens, total = at(model, cut), held_out_BT[:, 1:].size, 0.0
     for some_BT in np.array_split(held_out_BT, len(held_out_BT) // 16 or 1):
-        total += float(_error(view, some_BT)) * some_BT[:, 1:].size
+        total += float(gj.loss(view, some_BT)) * some_BT[:, 1:].size
     size = len(tokenizer.decode_bytes(held_out_BT[:, 1:].ravel().tolist()))
     return {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(slice_model(model, cut))),
         "nats_per_token": round(total / tokens, 4),
         "bits_per_byte": round(total / np.log(2) / size, 4),
     }
-
-
-_error = jax.jit(error)
 
 
 def agreement(

@@ -1,6 +1,9 @@
 """Grouped-query attention with rotary positions: over new keys, a cache, or a layer's before it."""
 
+from dataclasses import replace
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from gemma_jax.cache import KeysValues, LayerCache, extend
@@ -9,7 +12,8 @@ from gemma_jax.context import Context
 from gemma_jax.nn.einsum import Einsum
 from gemma_jax.nn.norm import RMSNorm, rms_norm
 from gemma_jax.nn.rope import rotate
-from gemma_kernels.attention import AttentionSpec, attention, attention_weights
+from gemma_kernels import decode_attention as decoding
+from gemma_kernels.attention import IMPLEMENTATIONS, AttentionSpec, attention, attention_weights
 
 
 class Attention(nnx.Module):
@@ -63,13 +67,15 @@ class Attention(nnx.Module):
         )
         lo_BT, hi_BT = ctx.interval(self.spec)
         mask = dict(lo_BT=lo_BT, hi_BT=hi_BT, kv_pos_BS=kv.kv_pos_BS)
-        out_BTNH = attention(
-            q_BTNH, kv.k_BSKH, kv.v_BSKH, **mask, spec=spec,
-            implementation=ctx.runtime.attention_impl,
-        )  # fmt: skip
+        if ctx.whole:
+            stated = replace(spec, causal=True)
+            out_BTNH = attend(q_BTNH, kv, {}, stated, ctx.runtime.attention_impl)
+        else:
+            out_BTNH = attend(q_BTNH, kv, mask, spec, ctx.runtime.attention_impl)
         taps = {}
         if "attention_weights" in ctx.capture:
-            taps["attention_weights"] = attention_weights(q_BTNH, kv.k_BSKH, **mask, spec=spec)
+            k_BSKH = jnp.moveaxis(kv.k_BKSH, 1, 2)
+            taps["attention_weights"] = attention_weights(q_BTNH, k_BSKH, **mask, spec=spec)
         return self.o(out_BTNH), cache, kv, taps
 
     def _keys_values(
@@ -83,9 +89,31 @@ class Attention(nnx.Module):
         if self.v_norm_eps is not None:
             v_BTKH = rms_norm(v_BTKH, self.v_norm_eps, numerics)
         k_BTKH = rotate(k_BTKH, ctx.table(self.spec), numerics)
+        k_BKTH, v_BKTH = jnp.moveaxis(k_BTKH, 2, 1), jnp.moveaxis(v_BTKH, 2, 1)
         if cache is None:
-            return KeysValues(k_BTKH, v_BTKH, ctx.pos_BT, in_order=True), None
-        slots = ctx.slots[cache.k_BSKH.shape[1]]
-        keys, values, cache = extend(cache, k_BTKH, v_BTKH, slots)
+            return KeysValues(k_BKTH, v_BKTH, ctx.pos_BT, in_order=True), None
+        slots = ctx.slots[cache.capacity]
+        keys, values, cache = extend(cache, k_BKTH, v_BKTH, slots)
         in_order = slots.order_BS is not None
         return KeysValues(keys, values, slots.kv_pos_BS, in_order), cache
+
+
+def attend(
+    q_BTNH: jax.Array,
+    kv: KeysValues,
+    mask: dict[str, jax.Array],
+    spec: AttentionSpec,
+    implementation: str | None,
+) -> jax.Array:
+    """The kernels for decoding if there are few queries and a cache, else those for prefill.
+
+    A name that only the latter know (a library's) leaves the choice to the former.
+    """
+    if kv.in_order or q_BTNH.shape[1] > decoding.MOST_TOKENS:
+        k_BSKH, v_BSKH = jnp.moveaxis(kv.k_BKSH, 1, 2), jnp.moveaxis(kv.v_BKSH, 1, 2)
+        return attention(q_BTNH, k_BSKH, v_BSKH, **mask, spec=spec, implementation=implementation)
+    if implementation in IMPLEMENTATIONS and implementation not in decoding.IMPLEMENTATIONS:
+        implementation = None
+    return decoding.decode_attention(
+        q_BTNH, kv.k_BKSH, kv.v_BKSH, **mask, spec=spec, implementation=implementation
+    )

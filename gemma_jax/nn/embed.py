@@ -10,6 +10,7 @@ from gemma_jax.config import GemmaConfig, ModalityVocabulary
 from gemma_jax.nn.einsum import Einsum, contract
 from gemma_jax.nn.norm import RMSNorm, rms_norm
 from gemma_jax.numerics import Numerics
+from gemma_kernels.cross_entropy import cross_entropy
 
 
 class Embedder(nnx.Module):
@@ -34,6 +35,13 @@ class Embedder(nnx.Module):
     def decode(self, x_BTD: jax.Array) -> jax.Array:
         """Logits `[B, T, V]`, with the unscaled table."""
         return contract("BTD,VD->BTV", x_BTD, self.table.get_value())
+
+    def cross_entropy(self, x_BTD: jax.Array, labels_BT: jax.Array, **options) -> jax.Array:
+        """Losses of the labels, with the logits in chunks; see `gemma_kernels.cross_entropy`."""
+        table_VD, scale_V = self.table.get_value(), None
+        if not isinstance(table_VD, jax.Array):
+            table_VD, scale_V = table_VD.narrow()
+        return cross_entropy(x_BTD, table_VD, labels_BT, scale_V=scale_V, **options)
 
 
 class ModalityEmbedder(nnx.Module):

@@ -138,7 +138,7 @@ def test_training_teaches_the_nested_models_too(train, elastic, capsys):
     tokens_BT = train.rows(tokenizer, ids)[:4]
     quarter = Slice(ffn_widths=(16,) * 4)
     for cut in (Slice.whole(cfg), nested, quarter):
-        assert train.error(at(model, cut), tokens_BT) < np.log(cfg.vocab_size) - 1
+        assert gj.loss(at(model, cut), tokens_BT) < np.log(cfg.vocab_size) - 1
 
 
 def test_the_folder_stays_small():

@@ -1,0 +1,98 @@
+"""One entry for every implementation."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gemma_kernels.cross_entropy.reference import statistics_reference
+from gemma_kernels.cross_entropy.xla import statistics_xla
+
+IMPLEMENTATIONS: dict[str, Callable] = {"xla": statistics_xla, "reference": statistics_reference}
+
+
+def cross_entropy(
+    x_BTD: jax.Array,
+    table_VD: jax.Array,
+    labels_BT: jax.Array,
+    *,
+    weights_BT: jax.Array | None = None,
+    scale_V: jax.Array | None = None,
+    soft_cap: float | None = None,
+    z_loss: float = 0.0,
+    chunk: int | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """`-log softmax(x @ table^T)[label]` per token, without all logits at one time.
+
+    Products are in the dtype of `x`, everything after them in float32. Differentiable in `x`, the
+    table and the weights, also through the log-sum-exp.
+
+    Args:
+      x_BTD: Activations in front of the head.
+      table_VD: The head: one row per entry of the vocabulary, floating or int8.
+      labels_BT: int32. A label outside `[0, V)`, -1 by custom, is ignored: loss and gradients 0.
+      weights_BT: Factors on the losses; tokens of weight 0 are ignored.
+      scale_V: Factors on the rows of a table in integers. Neither of the two gets a gradient.
+      soft_cap: Logits become `soft_cap * tanh(logits / soft_cap)`; `None` leaves them.
+      z_loss: Factor on the squared log-sum-exp that is added, to keep it near 0 (PaLM, section 5).
+      chunk: Rows of the table whose logits exist at one time; `None` chooses.
+      return_lse: Return the log-sum-exp of the logits as well.
+      implementation: A name from `IMPLEMENTATIONS`; `None` is `"xla"`.
+
+    Returns:
+      float32 `[B, T]` of losses in nats, or two such arrays: losses and log-sum-exps. Not reduced:
+      a mean over tokens is `losses.sum() / weights.sum()`.
+
+    Raises:
+      ValueError: Operands do not fit together, or the name is unknown.
+    """
+    _check(x_BTD, table_VD, labels_BT, weights_BT, scale_V, soft_cap, chunk)
+    name = "xla" if implementation is None else implementation
+    if name not in IMPLEMENTATIONS:
+        known = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"unknown cross-entropy {implementation=}; choose one of: {known}")
+    if scale_V is not None:
+        scale_V = lax.stop_gradient(scale_V.astype(jnp.float32))
+    with jax.named_scope("cross_entropy"):
+        lse_BT, chosen_BT = IMPLEMENTATIONS[name](
+            x_BTD, table_VD, scale_V, labels_BT, soft_cap, chunk
+        )
+        losses_BT = lse_BT - chosen_BT
+        if z_loss:
+            losses_BT += z_loss * jnp.square(lse_BT)
+        counts_BT = (labels_BT >= 0) & (labels_BT < len(table_VD))
+        if weights_BT is not None:
+            counts_BT &= weights_BT != 0
+            losses_BT *= weights_BT.astype(jnp.float32)
+        losses_BT = jnp.where(counts_BT, losses_BT, 0.0)
+    return (losses_BT, lse_BT) if return_lse else losses_BT
+
+
+def _check(x_BTD, table_VD, labels_BT, weights_BT, scale_V, soft_cap, chunk) -> None:
+    if x_BTD.ndim != 3 or table_VD.ndim != 2 or x_BTD.shape[2] != table_VD.shape[1]:
+        raise ValueError(
+            f"x must be [B, T, D] and the table [V, D] with one D, got {x_BTD.shape} and "
+            f"{table_VD.shape}"
+        )
+    if not jnp.issubdtype(labels_BT.dtype, jnp.integer):
+        raise ValueError(f"labels must be integers, got {labels_BT.dtype}")
+    for name, array in (("labels", labels_BT), ("weights", weights_BT)):
+        if array is not None and array.shape != x_BTD.shape[:2]:
+            raise ValueError(
+                f"{name} of shape {array.shape} do not fit activations of shape {x_BTD.shape}; "
+                f"give {x_BTD.shape[:2]}"
+            )
+    if scale_V is not None and scale_V.shape != table_VD.shape[:1]:
+        raise ValueError(f"scale_V has shape {scale_V.shape}; it needs {table_VD.shape[:1]}")
+    if jnp.issubdtype(table_VD.dtype, jnp.floating) == (scale_V is not None):
+        raise ValueError(
+            f"a table of integers comes with scale_V, any other without; got {table_VD.dtype} and "
+            f"scale_V={None if scale_V is None else scale_V.shape}"
+        )
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"{soft_cap=} must be positive, or None for no cap")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"{chunk=} must be at least 1, or None to choose")

@@ -1,0 +1,31 @@
+"""The definition of cross-entropy here: dense, float32, no tricks."""
+
+import jax
+import jax.numpy as jnp
+from jax.lax import Precision
+
+
+def statistics_reference(
+    x_BTD: jax.Array,
+    table_VD: jax.Array,
+    scale_V: jax.Array | None,
+    labels_BT: jax.Array,
+    soft_cap: float | None,
+    chunk: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Of the logits `x @ (table * scale)^T`, capped: log-sum-exp, and that of the label.
+
+    Returns:
+      float32 `[B, T]` twice; the second is 0 for a label that is no row of the table.
+    """
+    wide_VD = table_VD.astype(jnp.float32)
+    if scale_V is not None:
+        wide_VD = wide_VD * scale_V[:, None]
+    logits_BTV = jnp.einsum(
+        "BTD,VD->BTV", x_BTD.astype(jnp.float32), wide_VD, precision=Precision.HIGHEST
+    )
+    if soft_cap is not None:
+        logits_BTV = soft_cap * jnp.tanh(logits_BTV / soft_cap)
+    is_label_BTV = labels_BT[:, :, None] == jnp.arange(len(table_VD))
+    chosen_BT = jnp.sum(jnp.where(is_label_BTV, logits_BTV, 0.0), axis=-1)
+    return jax.nn.logsumexp(logits_BTV, axis=-1), chosen_BT

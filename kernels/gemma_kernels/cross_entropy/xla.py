@@ -1,0 +1,171 @@
+"""Cross-entropy in plain XLA, for any backend: the vocabulary in chunks, logits never whole.
+
+    forward     for each chunk of the table   logits [B, T, chunk]  ->  running max, sum of exp,
+                                              and the label's logit where the chunk has it
+    backward    for each chunk of the table   the same logits again, from them dlogits;
+                                              dx [B, T, D] += dlogits @ chunk
+                                              dtable [chunk, D] = dlogits^T @ x, written once
+
+Chunks are cut from the vocabulary and not from the tokens because a chunk's part of the table's
+gradient is then complete after one product: it goes straight to its place in the dtype of the
+table, and no float32 copy of `[V, D]` is summed up. What is read and written with every chunk is
+`dx` in float32, which is smaller than the table as long as there are fewer than V tokens.
+
+Memory beside operands and results, for `[8, 8192]` tokens of width 2,560: one tile of logits (256
+MB) in float32, the same in the dtype of the activations, and in the backward pass `dx` in float32
+(671 MB). All logits would take 69 GB. Of a float32 table under bfloat16 activations, XLA's TPU
+compiler keeps a copy in bfloat16 beside.
+
+Every chunk takes its rows from `_groups(V)` equal parts of the table, so that a table whose
+vocabulary is split over up to so many devices is read by each of them where it lies.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gemma_kernels.platform import target_platform
+
+MOST_GROUPS = 16
+ROWS = 16  # of a tile in a TPU's memory, for dtypes of two bytes
+TILE_BYTES = 256 << 20  # of logits that exist at one time, or of a chunk of the table
+CPU_TILE_BYTES = 2 << 20  # there they should stay in the cache
+SMALLEST_CHUNK = 1024
+
+
+def default_chunk(tokens: int, width: int, vocab: int) -> int:
+    """Rows of the table per step: as many as fill a tile, by themselves or by their logits."""
+    tile = CPU_TILE_BYTES if target_platform() == "cpu" else TILE_BYTES
+    return min(max(tile // (4 * max(tokens, width)), SMALLEST_CHUNK), vocab)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def statistics_xla(
+    x_BTD: jax.Array,
+    table_VD: jax.Array,
+    scale_V: jax.Array | None,
+    labels_BT: jax.Array,
+    soft_cap: float | None,
+    chunk: int | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Same result as `reference.statistics_reference`."""
+    return _forward(x_BTD, table_VD, scale_V, labels_BT, soft_cap, chunk)[0]
+
+
+def _forward(x_BTD, table_VD, scale_V, labels_BT, soft_cap, chunk):
+    def step(carry, first, size):
+        top_BT, total_BT, chosen_BT = carry
+        rows = _rows(table_VD, scale_V, first, size, x_BTD.dtype)
+        logits_BTGR = _logits(x_BTD, rows, soft_cap)
+        new_BT = jnp.maximum(top_BT, jnp.max(logits_BTGR, axis=(2, 3)))
+        exp_BTGR = jnp.exp(logits_BTGR - new_BT[..., None, None])
+        total_BT = total_BT * jnp.exp(top_BT - new_BT) + jnp.sum(exp_BTGR, axis=(2, 3))
+        own_BTGR = _is_label(labels_BT, len(table_VD), first, size)
+        chosen_BT += jnp.sum(jnp.where(own_BTGR, logits_BTGR, 0), axis=(2, 3))
+        return new_BT, total_BT, chosen_BT
+
+    zeros_BT = jnp.zeros(labels_BT.shape, jnp.float32)
+    carry = (jnp.full_like(zeros_BT, -jnp.inf), zeros_BT, zeros_BT)
+    top_BT, total_BT, chosen_BT = _each_chunk(step, carry, x_BTD, table_VD, chunk)
+    lse_BT = top_BT + jnp.log(total_BT)
+    return (lse_BT, chosen_BT), (x_BTD, table_VD, scale_V, labels_BT, lse_BT)
+
+
+def _backward(soft_cap, chunk, saved, cotangents):
+    x_BTD, table_VD, scale_V, labels_BT, lse_BT = saved
+    dlse_BT, dchosen_BT = cotangents
+    learns = jnp.issubdtype(table_VD.dtype, jnp.floating)
+    exact = _exact(x_BTD.dtype)
+
+    def step(carry, first, size):
+        dx_BTD, dtable_GVD = carry
+        rows_GRD, scale_GR = _rows(table_VD, scale_V, first, size, x_BTD.dtype)
+        logits_BTGR = _logits(x_BTD, (rows_GRD, scale_GR), soft_cap)
+        p_BTGR = jnp.exp(logits_BTGR - lse_BT[..., None, None])
+        own_BTGR = _is_label(labels_BT, len(table_VD), first, size)
+        d_BTGR = dlse_BT[..., None, None] * p_BTGR
+        d_BTGR += jnp.where(own_BTGR, dchosen_BT[..., None, None], 0)
+        if soft_cap is not None:
+            d_BTGR *= 1 - jnp.square(logits_BTGR / soft_cap)
+        if scale_GR is not None:
+            d_BTGR *= scale_GR
+        d_BTGR = d_BTGR.astype(x_BTD.dtype)
+        dx_BTD += jnp.einsum("BTGR,GRD->BTD", d_BTGR, rows_GRD, **exact)
+        if learns:
+            drows_GRD = jnp.einsum("BTGR,BTD->GRD", d_BTGR, x_BTD, **exact).astype(table_VD.dtype)
+            dtable_GVD = lax.dynamic_update_slice_in_dim(dtable_GVD, drows_GRD, first, axis=1)
+        return dx_BTD, dtable_GVD
+
+    dtable_GVD = jnp.zeros_like(_grouped(table_VD)) if learns else None
+    carry = (jnp.zeros(x_BTD.shape, jnp.float32), dtable_GVD)
+    dx_BTD, dtable_GVD = _each_chunk(step, carry, x_BTD, table_VD, chunk)
+    dtable_VD = dtable_GVD.reshape(table_VD.shape) if learns else None
+    return dx_BTD.astype(x_BTD.dtype), dtable_VD, None, None
+
+
+statistics_xla.defvjp(_forward, _backward)
+
+
+def _each_chunk(step: Callable, carry, x_BTD, table_VD, chunk: int | None):
+    """`carry = step(carry, first, size)` over all rows of every group.
+
+    What the chunks leave over comes first: after the loop, XLA's CPU backend would copy the carry.
+    """
+    (V, D), (B, T) = table_VD.shape, x_BTD.shape[:2]
+    size = max((chunk or default_chunk(B * T, D, V)) // _groups(V), 1)
+    steps, rest = divmod(V // _groups(V), size)
+    if rest:
+        carry = step(carry, steps * size, rest)
+    if steps == 1:
+        carry = step(carry, 0, size)
+    elif steps:
+        firsts = size * jnp.arange(steps)
+        carry, _ = lax.scan(lambda carry, i: (step(carry, i, size), None), carry, firsts)
+    return carry
+
+
+def _groups(V: int) -> int:
+    """Parts of the vocabulary that every chunk has rows of: a power of two, whole tiles each."""
+    return math.gcd(V // ROWS, MOST_GROUPS) if V % ROWS == 0 else 1
+
+
+def _grouped(array_V: jax.Array) -> jax.Array:
+    G = _groups(len(array_V))
+    return array_V.reshape(G, len(array_V) // G, *array_V.shape[1:])
+
+
+def _rows(table_VD, scale_V, first, size, dtype):
+    """`size` rows of every group in `dtype`, and their factors."""
+    cut = partial(lax.dynamic_slice_in_dim, start_index=first, slice_size=size, axis=1)
+    if table_VD.dtype == jnp.bfloat16 and dtype != jnp.bfloat16:
+        # Cut as bits: XLA's CPU backend would else widen the whole table, and keep it beside.
+        bits_VD = lax.bitcast_convert_type(table_VD, jnp.uint16)
+        rows_GRD = lax.bitcast_convert_type(cut(_grouped(bits_VD)), jnp.bfloat16)
+    else:
+        rows_GRD = cut(_grouped(table_VD))
+    return rows_GRD.astype(dtype), None if scale_V is None else cut(_grouped(scale_V))
+
+
+def _logits(x_BTD, rows, soft_cap):
+    rows_GRD, scale_GR = rows
+    logits_BTGR = jnp.einsum("BTD,GRD->BTGR", x_BTD, rows_GRD, **_exact(x_BTD.dtype))
+    if scale_GR is not None:
+        logits_BTGR *= scale_GR
+    if soft_cap is not None:
+        logits_BTGR = soft_cap * jnp.tanh(logits_BTGR / soft_cap)
+    return logits_BTGR
+
+
+def _is_label(labels_BT, V, first, size):
+    G = _groups(V)
+    ids_GR = jnp.arange(G)[:, None] * (V // G) + first + jnp.arange(size)
+    return labels_BT[..., None, None] == ids_GR
+
+
+def _exact(dtype):
+    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
+    return dict(precision=precision, preferred_element_type=jnp.float32)

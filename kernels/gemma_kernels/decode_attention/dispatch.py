@@ -1,0 +1,91 @@
+"""One entry for every implementation."""
+
+from collections.abc import Callable
+
+import jax
+
+from gemma_kernels.attention.spec import AttentionSpec
+from gemma_kernels.decode_attention.reference import decode_attention_reference
+from gemma_kernels.decode_attention.spec import check_operands
+from gemma_kernels.decode_attention.xla import decode_attention_xla
+from gemma_kernels.platform import require, require_hopper
+
+
+def _tpu(*operands, **options) -> jax.Array | tuple[jax.Array, jax.Array]:
+    require("tpu")
+    # Pallas takes a while to import.
+    from gemma_kernels.decode_attention.tpu import decode_attention_tpu
+
+    return decode_attention_tpu(*operands, **options)
+
+
+def _hopper(*operands, **options) -> jax.Array | tuple[jax.Array, jax.Array]:
+    require_hopper()
+    from gemma_kernels.decode_attention.hopper import decode_attention_hopper
+
+    return decode_attention_hopper(*operands, **options)
+
+
+IMPLEMENTATIONS: dict[str, Callable] = {
+    "tpu": _tpu,
+    "hopper": _hopper,
+    "xla": decode_attention_xla,
+    "reference": decode_attention_reference,
+}
+# Tried in this order. "hopper" is not among them as long as it has not run on a Hopper GPU.
+AUTOMATIC = ("tpu", "xla")
+
+
+def decode_attention(
+    q_BTNH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    *,
+    lo_BT: jax.Array,
+    hi_BT: jax.Array,
+    kv_pos_BS: jax.Array,
+    spec: AttentionSpec,
+    k_scale_BKS: jax.Array | None = None,
+    v_scale_BKS: jax.Array | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Attention of 1 to 16 new tokens over a cache, which holds theirs already.
+
+    Only `"xla"` and `"reference"` have gradients: no decoding step needs one.
+
+    Args:
+      q_BTNH: Queries.
+      k_BKSH, v_BKSH: Keys and values, in slots of any order; query head `n` reads head
+        `n // (N / K)`. Floating-point numbers, or int8 with scales.
+      lo_BT, hi_BT: int32; query `t` sees the keys with position in `[lo, hi)`.
+      kv_pos_BS: int32 positions of the slots, -1 for those that no query may see.
+      spec: Scale and soft cap; a promised window is of no use here.
+      k_scale_BKS, v_scale_BKS: float32 factors of an int8 cache, one per token and head.
+      return_lse: Return the logarithm of the softmax's denominator as well.
+      implementation: `None` or `"auto"` takes the first that can serve this call; a name from
+        `IMPLEMENTATIONS` takes that one or fails.
+
+    Returns:
+      `[B, T, N, H]` in the dtype of the queries, zeros for a query that sees no key; with
+      `return_lse` also float32 `[B, T, N]`, -inf for such a query.
+
+    Raises:
+      ValueError: Operands do not fit together, or the name is unknown.
+      NotImplementedError: The named implementation, or every one, cannot serve this call.
+    """
+    operands = (q_BTNH, k_BKSH, v_BKSH, lo_BT, hi_BT, kv_pos_BS, spec)
+    check_operands(*operands, k_scale_BKS, v_scale_BKS)
+    options = dict(k_scale_BKS=k_scale_BKS, v_scale_BKS=v_scale_BKS, return_lse=return_lse)
+    if implementation not in (None, "auto"):
+        if implementation not in IMPLEMENTATIONS:
+            known = ", ".join(["auto", *IMPLEMENTATIONS])
+            raise ValueError(f"unknown decode attention {implementation=}; choose one of: {known}")
+        return IMPLEMENTATIONS[implementation](*operands, **options)
+    reasons = []
+    for name in AUTOMATIC:
+        try:
+            return IMPLEMENTATIONS[name](*operands, **options)
+        except NotImplementedError as reason:
+            reasons.append(f"{name}: {reason}")
+    raise NotImplementedError("no decode attention implementation fits: " + "; ".join(reasons))
