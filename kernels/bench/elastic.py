@@ -23,7 +23,7 @@ from pathlib import Path
 os.environ |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
 import jax
-import rivals
+import processes
 from flax import nnx
 
 from gemma_checkpoints import save_hf
@@ -89,7 +89,7 @@ def main() -> None:
         matformer.Slice(ffn_widths=half).write(work / "slice.json")
         paths = {"hf": str(work / "hf"), "slice": str(work / "slice.json")}
         ours, theirs = (
-            stack.enter_context(rivals.start(name, python, worker, "float32", paths))
+            stack.enter_context(processes.start(name, python, worker, "float32", paths))
             for name, python, worker in (
                 ("gemma-jax", sys.executable, "ours_elastic.py"),
                 ("transformers", args.torch_python, "hf_torch.py"),

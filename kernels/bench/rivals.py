@@ -8,16 +8,11 @@ import argparse
 import json
 import os
 import shlex
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from pathlib import Path
-from typing import IO
 
 os.environ |= {
     "JAX_PLATFORMS": "cpu",
@@ -27,11 +22,12 @@ os.environ |= {
     "JAX_COMPILATION_CACHE_DIR": str(Path.home() / ".cache" / "gemma-jax" / "rivals"),
 }
 
+from processes import Rival, start
+
 import gemma_jax
 from gemma_checkpoints import load_model, resolve, save_hf
 from gemma_jax import benchmark
 
-WORKERS = Path(__file__).parent / "workers"
 PROMPT = "The capital of France is"
 BASELINE = "gemma-jax float32"
 WARM_UP = 4  # tokens
@@ -46,58 +42,6 @@ RIVALS = {
     "google-deepmind/gemma bfloat16": ("gdm_python", "google_deepmind.py", "bfloat16"),
     "llama.cpp Q4_K_M": ("llama_python", "llama_cpp_python.py", "Q4_K_M"),
 }
-
-
-@dataclass
-class Rival:
-    """One running worker and what it has measured: tokens per second, by kind of work."""
-
-    name: str
-    process: subprocess.Popen
-    log: IO[str]  # what it prints
-    facts: dict = field(default_factory=dict)
-    runs: dict[str, list[float]] = field(default_factory=dict)
-    results: dict[str, list[int]] = field(default_factory=dict)  # of the last run of each work
-    spent_s: float = 0.0
-
-    def ask(self, work: str, **request) -> float:
-        """Has a piece of work done; returns the seconds that the worker measured."""
-        start = time.perf_counter()
-        print(json.dumps({"work": work, **request}), file=self.process.stdin, flush=True)
-        answer = self.listen()
-        self.spent_s += time.perf_counter() - start
-        self.results[work] = answer["result"]
-        return answer["seconds"]
-
-    def listen(self) -> dict:
-        line = self.process.stdout.readline()
-        if not line:
-            code = self.process.wait()
-            self.log.seek(0)
-            last_line = self.log.read().strip().rpartition("\n")[2]
-            raise RuntimeError(f"{self.name}: process ended with code {code}: {last_line}")
-        return json.loads(line)
-
-    def median(self, work: str) -> float:
-        return statistics.median(self.runs[work])
-
-
-@contextmanager
-def start(
-    name: str, python: str, worker: str, variant: str, paths: dict[str, str]
-) -> Iterator[Rival]:
-    """The worker of a rival, loaded and ready."""
-    command = [python, str(WORKERS / worker), variant, json.dumps(paths)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stderr=log, **pipes)
-        try:
-            rival = Rival(name, process, log)
-            rival.facts = rival.listen()
-            yield rival
-        finally:
-            process.stdin.close()
-            process.wait()
 
 
 def measure(rivals: list[Rival], long: list[int], short: list[int], args) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 os.environ |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
 import numpy as np
-import rivals
+import processes
 from safetensors.numpy import load_file, save_file
 
 from gemma_jax import benchmark
@@ -46,7 +46,7 @@ def main() -> None:
     machine = benchmark.machine_facts()
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        make = [args.torch_python, str(rivals.WORKERS / TORCH), "make", str(work / "hf")]
+        make = [args.torch_python, str(processes.WORKERS / TORCH), "make", str(work / "hf")]
         subprocess.run(make, check=True)
         pixels = np.random.default_rng(0).uniform(-1, 1, (1, 3, 896, 896)).astype(np.float32)
         save_file({"pixel_values": pixels}, work / "pixels.safetensors")
@@ -56,7 +56,7 @@ def main() -> None:
             paths = {"hf": "hf", "pixels": "pixels.safetensors", "output": f"{variant}{worker}.out"}
             paths = {key: str(work / path) for key, path in paths.items()}
             python = sys.executable if worker == OURS else args.torch_python
-            rival = stack.enter_context(rivals.start(name, python, worker, variant, paths))
+            rival = stack.enter_context(processes.start(name, python, worker, variant, paths))
             rival.ask("encode")  # compiles, and touches the memory
             outputs[name] = load_file(paths["output"])
             running[name] = rival
