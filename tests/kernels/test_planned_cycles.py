@@ -81,35 +81,26 @@ def test_a_stored_row_is_replaced_and_others_stay(tmp_path):
     assert json.loads(table.read_text())["rows"] == [row | dict(blocks={"q": 512}), other]
 
 
-@pytest.mark.parametrize("chip, kinds", [("v5e", "forward,backward"), ("v6e", "forward")])
-def test_no_kernel_of_ours_is_planned_to_be_slower_than_stored(chip, kinds):
-    """Two chips of different matrix units: the rest is compared by hand, with the bench."""
+def test_no_forward_kernel_is_planned_to_be_slower_than_stored():
+    """On the newest chip: the rest is compared by hand, with the bench."""
     pytest.importorskip("libtpu", reason="the compiler comes with the plan extra: gemma-jax[plan]")
     bench = ROOT / "kernels" / "bench" / "tpu_schedule.py"
-    command = [
-        sys.executable,
-        str(bench),
-        "--check",
-        str(STORED),
-        "--chips",
-        chip,
-        "--kinds",
-        kinds,
-    ]
+    options = f"--check {STORED} --chips tpu7x --kinds forward".split()
+    command = [sys.executable, str(bench), *options]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     if "not compared" in done.stdout:
         pytest.skip(done.stdout.strip())
+    assert done.stdout.count("stored") == len(tuning.SHAPES)
 
 
 def test_the_stored_table_meets_what_is_promised():
     """Ratios to the best splash attention, as `kernels/README.md` says them."""
     rows = json.loads(STORED.read_text())["rows"]
-    assert {(row["chip"], row["kind"], row["shape"]) for row in rows} == {
-        (chip, kind, name) for chip in CHIPS for kind in tuning.KINDS for name in tuning.SHAPES
-    }
+    stored = {(row["chip"], row["kind"], row["shape"]) for row in rows}
+    assert stored >= {("tpu7x", kind, name) for kind in tuning.KINDS for name in tuning.SHAPES}
     for row in rows:
         local = tuning.SHAPES[row["shape"]].window is not None
         assert row["copy_cycles"] < row["cycles"]
         if row["kind"] == "forward" and local:
-            assert row["ratio"] >= 1.25
+            assert row["ratio"] >= (1.25 if row["chip"] == "tpu7x" else 1.35)

@@ -81,11 +81,13 @@ def test_gradients(model, tmp_path):
     trained = [g for g in jax.tree.leaves(grads) if g is not grads.per_layer.table.get_value()]
     trained.append(grads.per_layer.table[1:])
     norm = np.sqrt(sum(np.square(np.asarray(g, np.float64)).sum() for g in trained))
-    assert_close(norm, expected["grad_global_norm"], tolerance["grad_global_norm"])
+    # Of one number the oracle's noise is seen twice, which bounds nothing; take the tensors' noise.
+    theirs = {k: v for k, v in expected.items() if k.startswith("grad.")}
+    relative = max(tolerance[name] / np.abs(value).max() for name, value in theirs.items())
+    assert_close(norm, expected["grad_global_norm"], relative * expected["grad_global_norm"])
 
     save_hf(grads, tmp_path / "grads")  # a gradient is shaped like a model, so it exports like one
     ours = load_file(tmp_path / "grads" / "model.safetensors")
-    theirs = {k: v for k, v in expected.items() if k.startswith("grad.")}
     assert len(theirs) >= 13
     for name, value in theirs.items():
         assert_close(ours[name.removeprefix("grad.")], value, tolerance[name])
