@@ -41,7 +41,7 @@ def values_and_gradients(x, table, labels, name=None, **options):
     return *out, *gradients
 
 
-def close(actual, expected, atol=2e-5):
+def assert_close(actual, expected, atol=2e-5):
     for ours, theirs in zip(actual, expected, strict=True):
         np.testing.assert_allclose(
             np.asarray(ours, np.float32), np.asarray(theirs, np.float32), atol=atol, rtol=1e-5
@@ -65,7 +65,9 @@ def test_by_hand():
 )
 def test_any_chunk_of_any_vocabulary(V, chunk):
     arrays = operands(V=V)
-    close(values_and_gradients(*arrays, chunk=chunk), values_and_gradients(*arrays, "reference"))
+    assert_close(
+        values_and_gradients(*arrays, chunk=chunk), values_and_gradients(*arrays, "reference")
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,7 +77,7 @@ def test_any_chunk_of_any_vocabulary(V, chunk):
 )
 def test_soft_cap_and_z_loss(options):
     arrays = operands(B=1, T=17, V=80)
-    close(
+    assert_close(
         values_and_gradients(*arrays, chunk=32, **options),
         values_and_gradients(*arrays, "reference", **options),
     )
@@ -93,7 +95,7 @@ def test_against_optax():
         return cross_entropy(x, table, labels, chunk=50).sum()
 
     runs = [jax.jit(jax.value_and_grad(f, (0, 1)))(x, table) for f in (ours, plain)]
-    close(*map(jax.tree.leaves, runs))
+    assert_close(*map(jax.tree.leaves, runs))
 
 
 def test_ignored_tokens_leave_no_trace():
@@ -111,7 +113,7 @@ def test_ignored_tokens_leave_no_trace():
     loud = x.at[:, [i for i in range(8) if i not in kept]].mul(1e4)
     total, (dx, dtable) = run(loud, table, labels, weights)
     expected, (dx_kept, dtable_kept) = run(x[:, kept], table, labels[:, kept], weights[:, kept])
-    close((total, dx[:, kept], dtable), (expected, dx_kept, dtable_kept))
+    assert_close((total, dx[:, kept], dtable), (expected, dx_kept, dtable_kept))
     assert not np.delete(np.asarray(dx), kept, axis=1).any()
     nothing, gradients = run(x, table, jnp.full_like(labels, -1), weights)
     assert nothing == 0 and not any(np.asarray(g).any() for g in gradients)
@@ -168,7 +170,7 @@ def test_a_table_of_integers():
 
     expected = run(stored * scale[:, None], "reference")
     for name in IMPLEMENTATIONS:
-        close(run(stored, name, scale_V=scale, chunk=32), expected)
+        assert_close(run(stored, name, scale_V=scale, chunk=32), expected)
 
 
 @pytest.mark.parametrize("wrap", ["vmap", "remat", "scan"])
@@ -190,7 +192,7 @@ def test_under_transformations(wrap):
         return jax.jit(jax.value_and_grad(lambda x, table: jnp.sum(f(x, table) ** 2), (0, 1)))
 
     expected = total(lambda x, table: rows(x, table, labels))(x, table)
-    close(jax.tree.leaves(total(wrapped)(x, table)), jax.tree.leaves(expected))
+    assert_close(jax.tree.leaves(total(wrapped)(x, table)), jax.tree.leaves(expected))
 
 
 def test_second_run_is_equal_to_the_bit():
@@ -208,7 +210,7 @@ def test_drawn_calls(data):
     options = dict(soft_cap=data.draw(st.none() | st.floats(0.5, 30), "soft_cap"))
     arrays = operands(B, T, D, V, seed=data.draw(st.integers(0, 99), "seed"))
     chunk = data.draw(st.integers(1, V + 5), "chunk")
-    close(
+    assert_close(
         values_and_gradients(*arrays, chunk=chunk, **options),
         values_and_gradients(*arrays, "reference", **options),
         atol=1e-4,
@@ -249,7 +251,7 @@ def test_sharded(shape, x_spec, table_spec):
     compiled = compiled.compile()
     expected = run(x, table, labels)
     actual = compiled(*jax.device_put((x, table, labels), tuple(shardings)))
-    close(jax.tree.leaves(actual), jax.tree.leaves(expected), atol=1e-4)
+    assert_close(jax.tree.leaves(actual), jax.tree.leaves(expected), atol=1e-4)
     # Below the table, or what is left of it where no axis splits it.
     assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * table.nbytes
 
