@@ -51,58 +51,76 @@ def _out_and_lse(q_BTNH, k_BSKH, v_BSKH, lo_BT, hi_BT, kv_pos_BS, spec):
     if not spec.masked:
         return _head_by_head(q_BTNH, k_BSKH, v_BSKH, spec)
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    keys = (k_BSKH, v_BSKH, kv_pos_BS)
+    one_block = _block_of_queries(k_BSKH, v_BSKH, kv_pos_BS, spec, min(T, BLOCK_Q))
     if T <= BLOCK_Q:
-        out_BTKGH, lse_BTKG = _query_block(q_BTKGH, lo_BT, hi_BT, keys, spec, S - T)
+        out_BTKGH, lse_BTKG = one_block(q_BTKGH, lo_BT, hi_BT, S - T)
         return out_BTKGH.reshape(B, T, N, H), lse_BTKG.reshape(B, T, N)
 
     blocks = math.ceil(T / BLOCK_Q)
     # Padding queries have an empty interval [0, 0): they see nothing and are cut off below.
     q_nBtKGH, lo_nBt, hi_nBt = (_split(x, blocks) for x in (q_BTKGH, lo_BT, hi_BT))
     offsets = S - T + BLOCK_Q * jnp.arange(blocks)
-    block = jax.checkpoint(lambda q, lo, hi, offset: _query_block(q, lo, hi, keys, spec, offset))
+    one_block = jax.checkpoint(one_block)
     _, (out_nBtKGH, lse_nBtKG) = lax.scan(
-        lambda carry, xs: (carry, block(*xs)), None, (q_nBtKGH, lo_nBt, hi_nBt, offsets)
+        lambda carry, xs: (carry, one_block(*xs)), None, (q_nBtKGH, lo_nBt, hi_nBt, offsets)
     )
     out_BTNH = jnp.moveaxis(out_nBtKGH, 0, 1).reshape(B, blocks * BLOCK_Q, N, H)
     lse_BTN = jnp.moveaxis(lse_nBtKG, 0, 1).reshape(B, blocks * BLOCK_Q, N)
     return out_BTNH[:, :T], lse_BTN[:, :T]
 
 
-def _query_block(q_BTKGH, lo_BT, hi_BT, keys, spec, offset):
-    """One block of queries: out `[B, T, K, G, H]`, lse `[B, T, K, G]`.
+def _block_of_queries(k_BSKH, v_BSKH, kv_pos_BS, spec, T):
+    """The function of one block of `T` queries: `(q_BTKGH, lo_BT, hi_BT, offset)` to out
+    `[B, T, K, G, H]` and lse `[B, T, K, G]`.
 
     `offset` is the key row of its first query under `spec.window`.
     """
-    T, S = q_BTKGH.shape[1], keys[0].shape[1]
+    S = k_BSKH.shape[1]
+    # Heads before keys, as the caches keep them and the products read them: cut once for all blocks.
+    k_BKSH, v_BKSH = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
     if spec.window is not None and T + spec.window - 1 < S:
-        start = jnp.clip(offset - (spec.window - 1), 0, S - (T + spec.window - 1))
-        keys = tuple(lax.dynamic_slice_in_dim(x, start, T + spec.window - 1, 1) for x in keys)
-    elif T > 1 and S >= 2 * BLOCK_K:
-        return _running_softmax(q_BTKGH, lo_BT, hi_BT, keys, spec)
-    p_BKGTS, top_BKGT = _exp_scores(q_BTKGH, keys[0], lo_BT, hi_BT, keys[2], spec)
+        span = T + spec.window - 1
+
+        def windowed(q_BTKGH, lo_BT, hi_BT, offset):
+            start = jnp.clip(offset - (spec.window - 1), 0, S - span)
+            k, v = (lax.dynamic_slice_in_dim(x, start, span, 2) for x in (k_BKSH, v_BKSH))
+            pos = lax.dynamic_slice_in_dim(kv_pos_BS, start, span, 1)
+            return _one_tile(q_BTKGH, k, v, lo_BT, hi_BT, pos, spec)
+
+        return windowed
+    if T > 1 and S >= 2 * BLOCK_K:
+        tiles = math.ceil(S / BLOCK_K)
+        k_nBKSH, v_nBKSH = (_split(x, tiles, BLOCK_K, axis=2) for x in (k_BKSH, v_BKSH))
+        pos_nBS = _split(kv_pos_BS, tiles, BLOCK_K, fill=-1)
+        return lambda q_BTKGH, lo_BT, hi_BT, offset: _running_softmax(
+            q_BTKGH, lo_BT, hi_BT, (k_nBKSH, v_nBKSH, pos_nBS), spec
+        )
+    return lambda q_BTKGH, lo_BT, hi_BT, offset: _one_tile(
+        q_BTKGH, k_BKSH, v_BKSH, lo_BT, hi_BT, kv_pos_BS, spec
+    )
+
+
+def _one_tile(q_BTKGH, k_BKSH, v_BKSH, lo_BT, hi_BT, kv_pos_BS, spec):
+    p_BKGTS, top_BKGT = _exp_scores(q_BTKGH, k_BKSH, lo_BT, hi_BT, kv_pos_BS, spec)
     total_BKGT = jnp.sum(p_BKGTS, axis=-1)
-    return _normalise(_weigh(p_BKGTS, keys[1]), total_BKGT, top_BKGT, q_BTKGH.dtype)
+    return _normalise(_weigh(p_BKGTS, v_BKSH), total_BKGT, top_BKGT, q_BTKGH.dtype)
 
 
-def _running_softmax(q_BTKGH, lo_BT, hi_BT, keys, spec):
+def _running_softmax(q_BTKGH, lo_BT, hi_BT, tiles, spec):
     B, T, K, G, H = q_BTKGH.shape
-    tiles = math.ceil(keys[0].shape[1] / BLOCK_K)
-    k_nBSKH, v_nBSKH = (_split(x, tiles, BLOCK_K) for x in keys[:2])
-    pos_nBS = _split(keys[2], tiles, BLOCK_K, fill=-1)
     first_B, last_B = jnp.min(jnp.where(hi_BT > lo_BT, lo_BT, 2**30), 1), jnp.max(hi_BT, 1)
 
     def tile(carry, xs):
-        k_BSKH, v_BSKH, pos_BS = xs
+        k_BKSH, v_BKSH, pos_BS = xs
         live = jnp.any((pos_BS >= first_B[:, None]) & (pos_BS < last_B[:, None]) & (pos_BS >= 0))
 
         def update(carry):
             top_BKGT, total_BKGT, sum_BTKGH = carry
-            p_BKGTS, new_top = _exp_scores(q_BTKGH, k_BSKH, lo_BT, hi_BT, pos_BS, spec, top_BKGT)
+            p_BKGTS, new_top = _exp_scores(q_BTKGH, k_BKSH, lo_BT, hi_BT, pos_BS, spec, top_BKGT)
             keep_BKGT = jnp.exp(top_BKGT - new_top)
             total_BKGT = total_BKGT * keep_BKGT + jnp.sum(p_BKGTS, axis=-1)
             keep_BTKG1 = jnp.moveaxis(keep_BKGT, 3, 1)[..., None]
-            return new_top, total_BKGT, sum_BTKGH * keep_BTKG1 + _weigh(p_BKGTS, v_BSKH)
+            return new_top, total_BKGT, sum_BTKGH * keep_BTKG1 + _weigh(p_BKGTS, v_BKSH)
 
         return lax.cond(live, update, lambda carry: carry, carry), None
 
@@ -111,7 +129,7 @@ def _running_softmax(q_BTKGH, lo_BT, hi_BT, keys, spec):
         jnp.zeros((B, K, G, T), jnp.float32),
         jnp.zeros((B, T, K, G, H), jnp.float32),
     )
-    (top_BKGT, total_BKGT, sum_BTKGH), _ = lax.scan(tile, start, (k_nBSKH, v_nBSKH, pos_nBS))
+    (top_BKGT, total_BKGT, sum_BTKGH), _ = lax.scan(tile, start, tiles)
     return _normalise(sum_BTKGH, total_BKGT, top_BKGT, q_BTKGH.dtype)
 
 
@@ -159,12 +177,12 @@ def _cap(scores, spec, dtype):
     return scores
 
 
-def _exp_scores(q_BTKGH, k_BSKH, lo_BT, hi_BT, kv_pos_BS, spec, floor_BKGT=MASKED):
+def _exp_scores(q_BTKGH, k_BKSH, lo_BT, hi_BT, kv_pos_BS, spec, floor_BKGT=MASKED):
     """`exp(scores - top)` (0 where masked) and `top`, at least `floor_BKGT`."""
     s_BKGTS = spec.scale * jnp.einsum(
-        "BTKGH,BSKH->BKGTS",
+        "BTKGH,BKSH->BKGTS",
         q_BTKGH,
-        k_BSKH,
+        k_BKSH,
         precision=lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
@@ -176,11 +194,11 @@ def _exp_scores(q_BTKGH, k_BSKH, lo_BT, hi_BT, kv_pos_BS, spec, floor_BKGT=MASKE
     return p_BKGTS, top_BKGT
 
 
-def _weigh(p_BKGTS, v_BSKH):
+def _weigh(p_BKGTS, v_BKSH):
     return jnp.einsum(
-        "BKGTS,BSKH->BTKGH",
-        p_BKGTS.astype(v_BSKH.dtype),
-        v_BSKH,
+        "BKGTS,BKSH->BTKGH",
+        p_BKGTS.astype(v_BKSH.dtype),
+        v_BKSH,
         precision=lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
@@ -195,9 +213,9 @@ def _normalise(sum_BTKGH, total_BKGT, top_BKGT, dtype):
     return out_BTKGH, jnp.where(none_BTKG, -jnp.inf, top_BTKG + jnp.log(safe_BTKG))
 
 
-def _split(x, blocks: int, size: int = BLOCK_Q, fill: int = 0):
-    """`[B, X, ...]` padded with `fill` and cut into `[blocks, B, size, ...]`."""
+def _split(x, blocks: int, size: int = BLOCK_Q, fill: int = 0, axis: int = 1):
+    """`[B, X, ...]` padded with `fill` and cut along `axis` into `[blocks, B, size, ...]`."""
     pad = [(0, 0)] * x.ndim
-    pad[1] = (0, blocks * size - x.shape[1])
+    pad[axis] = (0, blocks * size - x.shape[axis])
     x = jnp.pad(x, pad, constant_values=fill)
-    return jnp.moveaxis(x.reshape(x.shape[0], blocks, size, *x.shape[2:]), 1, 0)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, size, *x.shape[axis + 1 :]), axis, 0)
