@@ -9,6 +9,7 @@ from gemma_jax.cache import KeysValues, Slots
 from gemma_jax.config import GemmaConfig, LayerSpec
 from gemma_jax.nn.rope import RopeTable, rope_table
 from gemma_jax.numerics import NUMERICS, Numerics
+from gemma_jax.sharding import Partition
 from gemma_kernels.attention import causal_interval, last_of_block
 
 
@@ -23,6 +24,7 @@ class Runtime:
       vision_dtype: Dtype inside the vision tower; `None` for `dtype`.
       remat: Keep only what passes between layers for the gradient, and compute a layer's inside
         again in the backward pass.
+      partition: The mesh that the model lies on, and how; `None` on one device.
     """
 
     dtype: jnp.dtype = field(default_factory=lambda: jnp.dtype("float32"))
@@ -30,6 +32,7 @@ class Runtime:
     attention_impl: str = "auto"
     vision_dtype: jnp.dtype | None = None
     remat: bool = False
+    partition: Partition | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -61,6 +64,12 @@ class Context:
 
     def lend(self, lent: dict[str, KeysValues]) -> "Context":
         return replace(self, lent=self.lent | lent)
+
+    def place(self, x: jax.Array) -> jax.Array:
+        """A residual stream `[B, T, D]`, or streams `[A, B, T, D]`, where the mesh has it."""
+        if (partition := self.runtime.partition) is None:
+            return x
+        return partition.constrain_activations(x, "ABTD"[-x.ndim :])
 
     def interval(self, spec: LayerSpec) -> tuple[jax.Array, jax.Array]:
         return self.intervals[spec.window or 0]

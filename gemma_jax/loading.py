@@ -1,15 +1,17 @@
 """The short way in: a model and its tokenizer from one name."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from gemma_jax.context import Runtime
 from gemma_jax.model import Gemma
 from gemma_jax.nn.off_device import Place
 from gemma_jax.numerics import Numerics, resolve_numerics
 from gemma_jax.segments import Layout
+from gemma_jax.sharding import INFERENCE, Partition, Rules, make_mesh
 from gemma_jax.text import Tokenizer
 
 
@@ -38,6 +40,8 @@ def load_model(
     attention_impl: str = "auto",
     layout: Layout | None = None,
     per_layer_table: Place = "device",
+    mesh: Mesh | Mapping[str, int] | None = None,
+    rules: Rules = INFERENCE,
     progress: Callable[[int, int], None] | None = None,
 ) -> Gemma:
     """The model alone.
@@ -58,6 +62,9 @@ def load_model(
         current tokens are gathered there and sent to the device. With int8 weights, a table off the
         device is bfloat16.
       layout: `"scan"` compiles fast, `"unrolled"` decodes fast on CPU. Default: by platform.
+      mesh: Devices to spread the model over, or how many along each axis (`{"tensor": 8}`); see
+        `gemma_jax.sharding`. Every tensor goes straight into its shards.
+      rules: Which letters are split over which axes.
       progress: Called with bytes read so far and in total.
     """
     from gemma_checkpoints import load_model as load_checkpoint
@@ -65,6 +72,9 @@ def load_model(
 
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16"))
+    partition = None if mesh is None else _partition(source, mesh, rules)
+    if partition is not None and per_layer_table != "device":
+        raise ValueError(f"{per_layer_table=} is for one device; on a mesh leave it at 'device'")
     narrower = weights is not None and jnp.dtype(weights).itemsize < dtype.itemsize
     return load_checkpoint(
         source,
@@ -75,13 +85,23 @@ def load_model(
             numerics=resolve_numerics(numerics),
             attention_impl=attention_impl,
             vision_dtype=None if vision_dtype is None else jnp.dtype(vision_dtype),
+            partition=partition,
         ),
         layout=layout or ("unrolled" if on_cpu else "scan"),
         transform=store_weights(weights) if narrower else None,
+        placement=partition and (lambda path, dims, shape: partition.sharding(dims, shape)),
         per_layer_table=per_layer_table,
         per_layer_dtype=jnp.bfloat16 if narrower else None,
         progress=progress,
     )
+
+
+def _partition(source: str, mesh: Mesh | Mapping[str, int], rules: Rules) -> Partition:
+    from gemma_checkpoints import describe, resolve
+
+    if not isinstance(mesh, Mesh):
+        mesh = make_mesh(describe(resolve(source)).config, **mesh)
+    return Partition.of(mesh, rules)
 
 
 def load_tokenizer(source: str) -> Tokenizer:

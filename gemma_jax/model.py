@@ -239,7 +239,7 @@ def forward(
         frozenset(capture),
     )
 
-    x_BTD = model.embed.encode(tokens_BT, model.runtime.dtype)
+    x_BTD = ctx.place(model.embed.encode(tokens_BT, model.runtime.dtype))
     captured = {"embeddings": x_BTD}
     for modality in model.modalities:
         x_BTD = modality.insert(tokens_BT, x_BTD, model.runtime.numerics)

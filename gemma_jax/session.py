@@ -23,6 +23,7 @@ from gemma_jax.model import Gemma, forward
 from gemma_jax.passes import Pass, Row, bucket, cut_pass
 from gemma_jax.sampling import Sampling, SamplingProgram, sample
 from gemma_jax.segments import Segment
+from gemma_jax.sharding import Partition
 
 CHUNK = 1024  # longest stretch of prompt that one pass reads
 
@@ -84,6 +85,7 @@ def advance(
         real_BT = jnp.where(prompt.positions_BT >= 0, prompt.tokens_BT, -1)
         state = replace(state, cache=out.cache, seen_BV=_mark_seen(state.seen_BV, real_BT))
         state = _choose(state, 0, out.logits[:, 0], prompt.ends_B, how, stop_ids)
+        state = _placed(state, model.runtime.partition)
 
     def body(state: State) -> State:
         position_B = jnp.where(state.done_B, -1, state.cache.length_B)
@@ -91,11 +93,17 @@ def advance(
             model, state.last_B[:, None], position_B[:, None], cache=state.cache, logits="last"
         )
         state = replace(state, cache=out.cache)
-        return _choose(state, state.step, out.logits[:, 0], ~state.done_B, how, stop_ids)
+        state = _choose(state, state.step, out.logits[:, 0], ~state.done_B, how, stop_ids)
+        return _placed(state, model.runtime.partition)
 
     if not loop:
         return state
     return jax.lax.while_loop(lambda s: (s.step < limit) & ~jnp.all(s.done_B), body, state)
+
+
+def _placed(state: State, partition: Partition | None) -> State:
+    """On a mesh: the cache by its letters, all else on every device, for the host to read."""
+    return state if partition is None else partition.constrain(state)
 
 
 def _choose(
@@ -195,6 +203,7 @@ class Session:
             model.runtime.dtype,
             self.how.use_penalty,
             slack,
+            model.runtime.partition,
         )
 
     def read(
@@ -309,7 +318,7 @@ class Session:
                 )
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6))
+@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6, 7))
 def _empty_state(
     seed_B: jax.Array,
     cfg: GemmaConfig,
@@ -318,10 +327,11 @@ def _empty_state(
     dtype: jnp.dtype,
     penalty: bool,
     slack: int,
+    partition: Partition | None,
 ) -> State:
     """One program rather than one per array: most of a small model's start was these."""
     batch = len(seed_B)
-    return State(
+    state = State(
         cache=init_cache(cfg, segments, batch, max_len, dtype, slack),
         last_B=jnp.zeros(batch, jnp.int32),
         keys_B=jax.vmap(jax.random.key)(seed_B),
@@ -331,3 +341,4 @@ def _empty_state(
         log_probs_BX=jnp.zeros((batch, 0), jnp.float32),
         seen_BV=jnp.zeros((batch, cfg.vocab_size), bool) if penalty else None,
     )
+    return _placed(state, partition)

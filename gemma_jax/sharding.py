@@ -1,76 +1,249 @@
 """Dimension letters -> mesh axes, from outside the model.
 
-    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    model = shard(model, mesh)
+    mesh = make_mesh(model.cfg, tensor=4, data=2)
+    model = shard(model, mesh)            # or load_model(..., mesh=mesh): straight into the shards
 
-Layers know nothing of meshes. Weights and inputs are placed by their letters, and the compiler
-carries the placement through the program (SPMD).
+Layers know nothing of meshes. Weights, caches and activations are placed by their letters, and the
+compiler carries the placement through the program (SPMD). Kernels cannot be cut by the compiler:
+they run on each device's part, which the letters name as well (`Partition.run`).
+
+Mesh axes have these names, and any of them may be absent:
+
+    data       rows of a batch
+    fsdp       weights along the model's width, gathered where they are used; rows of a batch too
+    tensor     heads, feed-forward channels, vocabulary
+    group      query heads that share a key/value head: splits what `tensor` does, but not caches
+    sequence   key slots of global layers
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gemma_jax.cache import Cache, LayerCache
-from gemma_jax.model import Gemma
+from gemma_jax.cache import Cache
 
-# Heads, feed-forward width and vocabulary are split, so that each device holds whole heads and
-# whole channels; activations stay whole in D. Rows of a batch go to the data axis.
-INFERENCE: Mapping[str, str] = {
-    "B": "data",
-    "N": "tensor",
-    "K": "tensor",
-    "F": "tensor",
-    "V": "tensor",
+if TYPE_CHECKING:
+    from gemma_jax.config import GemmaConfig
+    from gemma_jax.model import Gemma
+
+Rules = Mapping[str, tuple[str, ...]]
+
+AXES = ("data", "fsdp", "sequence", "tensor", "group")
+_CHANNELS = ("tensor", "group")
+
+# Each device holds whole heads and whole channels; activations stay whole in D.
+INFERENCE: Rules = {
+    "B": ("data",),
+    "N": _CHANNELS,
+    "K": ("tensor",),
+    "F": _CHANNELS,
+    "V": _CHANNELS,
 }
+# The optimiser's state is as large as the weights, so these are split along D too.
+TRAINING: Rules = {**INFERENCE, "B": ("data", "fsdp"), "D": ("fsdp",), "C": ("fsdp",)}
+# Devices that share a head hold parts of its cache; other weights are split over them as well.
+LONG_CONTEXT: Rules = {
+    **INFERENCE,
+    "S": ("sequence",),
+    "F": (*_CHANNELS, "sequence"),
+    "V": (*_CHANNELS, "sequence"),
+}
+RULES = {"inference": INFERENCE, "training": TRAINING, "long-context": LONG_CONTEXT}
 
 
-def letter_sharding(
-    mesh: Mesh, dims: str, shape: tuple[int, ...], rules: Mapping[str, str] = INFERENCE
-) -> NamedSharding:
-    """Sharding of an array whose last axes are `dims`; axes in front (stacking) are not split.
+@dataclass(frozen=True)
+class Partition:
+    """A mesh, and the axes of it that each letter is split over.
 
-    Letters without a rule, or whose axis the mesh does not have, are replicated. So are key/value
-    heads (`K`) that do not divide: they are few, and every query head needs its own.
-
-    Raises:
-      ValueError: A size is no multiple of its mesh axis.
+    Attributes:
+      mesh: Its axes must be of the type `Auto`, as `make_mesh` makes them.
+      rules: Letter and axes, in pairs; axes that the mesh lacks are left out.
     """
-    parts: list[str | None] = [None] * (len(shape) - len(dims))
-    for letter, size in zip(dims, shape[len(parts) :]):
-        axis = rules.get(letter)
-        axis = axis if axis in mesh.axis_names else None
-        if axis is not None and size % mesh.shape[axis]:
-            if letter != "K":
-                raise ValueError(
-                    f"{letter}={size} cannot be split over mesh axis {axis!r} of size "
-                    f"{mesh.shape[axis]}; use an axis that divides it, or drop the rule"
-                )
-            axis = None
-        parts.append(axis)
-    return NamedSharding(mesh, PartitionSpec(*parts))
 
+    mesh: Mesh
+    rules: tuple[tuple[str, tuple[str, ...]], ...]
 
-def shard(model: Gemma, mesh: Mesh, rules: Mapping[str, str] = INFERENCE) -> Gemma:
-    """The model with every parameter placed by its letters."""
+    @classmethod
+    def of(cls, mesh: Mesh, rules: Rules = INFERENCE) -> "Partition":
+        present = {x: tuple(a for a in axes if a in mesh.axis_names) for x, axes in rules.items()}
+        if unused := set(mesh.axis_names) - {axis for axes in present.values() for axis in axes}:
+            raise ValueError(
+                f"no rule uses mesh axis {', '.join(map(repr, sorted(unused)))}; the rules know "
+                f"{', '.join(sorted({axis for axes in rules.values() for axis in axes}))}"
+            )
+        return cls(mesh, tuple((letter, axes) for letter, axes in present.items() if axes))
 
-    def place(param: nnx.Param) -> nnx.Param:
-        array = param.get_value()
-        sharding = letter_sharding(mesh, param.dims, array.shape, rules)
-        return param.replace(jax.device_put(array, sharding))
+    def spec(self, dims: str, shape: Sequence[int]) -> PartitionSpec:
+        """Of an array whose last axes are `dims`; axes in front (stacking) are not split.
 
-    return jax.tree.map(place, model, is_leaf=lambda node: isinstance(node, nnx.Param))
+        Letters without a rule are whole on every device. So are key/value heads (`K`) that do not
+        divide: they are few, and every query head needs its own.
 
+        Raises:
+          ValueError: A size is no multiple of its mesh axes.
+        """
+        rules = dict(self.rules)
+        parts: list[tuple[str, ...] | None] = [None] * (len(shape) - len(dims))
+        for letter, size in zip(dims, shape[len(parts) :]):
+            axes = rules.get(letter)
+            count = math.prod(self.mesh.shape[axis] for axis in axes or ())
+            if size % count:
+                if letter != "K":
+                    raise ValueError(
+                        f"{letter}={size} cannot be split over mesh axis "
+                        f"{' x '.join(map(repr, axes))} of size {count}; use sizes that divide it, "
+                        "or drop the rule"
+                    )
+                axes = None
+            parts.append(axes)
+        return PartitionSpec(*parts)
 
-def shard_cache(cache: Cache, mesh: Mesh, rules: Mapping[str, str] = INFERENCE) -> Cache:
-    """The cache with rows and key/value heads placed by the same rules."""
+    def sharding(self, dims: str, shape: Sequence[int]) -> NamedSharding:
+        """See `spec`."""
+        return NamedSharding(self.mesh, self.spec(dims, shape))
 
-    def place(node: LayerCache | jax.Array) -> LayerCache | jax.Array:
-        dims = "BKSH" if isinstance(node, LayerCache) else "BS"
-        return jax.tree.map(
-            lambda a: jax.device_put(a, letter_sharding(mesh, dims, a.shape, rules)), node
+    @property
+    def whole(self) -> NamedSharding:
+        """All of an array on every device."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def shardings(self, tree: Any) -> Any:
+        """A sharding for every array in models and caches; arrays outside of them stay whole."""
+
+        def of(node: Any) -> Any:
+            if isinstance(node, nnx.Param):
+                return node.replace(self.param_shardings(node))
+            if isinstance(node, Cache):
+                return self._cache(node)
+            return self.whole
+
+        return jax.tree.map(of, tree, is_leaf=lambda x: isinstance(x, nnx.Param | Cache))
+
+    def param_shardings(self, param: nnx.Param) -> Any:
+        """Of its array, or of the arrays in the place of one (see `quant.py`)."""
+        value, dims = param.get_value(), param.dims
+        stacked = jax.tree.leaves(value)[0].ndim - len(dims)
+        # The scale of a stored weight has its first axes alone, those of the outputs.
+        return jax.tree.map(lambda a: self.sharding(dims[: a.ndim - stacked], a.shape), value)
+
+    def _cache(self, cache: Cache) -> Cache:
+        def at(dims: str, a: jax.Array) -> NamedSharding:
+            # Rings are short: each device of a row keeps all slots of its heads.
+            slots = a.shape[len(a.shape) - len(dims) + dims.index("S")]
+            return self.sharding(
+                dims if slots == cache.max_len else dims.replace("S", "_"), a.shape
+            )
+
+        return replace(
+            cache,
+            layers=jax.tree.map(lambda a: at("BKSH", a), cache.layers),
+            positions={c: at("BS", a) for c, a in cache.positions.items()},
         )
 
-    return jax.tree.map(place, cache, is_leaf=lambda node: isinstance(node, LayerCache))
+    def place(self, tree: Any) -> Any:
+        """The tree with its arrays where they belong."""
+        return jax.device_put(tree, self.shardings(tree))
+
+    def constrain(self, tree: Any) -> Any:
+        """`place`, inside a program."""
+        return jax.lax.with_sharding_constraint(tree, self.shardings(tree))
+
+    def constrain_activations(self, x: jax.Array, dims: str) -> jax.Array:
+        """Splits along the rows of the batch alone: D is whole in activations."""
+        sharding = self.sharding(dims.replace("D", "_"), x.shape)
+        return jax.lax.with_sharding_constraint(x, sharding)
+
+    def splits(self, letter: str) -> bool:
+        """Whether arrays with this letter are split along it."""
+        return math.prod(self.mesh.shape[axis] for axis in dict(self.rules).get(letter, ())) > 1
+
+    def index(self, letter: str) -> jax.Array:
+        """Which part of those along a letter this device has; for use inside `run`."""
+        axes = dict(self.rules).get(letter, ())
+        return jax.lax.axis_index(axes) if axes else jnp.int32(0)
+
+    def run(self, function: Callable, result: str, whole: str = "", **arrays: jax.Array):
+        """`function(**arrays)`, on every device for its part of them.
+
+        Args:
+          result: Letters of what comes out.
+          whole: Letters that are not split, whatever the rules.
+          **arrays: Named with their letters: `q_BTNH`.
+        """
+
+        def spec(dims: str, shape: Sequence[int]) -> PartitionSpec:
+            return self.spec("".join("_" if x in whole else x for x in dims), shape)
+
+        names, sizes = list(arrays), {}
+        dims = [name.rpartition("_")[2] for name in names]
+        for letters, array in zip(dims, arrays.values()):
+            sizes |= dict(zip(letters, array.shape))
+        return jax.shard_map(
+            lambda *parts: function(**dict(zip(names, parts))),
+            mesh=self.mesh,
+            in_specs=tuple(spec(d, a.shape) for d, a in zip(dims, arrays.values())),
+            out_specs=spec(result, [sizes[letter] for letter in result]),
+            check_vma=False,
+        )(*arrays.values())
+
+
+def make_mesh(
+    cfg: "GemmaConfig", devices: Sequence[jax.Device] | None = None, **sizes: int
+) -> Mesh:
+    """A mesh of all devices, with axes out of `AXES` in that order.
+
+    Where `tensor` has more devices than the model has key/value heads, the surplus becomes the axis
+    `group`, so that caches are split as far as they can be.
+
+    Args:
+      devices: Default: all of them, whatever process they belong to.
+      **sizes: Devices along each axis; one of them may be -1, for all that are left.
+
+    Raises:
+      ValueError: Unknown axes, or sizes that do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    if unknown := set(sizes) - set(AXES):
+        raise ValueError(f"unknown mesh axes {sorted(unknown)}; choose from {', '.join(AXES)}")
+    if bad := {name: n for name, n in sizes.items() if n < 1 and n != -1}:
+        raise ValueError(f"mesh axes must have at least one device, got {bad}")
+    known = math.prod(n for n in sizes.values() if n != -1)
+    open_axes = [name for name, n in sizes.items() if n == -1]
+    if len(open_axes) > 1:
+        raise ValueError(f"only one axis can take the devices left over, not {open_axes}")
+    if open_axes and len(devices) % known == 0:
+        sizes[open_axes[0]] = len(devices) // known
+    if math.prod(sizes.values()) != len(devices):
+        given = ", ".join(f"{name}={n}" for name, n in sizes.items())
+        raise ValueError(f"mesh {given} does not make use of exactly {len(devices)} devices")
+    if "group" not in sizes and (tensor := sizes.get("tensor", 1)) > 1:
+        sizes["tensor"] = math.gcd(tensor, cfg.num_kv_heads)
+        if tensor > sizes["tensor"]:
+            sizes["group"] = tensor // sizes["tensor"]
+    names = [axis for axis in AXES if axis in sizes]
+    array = np.array(devices).reshape([sizes[name] for name in names])
+    return Mesh(array, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def shard(model: "Gemma", mesh: Mesh, rules: Rules = INFERENCE) -> "Gemma":
+    """The model with every parameter placed by its letters, and caches to be placed so too.
+
+    Raises:
+      ValueError: A size that its mesh axes do not divide, or an axis that no rule uses.
+    """
+    partition = Partition.of(mesh, rules)
+    return with_partition(partition.place(model), partition)
+
+
+def with_partition(model: "Gemma", partition: Partition | None) -> "Gemma":
+    """The model, whose arrays lie where `partition` says, computing there."""
+    model = nnx.merge(*nnx.split(model))
+    model.runtime = replace(model.runtime, partition=partition)
+    return model

@@ -72,7 +72,7 @@ def run_layers(
     def run_period(ctx, x, blocks, old_caches, inputs):
         news, taps, lent = [], [], {}
         for block, old, *extra in zip(blocks, old_caches, *inputs):
-            out = run_block(block, x, ctx, old, *extra)
+            out = run_block(block, ctx.place(x), ctx, old, *extra)
             x, lent = out.x, lent | out.lent
             ctx = ctx.lend(out.lent) if out.lent else ctx
             news.append(out.cache)

@@ -42,7 +42,7 @@ def load_model(
       layout: How layers are stacked; see `gemma_jax.segments`.
       runtime: How the model will compute. Independent of `dtype`.
       placement: `(path, dims, shape) -> Sharding | None`: where each Param goes. Its pieces go
-        straight there.
+        straight there, and only those are read that devices of this process hold.
       transform: `(param, array) -> value`, applied to each Param as soon as it is complete, so
         that a model can be quantised while it never exists as a whole.
       per_layer_table: Where Gemma 3n's table of per-layer embeddings goes: with the other

@@ -1,6 +1,6 @@
 """Parameters under construction: memory in the final shape, dtype and place, filled by rows.
 
-Three kinds, one use: `write(array, index)` from any thread, then `finish()` for the result.
+Four kinds, one use: `write(array, index)` from any thread, then `finish()` for the result.
 """
 
 import threading
@@ -14,6 +14,7 @@ import numpy as np
 from gemma_jax.nn.off_device import HostTable
 
 Shape = tuple[int, ...]
+Box = tuple[range, ...]  # part of an array: the indices along each axis
 _ALIGNMENT = 64  # bytes; JAX on CPU adopts NumPy memory that is aligned so, and copies other
 
 
@@ -27,9 +28,25 @@ class Buffer(Protocol):
 
 def make_buffer(shape: Shape, dtype: np.dtype, sharding: jax.sharding.Sharding | None) -> Buffer:
     """Host memory that becomes the array where the default device is a CPU, else device memory."""
-    if sharding is None and jax.default_backend() == "cpu":
-        return HostBuffer(shape, dtype)
-    return DeviceBuffer(shape, dtype, sharding)
+    if sharding is not None:
+        return ShardedBuffer(shape, dtype, sharding)
+    kind = HostBuffer if jax.default_backend() == "cpu" else DeviceBuffer
+    return kind(shape, dtype)
+
+
+def local_boxes(shape: Shape, sharding: jax.sharding.Sharding | None) -> list[Box]:
+    """The different parts of an array that devices of this process hold."""
+    if sharding is None:
+        return [tuple(map(range, shape))]
+    return list(dict.fromkeys(_boxes(shape, sharding).values()))
+
+
+def _boxes(shape: Shape, sharding: jax.sharding.Sharding) -> dict[jax.Device, Box]:
+    indices = sharding.addressable_devices_indices_map(shape)
+    return {
+        device: tuple(range(n)[cut] for cut, n in zip(index, shape))
+        for device, index in indices.items()
+    }
 
 
 class HostBuffer:
@@ -56,10 +73,10 @@ class TableBuffer(HostBuffer):
 
 
 class DeviceBuffer:
-    """An array on its device or devices, updated in place by donation."""
+    """An array on its device, updated in place by donation."""
 
-    def __init__(self, shape: Shape, dtype: np.dtype, sharding: jax.sharding.Sharding | None):
-        self._array = jnp.zeros(shape, dtype, device=sharding)
+    def __init__(self, shape: Shape, dtype: np.dtype, device: jax.Device | None = None):
+        self._array = jnp.zeros(shape, dtype, device=device)
         self._lock = threading.Lock()
 
     def write(self, array: np.ndarray, index: Shape) -> None:
@@ -69,6 +86,32 @@ class DeviceBuffer:
 
     def finish(self) -> jax.Array:
         return self._array
+
+
+class ShardedBuffer:
+    """A buffer for each device of this process; the array exists nowhere as a whole."""
+
+    def __init__(self, shape: Shape, dtype: np.dtype, sharding: jax.sharding.Sharding):
+        self._shape, self._sharding = shape, sharding
+        self._parts = [
+            (box, DeviceBuffer(tuple(map(len, box)), dtype, device))
+            for device, box in _boxes(shape, sharding).items()
+        ]
+
+    def write(self, array: np.ndarray, index: Shape) -> None:
+        for box, buffer in self._parts:
+            cuts = [
+                (max(cut.start, i), min(cut.stop, i + n))
+                for cut, i, n in zip(box, index, array.shape, strict=True)
+            ]
+            if all(first < last for first, last in cuts):
+                own = tuple(slice(first - i, last - i) for (first, last), i in zip(cuts, index))
+                start = tuple(first - cut.start for (first, _), cut in zip(cuts, box))
+                buffer.write(array[own], start)
+
+    def finish(self) -> jax.Array:
+        arrays = [buffer.finish() for _, buffer in self._parts]
+        return jax.make_array_from_single_device_arrays(self._shape, self._sharding, arrays)
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -44,7 +44,13 @@ class GGUFFile:
             raise CheckpointError(self.path, str(error)) from None
         self.table = gguf_table(self.config)
 
-    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+    def read(
+        self, name: str, rows: slice = slice(None), columns: slice = slice(None)
+    ) -> np.ndarray:
+        array = self._rows(name, rows)
+        return array if array.ndim < 2 else array[:, columns]
+
+    def _rows(self, name: str, rows: slice) -> np.ndarray:
         info, first_byte = self.tensors[name], self._offsets[name]
         first, last, _ = rows.indices(info.shape[0])
         row_bytes = info.nbytes // info.shape[0]

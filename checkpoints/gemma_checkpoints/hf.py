@@ -44,9 +44,11 @@ class HFFolder:
         self.table = hf_table(self.config)
         self._open(self._files())
 
-    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+    def read(
+        self, name: str, rows: slice = slice(None), columns: slice = slice(None)
+    ) -> np.ndarray:
         file, theirs = self._where[name]
-        return file.read(theirs, rows)
+        return file.read(theirs, rows, columns)
 
     def mapped(self, name: str) -> np.ndarray:
         """One tensor, mapped into memory and not read."""

@@ -1,7 +1,8 @@
 """Streams a checkpoint into a model, piece by piece, each straight to its device and dtype.
 
 Threads read, decode and check pieces, and write them into the parameters. Host memory holds one
-piece per thread and nothing else, so the peak is the model plus less than its largest tensor.
+piece per thread and nothing else, so the peak is the model plus less than its largest tensor. On a
+mesh, a process reads what its own devices hold.
 """
 
 import math
@@ -22,7 +23,7 @@ from gemma_jax.model import Gemma
 from gemma_jax.nn.off_device import DiskTable, Place
 from gemma_jax.segments import Layout
 
-from .buffers import Buffer, TableBuffer, make_buffer
+from .buffers import Box, Buffer, TableBuffer, local_boxes, make_buffer
 from .errors import CheckpointError
 from .match import Move, match
 from .modalities import config_for
@@ -40,12 +41,20 @@ T, R = TypeVar("T"), TypeVar("R")
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows of one tensor, on their way into the buffer of a Param."""
+    """Part of one tensor, on its way into the buffer of a Param.
+
+    Attributes:
+      box: Of our parameter, as `move.slot` describes it.
+      rows, columns: Of their tensor, the same part.
+      last: Whether no piece of the Param comes after.
+    """
 
     move: Move
+    box: Box
     rows: slice
+    columns: slice
     buffer: Buffer
-    last: bool  # of its Param
+    last: bool
 
     @property
     def path(self) -> ParamPath:
@@ -79,17 +88,25 @@ def load_source(
         (move,) = (move for move in moves if move.slot.path == TABLE)
         moves.remove(move)
         arrays[TABLE] = _on_disk(source, move, per_layer_dtype or dtype)
-    total, done = sum(_size(move) for move in moves), 0
+
+    def sharding(path: ParamPath) -> jax.sharding.Sharding | None:
+        if placement is None or (path == TABLE and per_layer_table == "host"):
+            return None
+        return placement(path, params[path].dims, params[path].get_value().shape)
 
     def buffer(path: ParamPath, stored: np.dtype) -> Buffer:
-        param = params[path]
-        shape = param.get_value().shape
+        shape = params[path].get_value().shape
         if path == TABLE and per_layer_table == "host":
             return TableBuffer(shape, jnp.dtype(per_layer_dtype or dtype or stored))
-        sharding = None if placement is None else placement(path, param.dims, shape)
-        return make_buffer(shape, jnp.dtype(dtype or stored), sharding)
+        return make_buffer(shape, jnp.dtype(dtype or stored), sharding(path))
 
-    pieces = _pieces(moves, buffer, _cut if source.reads_rows else _whole)
+    def boxes(move: Move) -> list[Box]:
+        slot = move.slot
+        parts = local_boxes(params[slot.path].get_value().shape, sharding(slot.path))
+        return list(dict.fromkeys(box if slot.row is None else box[1:] for box in parts))
+
+    total, done = sum(_size(move, *_region(move, box)) for move in moves for box in boxes(move)), 0
+    pieces = _pieces(moves, boxes, buffer, by_rows=source.reads_rows)
 
     def work(piece: Piece) -> int:
         array = _decode(source, piece)
@@ -103,7 +120,7 @@ def load_source(
             if transform is not None and not isinstance(piece.buffer, TableBuffer):
                 array = transform(params[piece.path], array)
             arrays[piece.path] = array
-        done += _size(piece.move, piece.rows)
+        done += _size(piece.move, piece.rows, piece.columns)
         if progress is not None:
             progress(done, total)
     if broken := +non_finite:  # those above zero
@@ -126,8 +143,10 @@ def _on_disk(source: Source, move: Move, dtype: jax.typing.DTypeLike | None) -> 
 
 def _pieces(
     moves: list[Move],
+    boxes: Callable[[Move], list[Box]],
     make: Callable[[ParamPath, np.dtype], Buffer],
-    cut: Callable[[Move], list[slice]],
+    *,
+    by_rows: bool,
 ) -> Iterator[Piece]:
     """Param by Param; its buffer is made when the first piece is asked for."""
     groups: dict[ParamPath, list[Move]] = {}
@@ -135,49 +154,69 @@ def _pieces(
         groups.setdefault(move.slot.path, []).append(move)
     for path, group in groups.items():
         buffer = make(path, jnp.result_type(*(move.info.dtype for move in group)))
-        cuts = [(move, rows) for move in group for rows in cut(move)]
-        for i, (move, rows) in enumerate(cuts, 1):
-            yield Piece(move, rows, buffer, last=i == len(cuts))
+        parts = [
+            (move, part)
+            for move in group
+            for box in boxes(move)
+            for part in (_cut(move, box) if by_rows else [box])
+        ]
+        for i, (move, box) in enumerate(parts, 1):
+            yield Piece(move, box, *_region(move, box), buffer, last=i == len(parts))
 
 
-def _cut(move: Move) -> list[slice]:
-    """Pieces of about `PIECE` bytes where rows of theirs are rows of ours, else one piece."""
-    count = move.info.shape[0]
-    if move.row.parsed is not None and not move.row.parsed.keeps_first_axis:
-        return _whole(move)
-    step = max(1, PIECE * count // max(1, _size(move)))
-    return [slice(i, min(i + step, count)) for i in range(0, count, step)]
+def _cut(move: Move, box: Box) -> list[Box]:
+    """Boxes of about `PIECE` bytes where rows of theirs are rows of ours, else the one."""
+    parsed = move.row.parsed
+    if parsed is not None and not (parsed.keeps_first_axis and len(parsed.left[0]) == 1):
+        return [box]
+    first, *rest = box
+    step = max(1, PIECE * len(first) // max(1, _size(move, *_region(move, box))))
+    return [(first[i : i + step], *rest) for i in range(0, len(first), step)]
 
 
-def _whole(move: Move) -> list[slice]:
-    return [slice(0, move.info.shape[0])]
+def _region(move: Move, box: Box) -> tuple[slice, slice]:
+    """Rows and columns of their tensor that hold a box of our parameter.
+
+    Raises:
+      ValueError: Other axes than those are split.
+    """
+    slot, parsed = move.slot, move.row.parsed
+    sizes, cuts = slot.sizes, dict(zip(slot.dims, box))
+    axes = tuple(slot.dims) if parsed is None else parsed.left
+    regions = []
+    for letters in axes:
+        inner = math.prod(sizes[letter] for letter in letters[1:])
+        regions.append(slice(cuts[letters[0]].start * inner, cuts[letters[0]].stop * inner))
+    leading = {letters[0] for letters in axes[:2]}
+    for letter, cut in cuts.items():
+        if letter not in leading and cut != range(sizes[letter]):
+            raise ValueError(
+                f"{move.name} cannot be loaded in parts along {letter}; drop the rule for it"
+            )
+    return regions[0], regions[1] if len(regions) > 1 else slice(None)
 
 
-def _size(move: Move, rows: slice | None = None) -> int:
-    """Bytes of a tensor, or of some rows of it, after decoding."""
-    first, *rest = move.info.shape
-    count = first if rows is None else rows.stop - rows.start
-    return count * math.prod(rest) * move.info.dtype.itemsize
+def _size(move: Move, rows: slice, columns: slice) -> int:
+    """Bytes of part of a tensor after decoding."""
+    shape = list(move.info.shape)
+    shape[:2] = [len(range(n)[cut]) for n, cut in zip(shape, (rows, columns))]
+    return math.prod(shape) * move.info.dtype.itemsize
 
 
 def _decode(source: Source, piece: Piece) -> np.ndarray:
     """The piece as our parameter has it, still in the dtype of the source."""
     row, slot = piece.move.row, piece.move.slot
-    array = source.read(row.theirs, piece.rows)
+    array = source.read(row.theirs, piece.rows, piece.columns)
     if row.plus_one:
         array = array - array.dtype.type(1)
     if row.parsed is None:
         return array
-    sizes = dict(slot.sizes)
-    if row.parsed.keeps_first_axis and len(row.parsed.left[0]) == 1:
-        sizes[row.parsed.left[0]] = len(array)
-    return row.parsed(array, sizes)
+    return row.parsed(array, dict(zip(slot.dims, map(len, piece.box))))
 
 
 def _located(array: np.ndarray, piece: Piece) -> tuple[np.ndarray, tuple[int, ...]]:
     """`array` with the axes of the Param, and the index of its first element in it."""
-    row, start = piece.move.slot.row, piece.rows.start
-    index = (start, *[0] * (array.ndim - 1))
+    row, index = piece.move.slot.row, tuple(cut.start for cut in piece.box)
     return (array, index) if row is None else (array[None], (row, *index))
 
 

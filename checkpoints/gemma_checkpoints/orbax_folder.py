@@ -86,12 +86,15 @@ class OrbaxFolder:
         self.tensors = {name: _info(entry) for name, entry in self._metadata().items()}
         self.table = tuple(Row(r.ours, r.ours) for r in hf_table(self.config) if r.ours is not None)
 
-    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+    def read(
+        self, name: str, rows: slice = slice(None), columns: slice = slice(None)
+    ) -> np.ndarray:
         import orbax.checkpoint as ocp
 
         wanted = {name: ocp.RestoreArgs(restore_type=np.ndarray)}
         request = ocp.args.PyTreeRestore(item={name: 0}, restore_args=wanted, partial_restore=True)
-        return self._orbax(lambda c, path: c.restore(path, args=request))[name][rows]
+        array = self._orbax(lambda c, path: c.restore(path, args=request))[name]
+        return array[rows] if array.ndim < 2 else array[rows, columns]
 
     def _metadata(self) -> dict[str, Any]:
         return self._orbax(lambda c, path: c.metadata(path).item_metadata.tree)

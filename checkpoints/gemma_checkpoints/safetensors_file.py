@@ -53,13 +53,21 @@ class SafetensorsFile:
     def tensors(self) -> dict[str, TensorInfo]:
         return {name: place.info for name, place in self._places.items()}
 
-    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+    def read(
+        self, name: str, rows: slice = slice(None), columns: slice = slice(None)
+    ) -> np.ndarray:
         place = self._places[name]
         shape, dtype = place.info.shape, place.info.dtype
         first, last, _ = rows.indices(shape[0]) if shape else (0, 1, 1)
-        width = math.prod(shape[1:])
-        out = np.empty((last - first, *shape[1:]) if shape else (), dtype)
-        read_at(self.path, place.offset + first * width * dtype.itemsize, out)
+        row = math.prod(shape[1:]) * dtype.itemsize
+        begin = place.offset + first * row
+        left, right, _ = columns.indices(shape[1]) if len(shape) > 1 else (0, 1, 1)
+        if len(shape) < 2 or (left, right) == (0, shape[1]):
+            out = np.empty((last - first, *shape[1:]) if shape else (), dtype)
+            read_at(self.path, begin, out)
+        else:  # nothing of the columns between
+            out = np.empty((last - first, right - left, *shape[2:]), dtype)
+            read_at(self.path, begin + left * (row // shape[1]), out, step=row)
         return out
 
     def mapped(self, name: str) -> np.ndarray:
@@ -105,19 +113,22 @@ class SafetensorsFile:
         return places
 
 
-def read_at(path: Path, offset: int, out: np.ndarray) -> None:
-    """Fills `out` with the bytes at `offset`. Any number of threads may read at a time.
+def read_at(path: Path, offset: int, out: np.ndarray, step: int | None = None) -> None:
+    """Fills `out` with the bytes at `offset`; with a `step`, each row from so many further on.
+
+    Any number of threads may read at a time.
 
     Not mapped: a mapped file that shrinks kills the process, and its pages count as memory.
     """
-    view = memoryview(out.reshape(-1).view(np.uint8))
     with open(path, "rb", buffering=0) as file:
-        file.seek(offset)
-        while view:
-            done = file.readinto(view)
-            if not done:
-                raise CheckpointError(path, f"the file is cut off at byte {file.tell()}")
-            view = view[done:]
+        for i, row in enumerate([out] if step is None else out):
+            view = memoryview(row.reshape(-1).view(np.uint8))
+            file.seek(offset + i * (step or 0))
+            while view:
+                done = file.readinto(view)
+                if not done:
+                    raise CheckpointError(path, f"the file is cut off at byte {file.tell()}")
+                view = view[done:]
 
 
 def write_safetensors(

@@ -48,6 +48,11 @@ class Source(Protocol):
     tensors: Mapping[str, TensorInfo]
     reads_rows: bool
 
-    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """Rows of one tensor along its first axis, `TensorInfo.dtype`. May run in any thread."""
+    def read(
+        self, name: str, rows: slice = slice(None), columns: slice = slice(None)
+    ) -> np.ndarray:
+        """Part of one tensor along its first two axes, `TensorInfo.dtype`. May run in any thread.
+
+        A tensor of one axis has rows alone.
+        """
         ...

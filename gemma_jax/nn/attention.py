@@ -8,10 +8,11 @@ from flax import nnx
 
 from gemma_jax.cache import KeysValues, LayerCache, extend
 from gemma_jax.config import GemmaConfig, LayerSpec
-from gemma_jax.context import Context
+from gemma_jax.context import Context, Runtime
 from gemma_jax.nn.einsum import Einsum
 from gemma_jax.nn.norm import RMSNorm, rms_norm
 from gemma_jax.nn.rope import rotate
+from gemma_jax.sharding import Partition
 from gemma_kernels import decode_attention as decoding
 from gemma_kernels.attention import IMPLEMENTATIONS, AttentionSpec, attention, attention_weights
 
@@ -67,11 +68,12 @@ class Attention(nnx.Module):
         )
         lo_BT, hi_BT = ctx.interval(self.spec)
         mask = dict(lo_BT=lo_BT, hi_BT=hi_BT, kv_pos_BS=kv.kv_pos_BS)
+        full = self.spec.window is None and not kv.in_order
         if ctx.whole:
             stated = replace(spec, causal=True)
-            out_BTNH = attend(q_BTNH, kv, {}, stated, ctx.runtime.attention_impl)
+            out_BTNH = attend(q_BTNH, kv, {}, stated, ctx.runtime, full=full)
         else:
-            out_BTNH = attend(q_BTNH, kv, mask, spec, ctx.runtime.attention_impl)
+            out_BTNH = attend(q_BTNH, kv, mask, spec, ctx.runtime, full=full)
         taps = {}
         if "attention_weights" in ctx.capture:
             k_BSKH = jnp.moveaxis(kv.k_BKSH, 1, 2)
@@ -103,17 +105,49 @@ def attend(
     kv: KeysValues,
     mask: dict[str, jax.Array],
     spec: AttentionSpec,
-    implementation: str | None,
+    runtime: Runtime,
+    *,
+    full: bool,
 ) -> jax.Array:
     """The kernels for decoding if there are few queries and a cache, else those for prefill.
 
-    A name that only the latter know (a library's) leaves the choice to the former.
+    A name that only the latter know (a library's) leaves the choice to the former. On a mesh every
+    device attends with its own rows and heads; `full` says that the slots of keys may be split too.
     """
-    if kv.in_order or q_BTNH.shape[1] > decoding.MOST_TOKENS:
-        k_BSKH, v_BSKH = jnp.moveaxis(kv.k_BKSH, 1, 2), jnp.moveaxis(kv.v_BKSH, 1, 2)
-        return attention(q_BTNH, k_BSKH, v_BSKH, **mask, spec=spec, implementation=implementation)
-    if implementation in IMPLEMENTATIONS and implementation not in decoding.IMPLEMENTATIONS:
-        implementation = None
-    return decoding.decode_attention(
-        q_BTNH, kv.k_BKSH, kv.v_BKSH, **mask, spec=spec, implementation=implementation
-    )
+    decodes = not kv.in_order and q_BTNH.shape[1] <= decoding.MOST_TOKENS
+    name, partition = runtime.attention_impl, runtime.partition
+    if decodes and name in IMPLEMENTATIONS and name not in decoding.IMPLEMENTATIONS:
+        name = "auto"
+
+    def run(q_BTNH, k_BKSH, v_BKSH, implementation=name, **mask):
+        how = dict(spec=spec, implementation=implementation)
+        if decodes:
+            return decoding.decode_attention(q_BTNH, k_BKSH, v_BKSH, **mask, **how)
+        k_BSKH, v_BSKH = jnp.moveaxis(k_BKSH, 1, 2), jnp.moveaxis(v_BKSH, 1, 2)
+        return attention(q_BTNH, k_BSKH, v_BSKH, **mask, **how)
+
+    def run_part(q_BTNH, k_BKSH, v_BKSH, **mask):
+        k_BKSH, v_BKSH = (_heads_of(partition, groups, q_BTNH, x) for x in (k_BKSH, v_BKSH))
+        return run(q_BTNH, k_BKSH, v_BKSH, **mask)
+
+    arrays = dict(q_BTNH=q_BTNH, k_BKSH=kv.k_BKSH, v_BKSH=kv.v_BKSH, **mask)
+    if partition is None:
+        return run(**arrays)
+    if full and partition.splits("S"):
+        # Sums over the slots of other devices are for the compiler to arrange.
+        return run(**arrays, implementation="xla" if name == "auto" else name)
+    groups = q_BTNH.shape[2] // kv.k_BKSH.shape[1]
+    return partition.run(run_part, "BTNH", whole="S", **arrays)
+
+
+def _heads_of(partition: Partition, groups: int, q_BTNH: jax.Array, k_BKSH: jax.Array) -> jax.Array:
+    """Of the key heads on this device, those that its query heads read.
+
+    They are all of them, unless key heads are too few to be split as query heads are.
+    """
+    N, K = q_BTNH.shape[2], k_BKSH.shape[1]
+    count = max(1, N // groups)
+    if count == K:
+        return k_BKSH
+    first = partition.index("N") * N // groups
+    return jax.lax.dynamic_slice_in_dim(k_BKSH, first, count, axis=1)

@@ -63,13 +63,15 @@ class TowerAttention(nnx.Module):
         self.spec = AttentionSpec(scale=sizes["H"] ** -0.5, masked=False)
 
     def __call__(self, x_IQC: jax.Array, ctx: TowerContext) -> jax.Array:
-        out_IQNH = attention(
-            self.q(x_IQC),
-            self.k(x_IQC),
-            self.v(x_IQC),
-            spec=self.spec,
-            implementation=ctx.runtime.attention_impl,
-        )
+        def attend(q_IQNH, k_IQNH, v_IQNH):
+            name = ctx.runtime.attention_impl
+            return attention(q_IQNH, k_IQNH, v_IQNH, spec=self.spec, implementation=name)
+
+        heads = dict(q_IQNH=self.q(x_IQC), k_IQNH=self.k(x_IQC), v_IQNH=self.v(x_IQC))
+        if (partition := ctx.runtime.partition) is None:
+            out_IQNH = attend(**heads)
+        else:
+            out_IQNH = partition.run(attend, "IQNH", **heads)
         return self.o(out_IQNH)
 
 

@@ -10,8 +10,10 @@ from safetensors.numpy import load_file, save_file
 from tiny_checkpoints import DATA, by_name, random_model, tiny
 
 import gemma_checkpoints as gc
-from gemma_checkpoints.params import flat_params
+from gemma_checkpoints.params import depths, flat_params
+from gemma_checkpoints.table import expand
 from gemma_jax.model import forward
+from gemma_jax.sharding import TRAINING, Partition, make_mesh
 
 LAYOUTS = ("scan", "unrolled")
 
@@ -157,3 +159,28 @@ def test_tokenizer_files_go_along(hf_folder, tmp_path):
         (hf_folder / name).write_text(name)
     out = gc.save_hf(gc.load_model(hf_folder), tmp_path / "out", source=hf_folder)
     assert all((out / name).read_text() == name for name in names)
+
+
+@pytest.mark.parametrize("name", ["g3_text", "g3n_text"])
+@pytest.mark.parametrize("axes", [dict(tensor=4), dict(fsdp=2, tensor=2)])
+def test_straight_into_shards(name, axes):
+    """Each device gets its part, and every byte that the model needs is read once."""
+    plain = gc.load_model(DATA / name, dtype="float32")
+    mesh = make_mesh(plain.cfg, jax.devices()[:4], **axes)
+    partition = Partition.of(mesh, TRAINING)
+    seen = []
+    split = gc.load_model(
+        DATA / name,
+        dtype="float32",
+        placement=lambda path, dims, shape: partition.sharding(dims, shape),
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    stored = gc.open_source(DATA / name)
+    used = {row.theirs for row in expand(stored.table, depths(stored.config)).values()}
+    size = sum(info.nbytes for name, info in stored.tensors.items() if name in used)
+    assert seen[-1] == (size, size)
+    params = flat_params(plain)
+    for path, param in flat_params(split).items():
+        array = param.get_value()
+        assert array.sharding == partition.sharding(param.dims, array.shape)
+        np.testing.assert_array_equal(array, params[path].get_value())

@@ -76,7 +76,7 @@ def _block_of_queries(k_BSKH, v_BSKH, kv_pos_BS, spec, T):
     `offset` is the key row of its first query under `spec.window`.
     """
     S = k_BSKH.shape[1]
-    # Heads before keys, as the caches keep them and the products read them: cut once for all blocks.
+    # Heads before keys, as caches keep them and products read them; cut once for all blocks.
     k_BKSH, v_BKSH = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
     if spec.window is not None and T + spec.window - 1 < S:
         span = T + spec.window - 1

@@ -1,0 +1,186 @@
+"""What works on one device works on a mesh: same logits, same text, same gradients."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from gemma_jax import forward, generate, init_cache, loss, matformer
+from gemma_jax.quant import quantise
+from gemma_jax.sharding import (
+    INFERENCE,
+    LONG_CONTEXT,
+    TRAINING,
+    Partition,
+    make_mesh,
+    shard,
+    with_partition,
+)
+from gemma_jax.training import trainable
+
+LENGTH = 4 * tiny.WINDOW + 3
+ATOL = 2e-5  # ten times the rounding of float32 sums in another order; mistakes show at 0.1
+
+MESHES = {
+    "8": (dict(tensor=8), INFERENCE),
+    "2x4": (dict(data=2, tensor=4), INFERENCE),
+    "2x2x2": (dict(data=2, fsdp=2, tensor=2), TRAINING),
+    "sequence": (dict(sequence=2, tensor=4), LONG_CONTEXT),
+}
+
+
+def gemma3():
+    return tiny.gemma3(num_heads=8, num_kv_heads=4)
+
+
+def gemma3n():
+    cfg = tiny.gemma3n()
+    return replace(
+        cfg, num_heads=8, num_kv_heads=4, per_layer=replace(cfg.per_layer, vocab_size=88)
+    )
+
+
+CONFIGS = {"gemma3": gemma3, "gemma3n": gemma3n}
+
+
+@pytest.fixture(scope="module", params=list(CONFIGS))
+def net(request):
+    return tiny.model(CONFIGS[request.param]())
+
+
+def on_mesh(net, name):
+    sizes, rules = MESHES[name]
+    return shard(net, make_mesh(net.cfg, **sizes), rules)
+
+
+@pytest.mark.parametrize("name", list(MESHES))
+def test_logits(net, name):
+    split = on_mesh(net, name)
+    ids = tiny.tokens(net.cfg, 4, LENGTH)
+    whole = np.asarray(forward(net, ids).logits)
+    np.testing.assert_allclose(forward(split, ids).logits, whole, atol=ATOL)
+    cache = init_cache(net.cfg, net.segments, 4, 64, jnp.float32)
+    cache = split.runtime.partition.place(cache)
+    first = forward(split, ids[:, :20], cache=cache)
+    second = forward(split, ids[:, 20:], cache=first.cache)
+    step = forward(split, ids[:, -1:], cache=second.cache)
+    assert np.all(np.isfinite(step.logits))
+    logits = np.concatenate([first.logits, second.logits], axis=1)
+    np.testing.assert_allclose(logits, whole, atol=ATOL)
+
+
+@pytest.mark.parametrize("name", list(MESHES))
+def test_generation(net, name):
+    split = on_mesh(net, name)
+    prompts = [tiny.tokens(net.cfg, 1, n, seed=n)[0].tolist() for n in (3, 40, 17, 5)]
+    for options in ({}, dict(temperature=1.0, top_k=20, seed=5)):
+        one = generate(net, None, prompts, max_new_tokens=20, **options)
+        many = generate(split, None, prompts, max_new_tokens=20, **options)
+        assert [c.token_ids for c in many] == [c.token_ids for c in one]
+        for ours, theirs in zip(many, one):
+            np.testing.assert_allclose(ours.log_probs, theirs.log_probs, atol=ATOL)
+
+
+@pytest.mark.parametrize("name", ["8", "2x4", "2x2x2"])
+def test_gradients(net, name):
+    split = on_mesh(net, name)
+    ids = tiny.tokens(net.cfg, 4, LENGTH)
+
+    def gradients(model):
+        params, rebuild = trainable(model)
+        return jax.jit(jax.grad(lambda p: loss(rebuild(p), ids)))(params)
+
+    whole, parts = gradients(net), gradients(split)
+    for path, expected in whole.items():
+        np.testing.assert_allclose(parts[path], expected, atol=ATOL, err_msg=str(path))
+
+
+@pytest.mark.parametrize("name", ["8", "2x4", "2x2x2"])
+def test_images(name):
+    cfg = tiny.gemma3(num_heads=8, num_kv_heads=4, vision=tiny.vision(num_heads=8, d_tower=32))
+    net = tiny.model(cfg)
+    split = on_mesh(net, name)
+    rng = np.random.default_rng(0)
+    from gemma_jax.vision.encoder import encode_images
+
+    pixels = rng.uniform(-1, 1, (2, 3, 56, 56)).astype(np.float32)
+    whole, _ = encode_images(net, pixels)
+    parts, _ = encode_images(split, pixels)
+    np.testing.assert_allclose(parts, whole, atol=ATOL)
+
+
+@pytest.mark.parametrize("storage", ["int8", "bfloat16"])
+def test_narrow_weights(net, storage):
+    stored = quantise(net, storage)
+    split = on_mesh(stored, "2x4")
+    scales = split.blocks[0][0].ffn.up.w.get_value().scale
+    if storage == "int8":
+        assert scales.addressable_shards[0].data.shape[-1] == scales.shape[-1] // 4
+    ids = tiny.tokens(net.cfg, 4, LENGTH)
+    expected = forward(stored, ids).logits
+    np.testing.assert_allclose(forward(split, ids).logits, expected, atol=ATOL)
+
+
+def test_every_device_holds_its_part_alone(net):
+    split = on_mesh(net, "8")
+    for param in jax.tree.leaves(split.blocks, is_leaf=lambda x: hasattr(x, "dims")):
+        array, parts = param.get_value(), 8 if set(param.dims) & set("NFV") else 1
+        parts = max(parts, 4 if "K" in param.dims else 1)
+        assert array.addressable_shards[0].data.size * parts == array.size, param.dims
+
+
+def test_rings_are_whole_and_long_caches_are_split_along_their_slots():
+    cfg = gemma3()
+    net = on_mesh(tiny.model(cfg), "sequence")
+    cache = init_cache(cfg, net.segments, 1, 64, jnp.float32)
+    cache = net.runtime.partition.place(cache)
+    shapes = {
+        layer.capacity: layer.k_BKSH.addressable_shards[0].data.shape[1:]
+        for segment in cache.layers
+        for layer in segment
+    }
+    assert shapes == {tiny.WINDOW: (1, 1, tiny.WINDOW, 16), 64: (1, 1, 32, 16)}
+    assert cache.positions[64].addressable_shards[0].data.shape == (1, 32)
+
+
+def test_a_slice_of_a_model_on_a_mesh():
+    net = tiny.model(gemma3n(), layout="unrolled")
+    cut = matformer.Slice(ffn_widths=(24,) * 9)
+    ids = tiny.tokens(net.cfg, 4, LENGTH)
+    expected = forward(matformer.at(net, cut), ids).logits
+    split = matformer.at(on_mesh(net, "2x4"), cut)
+    np.testing.assert_allclose(forward(split, ids).logits, expected, atol=ATOL)
+
+
+def test_more_devices_than_key_heads():
+    cfg = tiny.gemma3(num_heads=8, num_kv_heads=2)
+    mesh = make_mesh(cfg, tensor=8)
+    assert dict(mesh.shape) == {"tensor": 2, "group": 4}
+    # The compiler also copes without the axis: then every device holds all of the cache.
+    flat = jax.make_mesh((8,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+    net, ids = tiny.model(cfg), tiny.tokens(cfg, 2, LENGTH)
+    expected = generate(net, None, ids.tolist(), max_new_tokens=5)
+    for other in (mesh, flat):
+        found = generate(shard(net, other), None, ids.tolist(), max_new_tokens=5)
+        assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+
+
+def test_what_cannot_be_split_says_so():
+    cfg = tiny.gemma3(layers=1)
+    with pytest.raises(ValueError, match="N=4 cannot be split over mesh axis .* of size 8"):
+        shard(tiny.model(cfg), make_mesh(cfg, tensor=8))
+    net = tiny.model(gemma3())
+    split = shard(net, make_mesh(net.cfg, data=8))
+    with pytest.raises(ValueError, match="B=3 cannot be split over mesh axis 'data' of size 8"):
+        generate(split, None, [[1, 2]] * 3)
+    with pytest.raises(ValueError, match=r"unknown mesh axes \['model'\]; choose from data, fsdp"):
+        make_mesh(cfg, model=8)
+    with pytest.raises(ValueError, match="mesh data=3 does not make use of exactly 8 devices"):
+        make_mesh(cfg, data=3)
+    with pytest.raises(ValueError, match="no rule uses mesh axis 'fsdp'"):
+        Partition.of(make_mesh(cfg, fsdp=8), INFERENCE)
+    assert dict(make_mesh(cfg, fsdp=-1, tensor=2).shape) == {"fsdp": 4, "tensor": 2}
+    assert with_partition(split, None).runtime.partition is None
