@@ -20,6 +20,7 @@ from gemma_jax.sharding import (
     with_partition,
 )
 from gemma_jax.training import trainable
+from gemma_jax.vision.encoder import encode_images
 
 LENGTH = 4 * tiny.WINDOW + 3
 ATOL = 2e-5  # ten times the rounding of float32 sums in another order; mistakes show at 0.1
@@ -33,11 +34,11 @@ MESHES = {
 
 
 def gemma3():
-    return tiny.gemma3(num_heads=8, num_kv_heads=4)
+    return tiny.gemma3(layers=3, num_heads=8, num_kv_heads=4)
 
 
 def gemma3n():
-    cfg = tiny.gemma3n()
+    cfg = tiny.gemma3n(layers=6)
     return replace(
         cfg, num_heads=8, num_kv_heads=4, per_layer=replace(cfg.per_layer, vocab_size=88)
     )
@@ -66,8 +67,6 @@ def test_logits(net, name):
     cache = split.runtime.partition.place(cache)
     first = forward(split, ids[:, :20], cache=cache)
     second = forward(split, ids[:, 20:], cache=first.cache)
-    step = forward(split, ids[:, -1:], cache=second.cache)
-    assert np.all(np.isfinite(step.logits))
     logits = np.concatenate([first.logits, second.logits], axis=1)
     np.testing.assert_allclose(logits, whole, atol=ATOL)
 
@@ -76,12 +75,11 @@ def test_logits(net, name):
 def test_generation(net, name):
     split = on_mesh(net, name)
     prompts = [tiny.tokens(net.cfg, 1, n, seed=n)[0].tolist() for n in (3, 40, 17, 5)]
-    for options in ({}, dict(temperature=1.0, top_k=20, seed=5)):
-        one = generate(net, None, prompts, max_new_tokens=20, **options)
-        many = generate(split, None, prompts, max_new_tokens=20, **options)
-        assert [c.token_ids for c in many] == [c.token_ids for c in one]
-        for ours, theirs in zip(many, one):
-            np.testing.assert_allclose(ours.log_probs, theirs.log_probs, atol=ATOL)
+    how = dict(max_new_tokens=20, temperature=1.0, top_k=20, seed=5)
+    one, many = (generate(model, None, prompts, **how) for model in (net, split))
+    assert [c.token_ids for c in many] == [c.token_ids for c in one]
+    for ours, theirs in zip(many, one):
+        np.testing.assert_allclose(ours.log_probs, theirs.log_probs, atol=ATOL)
 
 
 @pytest.mark.parametrize("name", ["8", "2x4", "2x2x2"])
@@ -100,12 +98,10 @@ def test_gradients(net, name):
 
 @pytest.mark.parametrize("name", ["8", "2x4", "2x2x2"])
 def test_images(name):
-    cfg = tiny.gemma3(num_heads=8, num_kv_heads=4, vision=tiny.vision(num_heads=8, d_tower=32))
+    cfg = tiny.gemma3(layers=3, num_heads=8, num_kv_heads=4, vision=tiny.vision(num_heads=8, d_tower=32))
     net = tiny.model(cfg)
     split = on_mesh(net, name)
     rng = np.random.default_rng(0)
-    from gemma_jax.vision.encoder import encode_images
-
     pixels = rng.uniform(-1, 1, (2, 3, 56, 56)).astype(np.float32)
     whole, _ = encode_images(net, pixels)
     parts, _ = encode_images(split, pixels)
@@ -148,7 +144,7 @@ def test_rings_are_whole_and_long_caches_are_split_along_their_slots():
 
 def test_a_slice_of_a_model_on_a_mesh():
     net = tiny.model(gemma3n(), layout="unrolled")
-    cut = matformer.Slice(ffn_widths=(24,) * 9)
+    cut = matformer.Slice(ffn_widths=(24,) * 6)
     ids = tiny.tokens(net.cfg, 4, LENGTH)
     expected = forward(matformer.at(net, cut), ids).logits
     split = matformer.at(on_mesh(net, "2x4"), cut)
