@@ -9,6 +9,7 @@ Key/value heads come before slots: so a kernel's copy of some slots is whole til
 memory, however few heads there are.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -24,14 +25,29 @@ BLOCK = 128  # slots: kernels read whole ones
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerCache:
-    """Rotated keys and values of one layer, `[B, K, S, H]` (in a `Cache`: `[repeats, B, ...]`)."""
+    """Rotated keys and values of one layer, `[B, K, S, H]`, or of several, `[L, B, K, S, H]`.
+
+    A `Cache` stacks the layers of a segment that share a place in its period. Such a stack is
+    written and read where it lies: what is cut out of it would be copied, at every token.
+
+    Attributes:
+      layer: int32; the one of the stack that is meant.
+    """
 
     k_BKSH: jax.Array
     v_BKSH: jax.Array
+    layer: jax.Array | None = None
 
     @property
     def capacity(self) -> int:
         return self.k_BKSH.shape[-2]
+
+    def of_layer(self) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of the layer alone."""
+        if self.layer is None:
+            return self.k_BKSH, self.v_BKSH
+        at = partial(jax.lax.dynamic_index_in_dim, index=self.layer, keepdims=False)
+        return at(self.k_BKSH), at(self.v_BKSH)
 
 
 @jax.tree_util.register_dataclass
@@ -40,13 +56,12 @@ class KeysValues:
     """What the queries of one pass attend to.
 
     Attributes:
-      k_BKSH, v_BKSH: Rotated keys, and values.
+      kv: Rotated keys, and values.
       kv_pos_BS: Their positions, -1 for slots to be ignored.
       in_order: Whether they come in the order of the queries (see `AttentionSpec.window`).
     """
 
-    k_BKSH: jax.Array
-    v_BKSH: jax.Array
+    kv: LayerCache
     kv_pos_BS: jax.Array
     in_order: bool = field(metadata={"static": True})
 
@@ -180,29 +195,44 @@ def plan_slots(cache: Cache, pos_BT: jax.Array) -> tuple[dict[int, Slots], dict[
 
 
 def extend(
-    layer: LayerCache, k_BKTH: jax.Array, v_BKTH: jax.Array, slots: Slots
-) -> tuple[jax.Array, jax.Array, LayerCache]:
-    """Keys and values for attention (at `slots.kv_pos_BS`), and the cache after the write."""
-    old = (layer.k_BKSH, layer.v_BKSH)
+    cache: LayerCache,
+    k_BKTH: jax.Array,
+    v_BKTH: jax.Array,
+    slots: Slots,
+    write: Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array],
+) -> tuple[LayerCache, LayerCache]:
+    """Keys and values for attention (at `slots.kv_pos_BS`), and the cache after the write.
+
+    Args:
+      write: `write_heads`, or what does the same on a mesh.
+    """
     new = (k_BKTH, v_BKTH)
-    written = tuple(_write_heads(o, n, slots.write_BT) for o, n in zip(old, new))
+    written = (
+        write(old, x, slots.write_BT, cache.layer)
+        for old, x in zip((cache.k_BKSH, cache.v_BKSH), new)
+    )
+    after = LayerCache(*written, cache.layer)
     if slots.order_BS is None:
-        return *written, LayerCache(*written)
+        return after, after
     order_B1S1 = slots.order_BS[:, None, :, None]
     joined = (
         jnp.take_along_axis(jnp.concatenate(pair, axis=2), order_B1S1, axis=2)
-        for pair in zip(old, new)
+        for pair in zip(cache.of_layer(), new)
     )
-    return *joined, LayerCache(*written)
+    return LayerCache(*joined), after
 
 
-def _write_heads(old_BKSH: jax.Array, new_BKTH: jax.Array, slot_BT: jax.Array) -> jax.Array:
+def write_heads(
+    old_BKSH: jax.Array, new_BKTH: jax.Array, slot_BT: jax.Array, layer: jax.Array | None
+) -> jax.Array:
+    """The cache, or the layer's in a stack of them, with new tokens in their slots."""
     # With an index for each row and head: of anything shorter, XLA for TPUs makes a scatter that
     # wants the cache in another layout, and copies all of it.
-    B, K = old_BKSH.shape[:2]
+    B, K = old_BKSH.shape[-4:-2]
     row_B11, head_1K1 = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
-    at = old_BKSH.at[row_B11, head_1K1, slot_BT[:, None]]
-    return at.set(new_BKTH.astype(old_BKSH.dtype), mode="drop")
+    at = (row_B11, head_1K1, slot_BT[:, None])
+    at = at if layer is None else (layer, *at)
+    return old_BKSH.at[at].set(new_BKTH.astype(old_BKSH.dtype), mode="drop")
 
 
 @partial(jax.vmap, in_axes=(0, 0, 0))

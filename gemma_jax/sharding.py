@@ -27,7 +27,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gemma_jax.cache import Cache
+from gemma_jax.cache import Cache, write_heads
 
 if TYPE_CHECKING:
     from gemma_jax.config import GemmaConfig
@@ -84,7 +84,8 @@ class Partition:
         """Of an array whose last axes are `dims`; axes in front (stacking) are not split.
 
         Letters without a rule are whole on every device. So are key/value heads (`K`) that do not
-        divide: they are few, and every query head needs its own.
+        divide: they are few, and every query head needs its own. Of two letters with one axis the
+        first is split.
 
         Raises:
           ValueError: A size is no multiple of its mesh axes.
@@ -92,8 +93,9 @@ class Partition:
         rules = dict(self.rules)
         parts: list[tuple[str, ...] | None] = [None] * (len(shape) - len(dims))
         for letter, size in zip(dims, shape[len(parts) :]):
-            axes = rules.get(letter)
-            count = math.prod(self.mesh.shape[axis] for axis in axes or ())
+            used = {axis for part in parts for axis in part or ()}
+            axes = tuple(axis for axis in rules.get(letter, ()) if axis not in used)
+            count = math.prod(self.mesh.shape[axis] for axis in axes)
             if size % count:
                 if letter != "K":
                     raise ValueError(
@@ -101,8 +103,8 @@ class Partition:
                         f"{' x '.join(map(repr, axes))} of size {count}; use sizes that divide it, "
                         "or drop the rule"
                     )
-                axes = None
-            parts.append(axes)
+                axes = ()
+            parts.append(axes or None)
         return PartitionSpec(*parts)
 
     def sharding(self, dims: str, shape: Sequence[int]) -> NamedSharding:
@@ -169,29 +171,56 @@ class Partition:
         axes = dict(self.rules).get(letter, ())
         return jax.lax.axis_index(axes) if axes else jnp.int32(0)
 
-    def run(self, function: Callable, result: str, whole: str = "", **arrays: jax.Array):
-        """`function(**arrays)`, on every device for its part of them.
+    def run(
+        self,
+        function: Callable,
+        result: str,
+        *operands: tuple[str, jax.Array],
+        whole: str = "",
+    ) -> jax.Array:
+        """`function(*arrays)`, on every device for its part of them.
 
         Args:
           result: Letters of what comes out.
+          *operands: Letters and array, in pairs.
           whole: Letters that are not split, whatever the rules.
-          **arrays: Named with their letters: `q_BTNH`.
         """
+        sizes = {x: n for dims, array in operands for x, n in zip(dims, array.shape, strict=True)}
 
-        def spec(dims: str, shape: Sequence[int]) -> PartitionSpec:
-            return self.spec("".join("_" if x in whole else x for x in dims), shape)
+        def spec(dims: str) -> PartitionSpec:
+            kept = "".join("_" if letter in whole else letter for letter in dims)
+            return self.spec(kept, [sizes[letter] for letter in dims])
 
-        names, sizes = list(arrays), {}
-        dims = [name.rpartition("_")[2] for name in names]
-        for letters, array in zip(dims, arrays.values()):
-            sizes |= dict(zip(letters, array.shape))
         return jax.shard_map(
-            lambda *parts: function(**dict(zip(names, parts))),
+            function,
             mesh=self.mesh,
-            in_specs=tuple(spec(d, a.shape) for d, a in zip(dims, arrays.values())),
-            out_specs=spec(result, [sizes[letter] for letter in result]),
+            in_specs=tuple(spec(dims) for dims, _ in operands),
+            out_specs=spec(result),
             check_vma=False,
-        )(*arrays.values())
+        )(*(array for _, array in operands))
+
+    def write_heads(self, full: bool) -> Callable:
+        """`cache.write_heads`, on every device for its rows and heads.
+
+        Args:
+          full: Whether the caches are of the whole length, whose slots may be split.
+        """
+        split = full and self.splits("S")
+
+        def write(old_BKSH, new_BKTH, slot_BT, layer):
+            def part(old_BKSH, new_BKTH, slot_BT, *layer):
+                if split:
+                    own = old_BKSH.shape[-2]
+                    slot_BT = slot_BT - self.index("S") * own
+                    slot_BT = jnp.where((slot_BT >= 0) & (slot_BT < own), slot_BT, own)
+                return write_heads(old_BKSH, new_BKTH, slot_BT, *layer or (None,))
+
+            dims = "BKSH" if layer is None else "LBKSH"
+            operands = [(dims, old_BKSH), ("BKTH", new_BKTH), ("BT", slot_BT)]
+            operands += [] if layer is None else [("", layer)]
+            return self.run(part, dims, *operands, whole="" if split else "S")
+
+        return write
 
 
 def make_mesh(
@@ -210,26 +239,32 @@ def make_mesh(
       ValueError: Unknown axes, or sizes that do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(cfg, len(devices), sizes)
+    array = np.array(devices).reshape(list(sizes.values()))
+    return Mesh(array, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def mesh_sizes(cfg: "GemmaConfig", count: int, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The axes of `make_mesh` for so many devices, all sizes known."""
+    sizes = dict(sizes)
     if unknown := set(sizes) - set(AXES):
         raise ValueError(f"unknown mesh axes {sorted(unknown)}; choose from {', '.join(AXES)}")
     if bad := {name: n for name, n in sizes.items() if n < 1 and n != -1}:
         raise ValueError(f"mesh axes must have at least one device, got {bad}")
+    given = ", ".join(f"{name}={n}" for name, n in sizes.items())
     known = math.prod(n for n in sizes.values() if n != -1)
     open_axes = [name for name, n in sizes.items() if n == -1]
     if len(open_axes) > 1:
         raise ValueError(f"only one axis can take the devices left over, not {open_axes}")
-    if open_axes and len(devices) % known == 0:
-        sizes[open_axes[0]] = len(devices) // known
-    if math.prod(sizes.values()) != len(devices):
-        given = ", ".join(f"{name}={n}" for name, n in sizes.items())
-        raise ValueError(f"mesh {given} does not make use of exactly {len(devices)} devices")
+    if open_axes and count % known == 0:
+        sizes[open_axes[0]] = count // known
+    if math.prod(sizes.values()) != count:
+        raise ValueError(f"mesh {given} does not make use of exactly {count} devices")
     if "group" not in sizes and (tensor := sizes.get("tensor", 1)) > 1:
         sizes["tensor"] = math.gcd(tensor, cfg.num_kv_heads)
         if tensor > sizes["tensor"]:
             sizes["group"] = tensor // sizes["tensor"]
-    names = [axis for axis in AXES if axis in sizes]
-    array = np.array(devices).reshape([sizes[name] for name in names])
-    return Mesh(array, names, axis_types=(AxisType.Auto,) * len(names))
+    return {axis: sizes[axis] for axis in AXES if axis in sizes}
 
 
 def shard(model: "Gemma", mesh: Mesh, rules: Rules = INFERENCE) -> "Gemma":

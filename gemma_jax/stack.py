@@ -1,7 +1,7 @@
 """The stack of layers: stacked parameters, and the scan that runs them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -116,8 +116,8 @@ def _by_position(inputs: Any, seg: Segment) -> tuple[Any, ...]:
 def _repeat(body, x, caches, weights, repeats: int):
     """Runs a period so many times; caches, weights and results are stacked along the repeats.
 
-    Caches are carried and written in place: as inputs and outputs of the scan there would be two of
-    each, even of one that is donated.
+    Caches are carried and written in place, in their stacks: as inputs and outputs of the scan
+    there would be two of each, even of one that is donated.
     """
     if repeats == 1:
         blocks, extra = jax.tree.map(lambda a: a[0], weights)
@@ -127,12 +127,16 @@ def _repeat(body, x, caches, weights, repeats: int):
     def step(carry, xs):
         x, caches = carry
         i, (blocks, extra) = xs
-        old = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), caches)
-        x, new, results = body(x, blocks, old, extra)
-        return (x, jax.tree.map(lambda a, n: a.at[i].set(n), caches, new)), results
+        x, new, results = body(x, blocks, _at(caches, i), extra)
+        return (x, _at(new, None)), results
 
     (x, caches), results = jax.lax.scan(step, (x, caches), (jnp.arange(repeats), weights))
     return x, caches, results
+
+
+def _at(caches: tuple[LayerCache | None, ...], layer: jax.Array | None):
+    """Stacks of caches, of which a layer is meant, or none."""
+    return tuple(cache and replace(cache, layer=layer) for cache in caches)
 
 
 def _stack(rows: list[jax.Array]) -> jax.Array | tuple[jax.Array, ...]:

@@ -14,6 +14,7 @@ from gemma_jax.cli import (
     forward,
     generate,
     info,
+    plan,
     score,
     shield,
     slice,
@@ -30,7 +31,7 @@ app = typer.Typer(
     "folder written by `gemma-jax convert`. --debug, anywhere, shows tracebacks.",
 )
 COMMANDS = (
-    generate, chat, score, shield, forward, tokenize, encode_image, info, convert, slice,
+    generate, chat, score, shield, forward, tokenize, encode_image, info, convert, slice, plan,
 )  # fmt: skip
 for module in COMMANDS:
     app.command(module.__name__.rpartition(".")[2].replace("_", "-"))(module.command)

@@ -137,6 +137,21 @@ def load_model(
     return view(net, cut)
 
 
+def find_config(source: str) -> "GemmaConfig":
+    """The architecture of a preset, a catalog name or a path; reads no weights.
+
+    Pretrained and instruction-tuned weights are the same model, which a preset describes.
+    """
+    from gemma_jax.presets import PRESETS
+
+    size = source.removesuffix("-pt").removesuffix("-it")
+    if size in PRESETS and not Path(source).exists():
+        return PRESETS[size]
+    from gemma_checkpoints import describe, resolve
+
+    return describe(resolve(source)).config
+
+
 def find_slice(name: str | None, source: str) -> "Slice | None":
     """The published slice `name`, or the one in the file `name`, if it is legal for the model.
 

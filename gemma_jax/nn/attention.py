@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gemma_jax.cache import KeysValues, LayerCache, extend
+from gemma_jax.cache import KeysValues, LayerCache, extend, write_heads
 from gemma_jax.config import GemmaConfig, LayerSpec
 from gemma_jax.context import Context, Runtime
 from gemma_jax.nn.einsum import Einsum
@@ -76,7 +76,7 @@ class Attention(nnx.Module):
             out_BTNH = attend(q_BTNH, kv, mask, spec, ctx.runtime, full=full)
         taps = {}
         if "attention_weights" in ctx.capture:
-            k_BSKH = jnp.moveaxis(kv.k_BKSH, 1, 2)
+            k_BSKH = jnp.moveaxis(kv.kv.of_layer()[0], 1, 2)
             taps["attention_weights"] = attention_weights(q_BTNH, k_BSKH, **mask, spec=spec)
         return self.o(out_BTNH), cache, kv, taps
 
@@ -93,11 +93,12 @@ class Attention(nnx.Module):
         k_BTKH = rotate(k_BTKH, ctx.table(self.spec), numerics)
         k_BKTH, v_BKTH = jnp.moveaxis(k_BTKH, 2, 1), jnp.moveaxis(v_BTKH, 2, 1)
         if cache is None:
-            return KeysValues(k_BKTH, v_BKTH, ctx.pos_BT, in_order=True), None
-        slots = ctx.slots[cache.capacity]
-        keys, values, cache = extend(cache, k_BKTH, v_BKTH, slots)
-        in_order = slots.order_BS is not None
-        return KeysValues(keys, values, slots.kv_pos_BS, in_order), cache
+            return KeysValues(LayerCache(k_BKTH, v_BKTH), ctx.pos_BT, in_order=True), None
+        slots, partition = ctx.slots[cache.capacity], ctx.runtime.partition
+        full = self.spec.window is None
+        write = write_heads if partition is None else partition.write_heads(full)
+        kv, cache = extend(cache, k_BKTH, v_BKTH, slots, write)
+        return KeysValues(kv, slots.kv_pos_BS, in_order=slots.order_BS is not None), cache
 
 
 def attend(
@@ -119,25 +120,34 @@ def attend(
     if decodes and name in IMPLEMENTATIONS and name not in decoding.IMPLEMENTATIONS:
         name = "auto"
 
-    def run(q_BTNH, k_BKSH, v_BKSH, implementation=name, **mask):
-        how = dict(spec=spec, implementation=implementation)
+    def run(q_BTNH, k_BKSH, v_BKSH, *rest, implementation=name):
+        how = dict(zip(names, rest), spec=spec, implementation=implementation)
         if decodes:
-            return decoding.decode_attention(q_BTNH, k_BKSH, v_BKSH, **mask, **how)
+            return decoding.decode_attention(q_BTNH, k_BKSH, v_BKSH, **how)
         k_BSKH, v_BSKH = jnp.moveaxis(k_BKSH, 1, 2), jnp.moveaxis(v_BKSH, 1, 2)
-        return attention(q_BTNH, k_BSKH, v_BSKH, **mask, **how)
+        return attention(q_BTNH, k_BSKH, v_BSKH, **how)
 
-    def run_part(q_BTNH, k_BKSH, v_BKSH, **mask):
+    def run_part(q_BTNH, k_BKSH, v_BKSH, *rest):
         k_BKSH, v_BKSH = (_heads_of(partition, groups, q_BTNH, x) for x in (k_BKSH, v_BKSH))
-        return run(q_BTNH, k_BKSH, v_BKSH, **mask)
+        return run(q_BTNH, k_BKSH, v_BKSH, *rest)
 
-    arrays = dict(q_BTNH=q_BTNH, k_BKSH=kv.k_BKSH, v_BKSH=kv.v_BKSH, **mask)
+    # Only kernels for decoding take a layer out of a stack.
+    keys_values, stacked = kv.kv.of_layer(), decodes and kv.kv.layer is not None
+    if stacked:
+        keys_values = (kv.kv.k_BKSH, kv.kv.v_BKSH)
+    dims = "LBKSH" if stacked else "BKSH"
+    operands = [("BTNH", q_BTNH), *((dims, x) for x in keys_values)]
+    operands += [(name.rpartition("_")[2], array) for name, array in mask.items()]
+    operands += [("", kv.kv.layer)] if stacked else []
+    names = [*mask, "layer"]
     if partition is None:
-        return run(**arrays)
+        return run(*(x for _, x in operands))
     if full and partition.splits("S"):
         # Sums over the slots of other devices are for the compiler to arrange.
-        return run(**arrays, implementation="xla" if name == "auto" else name)
-    groups = q_BTNH.shape[2] // kv.k_BKSH.shape[1]
-    return partition.run(run_part, "BTNH", whole="S", **arrays)
+        xla = "xla" if name == "auto" else name
+        return run(*(x for _, x in operands), implementation=xla)
+    groups = q_BTNH.shape[2] // keys_values[0].shape[-3]
+    return partition.run(run_part, "BTNH", *operands, whole="S")
 
 
 def _heads_of(partition: Partition, groups: int, q_BTNH: jax.Array, k_BKSH: jax.Array) -> jax.Array:
@@ -145,9 +155,9 @@ def _heads_of(partition: Partition, groups: int, q_BTNH: jax.Array, k_BKSH: jax.
 
     They are all of them, unless key heads are too few to be split as query heads are.
     """
-    N, K = q_BTNH.shape[2], k_BKSH.shape[1]
+    N, K = q_BTNH.shape[2], k_BKSH.shape[-3]
     count = max(1, N // groups)
     if count == K:
         return k_BKSH
     first = partition.index("N") * N // groups
-    return jax.lax.dynamic_slice_in_dim(k_BKSH, first, count, axis=1)
+    return jax.lax.dynamic_slice_in_dim(k_BKSH, first, count, axis=-3)

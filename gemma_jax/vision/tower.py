@@ -31,6 +31,11 @@ class TowerContext:
     runtime: Runtime = field(metadata={"static": True})
     capture: frozenset[str] = field(default=frozenset(), metadata={"static": True})
 
+    def place(self, x_IQC: jax.Array) -> jax.Array:
+        """The stream where a mesh has it: whole on every device, as images are few."""
+        partition = self.runtime.partition
+        return x_IQC if partition is None else partition.constrain(x_IQC)
+
 
 class Patches(nnx.Module):
     """Each patch of pixels to a vector, plus a learned vector for its place."""
@@ -67,11 +72,11 @@ class TowerAttention(nnx.Module):
             name = ctx.runtime.attention_impl
             return attention(q_IQNH, k_IQNH, v_IQNH, spec=self.spec, implementation=name)
 
-        heads = dict(q_IQNH=self.q(x_IQC), k_IQNH=self.k(x_IQC), v_IQNH=self.v(x_IQC))
+        heads = (self.q(x_IQC), self.k(x_IQC), self.v(x_IQC))
         if (partition := ctx.runtime.partition) is None:
-            out_IQNH = attend(**heads)
+            out_IQNH = attend(*heads)
         else:
-            out_IQNH = partition.run(attend, "IQNH", **heads)
+            out_IQNH = partition.run(attend, "IQNH", *(("IQNH", x) for x in heads))
         return self.o(out_IQNH)
 
 

@@ -25,6 +25,7 @@ class Chip:
       clock: Cycles per second, as they follow from the published peak.
       bandwidth: Bytes per second of a device's memory.
       memory: Bytes of a device's memory.
+      links: Bytes per second from a device to all its neighbours together, in both directions.
     """
 
     topology: str
@@ -34,17 +35,17 @@ class Chip:
     clock: float
     bandwidth: float
     memory: int
+    links: float
 
 
 CHIPS = {
-    "v5e": Chip("v5e:2x2", "TPU v5 lite", 1, 65_536, 1.50e9, 819e9, 16 * 2**30),
-    "v5p": Chip("v5p:2x2x1", "TPU v5", 2, 65_536, 1.75e9, 2765e9, 95 * 2**30),
-    "v6e": Chip("v6e:2x2", "TPU v6 lite", 1, 262_144, 1.75e9, 1640e9, 32 * 2**30),
-    "tpu7x": Chip("tpu7x:2x2x1", "TPU7x", 1, 262_144, 2.20e9, 3690e9, 96 * 2**30),
+    "v5e": Chip("v5e:2x2", "TPU v5 lite", 1, 65_536, 1.50e9, 819e9, 16 * 2**30, 200e9),
+    "v5p": Chip("v5p:2x2x1", "TPU v5", 2, 65_536, 1.75e9, 2765e9, 95 * 2**30, 600e9),
+    "v6e": Chip("v6e:2x2", "TPU v6 lite", 1, 262_144, 1.75e9, 1640e9, 32 * 2**30, 448e9),
+    "tpu7x": Chip("tpu7x:2x2x1", "TPU7x", 1, 262_144, 2.20e9, 3690e9, 96 * 2**30, 600e9),
 }
 
 
-@cache
 def one_device(chip: str) -> NamedSharding:
     """Everything on one device of a chip out of `CHIPS`, or of a topology (`"v5e:4x4"`).
 
@@ -52,16 +53,31 @@ def one_device(chip: str) -> NamedSharding:
       ValueError: No such chip or topology.
       ImportError: libtpu is not installed.
     """
+    devices = slice_devices(CHIPS[chip].topology if chip in CHIPS else chip)
+    return NamedSharding(Mesh(devices[:1], ("x",)), PartitionSpec())
+
+
+@cache
+def slice_devices(topology: str) -> tuple[jax.Device, ...]:
+    """The devices of a slice such as `v5e:4x4`, to compile for; they need not be there.
+
+    Raises:
+      ValueError: No such slice.
+      ImportError: libtpu is not installed.
+    """
     from jax.experimental import topologies
 
-    name = CHIPS[chip].topology if chip in CHIPS else chip
-    if ":" not in name:
-        raise ValueError(f"unknown TPU {chip!r}; choose one of: {', '.join(CHIPS)}")
+    if ":" not in topology:
+        raise ValueError(f"unknown TPU {topology!r}; choose one of: {', '.join(CHIPS)}")
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError("compiling for a TPU needs libtpu: pip install 'gemma-jax[plan]'")
     os.environ.update(WITHOUT_A_TPU)
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    return NamedSharding(Mesh(devices[:1], ("x",)), PartitionSpec())
+    try:
+        description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except Exception as error:  # of several kinds, by version
+        reason = str(error).strip().splitlines()[0][:200]
+        raise ValueError(f"the compiler knows no TPU slice {topology!r}: {reason}") from error
+    return tuple(description.devices)
 
 
 # Without these libtpu looks for a TPU, and a second process waits for the first.

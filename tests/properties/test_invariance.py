@@ -6,10 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from jax.sharding import AxisType
 
 from gemma_jax import Runtime, forward, generate, init_cache
-from gemma_jax.sharding import shard, shard_cache
 
 LENGTH = 4 * tiny.WINDOW + 3  # several wraps of every ring
 ATOL = 2e-5  # ten times the rounding of float32 sums in another order; mistakes show at 0.1
@@ -125,30 +123,6 @@ def test_gradients_do_not_depend_on_the_layout():
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(scan))
     for a, b in zip(jax.tree.leaves(scan), jax.tree.leaves(back), strict=True):
         np.testing.assert_allclose(a, b, atol=ATOL * largest)
-
-
-@pytest.mark.parametrize("shape", [(8,), (2, 4)])
-def test_sharded_equals_unsharded(shape):
-    cfg = tiny.gemma3(layers=4, num_heads=8, num_kv_heads=4)
-    net = tiny.model(cfg)
-    names = ("tensor",) if len(shape) == 1 else ("data", "tensor")
-    mesh = jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape))
-    split = shard(net, mesh)
-    assert len(split.blocks[0][0].ffn.up.w[...].sharding.device_set) == 8
-    assert len(split.embed.table[...].addressable_shards) == 8
-    ids = tiny.tokens(cfg, 2, LENGTH)
-    np.testing.assert_allclose(full(split, ids), full(net, ids), atol=ATOL)
-    cache = shard_cache(init_cache(cfg, net.segments, 2, 64, jnp.float32), mesh)
-    first = forward(split, ids[:, :20], cache=cache)
-    second = forward(split, ids[:, 20:], cache=first.cache)
-    logits = np.concatenate([first.logits, second.logits], axis=1)
-    np.testing.assert_allclose(logits, full(net, ids), atol=ATOL)
-
-
-def test_a_size_that_cannot_be_split_says_so():
-    mesh = jax.make_mesh((8,), ("tensor",), axis_types=(AxisType.Auto,))
-    with pytest.raises(ValueError, match="N=4 cannot be split over mesh axis 'tensor' of size 8"):
-        shard(tiny.model(tiny.gemma3(layers=1)), mesh)
 
 
 def test_generation_is_the_same_alone_batched_chunked_and_streamed():

@@ -63,12 +63,6 @@ def test_logits(net, name):
     ids = tiny.tokens(net.cfg, 4, LENGTH)
     whole = np.asarray(forward(net, ids).logits)
     np.testing.assert_allclose(forward(split, ids).logits, whole, atol=ATOL)
-    cache = init_cache(net.cfg, net.segments, 4, 64, jnp.float32)
-    cache = split.runtime.partition.place(cache)
-    first = forward(split, ids[:, :20], cache=cache)
-    second = forward(split, ids[:, 20:], cache=first.cache)
-    logits = np.concatenate([first.logits, second.logits], axis=1)
-    np.testing.assert_allclose(logits, whole, atol=ATOL)
 
 
 @pytest.mark.parametrize("name", list(MESHES))
@@ -98,7 +92,9 @@ def test_gradients(net, name):
 
 @pytest.mark.parametrize("name", ["8", "2x4", "2x2x2"])
 def test_images(name):
-    cfg = tiny.gemma3(layers=3, num_heads=8, num_kv_heads=4, vision=tiny.vision(num_heads=8, d_tower=32))
+    cfg = tiny.gemma3(
+        layers=3, num_heads=8, num_kv_heads=4, vision=tiny.vision(num_heads=8, d_tower=32)
+    )
     net = tiny.model(cfg)
     split = on_mesh(net, name)
     rng = np.random.default_rng(0)

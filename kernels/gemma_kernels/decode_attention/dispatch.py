@@ -1,6 +1,7 @@
 """One entry for every implementation."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 
@@ -9,6 +10,20 @@ from gemma_kernels.decode_attention.reference import decode_attention_reference
 from gemma_kernels.decode_attention.spec import check_operands
 from gemma_kernels.decode_attention.xla import decode_attention_xla
 from gemma_kernels.platform import require, require_hopper
+
+
+def _of_layer(implementation: Callable) -> Callable:
+    """`implementation`, given the layer of a stack that is meant."""
+
+    def decode_attention(q_BTNH, k_BKSH, v_BKSH, *mask, layer=None, **options):
+        scales = {x: options[x] for x in SCALES if options.get(x) is not None}
+        if layer is not None:
+            at = partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
+            k_BKSH, v_BKSH = at(k_BKSH), at(v_BKSH)
+            options |= {name: at(scale) for name, scale in scales.items()}
+        return implementation(q_BTNH, k_BKSH, v_BKSH, *mask, **options)
+
+    return decode_attention
 
 
 def _tpu(*operands, **options) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -26,11 +41,12 @@ def _hopper(*operands, **options) -> jax.Array | tuple[jax.Array, jax.Array]:
     return decode_attention_hopper(*operands, **options)
 
 
+SCALES = ("k_scale_BKS", "v_scale_BKS")
 IMPLEMENTATIONS: dict[str, Callable] = {
     "tpu": _tpu,
-    "hopper": _hopper,
-    "xla": decode_attention_xla,
-    "reference": decode_attention_reference,
+    "hopper": _of_layer(_hopper),
+    "xla": _of_layer(decode_attention_xla),
+    "reference": _of_layer(decode_attention_reference),
 }
 # Tried in this order. "hopper" is not among them as long as it has not run on a Hopper GPU.
 AUTOMATIC = ("tpu", "xla")
@@ -47,6 +63,7 @@ def decode_attention(
     spec: AttentionSpec,
     k_scale_BKS: jax.Array | None = None,
     v_scale_BKS: jax.Array | None = None,
+    layer: jax.Array | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -62,6 +79,8 @@ def decode_attention(
       kv_pos_BS: int32 positions of the slots, -1 for those that no query may see.
       spec: Scale and soft cap; a promised window is of no use here.
       k_scale_BKS, v_scale_BKS: float32 factors of an int8 cache, one per token and head.
+      layer: int32. Keys, values and scales are stacks `[L, B, ...]`, of which this layer is read
+        where it lies.
       return_lse: Return the logarithm of the softmax's denominator as well.
       implementation: `None` or `"auto"` takes the first that can serve this call; a name from
         `IMPLEMENTATIONS` takes that one or fails.
@@ -75,8 +94,10 @@ def decode_attention(
       NotImplementedError: The named implementation, or every one, cannot serve this call.
     """
     operands = (q_BTNH, k_BKSH, v_BKSH, lo_BT, hi_BT, kv_pos_BS, spec)
-    check_operands(*operands, k_scale_BKS, v_scale_BKS)
-    options = dict(k_scale_BKS=k_scale_BKS, v_scale_BKS=v_scale_BKS, return_lse=return_lse)
+    check_operands(*operands, k_scale_BKS, v_scale_BKS, stacked=layer is not None)
+    options = dict(
+        k_scale_BKS=k_scale_BKS, v_scale_BKS=v_scale_BKS, layer=layer, return_lse=return_lse
+    )
     if implementation not in (None, "auto"):
         if implementation not in IMPLEMENTATIONS:
             known = ", ".join(["auto", *IMPLEMENTATIONS])

@@ -18,16 +18,21 @@ def check_operands(
     spec: AttentionSpec,
     k_scale_BKS: jax.Array | None,
     v_scale_BKS: jax.Array | None,
+    stacked: bool = False,
 ) -> None:
     """Raises `ValueError` unless the operands of `decode_attention` fit together."""
-    for name, array in {"q_BTNH": q_BTNH, "k_BKSH": k_BKSH, "v_BKSH": v_BKSH}.items():
-        if array.ndim != 4:
-            raise ValueError(f"{name} has shape {array.shape}; it needs four dimensions")
+    for name, array, more in (
+        ("q_BTNH", q_BTNH, 0), ("k_BKSH", k_BKSH, stacked), ("v_BKSH", v_BKSH, stacked)
+    ):  # fmt: skip
+        if array.ndim != 4 + more:
+            few = "five dimensions, as a layer is given" if more else "four dimensions"
+            raise ValueError(f"{name} has shape {array.shape}; it needs {few}")
     B, T, N, H = q_BTNH.shape
-    K, S = k_BKSH.shape[1:3]
+    K, S = k_BKSH.shape[-3:-1]
+    layers = k_BKSH.shape[:-4]
     expected = {
-        "k_BKSH": (k_BKSH, (B, K, S, H)),
-        "v_BKSH": (v_BKSH, (B, K, S, H)),
+        "k_BKSH": (k_BKSH, (*layers, B, K, S, H)),
+        "v_BKSH": (v_BKSH, (*layers, B, K, S, H)),
         "lo_BT": (lo_BT, (B, T)),
         "hi_BT": (hi_BT, (B, T)),
         "kv_pos_BS": (kv_pos_BS, (B, S)),
@@ -42,7 +47,7 @@ def check_operands(
             "k_scale_BKS and v_scale_BKS, others take none"
         )
     if given[0]:
-        expected |= {name: (scale, (B, K, S)) for name, scale in scales.items()}
+        expected |= {name: (scale, (*layers, B, K, S)) for name, scale in scales.items()}
     for name, (array, shape) in expected.items():
         if array.shape != shape:
             raise ValueError(

@@ -112,6 +112,7 @@ def decode_attention_tpu(
     *,
     k_scale_BKS: jax.Array | None = None,
     v_scale_BKS: jax.Array | None = None,
+    layer: jax.Array | None = None,
     return_lse: bool = False,
     blocks: Blocks | None = None,
     interpret: bool | pltpu.InterpretParams = False,
@@ -127,7 +128,7 @@ def decode_attention_tpu(
       ValueError: Blocks that do not fit.
     """
     B, T, N, H = q_BTNH.shape
-    K, S = k_BKSH.shape[1:3]
+    K, S = k_BKSH.shape[-3:-1]
     if not spec.softmax_in_float32:
         raise NotImplementedError("its softmax is in float32 only")
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float32):
@@ -137,7 +138,7 @@ def decode_attention_tpu(
     if H % LANES:
         raise NotImplementedError(f"heads of width {H}; it takes multiples of {LANES}")
     if blocks is None:
-        blocks = default_blocks(k_BKSH.shape, k_BKSH.dtype.itemsize, 1 if interpret else _cores())
+        blocks = default_blocks((B, K, S, H), k_BKSH.dtype.itemsize, 1 if interpret else _cores())
     scaled = k_scale_BKS is not None
     fold = 2 if H == LANES and K % 2 == 0 and not scaled else 1
     dtype = q_BTNH.dtype if scaled else jnp.promote_types(q_BTNH.dtype, k_BKSH.dtype)
@@ -155,9 +156,12 @@ def decode_attention_tpu(
         scaled=scaled,
     )
     _check(plan, B, K, S, k_BKSH.dtype.itemsize)
-    scales = (k_scale_BKS, v_scale_BKS) if scaled else ()
+    caches = [k_BKSH, v_BKSH, *((k_scale_BKS, v_scale_BKS) if scaled else ())]
+    # A layer of a stack is some rows of a cache of more.
+    first_row = jnp.int32(0) if layer is None else jnp.int32(layer) * B
+    caches = [x.reshape(-1, *x.shape[x.ndim - n :]) for x, n in zip(caches, (3, 3, 2, 2))]
     out_BJRW, lse_BJR = _run(
-        _fold(q_BTNH.astype(dtype), plan), k_BKSH, v_BKSH, scales,
+        _fold(q_BTNH.astype(dtype), plan), caches, first_row,
         _limits(lo_BT, hi_BT, plan), lo_BT, hi_BT, kv_pos_BS, plan, interpret,
     )  # fmt: skip
     out_BTNH = _unfold(out_BJRW, plan, N, T, H).astype(q_BTNH.dtype)
@@ -261,10 +265,10 @@ def _items(lo_BT, hi_BT, kv_pos_BS, plan: _Plan) -> tuple[jax.Array, jax.Array]:
     return order_I, jnp.sum(live_I, dtype=jnp.int32)[None]
 
 
-def _run(q_BJRW, k_BKSH, v_BKSH, scales, limits_BR2, lo_BT, hi_BT, kv_pos_BS, plan, interpret):
+def _run(q_BJRW, caches, first_row, limits_BR2, lo_BT, hi_BT, kv_pos_BS, plan, interpret):
     """The kernel, and the meeting of its cores."""
     blocks = plan.blocks
-    B, K, _, H = k_BKSH.shape
+    (_, K, _, H), B = caches[0].shape, plan.batch
     order_I, count_1 = _items(lo_BT, hi_BT, kv_pos_BS, plan)
     steps = jnp.maximum(pl.cdiv(count_1[0], blocks.items * blocks.cores), 1)
     if plan.held == 1:
@@ -281,21 +285,21 @@ def _run(q_BJRW, k_BKSH, v_BKSH, scales, limits_BR2, lo_BT, hi_BT, kv_pos_BS, pl
 
     anywhere = pl.BlockSpec(memory_space=pltpu.MemorySpace.HBM)
     buffer = (2, blocks.items, blocks.rows)
-    kv_buffer = pltpu.VMEM((*buffer, K, blocks.keys, H), k_BKSH.dtype)
+    kv_buffer = pltpu.VMEM((*buffer, K, blocks.keys, H), caches[0].dtype)
     outs = pl.pallas_call(
         partial(_kernel, plan=plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(blocks.cores, steps),
             in_specs=[
                 whole(q_BJRW.shape),
                 whole(limits_BR2.shape),
-                *[anywhere] * (3 + len(scales)),
+                *[anywhere] * (1 + len(caches)),
             ],
             out_specs=[per_core(shape) for shape in sums],
             scratch_shapes=[
                 [pltpu.VMEM((*buffer, 1, blocks.keys), jnp.int32), kv_buffer, kv_buffer]
-                + [pltpu.VMEM((*buffer, K, blocks.keys), jnp.float32)] * len(scales),
+                + [pltpu.VMEM((*buffer, K, blocks.keys), jnp.float32)] * (len(caches) - 2),
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
@@ -305,7 +309,7 @@ def _run(q_BJRW, k_BKSH, v_BKSH, scales, limits_BR2, lo_BT, hi_BT, kv_pos_BS, pl
         ),
         interpret=interpret,
         name="decode_attention",
-    )(count_1, order_I, q_BJRW, limits_BR2, pos_Ib1S, k_BKSH, v_BKSH, *scales)
+    )(count_1, order_I, first_row[None], q_BJRW, limits_BR2, pos_Ib1S, *caches)
     top_BJR1, total_BJR1, sum_BJRW = _join([[x[c] for x in outs] for c in range(blocks.cores)])
     none_BJR1 = total_BJR1 == 0
     safe_BJR1 = jnp.where(none_BJR1, 1.0, total_BJR1)
@@ -313,7 +317,7 @@ def _run(q_BJRW, k_BKSH, v_BKSH, scales, limits_BR2, lo_BT, hi_BT, kv_pos_BS, pl
     return sum_BJRW / safe_BJR1, lse_BJR1[..., 0]
 
 
-def _kernel(count, order, q_ref, limits_ref, *refs, plan: _Plan):
+def _kernel(count, order, first_row, q_ref, limits_ref, *refs, plan: _Plan):
     """One grid step: copies for the next one, then the softmax of each item of its own."""
     arrays = 5 if plan.scaled else 3
     caches, sums, (buffers, arrived) = refs[:arrays], refs[arrays : arrays + 3], refs[arrays + 3 :]
@@ -335,7 +339,7 @@ def _kernel(count, order, q_ref, limits_ref, *refs, plan: _Plan):
 
         def item(i):
             item = order[number(step, i)]
-            rows = pl.ds(item // plan.held * blocks.rows, blocks.rows)
+            rows = pl.ds(first_row[0] + item // plan.held * blocks.rows, blocks.rows)
             at = pl.multiple_of(item % plan.held * blocks.keys, LANES)
             pairs = [(caches[0].at[item], buffers[0].at[slot, i])]
             for ref, buffer in zip(caches[1:], buffers[1:]):

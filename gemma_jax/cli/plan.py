@@ -1,0 +1,204 @@
+"""`gemma-jax plan`: does it fit, and how fast could it be, on a machine that need not be there."""
+
+import os
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gemma_jax.cli import common
+
+if TYPE_CHECKING:
+    from gemma_jax.config import GemmaConfig
+    from gemma_jax.planning import Plan
+
+
+class Mode(StrEnum):
+    decode = "decode"
+    prefill = "prefill"
+    train = "train"
+
+
+class Fit(StrEnum):
+    context = "context"
+    batch = "batch"
+
+
+class Quant(StrEnum):
+    int8 = "int8"
+
+
+def command(
+    source: Annotated[str, typer.Argument(metavar="MODEL", help="Preset, catalog name or path.")],
+    topology: Annotated[
+        str, typer.Option(metavar="NAME", help="A TPU slice (v5e:4x4) or GPUs (gpu:h100x8).")
+    ],
+    context: Annotated[int, typer.Option(help="Tokens in the caches; when training, in a row.")],
+    batch: Annotated[int, typer.Option(help="Rows.")] = 1,
+    dtype: Annotated[
+        common.DType, typer.Option(help="Of activations, caches and weights.")
+    ] = common.DType.bfloat16,
+    quant: Annotated[Quant | None, typer.Option(help="Dtype that matrices are stored in.")] = None,
+    mode: Annotated[
+        Mode, typer.Option(help="A token for every row, a chunk of prompt, or a training step.")
+    ] = Mode.decode,
+    mesh: Annotated[
+        str | None,
+        typer.Option(metavar="AXIS=N,...", help="Devices along data, fsdp, sequence, tensor."),
+    ] = None,
+    slice_name: common.SliceOption = None,
+    attention_impl: common.AttentionOption = "auto",
+    search: Annotated[
+        bool, typer.Option("--search", help="Try the meshes of the topology and rank them.")
+    ] = False,
+    fit: Annotated[
+        Fit | None, typer.Option(help="Find the longest context, or the largest batch, that fits.")
+    ] = None,
+    as_json: common.Json = False,
+) -> None:
+    """Plan memory, traffic and time of a model on TPUs or GPUs, without having them.
+
+    For TPUs the real program is compiled by the TPU's own compiler, which takes seconds to minutes
+    and needs the extra gemma-jax[plan]. For GPUs the answer is what shapes alone say.
+    """
+    # The compiler for a TPU must find none, and this process needs no accelerator.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    common.set_up_jax()
+    from gemma_jax import planning
+
+    if search and (fit or mesh):
+        raise ValueError("--search tries all meshes for one task; give no --mesh or --fit with it")
+    axes = None if mesh is None else parse_mesh(mesh)
+    where = planning.find_topology(topology)
+    cfg = _config(source, slice_name)
+    work = planning.Work(
+        mode=mode.value,
+        batch=batch,
+        context=context,
+        dtype=dtype.value,
+        weights=quant and quant.value,
+        attention_impl=attention_impl,
+    )
+    if search:
+        plans = []
+        for plan in planning.search(source, cfg, where, work):
+            common.stderr.print(f"{_axes(plan)}: {_verdict(plan)}", highlight=False)
+            plans.append(plan)
+        if not plans:
+            raise ValueError(
+                f"no mesh of {topology} holds weights and caches of {source} at batch {batch} and "
+                f"{context:,} tokens; take a larger slice, or --quant int8"
+            )
+        plans.sort(key=lambda plan: (not plan.fits, -plan.tokens_per_second))
+        if as_json:
+            common.print_json({"plans": [plan.as_dict() for plan in plans]})
+        else:
+            _print_ranking(plans)
+        return
+    if fit is not None:
+        plan = planning.fit(source, cfg, where, work, fit.value, axes)
+        if plan is None:
+            raise ValueError(
+                f"{source} does not fit {topology} with any {fit.value}; take a larger slice, "
+                "another mesh, or --quant int8"
+            )
+    else:
+        plan = planning.make_plan(source, cfg, where, work, axes)
+    if as_json:
+        common.print_json(plan.as_dict())
+    else:
+        _print(plan)
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """`tensor=4,data=2` as a mapping."""
+    axes: dict[str, int] = {}
+    for part in text.split(","):
+        name, equals, size = part.strip().partition("=")
+        if not equals or not size.lstrip("-").isdigit() or name in axes:
+            raise ValueError(f"--mesh {text!r}: expected AXIS=N,... such as tensor=4,data=2")
+        axes[name] = int(size)
+    return axes
+
+
+def _config(source: str, slice_name: str | None) -> "GemmaConfig":
+    cfg = common.find_config(source)
+    return cfg if slice_name is None else common.cut_config(slice_name, cfg)
+
+
+def _axes(plan: "Plan") -> str:
+    return " x ".join(f"{name}={n}" for name, n in plan.mesh.items())
+
+
+def _verdict(plan: "Plan") -> str:
+    if plan.refusal:
+        return f"does not fit: {plan.refusal}"
+    share = f"{_gigabytes(plan.peak_bytes)} of {_gigabytes(plan.memory_bytes)}"
+    return f"{'fits' if plan.fits else 'does not fit'}, {share} per device"
+
+
+def _print(plan: "Plan") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    work = plan.work
+    title = f"{plan.model} on {plan.topology}: {work.mode}, {work.batch} x {work.context:,} tokens"
+    table = Table(title=title, show_header=False)
+    rows = {
+        "verdict": _verdict(plan),
+        "devices": f"{plan.devices}, mesh {_axes(plan)}",
+        "weights per device": _gigabytes(plan.weights_bytes),
+        "moments of Adam per device" if work.mode == "train" else "caches per device": (
+            _gigabytes(plan.cache_bytes)
+        ),
+    }
+    if (compiled := plan.compiled) is not None:
+        rows["temporaries per device"] = _gigabytes(compiled.temporary_bytes)
+        if compiled.collectives is None:
+            rows["between devices"] = "unknown: the compiler's text cannot be read by this JAX"
+        else:
+            kinds = compiled.collectives.items()
+            rows["between devices, per step"] = "; ".join(
+                f"{x['count']} {kind}, {x['bytes'] / 1e6:,.2f} MB" for kind, x in kinds
+            ) or "nothing"  # fmt: skip
+            moved = compiled.moved_weights
+            rows["weights moved in a step"] = "; ".join(
+                f"{m.times} x {m.operation} {m.dtype}{list(m.shape)}" for m in moved
+            ) or "none"  # fmt: skip
+        if compiled.seconds is not None:
+            rows["the compiler's estimate"] = (
+                f"{compiled.seconds * 1e3:,.3f} ms, loops counted once"
+            )
+        rows["traced, lowered"] = f"{compiled.lower_seconds:.1f} s"
+        rows["compiled"] = f"{compiled.compile_seconds:.1f} s"
+    rows["roofline"] = (
+        f"{plan.roofline_seconds * 1e3:,.3f} ms a step: {plan.operations / 1e9:,.1f} billion "
+        f"operations, {_gigabytes(plan.read_bytes)} read per device"
+    )
+    if plan.link_seconds:
+        rows["links"] = f"about {plan.link_seconds * 1e3:,.3f} ms a step besides"
+    rows["at most"] = f"{plan.tokens_per_second:,.0f} tokens/s"
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def _print_ranking(plans: "list[Plan]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("mesh", "per device", "roofline, ms", "links, ms", "tokens/s at most")
+    for plan in plans:
+        links = "?" if plan.link_seconds is None else f"{plan.link_seconds * 1e3:,.3f}"
+        table.add_row(
+            _axes(plan),
+            _verdict(plan),
+            f"{plan.roofline_seconds * 1e3:,.3f}",
+            links,
+            f"{plan.tokens_per_second:,.0f}",
+        )
+    Console().print(table)
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.2f} GB"

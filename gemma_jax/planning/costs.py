@@ -1,0 +1,74 @@
+"""Bytes and operations of a step, from the architecture alone: what no program can do without."""
+
+import math
+from typing import Any
+
+import jax
+from flax import nnx
+
+from gemma_jax.cache import layer_capacity
+from gemma_jax.config import GemmaConfig
+from gemma_jax.model import Gemma
+from gemma_jax.planning.programs import Work
+
+
+def local_bytes(tree: Any) -> int:
+    """Of the arrays' parts on one device; arrays may be shapes with shardings."""
+    return sum(
+        math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree)
+    )
+
+
+def weight_bytes(model: Gemma) -> dict[str, int]:
+    """Bytes on one device: of all weights, of the vision tower, and of those that a step of text
+    reads (tables of which it reads rows are left out; the head is read)."""
+    vision = 0 if model.vision is None else local_bytes(model.vision)
+    tables = [] if model.per_layer is None else [model.per_layer.table]
+    tables += [modality.table for modality in model.modalities]
+    total = local_bytes(model)
+    return {"all": total, "vision": vision, "read": total - vision - local_bytes(tables)}
+
+
+def operations(cfg: GemmaConfig, model: Gemma, work: Work) -> float:
+    """Multiplications and additions of one step on all devices together, text alone.
+
+    Training: three times those of the forward pass, without what is computed again.
+    """
+    tokens = work.batch * work.chunk
+    every = tokens if work.mode == "train" else work.batch  # logits for all tokens, or the last
+    linear = 2 * tokens * _matrix_parameters(model) + 2 * every * cfg.vocab_size * cfg.d_model
+    last = work.context if work.mode != "train" else work.chunk
+    pairs = sum(_pairs(spec.window, work.chunk, last) for spec in cfg.layers)
+    scores = 4 * work.batch * pairs * cfg.num_heads * cfg.head_dim
+    return (3 if work.mode == "train" else 1) * (linear + scores)
+
+
+def cache_bytes_read(cfg: GemmaConfig, work: Work, cache_bytes: int) -> int:
+    """Of one device's caches, when they are full; layers that share those of others read too."""
+    if work.mode == "train":
+        return 0
+    slots = lambda specs: sum(layer_capacity(spec, work.context) for spec in specs)  # noqa: E731
+    owners = [spec for spec in cfg.layers if spec.kv != "shared"]
+    return cache_bytes * slots(cfg.layers) // slots(owners)
+
+
+def _matrix_parameters(model: Gemma) -> int:
+    """Entries of the decoder's matrices, without tables."""
+    parts = [model.blocks, model.streams, model.per_layer and model.per_layer.proj]
+    params = jax.tree.leaves(parts, is_leaf=lambda node: isinstance(node, nnx.Param))
+    return sum(
+        math.prod(jax.tree.leaves(p.get_value())[0].shape)
+        for p in params
+        if p.get_metadata().get("inputs")
+    )
+
+
+def _pairs(window: int | None, new: int, length: int) -> float:
+    """Pairs of a query and a key that it sees, for the last `new` tokens of `length`."""
+
+    def below(n: int) -> float:  # all pairs of a text of n tokens
+        if window is None or n <= window:
+            return n * (n + 1) / 2
+        return window * (window + 1) / 2 + (n - window) * window
+
+    return below(length) - below(length - new)

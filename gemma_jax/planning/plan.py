@@ -1,0 +1,357 @@
+"""What a model needs on a machine that need not be there: memory, traffic, time.
+
+For TPUs the real program is compiled by the real compiler; for GPUs what the shapes alone say.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from gemma_jax.config import GemmaConfig
+from gemma_jax.model import Gemma
+from gemma_jax.planning import costs, hlo
+from gemma_jax.planning.hardware import Topology
+from gemma_jax.planning.programs import Work, abstract_cache, abstract_model, lower
+from gemma_jax.sharding import (
+    INFERENCE,
+    LONG_CONTEXT,
+    TRAINING,
+    Partition,
+    Rules,
+    make_mesh,
+    mesh_sizes,
+)
+
+# What a collective takes however little it carries: an assumption, of the usual order.
+LATENCY = 3e-6
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler says, per device; bytes and seconds.
+
+    Attributes:
+      argument_bytes, output_bytes, alias_bytes, temporary_bytes, code_bytes: Its own account of
+        memory. Outputs in the place of arguments (`alias`) count once.
+      collectives: Kind -> `count` and `bytes` in a step; `None` if its text cannot be read.
+      moved_weights: Weights that the step brings into another order or to other devices.
+      seconds: Its estimate, in which what a loop runs counts once; `None` where it has none, as
+        with some kernels.
+    """
+
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int
+    temporary_bytes: int
+    code_bytes: int
+    collectives: dict[str, dict[str, int]] | None
+    moved_weights: list[hlo.Moved] | None
+    seconds: float | None
+    lower_seconds: float
+    compile_seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer.
+
+    Attributes:
+      mesh: Devices along each axis.
+      weights_bytes: On each device, the vision tower with them.
+      cache_bytes: On each device, positions with them; in training, the optimiser's moments.
+      peak_bytes: On each device at once: all of these, and temporaries if the program was compiled.
+      memory_bytes: What a device has.
+      operations, read_bytes: Of a step on each device, at least.
+      roofline_seconds: The longer of both at the full speed of the device.
+      link_seconds: Of what passes between devices; `None` if that is not known.
+      tokens_per_second: New tokens of all rows, at the roofline and with the links' time.
+      refusal: Why the compiler gives no program, if it does not.
+    """
+
+    model: str
+    topology: str
+    devices: int
+    work: Work
+    mesh: dict[str, int]
+    weights_bytes: int
+    vision_bytes: int
+    cache_bytes: int
+    peak_bytes: int
+    memory_bytes: int
+    operations: float
+    read_bytes: int
+    roofline_seconds: float
+    link_seconds: float | None
+    tokens_per_second: float
+    compiled: Compiled | None
+    refusal: str | None = None
+
+    @property
+    def fits(self) -> bool:
+        return self.refusal is None and self.peak_bytes <= self.memory_bytes
+
+    def as_dict(self) -> dict:
+        return {**asdict(self), "fits": self.fits}
+
+
+def make_plan(
+    name: str,
+    cfg: GemmaConfig,
+    topology: Topology,
+    work: Work,
+    axes: Mapping[str, int] | None = None,
+    *,
+    compiles: bool = True,
+) -> Plan:
+    """Plans one step of the work.
+
+    Args:
+      axes: Devices along the axes of the mesh; default: see `default_axes`.
+      compiles: Whether to run the compiler, if there is one for the machine.
+
+    Raises:
+      ValueError: A mesh that does not fit the machine, or sizes that it does not divide.
+    """
+    check(cfg, work)
+    axes = dict(axes) if axes else default_axes(cfg, topology.count, work)
+    mesh, compiles = _mesh(cfg, topology, axes), compiles and topology.compiles
+    partition = Partition.of(mesh, rules_for(work, axes))
+    model = abstract_model(cfg, work, partition)
+    weights = costs.weight_bytes(model)
+    if work.mode == "train":
+        cache = 2 * weights["all"]  # moments of Adam
+        read = 2 * weights["all"] + 2 * (weights["all"] + cache)
+    else:
+        cache = costs.local_bytes(abstract_cache(cfg, work, model, partition))
+        read = weights["read"] + costs.cache_bytes_read(cfg, work, cache)
+    operations = costs.operations(cfg, model, work) / topology.count
+    device = topology.device
+    roofline = max(operations / device.peak, read / device.bandwidth)
+    plan = Plan(
+        model=name,
+        topology=topology.name,
+        devices=topology.count,
+        work=work,
+        mesh=dict(mesh.shape),
+        weights_bytes=weights["all"],
+        vision_bytes=weights["vision"],
+        cache_bytes=cache,
+        peak_bytes=weights["all"] + cache,
+        memory_bytes=device.memory,
+        operations=operations,
+        read_bytes=read,
+        roofline_seconds=roofline,
+        link_seconds=0.0 if topology.count == 1 else None,
+        tokens_per_second=work.batch * work.chunk / roofline,
+        compiled=None,
+    )
+    return _compiled(plan, model, partition, topology) if compiles else plan
+
+
+def check(cfg: GemmaConfig, work: Work) -> None:
+    """Raises `ValueError` for work that the model cannot do."""
+    if work.batch < 1 or work.context < 1:
+        raise ValueError(f"batch={work.batch} and context={work.context} must be at least 1")
+    if work.context > cfg.max_positions:
+        raise ValueError(
+            f"context={work.context} exceeds the model's {cfg.max_positions} positions"
+        )
+    if work.mode == "train" and work.weights == "int8":
+        raise ValueError("int8 weights have no gradients; train in bfloat16 or float32")
+
+
+def rules_for(work: Work, axes: Mapping[str, int]) -> Rules:
+    if work.mode == "train":
+        return TRAINING
+    return LONG_CONTEXT if "sequence" in axes else INFERENCE
+
+
+def default_axes(cfg: GemmaConfig, count: int, work: Work) -> dict[str, int]:
+    """Training: all of `fsdp` that rows allow. Else as much of `tensor` as the model allows.
+
+    What is left goes to rows of the batch, or to the slots of long caches.
+    """
+    legal = list(meshes(cfg, count, work))
+    if not legal:
+        raise ValueError(
+            f"{count} devices cannot share the model's heads and {work.batch} rows evenly; give "
+            "another batch, or --mesh"
+        )
+    first = ("fsdp", "tensor") if work.mode == "train" else ("tensor", "data")
+    return max(legal, key=lambda axes: [axes.get(axis, 1) for axis in first])
+
+
+def meshes(cfg: GemmaConfig, count: int, work: Work) -> Iterator[dict[str, int]]:
+    """All meshes of so many devices that split the model and the work evenly."""
+    other = "fsdp" if work.mode == "train" else "sequence"
+    for tensor in _divisors(count):
+        for data in _divisors(count // tensor):
+            rest = count // tensor // data
+            axes = {"data": data, other: rest, "tensor": tensor}
+            if _splits(cfg, work, data, rest, tensor):
+                yield {name: n for name, n in axes.items() if n > 1} or {"tensor": 1}
+
+
+def _splits(cfg: GemmaConfig, work: Work, data: int, rest: int, tensor: int) -> bool:
+    training = work.mode == "train"
+    rows = data * rest if training else data
+    channels = tensor if training else tensor * rest
+    sizes = [cfg.num_heads, *(spec.d_ff for spec in cfg.layers), cfg.vocab_size]
+    tables = [vocabulary.vocab_size for vocabulary in cfg.modality_vocabularies]
+    tables += [cfg.per_layer.vocab_size] if cfg.per_layer else []
+    if cfg.vision is not None:
+        sizes += [cfg.vision.num_heads, cfg.vision.d_ff]
+    heads = {cfg.num_heads} | ({cfg.vision.num_heads} if cfg.vision else set())
+    return (
+        work.batch % rows == 0
+        and all(n % tensor == 0 for n in heads)
+        and all(n % channels == 0 for n in [*sizes, *tables] if n not in heads)
+        and (rest == 1 or cfg.d_model % rest == 0 if training else work.context % rest == 0)
+    )
+
+
+def search(
+    name: str, cfg: GemmaConfig, topology: Topology, work: Work, *, most: int = 8
+) -> Iterator[Plan]:
+    """Plans of the meshes of a machine, those first that need least time by their shapes.
+
+    Meshes whose weights and caches alone do not fit are left out, and so are those after `most`.
+    """
+    plans = []
+    for axes in meshes(cfg, topology.count, work):
+        plan = make_plan(name, cfg, topology, work, axes, compiles=False)
+        if plan.fits:
+            plans.append((plan.roofline_seconds, axes))
+    for _, axes in sorted(plans, key=lambda pair: pair[0])[:most]:
+        yield make_plan(name, cfg, topology, work, axes)
+
+
+def fit(
+    name: str,
+    cfg: GemmaConfig,
+    topology: Topology,
+    work: Work,
+    what: str,
+    axes: Mapping[str, int] | None = None,
+) -> Plan | None:
+    """The plan with the longest context, in steps of 1,024 tokens, or the largest batch that fits.
+
+    `None` if nothing does. By shapes first; the compiler has the last word.
+    """
+    step = 1024 if what == "context" else 1
+    most = cfg.max_positions // step if what == "context" else 1 << 14
+    if what == "batch" and axes is None:
+        axes = default_axes(cfg, topology.count, work)
+    if axes and what == "batch":  # rows that the mesh can share
+        step = axes.get("data", 1) * (axes.get("fsdp", 1) if work.mode == "train" else 1)
+
+    def plan(n: int, compiles: bool) -> Plan:
+        return make_plan(
+            name, cfg, topology, replace(work, **{what: n * step}), axes, compiles=compiles
+        )
+
+    low = _last(lambda n: plan(n, False).fits, most)
+    while low:
+        found = plan(low, True)
+        if found.fits:
+            return found
+        over = found.peak_bytes - found.memory_bytes
+        smaller = plan(max(low - 1, 1), False)
+        each = max(1, plan(low, False).peak_bytes - smaller.peak_bytes)
+        # By as many as what is over takes, if that is known; one in sixteen where it is not.
+        low -= max(1, math.ceil(over / each) if over > 0 else low // 16)
+        low = max(low, 0)
+    return None
+
+
+def _last(fits, most: int) -> int:
+    """The largest `n` up to `most` for which it fits, 0 if none: it fits less and less."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _mesh(cfg: GemmaConfig, topology: Topology, axes: dict[str, int]) -> Mesh | AbstractMesh:
+    if topology.compiles:
+        return make_mesh(cfg, topology.devices, **axes)
+    sizes = mesh_sizes(cfg, topology.count, axes)
+    return AbstractMesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
+    )
+
+
+def _compiled(plan: Plan, model: Gemma, partition: Partition, topology: Topology) -> Plan:
+    start = time.perf_counter()
+    lowered = lower(model, plan.work, partition)
+    middle = time.perf_counter()
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = " ".join(str(error).split())
+        return replace(plan, refusal=reason.partition(" Total hbm usage")[0][:300])
+    end = time.perf_counter()
+    memory = program.memory_analysis()
+    text = _text(program)
+    traffic = None if text is None else hlo.collectives(text)
+    seconds = (program.cost_analysis() or {}).get("optimal_seconds", -1.0)
+    compiled = Compiled(
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        code_bytes=memory.generated_code_size_in_bytes,
+        collectives=traffic,
+        moved_weights=None if text is None else hlo.moved_weights(text, weight_shapes(model)),
+        seconds=seconds if seconds > 0 else None,
+        lower_seconds=middle - start,
+        compile_seconds=end - middle,
+    )
+    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    beside = memory.temp_size_in_bytes + new + memory.generated_code_size_in_bytes
+    link = None if traffic is None else link_seconds(traffic, topology.device.links)
+    step = plan.roofline_seconds + (link or 0.0)
+    return replace(
+        plan,
+        peak_bytes=plan.peak_bytes + beside,
+        link_seconds=link,
+        tokens_per_second=plan.work.batch * plan.work.chunk / step,
+        compiled=compiled,
+    )
+
+
+def link_seconds(traffic: Mapping[str, Mapping[str, int]], links: float) -> float:
+    """All links busy in both directions; a sum over devices crosses them twice."""
+    size = sum(kind["bytes"] * (2 if name == "all-reduce" else 1) for name, kind in traffic.items())
+    return size / links + LATENCY * sum(kind["count"] for kind in traffic.values())
+
+
+def weight_shapes(model: Gemma) -> set[tuple[str, tuple[int, ...]]]:
+    """Of the matrices, whole and as a device holds them, stacked and one layer alone."""
+    names = {"bfloat16": "bf16", "float32": "f32", "float16": "f16", "int8": "s8"}
+    shapes = set()
+    for array in jax.tree.leaves(model):
+        local = array.sharding.shard_shape(array.shape)
+        for shape in (array.shape, local, array.shape[1:], local[1:]):
+            # Below that, activations and norms have the same shapes.
+            if math.prod(shape) >= 1 << 20 and len(shape) > 1:
+                shapes.add((names.get(str(array.dtype), str(array.dtype)), tuple(shape)))
+    return shapes
+
+
+def _text(program: jax.stages.Compiled) -> str | None:
+    try:
+        return program.as_text()
+    except jax.errors.JaxRuntimeError:  # a libtpu that is newer than this JAX may write what it
+        return None  # cannot read
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
