@@ -180,7 +180,9 @@ def plan_slots(cache: Cache, pos_BT: jax.Array) -> tuple[dict[int, Slots], dict[
     for capacity, old_BS in cache.positions.items():
         keep_BT = (pos_BT >= 0) & (pos_BT < cache.max_len) & (pos_BT > last_B1 - capacity)
         write_BT = jnp.where(keep_BT, pos_BT % capacity, capacity)
-        after[capacity] = _write(old_BS, pos_BT, write_BT)
+        # XLA for TPUs would carry the result of the scatter in one dimension, into layouts that it
+        # cannot give to whatever reads it (8 rows of 131,072 slots on a v5e).
+        after[capacity] = jax.lax.optimization_barrier(_write(old_BS, pos_BT, write_BT))
         if capacity == cache.max_len or pos_BT.shape[1] <= 1 + cache.slack:
             slots[capacity] = Slots(write_BT, None, after[capacity])
         else:
