@@ -119,9 +119,15 @@ def attend(
     name, partition = runtime.attention_impl, runtime.partition
     if decodes and name in IMPLEMENTATIONS and name not in decoding.IMPLEMENTATIONS:
         name = "auto"
+    across = partition is not None and full and partition.splits("S")
+    if across and name == "auto":
+        name = "xla"  # sums over the slots of other devices are for the compiler to arrange
+    # Only kernels for decoding take a layer out of a stack.
+    cache = kv.kv if decodes else LayerCache(*kv.kv.of_layer())
+    names = [*mask] if cache.layer is None else [*mask, "layer"]
 
-    def run(q_BTNH, k_BKSH, v_BKSH, *rest, implementation=name):
-        how = dict(zip(names, rest), spec=spec, implementation=implementation)
+    def run(q_BTNH, k_BKSH, v_BKSH, *rest):
+        how = dict(zip(names, rest), spec=spec, implementation=name)
         if decodes:
             return decoding.decode_attention(q_BTNH, k_BKSH, v_BKSH, **how)
         k_BSKH, v_BSKH = jnp.moveaxis(k_BKSH, 1, 2), jnp.moveaxis(v_BKSH, 1, 2)
@@ -131,22 +137,13 @@ def attend(
         k_BKSH, v_BKSH = (_heads_of(partition, groups, q_BTNH, x) for x in (k_BKSH, v_BKSH))
         return run(q_BTNH, k_BKSH, v_BKSH, *rest)
 
-    # Only kernels for decoding take a layer out of a stack.
-    keys_values, stacked = kv.kv.of_layer(), decodes and kv.kv.layer is not None
-    if stacked:
-        keys_values = (kv.kv.k_BKSH, kv.kv.v_BKSH)
-    dims = "LBKSH" if stacked else "BKSH"
-    operands = [("BTNH", q_BTNH), *((dims, x) for x in keys_values)]
+    dims = "BKSH" if cache.layer is None else "LBKSH"
+    operands = [("BTNH", q_BTNH), (dims, cache.k_BKSH), (dims, cache.v_BKSH)]
     operands += [(name.rpartition("_")[2], array) for name, array in mask.items()]
-    operands += [("", kv.kv.layer)] if stacked else []
-    names = [*mask, "layer"]
-    if partition is None:
-        return run(*(x for _, x in operands))
-    if full and partition.splits("S"):
-        # Sums over the slots of other devices are for the compiler to arrange.
-        xla = "xla" if name == "auto" else name
-        return run(*(x for _, x in operands), implementation=xla)
-    groups = q_BTNH.shape[2] // keys_values[0].shape[-3]
+    operands += [] if cache.layer is None else [("", cache.layer)]
+    if partition is None or across:
+        return run(*(array for _, array in operands))
+    groups = q_BTNH.shape[2] // cache.k_BKSH.shape[-3]
     return partition.run(run_part, "BTNH", *operands, whole="S")
 
 

@@ -57,7 +57,7 @@ def program(name, spec, cut=None, interpret=True, return_lse=False):
         if name != "tpu":
             return decode_attention(q, k, v, **mask, **options, implementation=name)
         operands = [mask[name] for name in ("lo_BT", "hi_BT", "kv_pos_BS")]
-        scales = {name: mask.get(name) for name in ("k_scale_BKS", "v_scale_BKS")}
+        scales = {name: mask.get(name) for name in ("k_scale_BKS", "v_scale_BKS", "layer")}
         options |= scales | dict(blocks=CUTS.get(cut, cut), interpret=interpret)
         return decode_attention_tpu(q, k, v, *operands, **options)
 
@@ -291,3 +291,20 @@ def test_a_named_implementation_never_becomes_another(monkeypatch):
         monkeypatch.setitem(IMPLEMENTATIONS, name, cannot)
     with pytest.raises(NotImplementedError, match="fits: tpu: needs a TPU; .* xla: no such"):
         decode_attention(q, k, v, **mask, spec=CASES[0].spec)
+
+
+@pytest.mark.parametrize("cache_dtype", [None, jnp.int8])
+@pytest.mark.parametrize(
+    "name, cut", [("xla", None), ("tpu", "blocks of 128"), ("tpu", "by shape")]
+)
+@pytest.mark.parametrize("case", [FEW[0], RING], ids=lambda case: case.name)
+def test_a_layer_of_a_stack(case, name, cut, cache_dtype):
+    """Read where it lies, it gives what it gives alone."""
+    (q, k, v), mask = operands(case, cache_dtype=cache_dtype)
+    alone = run(name, case, (q, k, v), mask, cut)
+    stacks = [jnp.stack([jnp.flip(x, 2), x, -x]) for x in (k, v)]
+    scales = {x: jnp.stack([mask[x] * n for n in (3, 1, 2)]) for x in mask if "scale" in x}
+    stacked = run(name, case, (q, *stacks), mask | scales | {"layer": jnp.int32(1)}, cut)
+    np.testing.assert_array_equal(stacked, alone)
+    other = run(name, case, (q, *stacks), mask | scales | {"layer": jnp.int32(2)}, cut)
+    assert not np.array_equal(other, alone)

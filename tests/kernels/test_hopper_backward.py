@@ -100,7 +100,7 @@ def plain(q_BTNH, k_BSKH, v_BSKH, mask, spec):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_gradients(case):
-    if SLOW and case not in CASES[:2]:
+    if SLOW and case is not CASES[0]:
         pytest.skip("the interpreter of jax 0.10 takes half a minute for it")
     keys = jax.random.split(jax.random.key(case.T), 6)
     q = jax.random.normal(keys[0], (case.B, case.T, case.N, case.H), case.dtype)
