@@ -94,7 +94,8 @@ def row(chip: str, item: dict, schedules: list[Schedule] | str) -> dict:
     B, K, S, H = item["shape"]
     blocks = default_blocks((B, K, S, H), jnp.dtype(item["cache"]).itemsize, CHIPS[chip].cores)
     steps = ceil(B // blocks.rows * (S // blocks.keys) / (blocks.items * blocks.cores))
-    cycles = steps * (plan.step + plan.live + sum(plan.bodies) + plan.edges) + plan.outside
+    each = plan.step + plan.edges + sum(plan.bodies + plan.live + plan.entry)
+    cycles = steps * each + plan.outside
     reading = item["bytes"] / CHIPS[chip].bandwidth * CHIPS[chip].clock
     result = {
         "chip": chip,

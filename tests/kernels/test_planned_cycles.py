@@ -48,7 +48,8 @@ def test_a_plan_by_hand(tmp_path):
     use.write_text(USE)
     assert read_schedules(tmp_path, "kernel") == [
         Schedule(
-            kernel="my_kernel", outside=2, step=4, live=2, bodies=[2, 2], edges=1, spills=1
+            kernel="my_kernel", outside=2, step=4, bodies=[2, 2], live=[2, 0], entry=[0, 2],
+            edges=1, spills=1,
         )
     ]  # fmt: skip
     with pytest.raises(ValueError, match="no schedule of a kernel called 'other'"):

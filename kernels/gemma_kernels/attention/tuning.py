@@ -177,8 +177,9 @@ def cost(kind: str, name: str, chip: str, blocks: dict, schedule: Schedule) -> C
     count = {"forward": _forward_counts, "backward": _backward_counts}[kind]
     counts = count(shape, blocks, operands(name))
     cycles = schedule.outside + counts.steps * schedule.step + counts.sweeps * schedule.edges
-    cycles += sum(counts.bodies) * schedule.live
-    cycles += sum(n * body for n, body in zip(counts.bodies, schedule.bodies, strict=True))
+    bodies = zip(counts.bodies, schedule.bodies, schedule.live, strict=True)
+    cycles += sum(n * (body + live) for n, body, live in bodies)
+    cycles += counts.entries * max(schedule.entry)
     facts = CHIPS[chip]
     seconds = counts.copied / facts.bandwidth * facts.cores
     return Cost(cycles, round(seconds * facts.clock))
@@ -193,11 +194,13 @@ def useful_macs(kind: str, name: str) -> int:
 
 @dataclass(frozen=True)
 class _Counts:
-    """Steps of the grid, sweeps over keys or queries, runs of each body, and bytes copied."""
+    """Steps of the grid, sweeps over keys or queries, runs of each body, how often loops over
+    bodies are entered, and bytes copied."""
 
     steps: int
     sweeps: int
     bodies: tuple[int, ...]
+    entries: int
     copied: int
 
 
@@ -211,13 +214,14 @@ def _forward_counts(shape: Shape, blocks: dict, operands: tuple) -> _Counts:
         keys = 2 * shape.K * rows * plan.span
         bodies = (shape.K * plain, shape.K * (rows - plain))
         steps = shape.K * rows
-        return _Counts(steps, steps, bodies, row_bytes * (queries + keys))
+        return _Counts(steps, steps, bodies, 0, row_bytes * (queries + keys))
     some, whole = tiles.static_meetings(LENGTH, LENGTH, blocks.q, blocks.k, True, shape.window)
     fetched = some.reshape(rows, -1, blocks.fetch).any(2)
     keys = 2 * shape.K * int(fetched.sum()) * blocks.fetch * blocks.k
     bodies = (shape.K * int(whole.sum()), shape.K * int((some & ~whole).sum()))
     sweeps = shape.K * rows
-    return _Counts(sweeps * fetched.shape[1], sweeps, bodies, row_bytes * (queries + keys))
+    steps = sweeps * fetched.shape[1]
+    return _Counts(steps, sweeps, bodies, steps, row_bytes * (queries + keys))
 
 
 def _backward_counts(shape: Shape, blocks: dict, operands: tuple) -> _Counts:
@@ -227,9 +231,11 @@ def _backward_counts(shape: Shape, blocks: dict, operands: tuple) -> _Counts:
     some, whole = tiles.static_meetings(LENGTH, LENGTH, blocks.q, blocks.k, True, shape.window)
     if shape.window is None:
         copied += 4 * shape.H * LENGTH * (shape.N + 2 * K)  # gradients in float32
-        return _Counts(
-            K * rows, K * rows, (K * int(whole.sum()), K * int((some & ~whole).sum())), copied
-        )
+        # Of a sweep's start the sums of all blocks of keys are set to 0, in a loop.
+        starts = K * max(rows, some.shape[1])
+        bodies = (K * int(whole.sum()), K * int((some & ~whole).sum()))
+        return _Counts(K * rows, starts, bodies, K * rows, copied)
     before = -(-(shape.window - 1) // blocks.q)
-    by_position = int(some[:before].sum())
-    return _Counts(K * (rows + before), K * rows, (K * (rows - before), K * by_position), copied)
+    bodies = (K * (rows - before), K * int(some[:before].sum()))
+    # Steps without a tile, which let the last keys out, are counted like those with a loop.
+    return _Counts(K * (rows + before), K * rows, bodies, 2 * K * before, copied)
