@@ -196,12 +196,11 @@ def print_table(rows: list[dict], chips: list[str]) -> None:
     """In Markdown, a line for each kind and shape."""
     titles = {"forward": "forward", "backward": "gradient"}
     found = {Store.key(row): f"{row['useful']:.0%}, {row['ratio']:.2f}x" for row in rows}
-    print("|", "", *chips, "", sep=" | ")
-    print("|---" * (1 + len(chips)) + "|")
+    print(f"| | {' | '.join(chips)} |", "|---" * (1 + len(chips)) + "|", sep="\n")
     for kind in tuning.KINDS:
         for name in tuning.SHAPES:
             cells = [found.get((chip, kind, name), "").replace("%", " %") for chip in chips]
-            print(f"| {titles[kind]}, {name} |", " | ".join(cells), "|")
+            print(f"| {titles[kind]}, {name} | {' | '.join(cells)} |")
 
 
 def rival_jobs(item: tuple[str, str], who: str) -> list[Job]:
