@@ -16,8 +16,8 @@ Cycles of a kernel, ours or theirs: its bodies as often as the grid runs them, w
 once per step, starts and ends of sweeps once per sweep.
 
 Each row is written as soon as it is known, in place of the stored one of its chip, kind and shape;
-others stay, if the same compiler made them. `--keep-rivals` compiles our kernels alone and compares
-them with the stored cycles of rivals.
+others stay, if the same compiler made them. `--keep-rivals` tries of rivals no tiling but the one
+that is stored as the best.
 
 `--check` compiles our kernels again and fails if one needs 3 % more cycles than stored; `--table`
 prints what is stored as the table of `kernels/README.md`.
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--kinds", default="forward,backward")
     parser.add_argument("--tokamax-python", help="interpreter with tokamax; default: without it")
     parser.add_argument("--limit", type=float, default=600, help="seconds for one compilation")
-    parser.add_argument("--keep-rivals", action="store_true", help="as they stand in --output")
+    parser.add_argument("--keep-rivals", action="store_true", help="their stored tilings alone")
     parser.add_argument("--check", type=Path, metavar="FILE", help="compare with stored results")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print stored results")
     args = parser.parse_args()
@@ -113,6 +113,11 @@ class Store:
     def key(row: dict) -> tuple[str, str, str]:
         return row["chip"], row["kind"], row["shape"]
 
+    def tilings(self, chip: str) -> dict[tuple[str, str], list]:
+        """By kind and shape, the stored best rival and its tiling."""
+        rows = [row for row in self.rows.values() if row["chip"] == chip and "rival" in row]
+        return {self.key(row)[1:]: [(row["rival"], row["rival_tiling"])] for row in rows}
+
     def add(self, row: dict) -> None:
         self.rows[self.key(row)] = row
         places = [list(CHIPS), list(tuning.KINDS), list(tuning.SHAPES)]
@@ -138,17 +143,19 @@ def compare(
     jobs = [tuning.job(kind, name, sizes) for (kind, name), sizes in zip(work, blocks)]
     ours = planned(chip, jobs, limit=limit)
     pythons = {"jax": sys.executable} | ({"tokamax": tokamax_python} if tokamax_python else {})
-    plans = {}  # of rivals, asked for job by job: then each row is complete before the next begins
-    for who, python in pythons.items():
-        jobs = [job for item in work for job in rival_jobs(item, who)]
-        plans[who] = planned(chip, jobs, python, limit)
-    for item, sizes, schedules in zip(work, blocks, ours):
-        kind, name = item
-        if keep_rivals:
-            old = store.rows.get((chip, kind, name), {})
-            rival = {key: value for key, value in old.items() if key.startswith("rival")}
-        else:
-            rival = best_rival(item, plans)
+    kept = store.tilings(chip) if keep_rivals else None
+    rivals = {who: [rival_jobs(item, who, kept) for item in work] for who in pythons}
+    plans = {  # asked for job by job: then each row is complete before the next begins
+        who: planned(chip, [job for jobs in rivals[who] for job in jobs], python, limit)
+        for who, python in pythons.items()
+    }
+    for n, ((kind, name), sizes, schedules) in enumerate(zip(work, blocks, ours)):
+        found = []
+        for who in pythons:
+            for job in rivals[who][n]:
+                plan = next(plans[who])
+                if not isinstance(plan, str):  # a tiling that does not fit this chip
+                    found.append((rival_cycles(work[n], job.args, plan), who, job.args))
         if isinstance(schedules, str):
             print(f"{kind}, {name}, {chip}: {schedules}", flush=True)
             continue
@@ -164,9 +171,12 @@ def compare(
             "blocks": sizes,
             "schedule": asdict(schedules[0]),
         }
-        if rival:
-            cycles = rival["rival_cycles"]
-            row |= {"ratio": round(cycles / plan.cycles, 3)} | rival
+        if found:
+            cycles, who, facts = min(found, key=lambda rival: rival[0])
+            cycles *= tuning.SHAPES[name].N
+            tiling = {name: facts[name] for name in TOKAMAX if name in facts}
+            row["ratio"] = round(cycles / plan.cycles, 3)
+            row |= {"rival": who, "rival_tiling": tiling, "rival_cycles": cycles}
             row["rival_useful"] = round(peak / cycles, 4)
         print(
             f"{kind:9}{name:16}{chip:7}{row['useful']:6.1%}{row.get('rival_useful', 0):7.1%}"
@@ -174,22 +184,6 @@ def compare(
             flush=True,
         )
         yield row
-
-
-def best_rival(item: tuple[str, str], plans: dict[str, Iterator]) -> dict:
-    """What a row says of the fastest rival: cycles of all heads, its name and tiling."""
-    found = []
-    for who, schedules_of in plans.items():
-        for job in rival_jobs(item, who):
-            schedules = next(schedules_of)
-            if not isinstance(schedules, str):  # a tiling that does not fit this chip
-                found.append((rival_cycles(item, job.args, schedules), who, job.args))
-    if not found:
-        return {}
-    cycles, who, facts = min(found, key=lambda rival: rival[0])
-    tiling = {name: facts[name] for name in (*JAX, "inner", "scheduler") if name in facts}
-    heads = tuning.SHAPES[item[1]].N
-    return {"rival_cycles": heads * cycles, "rival": who, "rival_tiling": tiling}
 
 
 def print_table(rows: list[dict], chips: list[str]) -> None:
@@ -203,17 +197,17 @@ def print_table(rows: list[dict], chips: list[str]) -> None:
             print(f"| {titles[kind]}, {name} | {' | '.join(cells)} |")
 
 
-def rival_jobs(item: tuple[str, str], who: str) -> list[Job]:
-    """A job for each tiling."""
+def rival_jobs(item: tuple[str, str], who: str, kept: dict | None) -> list[Job]:
+    """A job for each tiling, or for the one that is kept of this item if it is by `who`."""
     kind, name = item
     shape = tuning.SHAPES[name]
     facts = dict(length=tuning.LENGTH, H=shape.H, window=shape.window)
     facts |= dict(backward=True) if kind == "backward" else {}
-    fields, tilings = TILINGS[who, kind, shape.window is not None]
-    return [
-        Job(f"{SPLASH}:{who}_splash", facts | dict(zip(fields, tiling)), "splash")
-        for tiling in tilings
-    ]
+    fields, sizes = TILINGS[who, kind, shape.window is not None]
+    tilings = [dict(zip(fields, values)) for values in sizes]
+    if kept is not None:
+        tilings = [tiling for rival, tiling in kept.get(item, ()) if rival == who]
+    return [Job(f"{SPLASH}:{who}_splash", facts | tiling, "splash") for tiling in tilings]
 
 
 def rival_cycles(item: tuple[str, str], facts: dict, schedules: list[Schedule]) -> int:
