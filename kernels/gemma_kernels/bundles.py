@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -84,7 +85,8 @@ def planned(
                         yield answer["error"]
                     else:
                         yield [Schedule(**fields) for fields in answer["schedules"]]
-                worker.stdin.close()
+                with suppress(BrokenPipeError):
+                    worker.stdin.close()
             if left and limit is None:
                 raise RuntimeError(f"{python} ended while it compiled {left[0]}")
             if left:
@@ -112,7 +114,8 @@ def _ask(worker: subprocess.Popen, job: Job, limit: float | None) -> dict | None
     timer = threading.Timer(limit or threading.TIMEOUT_MAX, worker.kill)
     timer.start()
     try:
-        print(json.dumps(asdict(job)), file=worker.stdin, flush=True)
+        with suppress(BrokenPipeError):  # it ended before the job came
+            print(json.dumps(asdict(job)), file=worker.stdin, flush=True)
         answer = worker.stdout.readline()
     finally:
         timer.cancel()
