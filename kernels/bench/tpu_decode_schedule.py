@@ -2,11 +2,12 @@
 
     pip install -e ".[plan]"
     python kernels/bench/tpu_decode_schedule.py --output kernels/bench/results/NAME.json
+    python kernels/bench/tpu_decode_schedule.py --table kernels/bench/results/NAME.json
 
 Needs no TPU, and measures none (see `gemma_kernels.bundles`). A decoding step has to read its
 cache; if the kernel computes in less time than that takes, it can run at the speed of the memory.
 Of its loop everything is counted for every grid step, the branches too that a step does not take.
-A device with two cores reads by both.
+A device with two cores reads by both. `--table` prints what is stored as Markdown.
 """
 
 import argparse
@@ -43,7 +44,10 @@ def main() -> None:
     parser.add_argument("--chips", default=",".join(CHIPS))
     parser.add_argument("--models", default=";".join(MODELS), help="names, separated by ';'")
     parser.add_argument("--dtypes", default="bfloat16,int8", help="of the cache")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print stored results")
     args = parser.parse_args()
+    if args.table:
+        return print_table(json.loads(args.table.read_text())["rows"])
     work = [
         facts(model, local, dtype)
         for dtype in args.dtypes.split(",")
@@ -70,6 +74,19 @@ def main() -> None:
         args.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
+def print_table(rows: list[dict]) -> None:
+    """A line for each kind of cache, the ratios of all chips side by side."""
+    chips = list(dict.fromkeys(row["chip"] for row in rows))
+    lines: dict[tuple, dict] = {}
+    for row in rows:
+        line = lines.setdefault((row["model"], row["layer"], row["cache"]), {})
+        line[row["chip"]] = f"{row['ratio']:.2f}"
+    print(f"| | {' | '.join(chips)} |", "|---" * (1 + len(chips)) + "|", sep="\n")
+    for (model, layer, cache), line in lines.items():
+        cells = " | ".join(line.get(chip, "") for chip in chips)
+        print(f"| {model} {layer}, {cache} | {cells} |")
+
+
 def facts(model: str, local: bool, dtype: str) -> dict:
     """A step of all heads of one layer, over a cache `shape = [B, K, S, H]`."""
     N, K, H, window = MODELS[model]
@@ -94,7 +111,8 @@ def row(chip: str, item: dict, schedules: list[Schedule] | str) -> dict:
     B, K, S, H = item["shape"]
     blocks = default_blocks((B, K, S, H), jnp.dtype(item["cache"]).itemsize, CHIPS[chip].cores)
     steps = ceil(B // blocks.rows * (S // blocks.keys) / (blocks.items * blocks.cores))
-    cycles = steps * (plan.step + plan.live + sum(plan.bodies) + plan.edges) + plan.outside
+    each = plan.step + plan.edges + sum(plan.bodies + plan.live + plan.entry)
+    cycles = steps * each + plan.outside
     reading = item["bytes"] / CHIPS[chip].bandwidth * CHIPS[chip].clock
     result = {
         "chip": chip,

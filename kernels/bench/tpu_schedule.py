@@ -4,6 +4,7 @@
     python kernels/bench/tpu_schedule.py --tokamax-python PATH \
         --output kernels/bench/results/tpu-schedule.json
     python kernels/bench/tpu_schedule.py --check kernels/bench/results/tpu-schedule.json
+    python kernels/bench/tpu_schedule.py --table kernels/bench/results/tpu-schedule.json
 
 Needs no TPU, and measures none: see `gemma_kernels.bundles` for what a plan is. What counts is the
 ratio of two kernels on one chip; waiting for memory is left out on both sides, and for ours the
@@ -14,14 +15,19 @@ that of tokamax; of each the best of several tilings counts.
 Cycles of a kernel, ours or theirs: its bodies as often as the grid runs them, what surrounds them
 once per step, starts and ends of sweeps once per sweep.
 
-`--check` compiles our kernels again and fails if one needs 3 % more cycles than stored.
+Each row is written as soon as it is known, in place of the stored one of its chip, kind and shape;
+others stay, if the same compiler made them. `--keep-rivals` tries of rivals no tiling but the one
+that is stored as the best.
+
+`--check` compiles our kernels again and fails if one needs 3 % more cycles than stored; `--table`
+prints what is stored as the table of `kernels/README.md`.
 """
 
 import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -63,48 +69,98 @@ def main() -> None:
     parser.add_argument("--shapes", help="names, separated by ';'; default: all")
     parser.add_argument("--kinds", default="forward,backward")
     parser.add_argument("--tokamax-python", help="interpreter with tokamax; default: without it")
+    parser.add_argument("--limit", type=float, default=600, help="seconds for one compilation")
+    parser.add_argument("--keep-rivals", action="store_true", help="their stored tilings alone")
     parser.add_argument("--check", type=Path, metavar="FILE", help="compare with stored results")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print stored results")
     args = parser.parse_args()
-    chips = args.chips.split(",")
-    if args.check:
-        sys.exit(check(json.loads(args.check.read_text()), chips, args.kinds.split(",")))
+    chips, kinds = args.chips.split(","), args.kinds.split(",")
     names = args.shapes.split(";") if args.shapes else list(tuning.SHAPES)
-    work = [(kind, name) for kind in args.kinds.split(",") for name in names]
-    rows = [row for chip in chips for row in compare(chip, work, args.tokamax_python)]
-    result = {
-        "command": "python " + " ".join(sys.argv).replace(str(args.tokamax_python), "PATH"),
-        "versions": versions(sys.executable)
-        | ({"tokamax's environment": versions(args.tokamax_python)} if args.tokamax_python else {}),
-        "what": "planned cycles, no TPU; useful: visible keys, share of the matrix unit's peak",
-        "length": tuning.LENGTH,
-        "rows": rows,
-    }
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    work = [(kind, name) for kind in kinds for name in names]
+    if args.table:
+        return print_table(json.loads(args.table.read_text())["rows"], chips)
+    if args.check:
+        sys.exit(check(json.loads(args.check.read_text()), chips, work))
+    store = Store(args.output, args.tokamax_python)
+    for chip in chips:
+        for row in compare(chip, work, args.tokamax_python, args.limit, args.keep_rivals, store):
+            store.add(row)
 
 
-def compare(chip: str, work: list[tuple[str, str]], tokamax_python: str | None) -> list[dict]:
+class Store:
+    """Rows by chip, kind and shape, in a file (or none) that is whole after each of them."""
+
+    def __init__(self, path: Path | None, tokamax_python: str | None):
+        self.path, self.rows = path, {}
+        found = versions(sys.executable)
+        stored = json.loads(path.read_text()) if path and path.exists() else {}
+        if tokamax_python:
+            found["tokamax's environment"] = versions(tokamax_python)
+        elif inherited := stored.get("versions", {}).get("tokamax's environment"):
+            found["tokamax's environment"] = inherited
+        if stored and found != stored["versions"]:
+            sys.exit(f"{path} holds rows of {stored['versions']}, not {found}: choose another file")
+        self.head = {
+            "command": "python kernels/bench/tpu_schedule.py --tokamax-python PATH --output FILE",
+            "versions": found,
+            "what": "planned cycles, no TPU; useful: visible keys, share of the matrix unit's peak",
+            "length": tuning.LENGTH,
+        }
+        for row in stored.get("rows", ()):
+            self.rows[self.key(row)] = row
+
+    @staticmethod
+    def key(row: dict) -> tuple[str, str, str]:
+        return row["chip"], row["kind"], row["shape"]
+
+    def tilings(self, chip: str) -> dict[tuple[str, str], list]:
+        """By kind and shape, the stored best rival and its tiling."""
+        rows = [row for row in self.rows.values() if row["chip"] == chip and "rival" in row]
+        return {self.key(row)[1:]: [(row["rival"], row["rival_tiling"])] for row in rows}
+
+    def add(self, row: dict) -> None:
+        self.rows[self.key(row)] = row
+        places = [list(CHIPS), list(tuning.KINDS), list(tuning.SHAPES)]
+
+        def order(key):
+            return [names.index(name) for names, name in zip(places, key)]
+
+        rows = [self.rows[key] for key in sorted(self.rows, key=order)]
+        if self.path:
+            self.path.write_text(json.dumps(self.head | {"rows": rows}, indent=1) + "\n")
+
+
+def compare(
+    chip: str,
+    work: list[tuple[str, str]],
+    tokamax_python: str | None,
+    limit: float,
+    keep_rivals: bool,
+    store: Store,
+) -> Iterator[dict]:
     """Rows of the table, printed as well."""
     blocks = [tuning.table_blocks(kind, name, chip) for kind, name in work]
     jobs = [tuning.job(kind, name, sizes) for (kind, name), sizes in zip(work, blocks)]
-    ours = planned(chip, jobs)
-    rivals = {"jax": rival_jobs(work, "jax")}
-    if tokamax_python:
-        rivals["tokamax"] = rival_jobs(work, "tokamax")
-    found: dict[tuple[str, str], list] = {item: [] for item in work}
-    for who, jobs in rivals.items():
-        python = sys.executable if who == "jax" else tokamax_python
-        for (item, job), schedules in zip(jobs, planned(chip, [job for _, job in jobs], python)):
-            if not isinstance(schedules, str):  # a tiling that does not fit this chip
-                cycles = rival_cycles(item, job.args, schedules)
-                found[item].append((cycles, who, job.args))
-    rows = []
-    for (kind, name), sizes, schedules in zip(work, blocks, ours):
+    ours = planned(chip, jobs, limit=limit)
+    pythons = {"jax": sys.executable} | ({"tokamax": tokamax_python} if tokamax_python else {})
+    kept = store.tilings(chip) if keep_rivals else None
+    rivals = {who: [rival_jobs(item, who, kept) for item in work] for who in pythons}
+    plans = {  # asked for job by job: then each row is complete before the next begins
+        who: planned(chip, [job for jobs in rivals[who] for job in jobs], python, limit)
+        for who, python in pythons.items()
+    }
+    for n, ((kind, name), sizes, schedules) in enumerate(zip(work, blocks, ours)):
+        found = []
+        for who in pythons:
+            for job in rivals[who][n]:
+                plan = next(plans[who])
+                if not isinstance(plan, str):  # a tiling that does not fit this chip
+                    found.append((rival_cycles(work[n], job.args, plan), who, job.args))
         if isinstance(schedules, str):
-            sys.exit(f"{kind}, {name}, {chip}: {schedules}")
+            print(f"{kind}, {name}, {chip}: {schedules}", flush=True)
+            continue
         plan = tuning.cost(kind, name, chip, sizes, schedules[0])
         peak = tuning.useful_macs(kind, name) / CHIPS[chip].macs
-        N = tuning.SHAPES[name].N
         row = {
             "kind": kind,
             "shape": name,
@@ -115,34 +171,43 @@ def compare(chip: str, work: list[tuple[str, str]], tokamax_python: str | None) 
             "blocks": sizes,
             "schedule": asdict(schedules[0]),
         }
-        if found[kind, name]:
-            cycles, who, tiling = min(found[kind, name], key=lambda item: item[0])
-            row |= {
-                "rival_useful": round(peak / (N * cycles), 4),
-                "ratio": round(N * cycles / plan.cycles, 3),
-                "rival": who,
-                "rival_tiling": {k: v for k, v in tiling.items() if k not in ("length", "H")},
-            }
-        rows.append(row)
+        if found:
+            cycles, who, facts = min(found, key=lambda rival: rival[0])
+            cycles *= tuning.SHAPES[name].N
+            tiling = {name: facts[name] for name in TOKAMAX if name in facts}
+            row["ratio"] = round(cycles / plan.cycles, 3)
+            row |= {"rival": who, "rival_tiling": tiling, "rival_cycles": cycles}
+            row["rival_useful"] = round(peak / cycles, 4)
         print(
             f"{kind:9}{name:16}{chip:7}{row['useful']:6.1%}{row.get('rival_useful', 0):7.1%}"
             f"{row.get('ratio', 0):6.2f}x  {row.get('rival', '')}",
             flush=True,
         )
-    return rows
+        yield row
 
 
-def rival_jobs(work: Iterable[tuple[str, str]], who: str) -> list[tuple[tuple[str, str], Job]]:
-    jobs = []
-    for kind, name in work:
-        shape = tuning.SHAPES[name]
-        facts = dict(length=tuning.LENGTH, H=shape.H, window=shape.window)
-        facts |= dict(backward=True) if kind == "backward" else {}
-        fields, tilings = TILINGS[who, kind, shape.window is not None]
-        for tiling in tilings:
-            job = Job(f"{SPLASH}:{who}_splash", facts | dict(zip(fields, tiling)), "splash")
-            jobs.append(((kind, name), job))
-    return jobs
+def print_table(rows: list[dict], chips: list[str]) -> None:
+    """In Markdown, a line for each kind and shape."""
+    titles = {"forward": "forward", "backward": "gradient"}
+    found = {Store.key(row): f"{row['useful']:.0%}, {row['ratio']:.2f}x" for row in rows}
+    print(f"| | {' | '.join(chips)} |", "|---" * (1 + len(chips)) + "|", sep="\n")
+    for kind in tuning.KINDS:
+        for name in tuning.SHAPES:
+            cells = [found.get((chip, kind, name), "").replace("%", " %") for chip in chips]
+            print(f"| {titles[kind]}, {name} | {' | '.join(cells)} |")
+
+
+def rival_jobs(item: tuple[str, str], who: str, kept: dict | None) -> list[Job]:
+    """A job for each tiling, or for the one that is kept of this item if it is by `who`."""
+    kind, name = item
+    shape = tuning.SHAPES[name]
+    facts = dict(length=tuning.LENGTH, H=shape.H, window=shape.window)
+    facts |= dict(backward=True) if kind == "backward" else {}
+    fields, sizes = TILINGS[who, kind, shape.window is not None]
+    tilings = [dict(zip(fields, values)) for values in sizes]
+    if kept is not None:
+        tilings = [tiling for rival, tiling in kept.get(item, ()) if rival == who]
+    return [Job(f"{SPLASH}:{who}_splash", facts | tiling, "splash") for tiling in tilings]
 
 
 def rival_cycles(item: tuple[str, str], facts: dict, schedules: list[Schedule]) -> int:
@@ -155,8 +220,9 @@ def rival_cycles(item: tuple[str, str], facts: dict, schedules: list[Schedule]) 
         if ("fwd" in schedule.kernel) != (kind == "forward"):
             continue
         sweeps = length // (k if "dkv" in schedule.kernel else q)
-        cycles += schedule.outside + (whole + edge) * (schedule.step + schedule.live)
-        cycles += whole * schedule.bodies[0] + edge * schedule.bodies[-1] + sweeps * schedule.edges
+        cycles += schedule.outside + (whole + edge) * schedule.step + sweeps * schedule.edges
+        for count, n in ((whole, 0), (edge, -1)):
+            cycles += count * (schedule.bodies[n] + schedule.live[n] + schedule.entry[n])
     return cycles
 
 
@@ -172,14 +238,14 @@ def visits(window: int | None, length: int, q: int, k: int) -> tuple[int, int]:
     return whole, edge
 
 
-def check(stored: dict, chips: list[str], kinds: list[str]) -> int:
+def check(stored: dict, chips: list[str], work: list[tuple[str, str]]) -> int:
     """Prints a line for each kernel of ours; 1 if one is planned to be slower than stored, or 0."""
     if versions(sys.executable)["libtpu"] != stored["versions"]["libtpu"]:
         print(f"stored with libtpu {stored['versions']['libtpu']}: another compiler, not compared")
         return 0
     slower = 0
     for chip in chips:
-        rows = [r for r in stored["rows"] if r["chip"] == chip and r["kind"] in kinds]
+        rows = [row for row in stored["rows"] if Store.key(row)[1:] in work and row["chip"] == chip]
         jobs = [tuning.job(row["kind"], row["shape"], row["blocks"]) for row in rows]
         for row, schedules in zip(rows, planned(chip, jobs)):
             if isinstance(schedules, str):

@@ -5,9 +5,10 @@ compiled. libtpu writes it to a folder on request (`DUMP`); here it is read into
 
     outside      bundles before and after the loop over the grid
     step         bundles of the loop that run in every step
-    live         bundles around a body: they run where a body may run, and call none themselves
     bodies       parts that use the matrix unit, in the order of the code: what conditions choose,
                  loops inside a step (once through), or else the whole step
+    live         for each body, bundles around it that run as often as it may run
+    entry        for each body in a loop, bundles around that loop, which run once for all its turns
     edges        conditional parts without matrix work, as the start and the end of a sweep
 
 No TPU is needed, and none is measured: waiting for memory is not in a plan.
@@ -21,7 +22,9 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,8 +41,9 @@ class Schedule:
     kernel: str
     outside: int
     step: int
-    live: int
     bodies: list[int]
+    live: list[int]
+    entry: list[int]
     edges: int
     spills: int
 
@@ -61,7 +65,7 @@ class Job:
 
 
 def planned(
-    chip: str, jobs: Sequence[Job], python: str = sys.executable
+    chip: str, jobs: Sequence[Job], python: str = sys.executable, limit: float | None = None
 ) -> Iterator[list[Schedule] | str]:
     """Schedules of each job's kernels on `chip`; of one that does not compile, the error.
 
@@ -69,32 +73,53 @@ def planned(
 
     Args:
       python: Interpreter to run it with: others' kernels may need another environment.
+      limit: Seconds for one job, after which it counts as one that does not compile.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        left = list(jobs)
+        while left:
+            with _worker(chip, folder, python) as worker:
+                while left and (answer := _ask(worker, left[0], limit)) is not None:
+                    del left[0]
+                    if "error" in answer:
+                        yield answer["error"]
+                    else:
+                        yield [Schedule(**fields) for fields in answer["schedules"]]
+                with suppress(BrokenPipeError):
+                    worker.stdin.close()
+            if left and limit is None:
+                raise RuntimeError(f"{python} ended while it compiled {left[0]}")
+            if left:
+                del left[0]
+                yield f"its compiler ended, or took more than {limit:.0f} seconds"
+
+
+def _worker(chip: str, folder: str, python: str) -> subprocess.Popen:
     from gemma_kernels.targets import WITHOUT_A_TPU
 
-    with tempfile.TemporaryDirectory() as folder:
-        flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
-        flags += f"--xla_jf_dump_llo_pass_label_regex={PASSES}"
-        env = os.environ | WITHOUT_A_TPU | {"JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": flags}
-        home = str(Path(__file__).parents[1])
-        env["PYTHONPATH"] = os.pathsep.join([home, os.environ.get("PYTHONPATH", "")]).strip(":")
-        worker = subprocess.Popen(
-            [python, "-m", "gemma_kernels.bundles", chip, folder],
-            env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        with worker:
-            for job in jobs:
-                print(json.dumps(asdict(job)), file=worker.stdin, flush=True)
-                answer = worker.stdout.readline()
-                if not answer:
-                    raise RuntimeError(f"{python} ended while it compiled {job}")
-                answer = json.loads(answer)
-                if "error" in answer:
-                    yield answer["error"]
-                else:
-                    yield [Schedule(**fields) for fields in answer["schedules"]]
-            worker.stdin.close()
+    flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
+    flags += f"--xla_jf_dump_llo_pass_label_regex={PASSES}"
+    env = os.environ | WITHOUT_A_TPU | {"JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": flags}
+    home = str(Path(__file__).parents[1])
+    env["PYTHONPATH"] = os.pathsep.join([home, os.environ.get("PYTHONPATH", "")]).strip(":")
+    return subprocess.Popen(
+        [python, "-m", "gemma_kernels.bundles", chip, folder],
+        env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def _ask(worker: subprocess.Popen, job: Job, limit: float | None) -> dict | None:
+    """The answer to a job; `None` if the process ended, by itself or by the limit."""
+    timer = threading.Timer(limit or threading.TIMEOUT_MAX, worker.kill)
+    timer.start()
+    try:
+        with suppress(BrokenPipeError):  # it ended before the job came
+            print(json.dumps(asdict(job)), file=worker.stdin, flush=True)
+        answer = worker.stdout.readline()
+    finally:
+        timer.cancel()
+    return json.loads(answer) if answer else None
 
 
 def _serve(chip: str, folder: Path) -> None:
@@ -144,7 +169,7 @@ def _read(kernel: str, text: str, use: str) -> Schedule:
     slots = [name.strip() for name in use.splitlines()[1].split(",")]
     rows = use.split("== UTILIZATION:")[1].splitlines()
     used = [list(map(int, row.split())) for row in rows if row.strip()]
-    depth, parts = [], []
+    depth, parts, loops = [], [], []
     for line in text.splitlines():
         if bundle := BUNDLE.match(line):
             empty = line.endswith("{}")  # a stall: written without its depth
@@ -153,8 +178,9 @@ def _read(kernel: str, text: str, use: str) -> Schedule:
             for target in map(int, JUMP.findall(line)):
                 if target > here:  # what lies between is conditional
                     parts.append(range(here, target))
-                elif depth[-1] > 1:  # a loop inside a step
-                    parts.append(range(target, here))
+                elif depth[target] > 1:  # a loop inside a step
+                    loops.append(range(target, here))
+    parts += loops
     owner: list[int | None] = [None] * len(depth)
     for number, part in sorted(enumerate(parts), key=lambda item: -len(item[1])):
         for b in part:
@@ -165,11 +191,14 @@ def _read(kernel: str, text: str, use: str) -> Schedule:
             cycles[number] += 1
             matrix[number] |= b < len(used) and used[b][slots.index("MATMUL")] > 0
     bodies = sorted((n for n in range(len(parts)) if matrix[n]), key=lambda n: parts[n].start)
-    around = {
-        number
-        for number, part in enumerate(parts)
-        if not matrix[number] and any(parts[body].start in part for body in bodies)
-    }
+    live, entry, around = [], [], set()
+    for body in bodies:
+        inside = [loop for loop in loops if parts[body].start in loop]
+        turn = min(inside, key=len, default=range(len(depth)))  # what runs as often as the body
+        over = [n for n in range(len(parts)) if not matrix[n] and parts[body].start in parts[n]]
+        live.append(sum(cycles[n] for n in over if parts[n].start in turn))
+        entry.append(sum(cycles[n] for n in over if parts[n].start not in turn))
+        around |= set(over)
     plain = [b for b, d in enumerate(depth) if d and owner[b] is None]
     always = any(used[b][slots.index("MATMUL")] for b in plain if b < len(used))
     spill = slots.index("VSTORE:SPILL")
@@ -177,8 +206,9 @@ def _read(kernel: str, text: str, use: str) -> Schedule:
         kernel=kernel,
         outside=sum(d == 0 for d in depth),
         step=0 if always else len(plain),
-        live=sum(cycles[number] for number in around),
         bodies=[len(plain)] * always + [cycles[number] for number in bodies],
+        live=[0] * always + live,
+        entry=[0] * always + entry,
         edges=sum(c for n, c in enumerate(cycles) if n not in around and n not in bodies),
         spills=sum(row[spill] for row in used),
     )

@@ -25,6 +25,8 @@ SMALL = BackwardBlocks(128, 128, 128)  # many tiles in short sequences
 WINDOWS = (  # more than one slot, piece and block, and edges that are no multiple of a tile
     (Case(name="a window over three tiles", T=700, S=700, K=1, window=300), SMALL),
     (Case(name="pieces narrower than blocks", T=1100, S=1100, window=400), (256, 128, 256)),
+    (Case(name="tiles in parts", T=1100, S=1100, K=1, window=400), (512, 128, 256, None, 256)),
+    (Case(name="a window narrower than blocks", T=900, S=900, K=1, window=130), (512, 128, 512)),
     (Case(name="a window over everything", T=300, S=300, window=4096), (256, 256, 128)),
     (Case(name="a chunk after a long cache", T=200, S=900, first=700, window=150), SMALL),
     (Case(name="far away", T=300, S=300, window=130), SMALL),
@@ -185,6 +187,7 @@ def test_tiles_are_checked():
         ((256, 192, 128), "multiples of 128, got piece=192"),
         ((256, 384, 128), "q=256 must be a multiple of piece=384"),
         ((256, 128, 256, 384), "row=384 must be a multiple of k=256"),
+        ((512, 128, 256, None, 384), "part=384 must be a multiple of piece=128 and divide q=512"),
     ):
         with pytest.raises(ValueError, match=message):
             BackwardBlocks(*sizes)

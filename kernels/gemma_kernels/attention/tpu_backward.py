@@ -114,7 +114,8 @@ def default_blocks(q_shape: tuple, k_shape: tuple, spec: AttentionSpec, dtype) -
     best = BackwardBlocks(**row["blocks"])
     q = min(best.q if dtype == jnp.bfloat16 else best.q // 2, pl.cdiv(T, LANES) * LANES)
     keys = q if spec.window is not None else pl.cdiv(S, LANES) * LANES
-    return BackwardBlocks(q, math.gcd(best.piece, q), math.gcd(best.k, keys))
+    part = math.gcd(best.part, q) if best.part else None
+    return BackwardBlocks(q, math.gcd(best.piece, q), math.gcd(best.k, keys), part=part)
 
 
 def _vmem_limit() -> int:
@@ -157,7 +158,7 @@ def _with_window(queries, k_BKSH, v_BKSH, kv_pos_BS, T: int, plan: Plan, interpr
     k_BKSH, v_BKSH = (_pad(x[:, :, start:], 2, length, 0, front) for x in (k_BKSH, v_BKSH))
     kv_pos_BS = _pad(kv_pos_BS[:, start:], 1, length, -1, front)
     lo_BT, hi_BT = queries[:2]
-    first, last, *_ = _bounds(lo_BT, hi_BT, kv_pos_BS, plan)
+    first, last, *_ = _bounds(lo_BT, hi_BT, kv_pos_BS, plan.part, plan.blocks.k)
     plain = tiles.plain_windows(lo_BT, hi_BT, kv_pos_BS, size, own * size, plan.spec.window)
     scalars = (first, last, plain.reshape(-1))
 
@@ -222,7 +223,7 @@ def _without_window(queries, k_BKSH, v_BKSH, kv_pos_BS, T: int, plan: Plan, inte
         return _call(
             row_kernel,
             plan,
-            _bounds(*queries[:2], kv_pos_BS, plan),
+            _bounds(*queries[:2], kv_pos_BS, plan.blocks.q, size),
             (*queries, kv_pos_BS, k_BKSH.reshape(in_blocks), v_BKSH.reshape(in_blocks)),
             lambda tile: tile,
             grid=(B, K, plan.tiles),
@@ -309,10 +310,9 @@ def _call(
     )
 
 
-def _bounds(lo_BT, hi_BT, kv_pos_BS, plan: Plan) -> list[jax.Array]:
+def _bounds(lo_BT, hi_BT, kv_pos_BS, q: int, k: int) -> list[jax.Array]:
     """`tiles.bounds`, flat. Weights of queries that see nothing are 0 anyway (`UNSEEING`)."""
-    sizes = plan.blocks.q, plan.blocks.k
-    meetings = tiles.meetings(lo_BT, hi_BT, kv_pos_BS, *sizes, unseeing=False)
+    meetings = tiles.meetings(lo_BT, hi_BT, kv_pos_BS, q, k, unseeing=False)
     return [x.reshape(-1) for x in tiles.bounds(*meetings)]
 
 

@@ -55,6 +55,8 @@ class BackwardBlocks:
       q: Queries (per head) of a grid step. With a window also the keys of a slot of the ring.
       piece: Queries (per head) of a matrix product; divides `q`.
       k: Keys of a matrix product, at most; divides `q` with a window.
+      part: Queries that go over the keys together, with a window and where a tile's mask is not
+        the plain one; the fewer, the fewer pairs that do not see each other. `None`: all.
       row: Keys that stay in VMEM without a window, a multiple of `k`; `None`: as many as fit.
     """
 
@@ -62,6 +64,7 @@ class BackwardBlocks:
     piece: int = 256
     k: int = 256
     row: int | None = None
+    part: int | None = None
 
     def __post_init__(self):
         sizes = {"q": self.q, "piece": self.piece, "k": self.k, "row": self.row or LANES}
@@ -72,6 +75,10 @@ class BackwardBlocks:
             raise ValueError(f"q={self.q} must be a multiple of piece={self.piece}")
         if self.row is not None and self.row % self.k:
             raise ValueError(f"row={self.row} must be a multiple of k={self.k}")
+        if self.part is not None and (self.part % self.piece or self.q % self.part):
+            raise ValueError(
+                f"part={self.part} must be a multiple of piece={self.piece} and divide q={self.q}"
+            )
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,11 @@ class Plan:
         """First queries of the pieces of a tile."""
         return range(0, self.blocks.q, self.blocks.piece)
 
+    @property
+    def part(self) -> int:
+        """Queries that go over the keys together."""
+        return self.blocks.part or self.blocks.q
+
 
 class _Refs(NamedTuple):
     """Operands of one tile of queries, and the keys by block, with the sums of their gradients."""
@@ -126,10 +138,13 @@ class _Refs(NamedTuple):
 
 class _Unit(NamedTuple):
     """Some keys, where they lie in the blocks, and the pieces of a tile of queries that meet them:
-    the first query of each, and which of the keys they see, `None` for all."""
+    the first query of each, and which of the keys they see, `None` for all.
+
+    `new`: nothing was summed for these keys yet, so their sums are set instead of added to."""
 
     at: tuple
     pieces: list[tuple[int, jax.Array | None]]
+    new: bool = False
 
 
 def ring_kernel(first, last, plain, *refs, plan: Plan) -> None:
@@ -139,33 +154,51 @@ def ring_kernel(first, last, plain, *refs, plan: Plan) -> None:
     step = pl.program_id(2)
     entering, leaving = lax.rem(step, plan.slots), lax.rem(step + 1, plan.slots)
     k[entering], v[entering] = k_in[...], v_in[...]
-    dk[entering] = dv[entering] = jnp.zeros(dk.shape[1:], jnp.float32)
 
     live = (step >= plan.own) & (step < plan.own + plan.tiles)
     tile = pl.program_id(0) * plan.tiles + jnp.clip(step - plan.own, 0, plan.tiles - 1)
+    is_plain = live & (plain[tile] == 1)
+    window_units = _window_units(step, plan)
+    set_keys = sum(unit.new for units in window_units for unit in units) * plan.blocks.k
+    sets_all = set_keys == plan.blocks.q
 
-    @pl.when(live & (plain[tile] == 1))
+    def clear():
+        dk[entering] = dv[entering] = jnp.zeros(dk.shape[1:], jnp.float32)
+
+    if plan.own:
+        pl.when(step < plan.own)(clear)
+
+    @pl.when(is_plain)
     def _():
+        if not sets_all:
+            clear()
         dq_sum[...] = jnp.zeros_like(dq_sum)
-        for units in _window_units(step, plan):
-            _accumulate(units, refs, plan)
+        for n, units in enumerate(window_units):
+            units = [unit._replace(new=unit.new and sets_all) for unit in units]
+            # The last dq comes before the last dk and dv: their products take as long as turning
+            # it around, and nothing else is left for v5e's matrix units by then.
+            _accumulate(units, refs, plan, dq_first=n == len(window_units) - 1)
         _write_dq(dq_out, dq_sum, plan)
 
-    @pl.when(live & (plain[tile] == 0))
+    @pl.when(live & ~is_plain)
     def _():
+        clear()
         dq_sum[...] = jnp.zeros_like(dq_sum)
         per_slot = plan.blocks.q // plan.blocks.k
         oldest, newest = (step + 1 - plan.slots) * per_slot, (step + 1) * per_slot - 1
+        for start in range(0, plan.blocks.q, plan.part):
+            starts = range(start, start + plan.part, plan.blocks.piece)
 
-        def block(j, _):
-            keys = pl.ds(pl.multiple_of(lax.rem(j, per_slot) * plan.blocks.k, LANES), plan.blocks.k)
-            at = (lax.rem(j // per_slot, plan.slots), keys)
-            pieces = [(t, _seen_by_position(j, t, refs, plan)) for t in plan.starts]
-            _accumulate([_Unit(at, pieces)], refs, plan)
-            return 0
+            def block(j, _, starts=starts):
+                begin = pl.multiple_of(lax.rem(j, per_slot) * plan.blocks.k, LANES)
+                at = (lax.rem(j // per_slot, plan.slots), pl.ds(begin, plan.blocks.k))
+                pieces = [(t, _seen_by_position(j, t, refs, plan)) for t in starts]
+                _accumulate([_Unit(at, pieces)], refs, plan)
+                return 0
 
-        first_block, last_block = jnp.maximum(first[tile], oldest), jnp.minimum(last[tile], newest)
-        lax.fori_loop(first_block, last_block + 1, block, 0)
+            part = tile * (plan.blocks.q // plan.part) + start // plan.part
+            begin, end = jnp.maximum(first[part], oldest), jnp.minimum(last[part], newest)
+            lax.fori_loop(begin, end + 1, block, 0)
         _write_dq(dq_out, dq_sum, plan)
 
     dk_out[...] = (dk[leaving] * plan.spec.scale).astype(dk_out.dtype)
@@ -204,8 +237,8 @@ def row_kernel(first, last, plain_first, plain_last, *refs, plan: Plan) -> None:
     _write_dq(dq_out, dq_sum, plan)
 
 
-def _accumulate(units: list[_Unit], refs: _Refs, plan: Plan) -> None:
-    """Adds what the units give to dq, dk and dv.
+def _accumulate(units: list[_Unit], refs: _Refs, plan: Plan, dq_first: bool = False) -> None:
+    """Adds what the units give to dq, dk and dv, or to dq before the others.
 
     Step by step over all units, not unit by unit: their products are independent, and the compiler
     fills the matrix units with those that stand side by side (a quarter fewer cycles on v6e).
@@ -222,23 +255,31 @@ def _accumulate(units: list[_Unit], refs: _Refs, plan: Plan) -> None:
         at = slice(t, t + plan.blocks.piece)
         return jnp.concatenate([ref[g : g + 1, at] for g in range(plan.groups)], axis=1)
 
+    def add_dq(at, met):
+        k_HS = refs.k[at].T
+        for t, _, ds_SR in met:
+            refs.dq_sum[t // plan.blocks.piece] += dot(k_HS, ds_SR, NN)
+
     products = [
         [(dot(refs.k[at], operand(refs.q, t), NT), dot(refs.v[at], operand(refs.dout, t), NT))
          for t, _ in pieces]
-        for at, pieces in units
+        for at, pieces, _ in units
     ]  # fmt: skip
     weights = [
         [_weights(*product, row(refs.lse, t), row(refs.delta, t), seen_SR, plan)
          for (t, seen_SR), product in zip(pieces, of_unit)]
-        for (_, pieces), of_unit in zip(units, products)
+        for (_, pieces, _), of_unit in zip(units, products)
     ]  # fmt: skip
-    for (at, pieces), of_unit in zip(units, weights):
+    for (at, pieces, new), of_unit in zip(units, weights):
         met = [(t, p_SR, ds_SR) for (t, _), (p_SR, ds_SR) in zip(pieces, of_unit)]
-        refs.dv[at] += sum(dot(p_SR, operand(refs.dout, t), NN) for t, p_SR, _ in met)
-        refs.dk[at] += sum(dot(ds_SR, operand(refs.q, t), NN) for t, _, ds_SR in met)
-        k_HS = refs.k[at].T
-        for t, _, ds_SR in met:
-            refs.dq_sum[t // plan.blocks.piece] += dot(k_HS, ds_SR, NN)
+        if dq_first:
+            add_dq(at, met)
+        dv_SH = sum(dot(p_SR, operand(refs.dout, t), NN) for t, p_SR, _ in met)
+        dk_SH = sum(dot(ds_SR, operand(refs.q, t), NN) for t, _, ds_SR in met)
+        refs.dv[at] = dv_SH if new else refs.dv[at] + dv_SH
+        refs.dk[at] = dk_SH if new else refs.dk[at] + dk_SH
+        if not dq_first:
+            add_dq(at, met)
 
 
 def _weights(s_SR, dp_SR, lse_1R, delta_1R, seen_SR, plan: Plan) -> tuple[jax.Array, jax.Array]:
@@ -277,9 +318,11 @@ def _window_units(step, plan: Plan) -> list[list[_Unit]]:
             seen_SR = _seen_by_row(x - before - t, (end - x, piece), window)
             met.setdefault((x, end), []).append((t, seen_SR))
     units = {}
-    for (x, end), pieces in sorted(met.items()):
+    for x, end in sorted(met, key=lambda keys: (keys[0] // block, keys[0] - keys[1])):
         at = (lax.rem(step + 1 + x // size, plan.slots), pl.ds(x % size, end - x))
-        units.setdefault(x // block, []).append(_Unit(at, pieces))
+        # The longest of a block comes first. Keys of the newest slot have met no queries before.
+        new = x >= before and x // block not in units and end - x == block
+        units.setdefault(x // block, []).append(_Unit(at, met[x, end], new))
     return list(units.values())
 
 

@@ -54,7 +54,11 @@ CANDIDATES = {  # by kind, and whether a window is promised
         for k in (512, 1024)
     ],
     ("backward", True): [
-        dict(q=q, piece=128, k=k) for q in (256, 512, 1024) for k in (128, 256, 512) if k <= q
+        dict(q=q, piece=128, k=k, part=part)
+        for q in (256, 512, 1024)
+        for k in (128, 256, 512)
+        if k <= q
+        for part in ((None, 256) if q > 256 else (None,))
     ],
     ("backward", False): [
         dict(q=512, piece=piece, k=k) for piece in (128, 256, 512) for k in (256, 512)
@@ -177,8 +181,9 @@ def cost(kind: str, name: str, chip: str, blocks: dict, schedule: Schedule) -> C
     count = {"forward": _forward_counts, "backward": _backward_counts}[kind]
     counts = count(shape, blocks, operands(name))
     cycles = schedule.outside + counts.steps * schedule.step + counts.sweeps * schedule.edges
-    cycles += sum(counts.bodies) * schedule.live
-    cycles += sum(n * body for n, body in zip(counts.bodies, schedule.bodies, strict=True))
+    bodies = zip(counts.bodies, schedule.bodies, schedule.live, strict=True)
+    cycles += sum(n * (body + live) for n, body, live in bodies)
+    cycles += counts.entries * max(schedule.entry) + counts.idle * max(schedule.live)
     facts = CHIPS[chip]
     seconds = counts.copied / facts.bandwidth * facts.cores
     return Cost(cycles, round(seconds * facts.clock))
@@ -193,12 +198,15 @@ def useful_macs(kind: str, name: str) -> int:
 
 @dataclass(frozen=True)
 class _Counts:
-    """Steps of the grid, sweeps over keys or queries, runs of each body, and bytes copied."""
+    """Steps of the grid, sweeps over keys or queries, runs of each body, how often loops over
+    bodies are entered, bytes copied, and steps without any body."""
 
     steps: int
     sweeps: int
     bodies: tuple[int, ...]
+    entries: int
     copied: int
+    idle: int = 0
 
 
 def _forward_counts(shape: Shape, blocks: dict, operands: tuple) -> _Counts:
@@ -211,25 +219,31 @@ def _forward_counts(shape: Shape, blocks: dict, operands: tuple) -> _Counts:
         keys = 2 * shape.K * rows * plan.span
         bodies = (shape.K * plain, shape.K * (rows - plain))
         steps = shape.K * rows
-        return _Counts(steps, steps, bodies, row_bytes * (queries + keys))
+        return _Counts(steps, steps, bodies, 0, row_bytes * (queries + keys))
     some, whole = tiles.static_meetings(LENGTH, LENGTH, blocks.q, blocks.k, True, shape.window)
     fetched = some.reshape(rows, -1, blocks.fetch).any(2)
     keys = 2 * shape.K * int(fetched.sum()) * blocks.fetch * blocks.k
     bodies = (shape.K * int(whole.sum()), shape.K * int((some & ~whole).sum()))
     sweeps = shape.K * rows
-    return _Counts(sweeps * fetched.shape[1], sweeps, bodies, row_bytes * (queries + keys))
+    steps = sweeps * fetched.shape[1]
+    return _Counts(steps, sweeps, bodies, steps, row_bytes * (queries + keys))
 
 
 def _backward_counts(shape: Shape, blocks: dict, operands: tuple) -> _Counts:
     blocks = tpu_backward.BackwardBlocks(**blocks)
     rows, K = -(-LENGTH // blocks.q), shape.K
     copied = 2 * shape.H * LENGTH * (3 * shape.N + 4 * K)
-    some, whole = tiles.static_meetings(LENGTH, LENGTH, blocks.q, blocks.k, True, shape.window)
     if shape.window is None:
+        some, whole = tiles.static_meetings(LENGTH, LENGTH, blocks.q, blocks.k, True, None)
         copied += 4 * shape.H * LENGTH * (shape.N + 2 * K)  # gradients in float32
-        return _Counts(
-            K * rows, K * rows, (K * int(whole.sum()), K * int((some & ~whole).sum())), copied
-        )
+        # Of a sweep's start the sums of all blocks of keys are set to 0, in a loop.
+        starts = K * max(rows, some.shape[1])
+        bodies = (K * int(whole.sum()), K * int((some & ~whole).sum()))
+        return _Counts(K * rows, starts, bodies, K * rows, copied)
     before = -(-(shape.window - 1) // blocks.q)
-    by_position = int(some[:before].sum())
-    return _Counts(K * (rows + before), K * rows, (K * (rows - before), K * by_position), copied)
+    part = blocks.part or blocks.q
+    some, _ = tiles.static_meetings(LENGTH, LENGTH, part, blocks.k, True, shape.window)
+    by_part = some[: before * blocks.q // part].sum(1).reshape(before, -1).sum(0)
+    bodies = (K * (rows - before), *(K * int(n) for n in by_part))
+    # As many steps let the last keys out, without a tile.
+    return _Counts(K * (rows + before), K * rows, bodies, K * before, copied, K * before)

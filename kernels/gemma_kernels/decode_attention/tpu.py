@@ -44,8 +44,8 @@ EMPTY = (LOWEST, 0.0, 0.0)  # maximum, sum of weights, weighted sum of values, o
 LOG2_E = math.log2(math.e)
 STEP_BYTES = 8 * 2**20  # keys and values of a step: its latencies and upkeep vanish beside them
 MOST_KEYS = 2048  # of a block
-CHUNK = 16 * 1024  # scores of one softmax
-WAVE = 8 * CHUNK  # scores that are in flight together
+CHUNK = 8 * 1024  # scores of one softmax
+WAVE = 16 * CHUNK  # scores that are in flight together
 VMEM = 56 * 2**20  # of 64 MiB in the smallest chips
 
 
