@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_jax.cache import Cache, init_cache
+from gemma_jax.cache import Cache
 from gemma_jax.losses import token_losses
 from gemma_jax.model import Gemma, forward
 from gemma_jax.passes import bucket
+from gemma_jax.sharding import empty_cache
 
 CHUNK = 1024  # tokens of one pass
 
@@ -44,7 +45,7 @@ def score(
     if ids.min() < 0 or ids.max() >= cfg.vocab_size:
         raise ValueError(f"ids must lie in [0, {cfg.vocab_size}), got {ids.min()} to {ids.max()}")
     width = min(CHUNK, bucket(len(ids) - 1))
-    cache = init_cache(cfg, model.segments, 1, bucket(len(ids)), model.runtime.dtype)
+    cache = empty_cache(model, 1, bucket(len(ids)))
     scores = []
     for start in range(0, len(ids) - 1, width):
         inputs, targets = ids[start : start + width], ids[start + 1 : start + width + 1]

@@ -19,6 +19,7 @@ Mesh axes have these names, and any of them may be absent:
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -27,7 +28,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gemma_jax.cache import Cache, write_heads
+from gemma_jax.cache import Cache, init_cache, write_heads
 
 if TYPE_CHECKING:
     from gemma_jax.config import GemmaConfig
@@ -275,6 +276,15 @@ def shard(model: "Gemma", mesh: Mesh, rules: Rules = INFERENCE) -> "Gemma":
     """
     partition = Partition.of(mesh, rules)
     return with_partition(partition.place(model), partition)
+
+
+def empty_cache(model: "Gemma", batch: int, max_len: int) -> Cache:
+    """`init_cache` for a model, in its dtype, made where the model lies."""
+    partition = model.runtime.partition
+    make = partial(init_cache, model.cfg, model.segments, batch, max_len, model.runtime.dtype)
+    if partition is None:
+        return make()
+    return jax.jit(make, out_shardings=partition.shardings(jax.eval_shape(make)))()
 
 
 def with_partition(model: "Gemma", partition: Partition | None) -> "Gemma":

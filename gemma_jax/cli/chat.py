@@ -33,6 +33,7 @@ def command(
     weights: common.WeightsOption = None,
     slice_name: common.SliceOption = None,
     per_layer_table: common.PerLayerTableOption = common.Place.device,
+    mesh: common.MeshOption = None,
     pan_and_scan: common.PanAndScanOption = False,
 ) -> None:
     """Chat with a model; the cache is kept between turns.
@@ -56,6 +57,7 @@ def command(
         weights=weights,
         slice_name=slice_name,
         per_layer_table=per_layer_table,
+        mesh=mesh,
     )
 
     def start() -> Conversation:

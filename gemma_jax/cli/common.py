@@ -83,6 +83,12 @@ SliceOption = Annotated[
         "--slice", metavar="NAME|FILE", help="Run a slice of the model: e2b, ..., or a JSON file."
     ),
 ]
+MeshOption = Annotated[
+    str | None,
+    typer.Option(
+        "--mesh", metavar="AXIS=N,...", help="Spread over devices along data, sequence, tensor."
+    ),
+]
 Temperature = Annotated[float, typer.Option(help="0 takes the most probable token.")]
 TopK = Annotated[int, typer.Option(help="Keep the k most probable tokens; 0 keeps all.")]
 TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens of this mass.")]
@@ -116,11 +122,14 @@ def load_model(
     slice_name: str | None = None,
     per_layer_table: Place = Place.device,
     layout: "Layout | None" = None,
+    mesh: str | None = None,
 ) -> "Gemma":
     """`gemma_jax.load` without the tokenizer, under a progress bar; or a slice of it."""
     set_up_jax()
     from gemma_jax.loading import load_model as load
+    from gemma_jax.sharding import INFERENCE, LONG_CONTEXT
 
+    axes = None if mesh is None else parse_mesh(mesh)
     cut = find_slice(slice_name, source)
     with progress.loading() as bar:
         net = load(
@@ -132,9 +141,22 @@ def load_model(
             vision_dtype=vision_dtype and vision_dtype.value,
             per_layer_table=per_layer_table.value,
             layout=layout if cut is None else "unrolled",
+            mesh=axes,
+            rules=LONG_CONTEXT if axes and "sequence" in axes else INFERENCE,
             progress=bar,
         )
     return view(net, cut)
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """`tensor=4,data=2` as a mapping."""
+    axes: dict[str, int] = {}
+    for part in text.split(","):
+        name, equals, size = part.strip().partition("=")
+        if not equals or not size.lstrip("-").isdigit() or name in axes:
+            raise ValueError(f"--mesh {text!r}: expected AXIS=N,... such as tensor=4,data=2")
+        axes[name] = int(size)
+    return axes
 
 
 def find_config(source: str) -> "GemmaConfig":

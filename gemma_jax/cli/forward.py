@@ -32,6 +32,7 @@ def command(
     per_layer_table: common.PerLayerTableOption = common.Place.device,
     numerics: common.NumericsOption = common.NumericsName.hf,
     attention_impl: common.AttentionOption = "auto",
+    mesh: common.MeshOption = None,
     vision_dtype: common.VisionDTypeOption = None,
 ) -> None:
     """Run stored inputs and write what comes out.
@@ -56,6 +57,7 @@ def command(
             weights=weights,
             numerics=numerics,
             attention_impl=attention_impl,
+            mesh=mesh,
             vision_dtype=vision_dtype,
             slice_name=slice_name,
             per_layer_table=per_layer_table,

@@ -57,6 +57,7 @@ def command(
     draft_tokens: Annotated[int, typer.Option(min=1, help="Drafts per pass.")] = 4,
     numerics: common.NumericsOption = common.NumericsName.hf,
     attention_impl: common.AttentionOption = "auto",
+    mesh: common.MeshOption = None,
     as_json: common.Json = False,
 ) -> None:
     """Continue PROMPT and stream the text to stdout."""
@@ -93,6 +94,7 @@ def command(
         weights=weights,
         numerics=numerics,
         attention_impl=attention_impl,
+        mesh=mesh,
         per_layer_table=per_layer_table,
         layout="unrolled" if cut or draft else None,
     )

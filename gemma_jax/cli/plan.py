@@ -68,7 +68,7 @@ def command(
 
     if search and (fit or mesh):
         raise ValueError("--search tries all meshes for one task; give no --mesh or --fit with it")
-    axes = None if mesh is None else parse_mesh(mesh)
+    axes = None if mesh is None else common.parse_mesh(mesh)
     where = planning.find_topology(topology)
     cfg = _config(source, slice_name)
     work = planning.Work(
@@ -108,17 +108,6 @@ def command(
         common.print_json(plan.as_dict())
     else:
         _print(plan)
-
-
-def parse_mesh(text: str) -> dict[str, int]:
-    """`tensor=4,data=2` as a mapping."""
-    axes: dict[str, int] = {}
-    for part in text.split(","):
-        name, equals, size = part.strip().partition("=")
-        if not equals or not size.lstrip("-").isdigit() or name in axes:
-            raise ValueError(f"--mesh {text!r}: expected AXIS=N,... such as tensor=4,data=2")
-        axes[name] = int(size)
-    return axes
 
 
 def _config(source: str, slice_name: str | None) -> "GemmaConfig":

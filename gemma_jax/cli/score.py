@@ -27,6 +27,7 @@ def command(
     per_layer_table: common.PerLayerTableOption = common.Place.device,
     numerics: common.NumericsOption = common.NumericsName.hf,
     attention_impl: common.AttentionOption = "auto",
+    mesh: common.MeshOption = None,
     as_json: common.Json = False,
 ) -> None:
     """Measure how probable a text is.
@@ -49,6 +50,7 @@ def command(
         weights=weights,
         numerics=numerics,
         attention_impl=attention_impl,
+        mesh=mesh,
         slice_name=slice_name,
         per_layer_table=per_layer_table,
     )
