@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import jax
+
 from gemma_jax.matformer import Slice
 from gemma_jax.model import Gemma
 from gemma_jax.prompts import Messages, PromptReader, encode_prompt_images, is_chat
@@ -274,8 +276,11 @@ def _steps(session: Session, limit: int, streaming: bool) -> Iterator[list[list[
         yield session.write(step)
         if step >= limit or all(session.done):
             return
-        pace = (time.perf_counter() - start) / burst
-        burst = min(max(1, int(0.05 / max(pace, 1e-6))), 2 * burst, 32)
+        if jax.process_count() > 1:
+            burst = 8  # all processes must ask for the same
+        else:
+            pace = (time.perf_counter() - start) / burst
+            burst = min(max(1, int(0.05 / max(pace, 1e-6))), 2 * burst, 32)
         step = min(step + burst, limit)
 
 

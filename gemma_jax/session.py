@@ -98,7 +98,8 @@ def advance(
 
     if not loop:
         return state
-    return jax.lax.while_loop(lambda s: (s.step < limit) & ~jnp.all(s.done_B), body, state)
+    state = jax.lax.while_loop(lambda s: (s.step < limit) & ~jnp.all(s.done_B), body, state)
+    return _placed(state, model.runtime.partition)
 
 
 def _placed(state: State, partition: Partition | None) -> State:

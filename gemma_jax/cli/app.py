@@ -28,7 +28,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Gemma in JAX: write, chat, score, inspect, convert.",
     epilog="SRC is a catalog name (gemma3-270m), a Hugging Face folder, a .gguf file, or an Orbax "
-    "folder written by `gemma-jax convert`. --debug, anywhere, shows tracebacks.",
+    "folder written by `gemma-jax convert`. --debug, anywhere, shows tracebacks. --coordinator "
+    "HOST:PORT --num-processes N --process-id I, anywhere, make this one of N processes that run "
+    "the same command on all their devices; on a cluster that JAX knows, --multihost suffices.",
 )
 COMMANDS = (
     generate, chat, score, shield, forward, tokenize, encode_image, info, convert, slice, plan,
@@ -44,6 +46,7 @@ app.add_typer(benches, name="bench")
 # Paths that a user got wrong; every other OSError is a failure of the machine.
 WRONG_PATH = (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError)
 LONGEST = 2000  # characters of an error
+PROCESSES = ("--coordinator", "--num-processes", "--process-id")
 
 
 def run(argv: list[str]) -> int:
@@ -51,6 +54,7 @@ def run(argv: list[str]) -> int:
     debug = "--debug" in argv
     argv = [arg for arg in argv if arg != "--debug"] or ["--help"]
     try:
+        argv = _join_processes(argv)
         code = app(args=argv, prog_name="gemma-jax", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
@@ -67,6 +71,30 @@ def run(argv: list[str]) -> int:
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2 if is_input_error(error) else 1
+
+
+def _join_processes(argv: list[str]) -> list[str]:
+    """Takes the options for several processes out of a command line, and does what they say."""
+    found: dict[str, str] = {}
+    rest, words = [], iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name in PROCESSES:
+            found[name] = value if equals else next(words, "")
+        elif word == "--multihost":
+            found.setdefault(word, "")
+        else:
+            rest.append(word)
+    if not found:
+        return argv
+    numbers = {name: found[name] for name in PROCESSES[1:] if name in found}
+    if bad := [f"{name} {value}" for name, value in numbers.items() if not value.isdigit()]:
+        raise ValueError(f"{', '.join(bad)}: expected a number")
+    from gemma_jax import multihost
+
+    numbers = [int(numbers[name]) if name in numbers else None for name in PROCESSES[1:]]
+    multihost.join(found.get(PROCESSES[0]), *numbers)
+    return rest
 
 
 def is_input_error(error: Exception) -> bool:
