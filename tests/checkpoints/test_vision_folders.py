@@ -160,9 +160,9 @@ def test_text_alone_neither_reads_nor_allocates_the_tower(monkeypatch):
     source, read, allocated, progress = gc.open_source(SOURCE), [], [], []
     read_rows, make_buffer = source.read, load.make_buffer
 
-    def reading(name, rows):
+    def reading(name, rows, columns):
         read.append(source.spellings[name])
-        return read_rows(name, rows)
+        return read_rows(name, rows, columns)
 
     def allocating(shape, dtype, sharding):
         allocated.append(int(np.prod(shape)) * dtype.itemsize)
