@@ -128,6 +128,30 @@ def test_inside_shard_map(window):
     np.testing.assert_allclose(ours, by_definition(*qkv, spec=spec), atol=2e-6)
 
 
+def test_gradients_under_vmap_and_inside_shard_map():
+    qkv, spec = draw(2, 140, 140, 4, 2, 16), replace(CAUSAL, window=40)
+
+    def gradients(function):
+        return jax.jit(jax.grad(lambda qkv: jnp.sum(jnp.sin(function(*qkv))), 0))(qkv)
+
+    def mapped(*qkv):
+        call = jax.vmap(partial(kernel, spec=spec))
+        return call(*(x[:, None] for x in qkv))[:, 0]
+
+    mesh = jax.make_mesh(
+        (2, 2), ("b", "h"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:4]
+    )
+    heads = PartitionSpec("b", None, "h")
+    sharded = jax.shard_map(
+        partial(kernel, spec=spec),
+        mesh=mesh, in_specs=(heads,) * 3, out_specs=heads, check_vma=False,
+    )  # fmt: skip
+    expected = gradients(partial(by_definition, spec=spec))
+    for function in (mapped, sharded):
+        for ours, theirs in zip(gradients(function), expected):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
 def test_calls_that_it_does_not_serve():
     qkv = draw(1, 8, 8, 2, 1, 16, jnp.float16)
     with pytest.raises(NotImplementedError, match="float16; it takes bfloat16 and float32"):
