@@ -15,6 +15,7 @@ from gemma_jax.cli import progress
 if TYPE_CHECKING:
     import numpy as np
 
+    from gemma_checkpoints.description import Description
     from gemma_jax.config import GemmaConfig
     from gemma_jax.matformer import Slice
     from gemma_jax.model import Gemma
@@ -159,19 +160,21 @@ def parse_mesh(text: str) -> dict[str, int]:
     return axes
 
 
-def find_config(source: str) -> "GemmaConfig":
-    """The architecture of a preset, a catalog name or a path; reads no weights.
+def find_config(source: str) -> "tuple[GemmaConfig, Description | None]":
+    """The architecture of a preset, a catalog name or a path, and what its files say if it has any.
 
-    Pretrained and instruction-tuned weights are the same model, which a preset describes.
+    Reads no weights. Pretrained and instruction-tuned weights are the same model, which a preset
+    describes.
     """
     from gemma_jax.presets import PRESETS
 
     size = source.removesuffix("-pt").removesuffix("-it")
     if size in PRESETS and not Path(source).exists():
-        return PRESETS[size]
+        return PRESETS[size], None
     from gemma_checkpoints import describe, resolve
 
-    return describe(resolve(source)).config
+    summary = describe(resolve(source))
+    return summary.config, summary
 
 
 def find_slice(name: str | None, source: str) -> "Slice | None":

@@ -1,6 +1,5 @@
 """`gemma-jax info`: what a model is and what it needs."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -60,18 +59,10 @@ def command(
 def _facts(source: str, slice_name: str | None) -> dict:
     from gemma_checkpoints.params import params_by_part
     from gemma_jax.cache import cache_bytes
-    from gemma_jax.presets import PRESETS
 
     stored = {}
-    # Pretrained and instruction-tuned weights are the same model, which a preset describes.
-    size = source.removesuffix("-pt").removesuffix("-it")
-    if size in PRESETS and not Path(source).exists():
-        cfg = PRESETS[size]
-    else:
-        from gemma_checkpoints import describe, resolve
-
-        summary = describe(resolve(source))
-        cfg = summary.config
+    cfg, summary = common.find_config(source)
+    if summary is not None:
         stored = {
             "format": summary.format,
             "file_bytes": sum(summary.tensor_bytes.values()),

@@ -1,6 +1,7 @@
 """`gemma-jax plan`: does it fit, and how fast could it be, on a machine that need not be there."""
 
 import os
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,6 @@ import typer
 from gemma_jax.cli import common
 
 if TYPE_CHECKING:
-    from gemma_jax.config import GemmaConfig
     from gemma_jax.planning import Plan
 
 
@@ -70,7 +70,9 @@ def command(
         raise ValueError("--search tries all meshes for one task; give no --mesh or --fit with it")
     axes = None if mesh is None else common.parse_mesh(mesh)
     where = planning.find_topology(topology)
-    cfg = _config(source, slice_name)
+    cfg, _ = common.find_config(source)
+    if slice_name is not None:
+        cfg = common.cut_config(slice_name, cfg)
     work = planning.Work(
         mode=mode.value,
         batch=batch,
@@ -80,39 +82,31 @@ def command(
         attention_impl=attention_impl,
     )
     if search:
-        plans = []
-        for plan in planning.search(source, cfg, where, work):
-            common.stderr.print(f"{_axes(plan)}: {_verdict(plan)}", highlight=False)
-            plans.append(plan)
+        plans = _ranked(planning.search(source, cfg, where, work))
         if not plans:
             raise ValueError(
                 f"no mesh of {topology} holds weights and caches of {source} at batch {batch} and "
                 f"{context:,} tokens; take a larger slice, or --quant int8"
             )
-        plans.sort(key=lambda plan: (not plan.fits, -plan.tokens_per_second))
-        if as_json:
-            common.print_json({"plans": [plan.as_dict() for plan in plans]})
-        else:
-            _print_ranking(plans)
+        common.print_json({"plans": [p.as_dict() for p in plans]}) if as_json else _rank(plans)
         return
-    if fit is not None:
-        plan = planning.fit(source, cfg, where, work, fit.value, axes)
-        if plan is None:
-            raise ValueError(
-                f"{source} does not fit {topology} with any {fit.value}; take a larger slice, "
-                "another mesh, or --quant int8"
-            )
-    else:
+    if fit is None:
         plan = planning.make_plan(source, cfg, where, work, axes)
-    if as_json:
-        common.print_json(plan.as_dict())
-    else:
-        _print(plan)
+    elif (plan := planning.fit(source, cfg, where, work, fit.value, axes)) is None:
+        raise ValueError(
+            f"{source} does not fit {topology} with any {fit.value}; take a larger slice, another "
+            "mesh, or --quant int8"
+        )
+    common.print_json(plan.as_dict()) if as_json else _print(plan)
 
 
-def _config(source: str, slice_name: str | None) -> "GemmaConfig":
-    cfg = common.find_config(source)
-    return cfg if slice_name is None else common.cut_config(slice_name, cfg)
+def _ranked(plans: "Iterable[Plan]") -> "list[Plan]":
+    """The fastest first, those that do not fit last; says of each as it is made."""
+    made = []
+    for plan in plans:
+        common.stderr.print(f"{_axes(plan)}: {_verdict(plan)}", highlight=False)
+        made.append(plan)
+    return sorted(made, key=lambda plan: (not plan.fits, -plan.tokens_per_second))
 
 
 def _axes(plan: "Plan") -> str:
@@ -172,7 +166,7 @@ def _print(plan: "Plan") -> None:
     Console().print(table)
 
 
-def _print_ranking(plans: "list[Plan]") -> None:
+def _rank(plans: "list[Plan]") -> None:
     from rich.console import Console
     from rich.table import Table
 
