@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gemma_jax.cache import Cache, init_cache, write_heads
@@ -241,7 +241,10 @@ def make_mesh(
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(cfg, len(devices), sizes)
-    array = np.array(devices).reshape(list(sizes.values()))
+    # Neighbours along an axis are neighbours in the machine, as far as its wires allow.
+    array = mesh_utils.create_device_mesh(
+        tuple(sizes.values()), devices, allow_split_physical_axes=True
+    )
     return Mesh(array, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 

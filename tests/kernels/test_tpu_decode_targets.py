@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from gemma_jax import Gemma, Runtime, forward, preset
-from gemma_jax.cache import LayerCache, Slots, extend, init_cache
+from gemma_jax.cache import LayerCache, Slots, extend, init_cache, write_heads
 from gemma_kernels.attention import AttentionSpec
 from gemma_kernels.decode_attention import decode_attention
 from gemma_kernels.targets import CHIPS, lower
@@ -68,7 +68,8 @@ def test_a_loop_writes_into_its_cache_and_copies_none(chip, name):
             i, k, v, pos, q = state
             at = i + jnp.broadcast_to(jnp.arange(T), (B, T))
             pos = pos.at[jnp.arange(B)[:, None], at % S].set(at)
-            k, v, _ = extend(LayerCache(k, v), new, new, Slots(at % S, None, pos))
+            kv, _ = extend(LayerCache(k, v), new, new, Slots(at % S, None, pos), write_heads)
+            k, v = kv.of_layer()
             return i + T, k, v, pos, step(q, k, v, jnp.maximum(at - 511, 0), at + 1, pos)
 
         return jax.lax.while_loop(lambda state: state[0] < steps, body, (0, k, v, pos, q))
