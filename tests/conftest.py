@@ -2,9 +2,9 @@
 
 import os
 
-FLAGS = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-# Most of the suite's time goes into compiling programs that run once, so LLVM does little to them.
-os.environ["XLA_FLAGS"] = FLAGS + " --xla_backend_optimization_level=1"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -17,9 +17,6 @@ from flax import config as flax_config
 flax_config.update("nnx_graph_mode", False)
 flax_config.update("nnx_graph_updates", False)
 jax.config.update("jax_default_matmul_precision", "highest")
-
-jax.devices()  # the flags have been read: processes that tests start compile as users' do
-os.environ["XLA_FLAGS"] = FLAGS
 
 
 @pytest.fixture(scope="session", autouse=True)
