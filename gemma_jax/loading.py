@@ -11,7 +11,7 @@ from gemma_jax.model import Gemma
 from gemma_jax.nn.off_device import Place
 from gemma_jax.numerics import Numerics, resolve_numerics
 from gemma_jax.segments import Layout
-from gemma_jax.sharding import INFERENCE, Partition, Rules, make_mesh
+from gemma_jax.sharding import Partition, Rules, make_mesh
 from gemma_jax.text import Tokenizer
 
 
@@ -41,7 +41,7 @@ def load_model(
     layout: Layout | None = None,
     per_layer_table: Place = "device",
     mesh: Mesh | Mapping[str, int] | None = None,
-    rules: Rules = INFERENCE,
+    rules: Rules | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Gemma:
     """The model alone.
@@ -64,7 +64,7 @@ def load_model(
       layout: `"scan"` compiles fast, `"unrolled"` decodes fast on CPU. Default: by platform.
       mesh: Devices to spread the model over, or how many along each axis (`{"tensor": 8}`); see
         `gemma_jax.sharding`. Every tensor goes straight into its shards.
-      rules: Which letters are split over which axes.
+      rules: Which letters are split over which axes; default: what serves the mesh's axes.
       progress: Called with bytes read so far and in total.
     """
     from gemma_checkpoints import load_model as load_checkpoint
@@ -96,7 +96,7 @@ def load_model(
     )
 
 
-def _partition(source: str, mesh: Mesh | Mapping[str, int], rules: Rules) -> Partition:
+def _partition(source: str, mesh: Mesh | Mapping[str, int], rules: Rules | None) -> Partition:
     from gemma_checkpoints import describe, resolve
 
     if not isinstance(mesh, Mesh):

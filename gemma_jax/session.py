@@ -12,6 +12,7 @@ or off compiles again.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from gemma_jax.sampling import Sampling, SamplingProgram, sample
 from gemma_jax.segments import Segment
 from gemma_jax.sharding import Partition
 
+T = TypeVar("T")
 CHUNK = 1024  # longest stretch of prompt that one pass reads
 
 
@@ -85,7 +87,7 @@ def advance(
         real_BT = jnp.where(prompt.positions_BT >= 0, prompt.tokens_BT, -1)
         state = replace(state, cache=out.cache, seen_BV=_mark_seen(state.seen_BV, real_BT))
         state = _choose(state, 0, out.logits[:, 0], prompt.ends_B, how, stop_ids)
-        state = _placed(state, model.runtime.partition)
+        state = placed(state, model.runtime.partition)
 
     def body(state: State) -> State:
         position_B = jnp.where(state.done_B, -1, state.cache.length_B)
@@ -94,17 +96,17 @@ def advance(
         )
         state = replace(state, cache=out.cache)
         state = _choose(state, state.step, out.logits[:, 0], ~state.done_B, how, stop_ids)
-        return _placed(state, model.runtime.partition)
+        return placed(state, model.runtime.partition)
 
     if not loop:
         return state
     state = jax.lax.while_loop(lambda s: (s.step < limit) & ~jnp.all(s.done_B), body, state)
-    return _placed(state, model.runtime.partition)
+    return placed(state, model.runtime.partition)
 
 
-def _placed(state: State, partition: Partition | None) -> State:
-    """On a mesh: the cache by its letters, all else on every device, for the host to read."""
-    return state if partition is None else partition.constrain(state)
+def placed(carry: T, partition: Partition | None) -> T:
+    """On a mesh: caches by their letters, all else on every device, for the host to read."""
+    return carry if partition is None else partition.constrain(carry)
 
 
 def _choose(
@@ -342,4 +344,4 @@ def _empty_state(
         log_probs_BX=jnp.zeros((batch, 0), jnp.float32),
         seen_BV=jnp.zeros((batch, cfg.vocab_size), bool) if penalty else None,
     )
-    return _placed(state, partition)
+    return placed(state, partition)

@@ -17,7 +17,7 @@ Mesh axes have these names, and any of them may be absent:
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -56,7 +56,6 @@ LONG_CONTEXT: Rules = {
     "F": (*_CHANNELS, "sequence"),
     "V": (*_CHANNELS, "sequence"),
 }
-RULES = {"inference": INFERENCE, "training": TRAINING, "long-context": LONG_CONTEXT}
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,13 @@ class Partition:
     rules: tuple[tuple[str, tuple[str, ...]], ...]
 
     @classmethod
-    def of(cls, mesh: Mesh, rules: Rules = INFERENCE) -> "Partition":
+    def of(cls, mesh: Mesh, rules: Rules | None = None) -> "Partition":
+        """The partition of a mesh by `rules`, by default those to run a model by.
+
+        Raises:
+          ValueError: An axis that no rule uses.
+        """
+        rules = serving_rules(mesh.axis_names) if rules is None else rules
         present = {x: tuple(a for a in axes if a in mesh.axis_names) for x, axes in rules.items()}
         if unused := set(mesh.axis_names) - {axis for axes in present.values() for axis in axes}:
             raise ValueError(
@@ -271,8 +276,16 @@ def mesh_sizes(cfg: "GemmaConfig", count: int, sizes: Mapping[str, int]) -> dict
     return {axis: sizes[axis] for axis in AXES if axis in sizes}
 
 
-def shard(model: "Gemma", mesh: Mesh, rules: Rules = INFERENCE) -> "Gemma":
+def serving_rules(axes: Iterable[str]) -> Rules:
+    """Rules to run a model by on a mesh with these axes."""
+    return LONG_CONTEXT if "sequence" in axes else INFERENCE
+
+
+def shard(model: "Gemma", mesh: Mesh, rules: Rules | None = None) -> "Gemma":
     """The model with every parameter placed by its letters, and caches to be placed so too.
+
+    Args:
+      rules: Which letters are split over which axes; default: `serving_rules`.
 
     Raises:
       ValueError: A size that its mesh axes do not divide, or an axis that no rule uses.
@@ -281,10 +294,11 @@ def shard(model: "Gemma", mesh: Mesh, rules: Rules = INFERENCE) -> "Gemma":
     return with_partition(partition.place(model), partition)
 
 
-def empty_cache(model: "Gemma", batch: int, max_len: int) -> Cache:
+def empty_cache(model: "Gemma", batch: int, max_len: int, slack: int = 0) -> Cache:
     """`init_cache` for a model, in its dtype, made where the model lies."""
-    partition = model.runtime.partition
-    make = partial(init_cache, model.cfg, model.segments, batch, max_len, model.runtime.dtype)
+    runtime = model.runtime
+    partition = runtime.partition
+    make = partial(init_cache, model.cfg, model.segments, batch, max_len, runtime.dtype, slack)
     if partition is None:
         return make()
     return jax.jit(make, out_shardings=partition.shardings(jax.eval_shape(make)))()

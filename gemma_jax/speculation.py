@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_jax.cache import Cache, init_cache
+from gemma_jax.cache import Cache
 from gemma_jax.matformer import Slice, at, shares_cache
 from gemma_jax.model import Gemma, forward
 from gemma_jax.passes import Pass
 from gemma_jax.sampling import Sampling, SamplingProgram, distribution
-from gemma_jax.session import CHUNK, Session, State
+from gemma_jax.session import CHUNK, Session, State, placed
+from gemma_jax.sharding import empty_cache
 
 DRAFT_TOKENS = 4
 
@@ -96,9 +97,7 @@ class SpeculativeSession(Session):
     def _draft_cache(self, batch: int) -> Cache | None:
         if self.shared is not None:
             return None
-        cfg, dtype = self.draft.cfg, self.draft.runtime.dtype
-        shape = (batch, self.max_len, dtype, self.num_drafts)
-        return init_cache(cfg, self.draft.segments, *shape)
+        return empty_cache(self.draft, batch, self.max_len, self.num_drafts)
 
     def write(self, limit: int) -> list[list[int]]:
         super().write(limit)
@@ -225,7 +224,7 @@ def advance(
         )
 
     state, drafts = jax.lax.while_loop(lambda c: jnp.any(open_B(c[0])), body, (state, drafts))
-    return replace(state, step=limit), drafts
+    return placed((replace(state, step=limit), drafts), model.runtime.partition)
 
 
 def _check(

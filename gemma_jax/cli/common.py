@@ -128,7 +128,6 @@ def load_model(
     """`gemma_jax.load` without the tokenizer, under a progress bar; or a slice of it."""
     set_up_jax()
     from gemma_jax.loading import load_model as load
-    from gemma_jax.sharding import INFERENCE, LONG_CONTEXT
 
     axes = None if mesh is None else parse_mesh(mesh)
     cut = find_slice(slice_name, source)
@@ -143,7 +142,6 @@ def load_model(
             per_layer_table=per_layer_table.value,
             layout=layout if cut is None else "unrolled",
             mesh=axes,
-            rules=LONG_CONTEXT if axes and "sequence" in axes else INFERENCE,
             progress=bar,
         )
     return view(net, cut)

@@ -16,15 +16,7 @@ from gemma_jax.model import Gemma
 from gemma_jax.planning import costs, hlo
 from gemma_jax.planning.hardware import Topology
 from gemma_jax.planning.programs import Work, abstract_cache, abstract_model, lower
-from gemma_jax.sharding import (
-    INFERENCE,
-    LONG_CONTEXT,
-    TRAINING,
-    Partition,
-    Rules,
-    make_mesh,
-    mesh_sizes,
-)
+from gemma_jax.sharding import TRAINING, Partition, make_mesh, mesh_sizes
 
 # What a collective takes however little it carries: an assumption, of the usual order.
 LATENCY = 3e-6
@@ -119,7 +111,7 @@ def make_plan(
     check(cfg, work)
     axes = dict(axes) if axes else default_axes(cfg, topology.count, work)
     mesh, compiles = _mesh(cfg, topology, axes), compiles and topology.compiles
-    partition = Partition.of(mesh, rules_for(work, axes))
+    partition = Partition.of(mesh, TRAINING if work.mode == "train" else None)
     model = abstract_model(cfg, work, partition)
     weights = costs.weight_bytes(model)
     if work.mode == "train":
@@ -164,12 +156,6 @@ def check(cfg: GemmaConfig, work: Work) -> None:
         raise ValueError("int8 weights have no gradients; train in bfloat16 or float32")
 
 
-def rules_for(work: Work, axes: Mapping[str, int]) -> Rules:
-    if work.mode == "train":
-        return TRAINING
-    return LONG_CONTEXT if "sequence" in axes else INFERENCE
-
-
 def default_axes(cfg: GemmaConfig, count: int, work: Work) -> dict[str, int]:
     """Training: all of `fsdp` that rows allow. Else as much of `tensor` as the model allows.
 
@@ -197,21 +183,21 @@ def meshes(cfg: GemmaConfig, count: int, work: Work) -> Iterator[dict[str, int]]
 
 
 def _splits(cfg: GemmaConfig, work: Work, data: int, rest: int, tensor: int) -> bool:
-    training = work.mode == "train"
-    rows = data * rest if training else data
-    channels = tensor if training else tensor * rest
-    sizes = [cfg.num_heads, *(spec.d_ff for spec in cfg.layers), cfg.vocab_size]
-    tables = [vocabulary.vocab_size for vocabulary in cfg.modality_vocabularies]
-    tables += [cfg.per_layer.vocab_size] if cfg.per_layer else []
+    """Whether the rules split everything evenly; `rest` devices are those of the third axis."""
+    heads, channels = [cfg.num_heads], [cfg.vocab_size, *(spec.d_ff for spec in cfg.layers)]
+    channels += [vocabulary.vocab_size for vocabulary in cfg.modality_vocabularies]
+    if cfg.per_layer is not None:
+        channels.append(cfg.per_layer.vocab_size)
     if cfg.vision is not None:
-        sizes += [cfg.vision.num_heads, cfg.vision.d_ff]
-    heads = {cfg.num_heads} | ({cfg.vision.num_heads} if cfg.vision else set())
-    return (
-        work.batch % rows == 0
-        and all(n % tensor == 0 for n in heads)
-        and all(n % channels == 0 for n in [*sizes, *tables] if n not in heads)
-        and (rest == 1 or cfg.d_model % rest == 0 if training else work.context % rest == 0)
-    )
+        heads.append(cfg.vision.num_heads)
+        channels.append(cfg.vision.d_ff)
+    even = all(n % tensor == 0 for n in heads)
+    if work.mode == "train":
+        widths = [cfg.d_model] + ([] if cfg.vision is None else [cfg.vision.d_tower])
+        even &= work.batch % (data * rest) == 0 and all(n % rest == 0 for n in widths)
+        return even and all(n % tensor == 0 for n in channels)
+    even &= work.batch % data == 0 and work.context % rest == 0
+    return even and all(n % (tensor * rest) == 0 for n in channels)
 
 
 def search(

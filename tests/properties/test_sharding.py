@@ -147,6 +147,19 @@ def test_a_slice_of_a_model_on_a_mesh():
     np.testing.assert_allclose(forward(split, ids).logits, expected, atol=ATOL)
 
 
+@pytest.mark.parametrize("shares", [True, False])
+def test_speculation(shares):
+    """With a draft that uses the model's cache, and with one that has its own."""
+    net = tiny.model(gemma3n(), layout="unrolled")
+    draft = matformer.Slice(ffn_widths=(24,) * 6)
+    split = on_mesh(net, "2x4")
+    prompts = [[3, 5, 7], [2, 4, 6, 8]]
+    expected = generate(net, None, prompts, max_new_tokens=12)
+    other = draft if shares else matformer.at(split, draft)
+    found = generate(split, None, prompts, max_new_tokens=12, draft=other, draft_tokens=2)
+    assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+
+
 def test_more_devices_than_key_heads():
     cfg = tiny.gemma3(num_heads=8, num_kv_heads=2)
     mesh = make_mesh(cfg, tensor=8)
