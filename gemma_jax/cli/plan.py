@@ -137,17 +137,13 @@ def _print(plan: "Plan") -> None:
     }
     if (compiled := plan.compiled) is not None:
         rows["temporaries per device"] = _gigabytes(compiled.temporary_bytes)
-        if compiled.collectives is None:
-            rows["between devices"] = "unknown: the compiler's text cannot be read by this JAX"
-        else:
-            kinds = compiled.collectives.items()
-            rows["between devices, per step"] = "; ".join(
-                f"{x['count']} {kind}, {x['bytes'] / 1e6:,.2f} MB" for kind, x in kinds
-            ) or "nothing"  # fmt: skip
-            moved = compiled.moved_weights
-            rows["weights moved in a step"] = "; ".join(
-                f"{m.times} x {m.operation} {m.dtype}{list(m.shape)}" for m in moved
-            ) or "none"  # fmt: skip
+        rows["between devices, per step"] = "; ".join(
+            f"{x['count']} {kind}, {x['bytes'] / 1e6:,.2f} MB"
+            for kind, x in compiled.collectives.items()
+        ) or "nothing"  # fmt: skip
+        rows["weights moved in a step"] = "; ".join(
+            f"{m.times} x {m.operation} {m.dtype}{list(m.shape)}" for m in compiled.moved_weights
+        ) or "none"  # fmt: skip
         if compiled.seconds is not None:
             rows["the compiler's estimate"] = (
                 f"{compiled.seconds * 1e3:,.3f} ms, loops counted once"

@@ -6,9 +6,13 @@ turns, where its bound is a constant; the loop over tokens, which has none, coun
 
 import math
 import re
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+
+import jax
 
 COLLECTIVES = (
     "all-reduce",
@@ -54,6 +58,19 @@ class Moved:
     dtype: str
     shape: tuple[int, ...]
     times: int
+
+
+def compiled(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
+    """The program, and its text as the compiler itself writes it.
+
+    `Compiled.as_text` reads the program with the parser of this JAX, which need not know all that
+    a newer libtpu writes.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        program = lowered.compile(compiler_options=options)
+        (file,) = Path(folder).glob("*after_optimizations.txt")
+        return program, file.read_text()
 
 
 def collectives(text: str) -> dict[str, dict[str, int]]:

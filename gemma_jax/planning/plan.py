@@ -29,7 +29,7 @@ class Compiled:
     Attributes:
       argument_bytes, output_bytes, alias_bytes, temporary_bytes, code_bytes: Its own account of
         memory. Outputs in the place of arguments (`alias`) count once.
-      collectives: Kind -> `count` and `bytes` in a step; `None` if its text cannot be read.
+      collectives: Kind -> `count` and `bytes` in a step.
       moved_weights: Weights that the step brings into another order or to other devices.
       seconds: Its estimate, in which what a loop runs counts once; `None` where it has none, as
         with some kernels.
@@ -40,8 +40,8 @@ class Compiled:
     alias_bytes: int
     temporary_bytes: int
     code_bytes: int
-    collectives: dict[str, dict[str, int]] | None
-    moved_weights: list[hlo.Moved] | None
+    collectives: dict[str, dict[str, int]]
+    moved_weights: list[hlo.Moved]
     seconds: float | None
     lower_seconds: float
     compile_seconds: float
@@ -59,7 +59,7 @@ class Plan:
       memory_bytes: What a device has.
       operations, read_bytes: Of a step on each device, at least.
       roofline_seconds: The longer of both at the full speed of the device.
-      link_seconds: Of what passes between devices; `None` if that is not known.
+      link_seconds: Of what passes between devices; `None` if nothing was compiled.
       tokens_per_second: New tokens of all rows, at the roofline and with the links' time.
       refusal: Why the compiler gives no program, if it does not.
     """
@@ -277,7 +277,7 @@ def _compiled(plan: Plan, model: Gemma, partition: Partition, topology: Topology
     lowered = lower(model, plan.work, partition)
     middle = time.perf_counter()
     try:
-        program = lowered.compile()
+        program, text = hlo.compiled(lowered)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -285,8 +285,7 @@ def _compiled(plan: Plan, model: Gemma, partition: Partition, topology: Topology
         return replace(plan, refusal=reason.partition(" Total hbm usage")[0][:300])
     end = time.perf_counter()
     memory = program.memory_analysis()
-    text = _text(program)
-    traffic = None if text is None else hlo.collectives(text)
+    traffic = hlo.collectives(text)
     seconds = (program.cost_analysis() or {}).get("optimal_seconds", -1.0)
     compiled = Compiled(
         argument_bytes=memory.argument_size_in_bytes,
@@ -295,15 +294,15 @@ def _compiled(plan: Plan, model: Gemma, partition: Partition, topology: Topology
         temporary_bytes=memory.temp_size_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
         collectives=traffic,
-        moved_weights=None if text is None else hlo.moved_weights(text, weight_shapes(model)),
+        moved_weights=hlo.moved_weights(text, weight_shapes(model)),
         seconds=seconds if seconds > 0 else None,
         lower_seconds=middle - start,
         compile_seconds=end - middle,
     )
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
     beside = memory.temp_size_in_bytes + new + memory.generated_code_size_in_bytes
-    link = None if traffic is None else link_seconds(traffic, topology.device.links)
-    step = plan.roofline_seconds + (link or 0.0)
+    link = link_seconds(traffic, topology.device.links)
+    step = plan.roofline_seconds + link
     return replace(
         plan,
         peak_bytes=plan.peak_bytes + beside,
@@ -330,13 +329,6 @@ def weight_shapes(model: Gemma) -> set[tuple[str, tuple[int, ...]]]:
             if math.prod(shape) >= 1 << 20 and len(shape) > 1:
                 shapes.add((names.get(str(array.dtype), str(array.dtype)), tuple(shape)))
     return shapes
-
-
-def _text(program: jax.stages.Compiled) -> str | None:
-    try:
-        return program.as_text()
-    except jax.errors.JaxRuntimeError:  # a libtpu that is newer than this JAX may write what it
-        return None  # cannot read
 
 
 def _divisors(n: int) -> list[int]:
