@@ -26,7 +26,7 @@ MOVES = ("copy", "transpose", *COLLECTIVES)
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "f64": 8}
 _SHAPE = re.compile(r"\b(pred|bf16|[fsu]\d+)\[([\d,]*)\]")
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\((.*)$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\((.*)$")
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
 )
@@ -37,6 +37,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 class Instruction:
     """One line of a computation: what it makes, by which operation, and the rest of the line."""
 
+    root: bool
     result: str
     operation: str
     rest: str
@@ -76,7 +77,7 @@ def compiled(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
 def collectives(text: str) -> dict[str, dict[str, int]]:
     """Kind -> how often per step, and bytes of the results on one device."""
     found: dict[str, Counter] = defaultdict(Counter)
-    for instruction, times in _executed(text):
+    for instruction, times, _ in _executed(text):
         kind = instruction.operation.removesuffix("-start")
         if kind not in COLLECTIVES or instruction.operation.endswith("-done"):
             continue
@@ -89,7 +90,9 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
 
 
 def moved_weights(text: str, shapes: set[tuple[str, tuple[int, ...]]]) -> list[Moved]:
-    """Copies, transposes and collectives whose result has the shape of a weight.
+    """Copies, transposes and collectives that write what has the shape of a weight.
+
+    Inside a fusion, where a copy is an order of reading, only the result is written.
 
     Args:
       shapes: Dtype and dimensions of the weights, whole and as one device holds them; an order of
@@ -97,10 +100,10 @@ def moved_weights(text: str, shapes: set[tuple[str, tuple[int, ...]]]) -> list[M
     """
     wanted = {(dtype, _plain(dims)) for dtype, dims in shapes}
     counts: Counter = Counter()
-    for instruction, times in _executed(text):
+    for instruction, times, written in _executed(text):
         operation = instruction.operation.removesuffix("-start")
         # A copy that begins here and ends elsewhere is a prefetch into faster memory.
-        if operation not in MOVES or instruction.operation == "copy-start":
+        if operation not in MOVES or instruction.operation == "copy-start" or not written:
             continue
         for dtype, dims in instruction.shapes[-1:]:
             if (dtype, _plain(dims)) in wanted:
@@ -108,13 +111,13 @@ def moved_weights(text: str, shapes: set[tuple[str, tuple[int, ...]]]) -> list[M
     return [Moved(*key, times) for key, times in counts.items()]
 
 
-def _executed(text: str) -> Iterator[tuple[Instruction, int]]:
-    """All instructions, and how often each runs in a step."""
+def _executed(text: str) -> Iterator[tuple[Instruction, int, bool]]:
+    """All instructions, how often each runs in a step, and whether its result goes to memory."""
     computations, entry = _parse(text)
-    times: Counter = Counter()
+    times: Counter = Counter()  # of a computation, by the fusions around it
 
-    def visit(name: str, n: int) -> None:
-        times[name] += n
+    def visit(name: str, n: int, fusions: int) -> None:
+        times[name, fusions] += n
         for instruction in computations.get(name, ()):
             called = _CALLED.findall(instruction.rest)
             for group in _BRANCHES.findall(instruction.rest):
@@ -123,12 +126,12 @@ def _executed(text: str) -> Iterator[tuple[Instruction, int]]:
             if instruction.operation == "while":
                 turns = _turns(computations, instruction)
             for other in called:
-                visit(other, n * turns)
+                visit(other, n * turns, fusions + (instruction.operation == "fusion"))
 
-    visit(entry, 1)
-    for name, n in times.items():
+    visit(entry, 1, 0)
+    for (name, fusions), n in times.items():
         for instruction in computations.get(name, ()):
-            yield instruction, n
+            yield instruction, n, fusions == 0 or (fusions == 1 and instruction.root)
 
 
 def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
@@ -139,7 +142,7 @@ def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
             lines = computations.setdefault(match[1], [])
             entry = match[1] if line.startswith("ENTRY") else entry
         elif match := _INSTRUCTION.match(line):
-            lines.append(Instruction(*match.groups()))
+            lines.append(Instruction(match[1] is not None, *match.groups()[1:]))
     return computations, entry
 
 
