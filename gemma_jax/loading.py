@@ -72,7 +72,7 @@ def load_model(
 
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16"))
-    partition = None if mesh is None else _partition(source, mesh, rules)
+    partition = None if mesh is None else partition_for(source, mesh, rules)
     if partition is not None and per_layer_table != "device":
         raise ValueError(f"{per_layer_table=} is for one device; on a mesh leave it at 'device'")
     narrower = weights is not None and jnp.dtype(weights).itemsize < dtype.itemsize
@@ -89,14 +89,17 @@ def load_model(
         ),
         layout=layout or ("unrolled" if on_cpu else "scan"),
         transform=store_weights(weights) if narrower else None,
-        placement=partition and (lambda path, dims, shape: partition.sharding(dims, shape)),
+        placement=partition and partition.placement,
         per_layer_table=per_layer_table,
         per_layer_dtype=jnp.bfloat16 if narrower else None,
         progress=progress,
     )
 
 
-def _partition(source: str, mesh: Mesh | Mapping[str, int], rules: Rules | None) -> Partition:
+def partition_for(
+    source: str, mesh: Mesh | Mapping[str, int], rules: Rules | None = None
+) -> Partition:
+    """For the model of a checkpoint; see `load_model`."""
     from gemma_checkpoints import describe, resolve
 
     if not isinstance(mesh, Mesh):

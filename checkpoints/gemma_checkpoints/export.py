@@ -113,6 +113,12 @@ def save_hf(
         model = _decoder(model)
     target, params = Path(folder), flat_params(model)
     refuse_inexact(target, params)
+    if not all(param.get_value().is_fully_addressable for param in params.values()):
+        raise CheckpointError(
+            target,
+            "a Hugging Face folder is written by one process, and this one has a part of the "
+            "model: save it as Orbax, and convert that",
+        )
     source = None if source is None else resolve(source)
     try:
         config, origin = _from_source(source, model.cfg)

@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from flax import nnx
 
 from gemma_jax.config import (
     AltUpConfig,
@@ -37,6 +39,9 @@ MANIFEST, ARRAYS, VERSION = "gemma_jax.json", "arrays", 1
 def save_orbax(model: Gemma, folder: str | Path, *, source: str | Path | None = None) -> Path:
     """Writes `model` to a new folder, which appears whole or not at all.
 
+    A model on the devices of several processes is written by all of them, each its own shards; they
+    must call this together, on one file system, and have room for a second copy of their shards.
+
     Args:
       model: Dense parameters in float32, float16 or bfloat16; they are stored as they are.
       folder: Must not exist, or be empty.
@@ -52,15 +57,24 @@ def save_orbax(model: Gemma, folder: str | Path, *, source: str | Path | None = 
     refuse_inexact(target, params)
     source = None if source is None else resolve(source)
     slots = named_slots(model)
-    arrays = {name: host_array(params[slot.path], slot.row) for name, slot in slots.items()}
+    arrays = {name: _array(params[slot.path], slot.row) for name, slot in slots.items()}
     with new_folder(target, needed=tensor_bytes(params)) as part:
-        manifest = {"version": VERSION, "config": asdict(model.cfg)}
-        (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        if source is not None:
-            copy_companions(source, part, images=model.cfg.vision is not None)
+        if jax.process_index() == 0:
+            manifest = {"version": VERSION, "config": asdict(model.cfg)}
+            (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+            if source is not None:
+                copy_companions(source, part, images=model.cfg.vision is not None)
         with ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save((part / ARRAYS).absolute(), arrays)
     return target
+
+
+def _array(param: nnx.Param, row: int | None) -> np.ndarray | jax.Array:
+    """One layer's parameter, on the host if this process has all of it."""
+    value = param.get_value()
+    if value.is_fully_addressable:
+        return host_array(param, row)
+    return value if row is None else value[row]
 
 
 @dataclass

@@ -24,17 +24,24 @@ def command(
     text_only: Annotated[
         bool, typer.Option("--text-only", help="Leave the vision tower behind.")
     ] = False,
+    mesh: common.MeshOption = None,
 ) -> None:
-    """Convert a checkpoint; DST appears whole or not at all."""
+    """Convert a checkpoint; DST appears whole or not at all.
+
+    With --mesh no device holds the whole model; several processes write an Orbax folder together.
+    """
     common.set_up_jax()
     from gemma_checkpoints import load_model, resolve, save_hf, save_orbax
+    from gemma_jax.loading import partition_for
 
     path = resolve(source)
+    partition = None if mesh is None else partition_for(path, common.parse_mesh(mesh))
     with progress.loading() as bar:
         model = load_model(
             path,
             dtype=dtype and dtype.value,
             modalities=("text",) if text_only else None,
+            placement=partition and partition.placement,
             progress=bar,
         )
     save = save_hf if to == Format.hf else save_orbax

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -79,6 +80,13 @@ def finish(running: list[subprocess.Popen], seconds: float) -> list[tuple[int, s
     return [(p.returncode, *text) for p, text in zip(running, texts)]
 
 
+def together(processes: int, *arguments: str) -> list[tuple[int, str, str]]:
+    """One command line in several processes, with eight devices in all."""
+    common = ["-m", "gemma_jax.cli", *arguments, "--coordinator", f"127.0.0.1:{free_port()}"]
+    common += ["--num-processes", str(processes), "--process-id"]
+    return finish(start([[*common, str(i)] for i in range(processes)], 8 // processes), 300)
+
+
 def scripts(code: str, folder, processes: int = 2) -> list[list[str]]:
     port = str(free_port())
     return [["-c", code, port, str(processes), str(i), str(folder)] for i in range(processes)]
@@ -94,23 +102,34 @@ def test_generate(cli, processes, mesh, tmp_path):
     given += ["--max-new-tokens", "6", "--json"]
     alone = cli(*given)
     assert alone.code == 0, alone.err
-    where = ["--mesh", mesh, "--coordinator", f"127.0.0.1:{free_port()}"]
-    where += ["--num-processes", str(processes)]
-    ran = finish(
-        start(
-            [
-                ["-m", "gemma_jax.cli", *given, *where, "--process-id", str(i)]
-                for i in range(processes)
-            ],
-            8 // processes,
-        ),
-        300,
-    )
+    ran = together(processes, *given, "--mesh", mesh)
     assert [code for code, _, _ in ran] == [0] * processes, ran[-1][2][-2000:]
-    together, one = json.loads(ran[0][1]), json.loads(alone.out)
-    assert together["token_ids"] == one["token_ids"]
-    np.testing.assert_allclose(together["log_probs"], one["log_probs"], atol=2e-5)
+    many, one = json.loads(ran[0][1]), json.loads(alone.out)
+    assert many["token_ids"] == one["token_ids"]
+    np.testing.assert_allclose(many["log_probs"], one["log_probs"], atol=2e-5)
     assert [out for _, out, _ in ran[1:]] == [""] * (processes - 1)
+
+
+def test_save_and_restore(cli, talker, tmp_path):
+    saved, mesh = tmp_path / "saved", ("--mesh", "sequence=2,tensor=4")
+    ran = together(2, "convert", str(talker), str(saved), "--to", "orbax", *mesh)
+    assert [code for code, _, _ in ran] == [0, 0], ran[-1][2][-2000:]
+    assert [out for _, out, _ in ran] == [f"{saved}\n", ""]
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+    same = jax.tree.map(np.array_equal, gc.load_model(saved), gc.load_model(talker))
+    assert all(jax.tree.leaves(same))
+
+    given = ["generate", "The", "--max-new-tokens", "6", "--json"]
+    alone = cli(*given, "--model", talker)
+    assert alone.code == 0, alone.err
+    ran = together(2, *given, "--model", str(saved), *mesh)
+    assert [code for code, _, _ in ran] == [0, 0], ran[-1][2][-2000:]
+    assert json.loads(ran[0][1])["text"] == json.loads(alone.out)["text"]
+
+    ran = together(2, "convert", str(talker), str(tmp_path / "hf"), "--to", "hf", *mesh)
+    assert [code for code, _, _ in ran] == [2, 2]
+    assert all("save it as Orbax, and convert that" in err for _, _, err in ran)
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system keeps no such account")
