@@ -76,3 +76,32 @@ def test_matformer():
         assert any("image/png" in o.get("data", {}) for o in outputs(done, picture))
     searched, half = (float(s) for s in re.findall(r"\d\.\d{3}", printed(done, "plot_slices")))
     assert searched < half + 0.05
+
+
+def test_plan_and_shard():
+    pytest.importorskip("libtpu", reason="pip install 'gemma-jax[plan]'")
+    done = run("04_plan_and_shard", ROOT / "notebooks")
+    shares = {}
+    *sizes, arrays = printed(done, "def measured_bytes").splitlines()
+    for line in sizes:
+        ours, everywhere = re.findall(r"[\d.]+(?= GB)", line)
+        shares[line.split()[0]] = float(ours) / float(everywhere)
+    assert len(shares) == 5 and shares["gemma3-27b"] == pytest.approx(0.168, abs=0.002)
+    (axes,) = outputs(done, "plt.subplots")
+    assert "image/png" in axes["data"]
+    real, compiled = (int(s.replace(",", "")) for s in re.findall(r"[\d,]{9,}", arrays))
+    assert 0 <= compiled - real < 1000
+    plan = printed(done, "weights moved")
+    assert "fits: True" in plan and "per token: none" in plan and "'all-reduce'" in plan
+    predicted, found = (float(s) for s in re.findall(r"[\d.]+(?= GB)", plan.splitlines()[1]))
+    assert found == pytest.approx(predicted, rel=0.02)
+    assert " does not fit" in printed(done, "compiles=False")
+    assert len(printed(done, "gpu:{kind}").splitlines()) == 11
+    assert [line.split()[0] for line in printed(done, "together =").splitlines()] == [
+        "True",
+        "True",
+    ]
+    assert len(outputs(done, "visualize_array_sharding")) >= 2
+    one, many = printed(done, "value_and_grad(gj.loss)").splitlines()
+    numbers = [[float(s) for s in re.findall(r"\d+\.\d+", line)] for line in (one, many)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-4) and numbers[0][1] > 0
