@@ -102,6 +102,5 @@ def test_plan_and_shard():
         "True",
     ]
     assert len(outputs(done, "visualize_array_sharding")) >= 2
-    one, many = printed(done, "value_and_grad(gj.loss)").splitlines()
-    numbers = [[float(s) for s in re.findall(r"\d+\.\d+", line)] for line in (one, many)]
-    assert numbers[0] == pytest.approx(numbers[1], rel=1e-4) and numbers[0][1] > 0
+    one, many = printed(done, "gj.loss").splitlines()
+    assert float(one.split()[1]) == pytest.approx(float(many.split()[1]), rel=1e-5)
