@@ -21,13 +21,13 @@ from flax import nnx
 from gemma_jax.compat import fuses_matrix_vector
 from gemma_jax.model import Gemma
 from gemma_jax.nn.einsum import matrix_vector
+from gemma_jax.nn.lookup import lookup
 from gemma_kernels.platform import target_platform
 
 Storage = Literal["float32", "bfloat16", "int8"]
 VECTOR_ROWS = 4  # up to here, one matrix-vector product per row of x
 TILE_ROWS = 64  # up to here, large matrices are widened tile by tile
 WHOLE_BYTES = 64 << 20  # a widened matrix up to this size may exist as a whole
-PACKED = 32  # rows of int8 that lie together in a TPU's memory
 
 
 @jax.tree_util.register_dataclass
@@ -46,7 +46,7 @@ class StoredWeight:
 
     def __getitem__(self, index: jax.Array) -> jax.Array:
         """Rows along the first axis, widened to float32."""
-        rows = _widen(_rows(self.values, index))
+        rows = _widen(lookup(self.values, index))
         if self.scale is None:
             return rows
         scale = self.scale[index]
@@ -131,20 +131,6 @@ _STORE = {
     "bfloat16": lambda array, axes: _as_bits(array),
     "int8": jax.jit(_as_int8, static_argnums=1),
 }
-
-
-def _rows(values: jax.Array, index: jax.Array) -> jax.Array:
-    """`values[index]`, where they lie.
-
-    For one row of int8, XLA for TPUs would bring the whole matrix into an order in which a row can
-    be cut out; so this reads the rows that are packed together, and chooses among them.
-    """
-    packed = values.dtype == jnp.int8 and values.ndim == 2 and len(values) % PACKED == 0
-    if index.size > 1 or not packed or target_platform() != "tpu":
-        return values[index]
-    together = values.reshape(-1, PACKED, values.shape[1])[index // PACKED]
-    chosen = jnp.arange(PACKED)[:, None] == (index % PACKED)[..., None, None]
-    return jnp.sum(jnp.where(chosen, together, 0), axis=-2, dtype=values.dtype)
 
 
 def _widen(values: jax.Array) -> jax.Array:

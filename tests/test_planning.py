@@ -140,6 +140,7 @@ HloModule jit_step
 }
 
 ENTRY %main (p: s32[]) -> s32[] {
+  %copy.4 = bf16[4,8]{0,1} copy(%q)
   %w.1 = (s32[]) while(%p), condition=%more, body=%tokens
 }
 """
@@ -150,9 +151,11 @@ def test_a_program_by_hand():
         "all-reduce": {"count": 5, "bytes": 5 * 8 * 4 * 2},
         "all-gather": {"count": 1, "bytes": 16 * 4},
     }
-    assert hlo.moved_weights(HLO, {("bf16", (4, 8))}) == [
+    moved = hlo.moved_weights(HLO, {("bf16", (4, 8))})
+    assert sorted(moved, key=lambda m: (m.operation, m.before)) == [
         hlo.Moved("all-reduce", "bf16", (8, 4), 5),
         hlo.Moved("copy", "bf16", (4, 8), 5),
+        hlo.Moved("copy", "bf16", (4, 8), 1, before=True),
         hlo.Moved("transpose", "bf16", (4, 8), 5),  # what is read on the way to it is not written
     ]
     assert hlo.moved_weights(HLO, {("f32", (4, 8))}) == []

@@ -142,7 +142,8 @@ def _print(plan: "Plan") -> None:
             for kind, x in compiled.collectives.items()
         ) or "nothing"  # fmt: skip
         rows["weights moved in a step"] = "; ".join(
-            f"{m.times} x {m.operation} {m.dtype}{list(m.shape)}" for m in compiled.moved_weights
+            f"{m.times} x {m.operation} {m.dtype}{list(m.shape)}{' once per call' * m.before}"
+            for m in compiled.moved_weights
         ) or "none"  # fmt: skip
         if compiled.seconds is not None:
             rows["the compiler's estimate"] = (

@@ -8,6 +8,7 @@ from flax import nnx
 
 from gemma_jax.config import GemmaConfig, ModalityVocabulary
 from gemma_jax.nn.einsum import Einsum, contract
+from gemma_jax.nn.lookup import lookup
 from gemma_jax.nn.norm import RMSNorm, rms_norm
 from gemma_jax.numerics import Numerics
 from gemma_kernels.cross_entropy import cross_entropy
@@ -29,7 +30,8 @@ class Embedder(nnx.Module):
         the table, as their placeholders may be, read row 0 (hf `Gemma3Model.forward`).
         """
         table = self.table.get_value()
-        x_BTD = table[jnp.where(tokens_BT < self.vocab_size, tokens_BT, 0)].astype(dtype)
+        inside_BT = jnp.where(tokens_BT < self.vocab_size, tokens_BT, 0)
+        x_BTD = lookup(table, inside_BT).astype(dtype)
         return x_BTD * jnp.asarray(math.sqrt(x_BTD.shape[-1]), dtype)
 
     def decode(self, x_BTD: jax.Array) -> jax.Array:
@@ -61,7 +63,8 @@ class ModalityEmbedder(nnx.Module):
         """`x_BTD`, with these embeddings where the ids are of this vocabulary."""
         rows_BT = tokens_BT - self.vocabulary.first_id
         ours_BT = (rows_BT >= 0) & (rows_BT < self.vocabulary.vocab_size)
-        rows_BTC = self.table.get_value()[jnp.where(ours_BT, rows_BT, 0)].astype(x_BTD.dtype)
+        rows_BTC = lookup(self.table.get_value(), jnp.where(ours_BT, rows_BT, 0))
+        rows_BTC = rows_BTC.astype(x_BTD.dtype)
         y_BTD = self.proj(self.norm(rows_BTC, numerics))
         y_BTD = rms_norm(y_BTD, self.vocabulary.norm_eps, numerics)
         return jnp.where(ours_BT[:, :, None], y_BTD, x_BTD)

@@ -11,6 +11,7 @@ from flax import nnx
 
 from gemma_jax.config import GemmaConfig
 from gemma_jax.nn.einsum import Einsum
+from gemma_jax.nn.lookup import lookup
 from gemma_jax.nn.norm import RMSNorm
 from gemma_jax.numerics import Numerics
 
@@ -39,8 +40,7 @@ class PerLayerEmbedder(nnx.Module):
     def lookup(self, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """Rows of the table times sqrt(P); ids outside it read row 0."""
         inside_BT = (tokens_BT >= 0) & (tokens_BT < self.vocab_size)
-        table = self.table.get_value()
-        rows_BTLP = table[jnp.where(inside_BT, tokens_BT, 0)].astype(dtype)
+        rows_BTLP = lookup(self.table.get_value(), jnp.where(inside_BT, tokens_BT, 0)).astype(dtype)
         return rows_BTLP * jnp.asarray(math.sqrt(rows_BTLP.shape[-1]), dtype)
 
 

@@ -8,8 +8,7 @@ import math
 import re
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -53,12 +52,17 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Moved:
-    """A weight that a step brings into another order, or to other devices."""
+    """A weight that a step brings into another order, or to other devices.
+
+    Attributes:
+      times: In a step, or `before` the loop over tokens, which is once per call.
+    """
 
     operation: str
     dtype: str
     shape: tuple[int, ...]
     times: int
+    before: bool = False
 
 
 def compiled(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
@@ -77,7 +81,7 @@ def compiled(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
 def collectives(text: str) -> dict[str, dict[str, int]]:
     """Kind -> how often per step, and bytes of the results on one device."""
     found: dict[str, Counter] = defaultdict(Counter)
-    for instruction, times, _ in _executed(text):
+    for instruction, times, _ in _executed(text)[0]:
         kind = instruction.operation.removesuffix("-start")
         if kind not in COLLECTIVES or instruction.operation.endswith("-done"):
             continue
@@ -100,38 +104,55 @@ def moved_weights(text: str, shapes: set[tuple[str, tuple[int, ...]]]) -> list[M
     """
     wanted = {(dtype, _plain(dims)) for dtype, dims in shapes}
     counts: Counter = Counter()
-    for instruction, times, written in _executed(text):
+    executed, has_tokens = _executed(text)
+    for instruction, times, where in executed:
         operation = instruction.operation.removesuffix("-start")
         # A copy that begins here and ends elsewhere is a prefetch into faster memory.
-        if operation not in MOVES or instruction.operation == "copy-start" or not written:
+        if operation not in MOVES or instruction.operation == "copy-start":
+            continue
+        if where.fusions > 1 or (where.fusions == 1 and not instruction.root):
             continue
         for dtype, dims in instruction.shapes[-1:]:
             if (dtype, _plain(dims)) in wanted:
-                counts[operation, dtype, dims] += times
-    return [Moved(*key, times) for key, times in counts.items()]
+                counts[operation, dtype, dims, has_tokens and not where.tokens] += times
+    return [Moved(*key, times, before) for (*key, before), times in counts.items()]
 
 
-def _executed(text: str) -> Iterator[tuple[Instruction, int, bool]]:
-    """All instructions, how often each runs in a step, and whether its result goes to memory."""
+@dataclass(frozen=True)
+class _Where:
+    """What is around an instruction: the loop over tokens, and how many fusions."""
+
+    tokens: bool = False
+    fusions: int = 0
+
+
+def _executed(text: str) -> tuple[list[tuple[Instruction, int, _Where]], bool]:
+    """All instructions with how often each runs in a step; whether there is a loop over tokens."""
     computations, entry = _parse(text)
-    times: Counter = Counter()  # of a computation, by the fusions around it
+    times: Counter = Counter()
 
-    def visit(name: str, n: int, fusions: int) -> None:
-        times[name, fusions] += n
+    def visit(name: str, n: int, where: _Where) -> None:
+        times[name, where] += n
         for instruction in computations.get(name, ()):
             called = _CALLED.findall(instruction.rest)
             for group in _BRANCHES.findall(instruction.rest):
                 called += [branch.strip().lstrip("%") for branch in group.split(",")]
-            turns = 1
-            if instruction.operation == "while":
+            turns, inside = 1, where
+            if instruction.operation == "fusion":
+                inside = replace(where, fusions=where.fusions + 1)
+            elif instruction.operation == "while":
                 turns = _turns(computations, instruction)
+                inside = where if turns else replace(where, tokens=True)
             for other in called:
-                visit(other, n * turns, fusions + (instruction.operation == "fusion"))
+                visit(other, n * (turns or 1), inside)
 
-    visit(entry, 1, 0)
-    for (name, fusions), n in times.items():
-        for instruction in computations.get(name, ()):
-            yield instruction, n, fusions == 0 or (fusions == 1 and instruction.root)
+    visit(entry, 1, _Where())
+    executed = [
+        (instruction, n, where)
+        for (name, where), n in times.items()
+        for instruction in computations.get(name, ())
+    ]
+    return executed, any(where.tokens for _, where in times)
 
 
 def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
@@ -146,7 +167,7 @@ def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     return computations, entry
 
 
-def _turns(computations: dict[str, list[Instruction]], loop: Instruction) -> int:
+def _turns(computations: dict[str, list[Instruction]], loop: Instruction) -> int | None:
     """The constant that a loop's counter is held against, if that is its whole condition."""
     if match := re.search(r'known_trip_count":?\{"n":"?(\d+)', loop.rest):
         return int(match[1])
@@ -160,7 +181,7 @@ def _turns(computations: dict[str, list[Instruction]], loop: Instruction) -> int
     ]  # fmt: skip
     compares = operations["compare"] + operations["fusion"]
     plain = compares == 1 and not operations["and"] and len(constants) == 1
-    return int(constants[0]) if plain else 1
+    return int(constants[0]) if plain else None
 
 
 def _size(dtype: str, dims: tuple[int, ...]) -> int:

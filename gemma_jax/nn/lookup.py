@@ -1,0 +1,42 @@
+"""Rows of a table by index."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gemma_kernels.platform import target_platform
+
+TILE_BYTES = 32  # rows of int8, 16 of bfloat16: at least those that a TPU's memory keeps together
+
+
+def lookup(table: Any, index: jax.Array) -> jax.Array:
+    """`table[index]` along the first axis; a table may be an object that brings its own way.
+
+    XLA for TPUs brings the whole of some tables into another order before it reads a row, at every
+    step. It reads these where they lie:
+
+      - a table of three axes, whose first one it keeps next to the last: in tiles of rows, among
+        which the row is chosen,
+      - one row of int8: as one of two.
+    """
+    if not isinstance(table, jax.Array):
+        return table[index]
+    if target_platform() != "tpu":
+        return table[index]
+    packed = TILE_BYTES // table.dtype.itemsize
+    if table.ndim == 3 and table.shape[0] % packed == 0:
+        return _from_tiles(table, index, packed)
+    if index.size == 1 and table.dtype == jnp.int8:
+        two = jnp.concatenate([index.ravel(), jnp.zeros(1, index.dtype)])
+        return table[two][:1].reshape(*index.shape, *table.shape[1:])
+    return table[index]
+
+
+def _from_tiles(table_VLP: jax.Array, index: jax.Array, packed: int) -> jax.Array:
+    V, L, P = table_VLP.shape
+    tiles = jnp.moveaxis(table_VLP, 1, 0).reshape(L, V // packed, packed, P)
+    rows = tiles[:, index // packed]
+    chosen = jnp.arange(packed)[:, None] == (index % packed)[..., None, None]
+    row = jnp.sum(jnp.where(chosen, rows, 0), axis=-2, dtype=table_VLP.dtype)
+    return jnp.moveaxis(row, 0, -2)
