@@ -15,6 +15,7 @@ from gemma_jax.planning import Work, costs, default_axes, find_topology, hlo, ma
 from gemma_jax.planning.plan import fit, link_seconds, search
 from gemma_jax.planning.programs import abstract_model
 from gemma_jax.sharding import Partition, make_mesh
+from gemma_kernels import sass
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -209,7 +210,7 @@ def test_meshes():
 
 
 def test_gpus_by_their_figures():
-    cfg, machine = preset("gemma3-27b"), find_topology("gpu:h100x8")
+    cfg, machine = preset("gemma3-27b"), find_topology("gpu:a100x8")
     plan = make_plan("gemma3-27b", cfg, machine, Work("decode", 4, 131_072))
     assert plan.mesh == {"tensor": 8} and plan.compiled is None and plan.fits
     assert plan.cache_bytes == pytest.approx(cache_bytes(cfg, 4, 131_072, "bfloat16") / 8, rel=0.02)
@@ -219,10 +220,22 @@ def test_gpus_by_their_figures():
     assert most.fits and most.mesh == {"tensor": 8}
     more = dataclasses.replace(most.work, batch=most.work.batch + 1)
     assert not make_plan("gemma3-27b", cfg, machine, more).fits
-    alone = find_topology("gpu:h100")
+    alone = find_topology("gpu:a100")
     longest = fit("gemma3-27b", cfg, alone, Work("decode", 1, 1024), "context")
     assert longest.work.context == 131_072
     assert fit("gemma3-27b", cfg, find_topology("gpu:t4"), Work("decode", 1, 1), "context") is None
+
+
+@pytest.mark.skipif(sass.missing() is not None, reason=str(sass.missing()))
+@pytest.mark.parametrize("topology", ["gpu:h100x8", "gpu:h200"])
+def test_gpus_by_their_compiler(topology):
+    cfg, machine = preset("gemma3-27b"), find_topology(topology)
+    plan = make_plan("gemma3-27b", cfg, machine, Work("decode", 1, 131_072))
+    predicted = plan.weights_bytes - plan.vision_bytes + plan.cache_bytes  # text needs no tower
+    assert plan.fits and plan.compiled.argument_bytes == pytest.approx(predicted, rel=0.02)
+    assert plan.compiled.moved_weights == []
+    sent = plan.compiled.collectives
+    assert sent == {} if machine.count == 1 else sent["all-gather"]["bytes"] < 1e6
 
 
 def test_what_cannot_be_planned():

@@ -59,7 +59,8 @@ def command(
     """Plan memory, traffic and time of a model on TPUs or GPUs, without having them.
 
     For TPUs the real program is compiled by the TPU's own compiler, which takes seconds to minutes
-    and needs the extra gemma-jax[plan]. For GPUs the answer is what shapes alone say.
+    and needs the extra gemma-jax[plan]; for H100 and H200 by JAX's CUDA plugin, if it is installed.
+    For other GPUs the answer is what shapes alone say.
     """
     # The compiler for a TPU must find none, and this process needs no accelerator.
     os.environ["JAX_PLATFORMS"] = "cpu"

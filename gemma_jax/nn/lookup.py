@@ -13,24 +13,21 @@ TILE_BYTES = 32  # rows of int8, 16 of bfloat16: at least those that a TPU's mem
 def lookup(table: Any, index: jax.Array) -> jax.Array:
     """`table[index]` along the first axis; a table may be an object that brings its own way.
 
-    XLA for TPUs brings the whole of some tables into another order before it reads a row, at every
-    step. It reads these where they lie:
-
-      - a table of three axes, whose first one it keeps next to the last: in tiles of rows, among
-        which the row is chosen,
-      - one row of int8: as one of two.
+    XLA makes a slice of a lookup of one row, and for that gathers a table that is split over
+    devices, or on a TPU brings one of int8 into another order, all of it at every step. So one row
+    is read as one of two. A table of three axes, whose first one TPUs keep next to the last, they
+    would bring into another order for any number of rows: it is read in tiles of rows, among which
+    the row is chosen.
     """
-    if not isinstance(table, jax.Array):
-        return table[index]
-    if target_platform() != "tpu":
+    if not isinstance(table, jax.Array) or (platform := target_platform()) == "cpu":
         return table[index]
     packed = TILE_BYTES // table.dtype.itemsize
-    if table.ndim == 3 and table.shape[0] % packed == 0:
+    if platform == "tpu" and table.ndim == 3 and table.shape[0] % packed == 0:
         return _from_tiles(table, index, packed)
-    if index.size == 1 and table.dtype == jnp.int8:
-        two = jnp.concatenate([index.ravel(), jnp.zeros(1, index.dtype)])
-        return table[two][:1].reshape(*index.shape, *table.shape[1:])
-    return table[index]
+    if index.size > 1:
+        return table[index]
+    two = jnp.concatenate([index.ravel(), jnp.zeros(1, index.dtype)])
+    return table[two][:1].reshape(*index.shape, *table.shape[1:])
 
 
 def _from_tiles(table_VLP: jax.Array, index: jax.Array, packed: int) -> jax.Array:

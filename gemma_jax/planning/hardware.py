@@ -1,4 +1,5 @@
-"""Machines to plan for: slices of TPUs that a compiler knows, and GPUs by their figures."""
+"""Machines to plan for: slices of TPUs, and GPUs; programs are compiled for those whose compiler is
+installed, and others known by their figures."""
 
 import re
 from dataclasses import dataclass
@@ -6,6 +7,7 @@ from functools import cache
 
 import jax
 
+from gemma_kernels import sass
 from gemma_kernels.targets import CHIPS, slice_devices
 
 
@@ -37,6 +39,9 @@ GPUS = {
 }
 
 
+HOPPER = ("h100", "h200")
+
+
 @dataclass(frozen=True)
 class Topology:
     """A machine.
@@ -45,7 +50,7 @@ class Topology:
       name: As the user spells it: `v5e:4x4`, `gpu:h100x8`.
       count: Devices as JAX sees them.
       device: One of them.
-      compiles: Whether the compiler for it comes with libtpu.
+      compiles: Whether the compiler for it is here: libtpu, or for Hopper GPUs JAX's CUDA plugin.
     """
 
     name: str
@@ -56,7 +61,10 @@ class Topology:
     @property
     def devices(self) -> list[jax.Device]:
         """To compile for; they need not be there."""
-        return list(slice_devices(self.name))
+        if not self.name.startswith("gpu:"):
+            return list(slice_devices(self.name))
+        kind, device = _kind(self.name)[0].upper(), self.device
+        return list(sass.hopper_devices(self.count, kind, device.memory, device.bandwidth))
 
 
 @cache
@@ -67,10 +75,11 @@ def find_topology(name: str) -> Topology:
       ValueError: No such machine; lists those that are known.
       ImportError: It is a TPU, and libtpu is not installed.
     """
-    if match := re.fullmatch(r"gpu:([a-z]\w*?)(?:x([1-9]\d*))?", name):
-        kind, count = match[1], int(match[2] or 1)
+    if (gpus := _kind(name)) is not None:
+        kind, count = gpus
         if kind in GPUS:
-            return Topology(name, count, GPUS[kind], compiles=False)
+            compiles = kind in HOPPER and sass.missing() is None
+            return Topology(name, count, GPUS[kind], compiles)
     elif (kind := name.partition(":")[0]) in CHIPS and re.fullmatch(r"\w+:\d+(x\d+){1,2}", name):
         chip = CHIPS[kind]
         peak = 2 * chip.macs * chip.clock * chip.cores
@@ -80,3 +89,9 @@ def find_topology(name: str) -> Topology:
         f"unknown topology {name!r}; give a TPU slice ({', '.join(CHIPS)}, as in v5e:4x4 or "
         f"v5p:2x2x2) or GPUs ({', '.join(GPUS)}, as in gpu:h100x8)"
     )
+
+
+def _kind(name: str) -> tuple[str, int] | None:
+    """`gpu:h100x8` -> h100 and 8."""
+    match = re.fullmatch(r"gpu:([a-z]\w*?)(?:x([1-9]\d*))?", name)
+    return match and (match[1], int(match[2] or 1))

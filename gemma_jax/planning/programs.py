@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
@@ -114,7 +113,7 @@ def _lower_generation(model: Gemma, work: Work, partition: Partition) -> jax.sta
     if work.mode == "prefill":
         chunk = ints(B, work.chunk)
         prompt = Pass(chunk, chunk, None, jax.ShapeDtypeStruct((B,), bool))
-    how = jax.tree.map(np.asarray, Sampling().program())
+    how = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, Sampling().program()))
     state, how, limit, prompt = placed((state, how, ints(), prompt), partition)
     loop = prompt is None
     return advance.lower(model, state, how, limit, prompt, stop_ids=(1, 106), loop=loop)

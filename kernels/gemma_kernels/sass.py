@@ -19,8 +19,8 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# As XLA describes an H100 (xla/tools/hlo_opt/gpu_specs/h100_sxm.txtpb), with the H200's memory.
-H200 = """
+# As XLA describes an H100 (xla/tools/hlo_opt/gpu_specs/h100_sxm.txtpb).
+_DEVICE = """
 gpu_device_info {
   threads_per_block_limit: 1024
   threads_per_warp: 32
@@ -32,10 +32,10 @@ gpu_device_info {
   block_dim_limit_x: 2147483647
   block_dim_limit_y: 65535
   block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000
+  memory_bandwidth: %d
   l2_cache_size: 52428800
   clock_rate_ghz: 1.98
-  device_memory_size: 150000000000
+  device_memory_size: %d
   shared_memory_per_block_optin: 232448
   cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
   registers_per_core_limit: 65536
@@ -43,7 +43,7 @@ gpu_device_info {
 }
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 }
-device_description_str: "NVIDIA H200"
+device_description_str: "NVIDIA %s"
 """
 
 
@@ -76,21 +76,37 @@ def missing() -> str | None:
 
 
 @cache
-def one_device() -> NamedSharding:
-    """Everything on one H200 that is not there."""
+def hopper_devices(
+    count: int = 1,
+    name: str = "H200",
+    memory: int = 141_000_000_000,
+    bandwidth: float = 4.8e12,
+) -> tuple[jax.Device, ...]:
+    """GPUs of one machine, to compile for; they need not be there.
+
+    Args:
+      name: `"H100"` or `"H200"`.
+      memory, bandwidth: Of one of them, in bytes and bytes per second.
+
+    Raises:
+      ImportError: The CUDA plugin is not installed.
+    """
     from jax.experimental import topologies
 
     if reason := missing():
         raise ImportError(reason)
     topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="h200", topology="1x1x1", target_config=H200
+        platform="cuda",
+        topology_name=name.lower(),
+        topology=f"1x1x{count}",
+        target_config=_DEVICE % (bandwidth, memory, name),
     )
-    return NamedSharding(Mesh(topology.devices, ("x",)), PartitionSpec())
+    return tuple(topology.devices)
 
 
 def compile_for_hopper(function: Callable, *args) -> tuple[jax.stages.Compiled, list[Kernel]]:
     """`function` for an H200; `args` are arrays, or their shapes and dtypes."""
-    sharding = one_device()
+    sharding = NamedSharding(Mesh(hopper_devices(), ("x",)), PartitionSpec())
     args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
     with tempfile.TemporaryDirectory() as folder, _dumps(Path(folder)):
         with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
