@@ -132,6 +132,25 @@ def test_save_and_restore(cli, talker, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
+def test_an_image_and_int8_weights(cli, seer, picture):
+    given = [
+        "generate",
+        "What?",
+        "--model",
+        str(seer),
+        "--image",
+        str(picture("grey.png", level=90)),
+    ]
+    given += ["--weights", "int8", "--max-new-tokens", "4", "--json"]
+    alone = cli(*given)
+    assert alone.code == 0, alone.err
+    ran = together(2, *given, "--mesh", "sequence=4,tensor=2")
+    assert [code for code, _, _ in ran] == [0, 0], ran[-1][2][-2000:]
+    many, one = json.loads(ran[0][1]), json.loads(alone.out)
+    assert many["token_ids"] == one["token_ids"]
+    np.testing.assert_allclose(many["log_probs"], one["log_probs"], atol=2e-5)
+
+
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system keeps no such account")
 def test_each_process_reads_its_own_bytes(tmp_path):
     cfg = tiny.gemma3(layers=2, vocab_size=65_536, d_model=128, num_heads=8, num_kv_heads=8)
