@@ -41,9 +41,8 @@ def test_forward(forward, which):
         assert written["per_layer_inputs"].shape == (1, 36, 20, 8)
 
 
-@pytest.mark.parametrize("which", ["generate", "generate_left_pad"])
-def test_generate(cli, which):
-    file = DATA / "g3n_text" / f"{which}.safetensors"
+def test_generate(cli):
+    file = DATA / "g3n_text" / "generate_left_pad.safetensors"
     expected = load_file(file)["out.gen_ids"]
     ran = cli("generate", "--model", DATA / "g3n_text", "--inputs", file, "--json",
               "--max-new-tokens", expected.shape[1])  # fmt: skip
@@ -99,6 +98,8 @@ def test_slice_as_a_folder_and_in_place(cli, forward, tmp_path, name):
     in_place = forward(DATA / "g3n_text", name, "forward", "--slice", file)
     np.testing.assert_array_equal(in_place["logits"], written["logits"])
 
+    if name != "g3n_e2b_like":  # the others write as they should in tests/parity
+        return
     inputs = DATA / name / "generate.safetensors"
     expected = load_file(inputs)["out.gen_ids"]
     words = ("--inputs", inputs, "--json", "--max-new-tokens", expected.shape[1])

@@ -42,9 +42,16 @@ def net():
     return tiny.model(CFG, "unrolled")
 
 
-@pytest.mark.parametrize("name", CUTS)
-@pytest.mark.parametrize("storage", ["float32", "int8"])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    "name, storage, batch",
+    [
+        ("narrow", "float32", 1),
+        ("narrow", "int8", 2),
+        ("short", "float32", 2),
+        ("short", "int8", 1),
+        ("whole", "int8", 2),
+    ],
+)
 def test_a_view_computes_what_the_slice_does(net, name, storage, batch):
     net = quantise(net, storage)
     small, view = slice_model(net, CUTS[name]), at(net, CUTS[name])

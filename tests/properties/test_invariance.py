@@ -129,16 +129,17 @@ def test_generation_is_the_same_alone_batched_chunked_and_streamed():
     cfg = tiny.gemma3()
     net = tiny.model(cfg)
     prompts = [tiny.tokens(cfg, 1, n, seed=n)[0].tolist() for n in (3, 40, 17)]
-    for options in ({}, dict(temperature=1.0, top_k=20, top_p=0.9, min_p=0.01, seed=5)):
+    sampled = dict(temperature=1.0, top_k=20, top_p=0.9, min_p=0.01, seed=5)
+    for options, ways in (
+        ({}, ({"chunk": 16}, {"on_text": lambda row, text: None})),
+        (sampled, ()),
+    ):
         together = [c.token_ids for c in generate(net, None, prompts, max_new_tokens=20, **options)]
         alone = [generate(net, None, [p], max_new_tokens=20, **options)[0] for p in prompts]
         assert together == [c.token_ids for c in alone]
-        chunked = generate(net, None, prompts, max_new_tokens=20, chunk=16, **options)
-        assert together == [c.token_ids for c in chunked]
-        streamed = generate(
-            net, None, prompts, max_new_tokens=20, on_text=lambda row, text: None, **options
-        )
-        assert together == [c.token_ids for c in streamed]
+        for way in ways:
+            done = generate(net, None, prompts, max_new_tokens=20, **way, **options)
+            assert together == [c.token_ids for c in done]
 
 
 def test_generated_tokens_are_the_argmax_of_a_full_pass():
