@@ -95,7 +95,7 @@ def test_plan_and_shard():
     assert "fits: True" in plan and "per token: none" in plan and "'all-reduce'" in plan
     predicted, found = (float(s) for s in re.findall(r"[\d.]+(?= GB)", plan.splitlines()[1]))
     assert found == pytest.approx(predicted, rel=0.02)
-    assert " does not fit" in printed(done, "compiles=False")
+    assert " does not fit" in printed(done, "in meshes(")
     assert len(printed(done, "gpu:{kind}").splitlines()) == 11
     assert [line.split()[0] for line in printed(done, "together =").splitlines()] == [
         "True",
