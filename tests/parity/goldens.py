@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
+from gemma_checkpoints import save_hf
+from gemma_jax import forward
+
 DATA = Path(__file__).parent / "data"
 
 
@@ -37,3 +40,26 @@ def next_token_loss(logits_BTV, labels_BT):
     real_BT = targets_BT != -100
     chosen = jnp.take_along_axis(log_probs_BTV, jnp.maximum(targets_BT, 0)[..., None], -1)
     return -jnp.sum(chosen[..., 0] * real_BT) / real_BT.sum()
+
+
+def loss_gradient(model, folder: str):
+    """Loss and its gradient on the stored batch of `folder`."""
+    given, _, _ = case(folder, "gradients")
+    ids, labels = given["input_ids"].astype(np.int32), given["labels"]
+    return jax.jit(
+        jax.value_and_grad(lambda net: next_token_loss(forward(net, ids).logits, labels))
+    )(model)
+
+
+def assert_gradient(grads, folder: str, target: Path, least: int):
+    """Every stored tensor of the gradient, of which there are `least`; it is written to `target`.
+
+    A gradient is shaped like a model, so it exports like one.
+    """
+    _, expected, tolerance = case(folder, "gradients")
+    save_hf(grads, target)
+    ours = load_file(target / "model.safetensors")
+    theirs = {k: v for k, v in expected.items() if k.startswith("grad.")}
+    assert len(theirs) >= least
+    for name, value in theirs.items():
+        assert_close(ours[name.removeprefix("grad.")], value, tolerance[name])
