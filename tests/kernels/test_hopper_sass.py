@@ -68,6 +68,29 @@ def test_decoding(H):
     check(run, array(1, 1, 8, H), cache, cache, ints(1, 1), ints(1, 1), ints(1, 32768), products=8)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
+def test_a_layer_of_a_stack_is_not_copied(dtype):
+    """A step reads eight layers in turn, and needs no room for one."""
+    cache = array(8, 1, 1, 32768, 256, dtype=dtype)
+    scales = [array(8, 1, 1, 32768, dtype=jnp.float32)] * 2 if dtype == jnp.int8 else []
+
+    def run(q, k, v, lo, hi, pos, *scales):
+        options = dict(zip(("k_scale_BKS", "v_scale_BKS"), scales))
+        options |= dict(lo_BT=lo, hi_BT=hi, kv_pos_BS=pos, spec=AttentionSpec(scale=0.1))
+
+        def layer(i, q):
+            return decode_attention_hopper(q, k, v, **options, layer=i)
+
+        return jax.lax.fori_loop(0, 8, layer, q)
+
+    rows = (ints(1, 1), ints(1, 1), ints(1, 32768))
+    arrays = (array(1, 1, 4, 256), cache, cache, *rows, *scales)
+    compiled, (kernel,) = sass.compile_for_hopper(run, *arrays)
+    assert kernel.spilled == 0
+    one_layer = 32768 * 256 * cache.dtype.itemsize
+    assert compiled.memory_analysis().temp_size_in_bytes < one_layer // 2
+
+
 @pytest.mark.parametrize("H", [128, 256])
 def test_decoding_from_int8(H):
     spec = AttentionSpec(scale=0.1)

@@ -44,7 +44,7 @@ def _hopper(*operands, **options) -> jax.Array | tuple[jax.Array, jax.Array]:
 SCALES = ("k_scale_BKS", "v_scale_BKS")
 IMPLEMENTATIONS: dict[str, Callable] = {
     "tpu": _tpu,
-    "hopper": _of_layer(_hopper),
+    "hopper": _hopper,
     "xla": _of_layer(decode_attention_xla),
     "reference": _of_layer(decode_attention_reference),
 }

@@ -85,6 +85,7 @@ class _Plan:
     splits: int
     stored: int
     scaled: bool
+    stacked: bool
     ops: Ops
 
 
@@ -99,6 +100,7 @@ def decode_attention_hopper(
     *,
     k_scale_BKS: jax.Array | None = None,
     v_scale_BKS: jax.Array | None = None,
+    layer: jax.Array | None = None,
     return_lse: bool = False,
     splits: int | None = None,
     blocks: Blocks | None = None,
@@ -112,6 +114,8 @@ def decode_attention_hopper(
       lo_BT, hi_BT, kv_pos_BS: Query `t` sees the slots with position in `[lo, hi)`, in any order;
         not looked at if `spec` says that there is no mask.
       k_scale_BKS, v_scale_BKS: float32 factors of the slots of int8 caches.
+      layer: int32; caches and scales are stacks of layers, `[L, B, ...]`, and this one is read
+        where it lies. Not under `vmap`.
       return_lse: Return float32 `[B, T, N]` as well, the logarithm of the softmax's denominator;
         -inf for queries that see nothing.
       splits: Thread blocks per row and key head; default: so that they fill the chip.
@@ -124,7 +128,7 @@ def decode_attention_hopper(
     """
     _check(q_BTNH, k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS, spec)
     B, T, N, H = q_BTNH.shape
-    K, S = k_BKSH.shape[1:3]
+    K, S = k_BKSH.shape[-3:-1]
     G = N // K
     blocks = blocks or (Blocks(64, 1) if H > 128 else Blocks(64, 2))
     tiles = pl.cdiv(G * T, PIECE)
@@ -133,13 +137,19 @@ def decode_attention_hopper(
         splits=splits or default_splits(B * K * tiles, pl.cdiv(S, HALVES * blocks.k)),
         stored=min(pl.cdiv(G * T, 8) * 8, PIECE),
         scaled=k_scale_BKS is not None,
+        stacked=layer is not None,
         ops=Ops(bool(interpret)),
     )  # fmt: skip
     if not spec.masked:
         lo_BT, hi_BT, kv_pos_BS = everything(B, T, S)
     scales = (k_scale_BKS, v_scale_BKS) if plan.scaled else ()
-    run = joins_batch(partial(_run, plan=plan))
-    out_BKPRH, lse_BKPR = run(q_BTNH, k_BKSH, v_BKSH, lo_BT, hi_BT, kv_pos_BS, *scales)
+    if layer is None:
+        run = joins_batch(partial(_run, plan=plan))
+    else:  # a layer is some rows of a cache of more; scales are few, and rather copied
+        k_BKSH, v_BKSH = (x.reshape(-1, *x.shape[2:]) for x in (k_BKSH, v_BKSH))
+        scales = [lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in scales]
+        run = partial(_run, plan=plan, first_row=layer * B)
+    out_BKPRH, lse_BKPR = run(q_BTNH, lo_BT, hi_BT, kv_pos_BS, k_BKSH, v_BKSH, *scales)
 
     lse_BKR = jax.nn.logsumexp(lse_BKPR, axis=2)
     # Splits that saw nothing weigh nothing, also where all did.
@@ -170,18 +180,18 @@ def default_splits(heads: int, most: int) -> int:
 
 def _check(q_BTNH, k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS, spec: AttentionSpec) -> None:
     B, T, N, H = q_BTNH.shape
-    if k_BKSH.shape != v_BKSH.shape or (k_BKSH.shape[0], k_BKSH.shape[3]) != (B, H):
+    if k_BKSH.shape != v_BKSH.shape or (k_BKSH.shape[-4], k_BKSH.shape[-1]) != (B, H):
         raise ValueError(
             f"keys {k_BKSH.shape} and values {v_BKSH.shape} must be [B={B}, K, S, H={H}]"
         )
-    K, S = k_BKSH.shape[1:3]
+    K, S = k_BKSH.shape[-3:-1]
     if N % K:
         raise ValueError(f"query heads N={N} must be a multiple of key/value heads K={K}")
     if (k_scale_BKS is None) != (v_scale_BKS is None):
         raise ValueError("keys and values have scales, or neither has")
     for name, scale in {"k_scale_BKS": k_scale_BKS, "v_scale_BKS": v_scale_BKS}.items():
-        if scale is not None and scale.shape != (B, K, S):
-            raise ValueError(f"{name} has shape {scale.shape}; the cache needs {(B, K, S)}")
+        if scale is not None and scale.shape != k_BKSH.shape[:-1]:
+            raise ValueError(f"{name} has shape {scale.shape}; the cache needs {k_BKSH.shape[:-1]}")
     if spec.causal:
         raise ValueError("causal=True states a mask by rows; caches have positions")
     if not spec.softmax_in_float32:
@@ -202,8 +212,11 @@ def _check(q_BTNH, k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS, spec: AttentionSpec
         raise NotImplementedError(f"a cache of {S} slots; it takes multiples of 8")
 
 
-def _run(q_BTNH, k_BKSH, v_BKSH, lo_BT, hi_BT, kv_pos_BS, *scales, plan: _Plan):
-    """Results of all splits, normalised: float32 `[B, K, splits, rows, H]` and log-sum-exp."""
+def _run(q_BTNH, lo_BT, hi_BT, kv_pos_BS, k_BKSH, v_BKSH, *scales, plan: _Plan, first_row=0):
+    """Results of all splits, normalised: float32 `[B, K, splits, rows, H]` and log-sum-exp.
+
+    Keys and values may have more rows than the queries, whose first is `first_row`.
+    """
     B, T, N, H = q_BTNH.shape
     K = k_BKSH.shape[1]
     G, k, stages = N // K, plan.blocks.k, plan.blocks.stages
@@ -215,7 +228,8 @@ def _run(q_BTNH, k_BKSH, v_BKSH, lo_BT, hi_BT, kv_pos_BS, *scales, plan: _Plan):
     scales = [pad_axis(x.astype(jnp.float32), 2, k) for x in scales]
     lo_BT = jnp.maximum(lo_BT, 0)
     live = runs(*classify(lo_BT, hi_BT, kv_pos_BS, T, k))
-    live_2B = jnp.stack([live.first, live.end])[:, :, 0]
+    row_B = first_row + jnp.arange(B, dtype=jnp.int32)
+    live_3B = jnp.stack([live.first[:, 0], live.end[:, 0], row_B])
     lo_BR, hi_BR = (pad_axis(jnp.repeat(x, G, axis=1), 1, PIECE) for x in (lo_BT, hi_BT))
     if interpret:  # which does not read zeros beyond the end
         k_BKSH, v_BKSH = (pad_axis(x, 2, k) for x in (k_BKSH, v_BKSH))
@@ -252,7 +266,7 @@ def _run(q_BTNH, k_BKSH, v_BKSH, lo_BT, hi_BT, kv_pos_BS, *scales, plan: _Plan):
         compiler_params=compiler_params(),
         interpret=interpreter() if interpret else None,
         kernel_name="decode_attention_hopper",
-    )(q_BKRH, k_BKSH, v_BKSH, lo_BR, hi_BR, kv_pos_BS, live_2B, *scales)
+    )(q_BKRH, k_BKSH, v_BKSH, lo_BR, hi_BR, kv_pos_BS, live_3B, *scales)
     return out_BKPRH, lse_BKPR[..., : out_BKPRH.shape[3]]
 
 
@@ -291,7 +305,8 @@ def _kernel(q_gmem, k_gmem, v_gmem, lo_gmem, hi_gmem, pos_gmem, live_gmem, *refs
     def _():
         plgpu.set_max_registers(24, action="decrease")
         ranges = [bounds(w) for w in range(HALVES)]
-        _load(k_gmem.at[batch, head], v_gmem.at[batch, head], ranges, scratch, plan)
+        row = live_gmem[2, batch] if plan.stacked else batch
+        _load(k_gmem.at[row, head], v_gmem.at[row, head], ranges, scratch, plan)
 
 
 def _load(k_gmem, v_gmem, ranges, scratch, plan: _Plan):
