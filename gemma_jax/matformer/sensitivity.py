@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax.config import GemmaConfig
-from gemma_jax.model import Gemma, forward
+from gemma_jax.losses import loss
+from gemma_jax.model import Gemma
 
 from .cut import Slice, slice_config
 from .slicing import at, parameters, slice_model
@@ -141,21 +141,13 @@ class _Measure:
             raise ValueError(
                 f"tokens_BT of shape {list(tokens_BT.shape)} must be [B, T] with T of 2 or more"
             )
-        self.model, self.tokens_BT = model, tokens_BT
+        real_BT = tokens_BT >= 0
+        self.model, self.tokens_BT = model, np.maximum(tokens_BT, 0)
+        self.positions_BT = np.where(real_BT, np.arange(tokens_BT.shape[1], dtype=np.int32), -1)
 
     def __call__(self, widths_L: np.ndarray) -> float:
-        return float(_loss(self.model, self.tokens_BT, jnp.asarray(widths_L, jnp.int32)))
-
-
-@jax.jit
-def _loss(model: Gemma, tokens_BT: jax.Array, widths_L: jax.Array) -> jax.Array:
-    real_BT = tokens_BT >= 0
-    positions_BT = jnp.where(real_BT, jnp.arange(tokens_BT.shape[1]), -1)
-    out = forward(model, jnp.maximum(tokens_BT, 0), positions_BT, ffn_widths_L=widths_L)
-    log_probs_BTV = jax.nn.log_softmax(out.logits[:, :-1])
-    next_BT1 = jnp.maximum(tokens_BT[:, 1:, None], 0)
-    log_probs_BT = jnp.take_along_axis(log_probs_BTV, next_BT1, axis=-1)[..., 0]
-    return -jnp.sum(log_probs_BT * real_BT[:, 1:]) / jnp.sum(real_BT[:, 1:])
+        widths_L = jnp.asarray(widths_L, jnp.int32)
+        return float(loss(self.model, self.tokens_BT, self.positions_BT, ffn_widths_L=widths_L))
 
 
 def _narrowed(full_L: np.ndarray, layer: int, width: int) -> np.ndarray:
