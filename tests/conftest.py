@@ -32,6 +32,18 @@ def compile_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
+def compile_effort(request):
+    """Most of the suite's time goes into compiling programs that run once. Where they are compared
+    with each other, XLA optimises little, unless a module says that its programs `RUN_LONG`; where
+    they are compared with references, and in processes that tests start, it does what it does for
+    users."""
+    module = request.node
+    light = module.path.parent.name in ("kernels", "matformer", "properties")
+    light = light and not getattr(module.obj, "RUN_LONG", False)
+    jax.config.update("jax_disable_most_optimizations", light)
+
+
+@pytest.fixture(scope="module", autouse=True)
 def programs_of_one_module():
     """Compiled programs are dropped after each module: each holds maps of memory, of which Linux
     gives a process 65,530, and the suite compiles more than that."""

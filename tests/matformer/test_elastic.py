@@ -15,6 +15,7 @@ import gemma_jax as gj
 from gemma_jax.config import share_kv
 from gemma_jax.matformer import Slice, at, shares_cache
 
+RUN_LONG = True  # programs of this module: see compile_effort
 FOLDER = Path(__file__).parents[2] / "checkpoints" / "elastic"
 RESULTS = json.loads((FOLDER / "results.json").read_text("utf-8"))
 

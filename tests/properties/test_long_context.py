@@ -12,6 +12,7 @@ from gemma_jax import forward, init_cache, preset
 from gemma_jax.nn.rope import rope_table
 from gemma_jax.numerics import NUMERICS
 
+RUN_LONG = True  # programs of this module: see compile_effort
 POSITIONS = np.array([[0, 1, 511, 1_024, 32_767, 65_536, 100_003, 131_071, 131_072]], np.int32)
 
 
