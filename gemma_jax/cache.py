@@ -7,6 +7,10 @@ an empty slot holds -1. Rows of a batch may have different lengths.
 
 Key/value heads come before slots: so a kernel's copy of some slots is whole tiles of a TPU's
 memory, however few heads there are.
+
+Caches may be narrower than activations, down to int8 with a scale per token and head. Whatever goes
+through a cache is rounded before any query sees it, also within the pass that brings it: so a
+prompt in pieces gives what it gives in one.
 """
 
 from collections.abc import Callable
@@ -17,9 +21,11 @@ import jax
 import jax.numpy as jnp
 
 from gemma_jax.config import GemmaConfig, LayerSpec
+from gemma_jax.nn.int8 import to_int8
 from gemma_jax.segments import Segment
 
 BLOCK = 128  # slots: kernels read whole ones
+ARRAYS = ("k_BKSH", "v_BKSH", "k_scale_BKS", "v_scale_BKS")  # of a layer
 
 
 @jax.tree_util.register_dataclass
@@ -31,23 +37,39 @@ class LayerCache:
     written and read where it lies: what is cut out of it would be copied, at every token.
 
     Attributes:
+      k_scale_BKS, v_scale_BKS: float32 factors of int8 keys and values; `None` for others.
       layer: int32; the one of the stack that is meant.
     """
 
     k_BKSH: jax.Array
     v_BKSH: jax.Array
+    k_scale_BKS: jax.Array | None = None
+    v_scale_BKS: jax.Array | None = None
     layer: jax.Array | None = None
 
     @property
     def capacity(self) -> int:
         return self.k_BKSH.shape[-2]
 
-    def of_layer(self) -> tuple[jax.Array, jax.Array]:
+    @property
+    def arrays(self) -> dict[str, jax.Array]:
+        """Keys, values and, if there are any, their scales."""
+        named = {name: getattr(self, name) for name in ARRAYS}
+        return {name: array for name, array in named.items() if array is not None}
+
+    def of_layer(self) -> "LayerCache":
         """Keys and values of the layer alone."""
         if self.layer is None:
-            return self.k_BKSH, self.v_BKSH
+            return self
         at = partial(jax.lax.dynamic_index_in_dim, index=self.layer, keepdims=False)
-        return at(self.k_BKSH), at(self.v_BKSH)
+        return LayerCache(**{name: at(array) for name, array in self.arrays.items()})
+
+    def widened(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        """Keys and values as numbers of the dtype, whatever they are stored as."""
+        if self.k_scale_BKS is None:
+            return self.k_BKSH.astype(dtype), self.v_BKSH.astype(dtype)
+        pairs = (self.k_BKSH, self.k_scale_BKS), (self.v_BKSH, self.v_scale_BKS)
+        return tuple((x * scale[..., None]).astype(dtype) for x, scale in pairs)
 
 
 @jax.tree_util.register_dataclass
@@ -142,14 +164,23 @@ def init_cache(
     dtype: jax.typing.DTypeLike,
     slack: int = 0,
 ) -> Cache:
-    """An empty cache for `batch` rows of up to `max_len` tokens."""
+    """An empty cache for `batch` rows of up to `max_len` tokens.
+
+    Args:
+      dtype: Of keys and values; int8 comes with float32 scales.
+      slack: See `Cache`.
+    """
 
     def layer(spec: LayerSpec, repeats: int) -> LayerCache | None:
         if spec.kv == "shared":
             return None
         capacity = layer_capacity(spec, max_len, slack)
         shape = (repeats, batch, cfg.num_kv_heads, capacity, cfg.head_dim)
-        return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        cache = LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        if jnp.dtype(dtype) != jnp.int8:
+            return cache
+        ones = jnp.ones(shape[:-1], jnp.float32), jnp.ones(shape[:-1], jnp.float32)
+        return replace(cache, k_scale_BKS=ones[0], v_scale_BKS=ones[1])
 
     capacities = {max_len} | {layer_capacity(spec, max_len, slack) for spec in cfg.layers}
     return Cache(
@@ -161,8 +192,10 @@ def init_cache(
 
 
 def cache_bytes(cfg: GemmaConfig, batch: int, max_len: int, dtype: jax.typing.DTypeLike) -> int:
-    """Bytes of keys and values that `init_cache` allocates (positions left out)."""
-    per_slot = 2 * batch * cfg.num_kv_heads * cfg.head_dim * jnp.dtype(dtype).itemsize
+    """Bytes of keys, values and scales that `init_cache` allocates (positions left out)."""
+    dtype = jnp.dtype(dtype)
+    per_head = cfg.head_dim * dtype.itemsize + (4 if dtype == jnp.int8 else 0)
+    per_slot = 2 * batch * cfg.num_kv_heads * per_head
     owners = (spec for spec in cfg.layers if spec.kv != "shared")
     return per_slot * sum(layer_capacity(spec, max_len) for spec in owners)
 
@@ -208,33 +241,45 @@ def extend(
     Args:
       write: `write_heads`, or what does the same on a mesh.
     """
-    new = (k_BKTH, v_BKTH)
-    written = (
-        write(old, x, slots.write_BT, cache.layer)
-        for old, x in zip((cache.k_BKSH, cache.v_BKSH), new)
-    )
-    after = LayerCache(*written, cache.layer)
+    new = _stored(k_BKTH, v_BKTH, cache.k_BKSH.dtype).arrays
+    written = {
+        name: write(old, new[name], slots.write_BT, cache.layer)
+        for name, old in cache.arrays.items()
+    }
+    after = LayerCache(**written, layer=cache.layer)
     if slots.order_BS is None:
         return after, after
-    order_B1S1 = slots.order_BS[:, None, :, None]
-    joined = (
-        jnp.take_along_axis(jnp.concatenate(pair, axis=2), order_B1S1, axis=2)
-        for pair in zip(cache.of_layer(), new)
-    )
-    return LayerCache(*joined), after
+
+    def join(old: jax.Array, new: jax.Array) -> jax.Array:
+        order = slots.order_BS.reshape(len(old), 1, -1, *(1,) * (old.ndim - 3))
+        return jnp.take_along_axis(jnp.concatenate([old, new], axis=2), order, axis=2)
+
+    old = cache.of_layer().arrays
+    return LayerCache(**{name: join(old[name], new[name]) for name in old}), after
+
+
+def _stored(k_BKTH: jax.Array, v_BKTH: jax.Array, dtype: jnp.dtype) -> LayerCache:
+    """Keys and values as a cache of the dtype holds them."""
+    if dtype != jnp.int8:
+        return LayerCache(k_BKTH.astype(dtype), v_BKTH.astype(dtype))
+    (k_BKTH, k_scale_BKT), (v_BKTH, v_scale_BKT) = (to_int8(x, (3,)) for x in (k_BKTH, v_BKTH))
+    return LayerCache(k_BKTH, v_BKTH, k_scale_BKT, v_scale_BKT)
 
 
 def write_heads(
     old_BKSH: jax.Array, new_BKTH: jax.Array, slot_BT: jax.Array, layer: jax.Array | None
 ) -> jax.Array:
-    """The cache, or the layer's in a stack of them, with new tokens in their slots."""
+    """The cache, or the layer's in a stack of them, with new tokens in their slots.
+
+    Scales, `[B, K, S]`, are written alike.
+    """
     # With an index for each row and head: of anything shorter, XLA for TPUs makes a scatter that
     # wants the cache in another layout, and copies all of it.
-    B, K = old_BKSH.shape[-4:-2]
+    B, K = new_BKTH.shape[:2]
     row_B11, head_1K1 = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
     at = (row_B11, head_1K1, slot_BT[:, None])
     at = at if layer is None else (layer, *at)
-    return old_BKSH.at[at].set(new_BKTH.astype(old_BKSH.dtype), mode="drop")
+    return old_BKSH.at[at].set(new_BKTH, mode="drop")
 
 
 @partial(jax.vmap, in_axes=(0, 0, 0))

@@ -18,10 +18,12 @@ class Runtime:
     """How a model computes, as opposed to what it is (`GemmaConfig`).
 
     Attributes:
-      dtype: Dtype of activations and caches. Parameters may be stored in another.
+      dtype: Dtype of activations. Parameters may be stored in another.
       numerics: Whose roundings to follow; see `numerics.py`.
       attention_impl: Name of an attention implementation; `"auto"`: by platform and shape.
       vision_dtype: Dtype inside the vision tower; `None` for `dtype`.
+      cache_dtype: Dtype of keys and values in caches, int8 with a scale per token and head; `None`
+        for `dtype`.
       remat: Keep only what passes between layers for the gradient, and compute a layer's inside
         again in the backward pass.
       partition: The mesh that the model lies on, and how; `None` on one device.
@@ -31,8 +33,15 @@ class Runtime:
     numerics: Numerics = NUMERICS["hf"]
     attention_impl: str = "auto"
     vision_dtype: jnp.dtype | None = None
+    cache_dtype: jnp.dtype | None = None
     remat: bool = False
     partition: Partition | None = None
+
+    def __post_init__(self):
+        if self.cache_dtype not in (None, "float32", "bfloat16", "int8"):
+            raise ValueError(
+                f"cache_dtype={self.cache_dtype} must be 'float32', 'bfloat16' or 'int8'"
+            )
 
 
 @jax.tree_util.register_dataclass

@@ -36,6 +36,7 @@ def load_model(
     dtype: jax.typing.DTypeLike | None = None,
     vision_dtype: jax.typing.DTypeLike | None = None,
     weights: str | None = None,
+    cache_dtype: jax.typing.DTypeLike | None = None,
     numerics: str | Numerics = "hf",
     attention_impl: str = "auto",
     layout: Layout | None = None,
@@ -54,6 +55,8 @@ def load_model(
         Default: `dtype`.
       weights: Dtype the weights are stored in: `"float32"`, `"bfloat16"`, or `"int8"` with a
         float32 scale per output channel. Default: `dtype`.
+      cache_dtype: Dtype of cached keys and values; int8 has a float32 scale per token and head.
+        Default: `dtype`.
       numerics: `"hf"` or `"gdm"`; see `gemma_jax.numerics`.
       attention_impl: A name out of `gemma_kernels.attention.IMPLEMENTATIONS`, or `"auto"` for the
         best by platform and shape.
@@ -85,6 +88,7 @@ def load_model(
             numerics=resolve_numerics(numerics),
             attention_impl=attention_impl,
             vision_dtype=None if vision_dtype is None else jnp.dtype(vision_dtype),
+            cache_dtype=None if cache_dtype is None else jnp.dtype(cache_dtype),
             partition=partition,
         ),
         layout=layout or ("unrolled" if on_cpu else "scan"),

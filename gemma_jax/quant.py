@@ -21,6 +21,7 @@ from flax import nnx
 from gemma_jax.compat import fuses_matrix_vector
 from gemma_jax.model import Gemma
 from gemma_jax.nn.einsum import matrix_vector
+from gemma_jax.nn.int8 import to_int8
 from gemma_jax.nn.lookup import lookup
 from gemma_kernels.platform import target_platform
 
@@ -121,10 +122,7 @@ def _as_bits(array: jax.Array) -> StoredWeight:
 
 
 def _as_int8(array: jax.Array, axes: tuple[int, ...]) -> StoredWeight:
-    largest = jnp.max(jnp.abs(array), axis=axes, keepdims=True).astype(jnp.float32)
-    scale = jnp.where(largest == 0, 1.0, largest / 127)
-    values = jnp.round(array.astype(jnp.float32) / scale).astype(jnp.int8)
-    return StoredWeight(values, jnp.squeeze(scale, axes))
+    return StoredWeight(*to_int8(array, axes))
 
 
 _STORE = {

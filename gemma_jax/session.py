@@ -203,7 +203,7 @@ class Session:
             cfg,
             model.segments,
             self.max_len,
-            model.runtime.dtype,
+            model.runtime.cache_dtype or model.runtime.dtype,
             self.how.use_penalty,
             slack,
             model.runtime.partition,

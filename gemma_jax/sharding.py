@@ -155,7 +155,7 @@ class Partition:
 
         return replace(
             cache,
-            layers=jax.tree.map(lambda a: at("BKSH", a), cache.layers),
+            layers=jax.tree.map(lambda a: at("BKSH"[: a.ndim - 1], a), cache.layers),
             positions={c: at("BS", a) for c, a in cache.positions.items()},
         )
 
@@ -218,15 +218,17 @@ class Partition:
         split = full and self.splits("S")
 
         def write(old_BKSH, new_BKTH, slot_BT, layer):
+            ends = "H"[: new_BKTH.ndim - 3]  # scales have no H
+            dims = f"BKS{ends}" if layer is None else f"LBKS{ends}"
+
             def part(old_BKSH, new_BKTH, slot_BT, *layer):
                 if split:
-                    own = old_BKSH.shape[-2]
+                    own = old_BKSH.shape[dims.index("S")]
                     slot_BT = slot_BT - self.index("S") * own
                     slot_BT = jnp.where((slot_BT >= 0) & (slot_BT < own), slot_BT, own)
                 return write_heads(old_BKSH, new_BKTH, slot_BT, *layer or (None,))
 
-            dims = "BKSH" if layer is None else "LBKSH"
-            operands = [(dims, old_BKSH), ("BKTH", new_BKTH), ("BT", slot_BT)]
+            operands = [(dims, old_BKSH), (f"BKT{ends}", new_BKTH), ("BT", slot_BT)]
             operands += [] if layer is None else [("", layer)]
             return self.run(part, dims, *operands, whole="" if split else "S")
 
@@ -299,10 +301,11 @@ def shard(model: "Gemma", mesh: Mesh, rules: Rules | None = None) -> "Gemma":
 
 
 def empty_cache(model: "Gemma", batch: int, max_len: int, slack: int = 0) -> Cache:
-    """`init_cache` for a model, in its dtype, made where the model lies."""
+    """`init_cache` for a model, in the dtype of its caches, made where the model lies."""
     runtime = model.runtime
     partition = runtime.partition
-    make = partial(init_cache, model.cfg, model.segments, batch, max_len, runtime.dtype, slack)
+    dtype = runtime.cache_dtype or runtime.dtype
+    make = partial(init_cache, model.cfg, model.segments, batch, max_len, dtype, slack)
     if partition is None:
         return make()
     return jax.jit(make, out_shardings=partition.shardings(jax.eval_shape(make)))()

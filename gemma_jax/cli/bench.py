@@ -16,6 +16,7 @@ def command(
     batch: Annotated[int, typer.Option(min=1, help="Rows of prefill and token loop.")] = 1,
     dtype: common.DTypeOption = None,
     weights: common.WeightsOption = None,
+    cache_dtype: common.CacheDTypeOption = None,
     as_json: common.Json = False,
 ) -> None:
     """Measure prefill, decoding, time to first token, peak memory and import time."""
@@ -29,12 +30,13 @@ def command(
     options = ["--model", model]
     options += ["--dtype", dtype.value] if dtype else []
     options += ["--weights", weights.value] if weights else []
+    options += ["--cache-dtype", cache_dtype.value] if cache_dtype else []
     with common.stderr.status("starting processes") as status:
         # Children come first: once this process holds an accelerator they could not have it.
         outside = benchmark.starts(options, repeats)
         outside["import_s"] = benchmark.import_seconds(repeats)
         status.stop()
-        net = common.load_model(model, dtype=dtype, weights=weights)
+        net = common.load_model(model, dtype=dtype, weights=weights, cache_dtype=cache_dtype)
         status.update("reading and writing tokens")
         status.start()
         inside = benchmark.steady_state(
@@ -44,6 +46,7 @@ def command(
         "model": model,
         "dtype": str(net.runtime.dtype),
         "weights": weights.value if weights else str(net.runtime.dtype),
+        "cache_dtype": cache_dtype.value if cache_dtype else str(net.runtime.dtype),
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "batch": batch,
@@ -63,7 +66,10 @@ def _print_table(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     machine = result["machine"]
-    what = f"{result['model']}, {result['dtype']} arithmetic, {result['weights']} weights"
+    what = (
+        f"{result['model']}, {result['dtype']} arithmetic, {result['weights']} weights, "
+        f"{result['cache_dtype']} caches"
+    )
     where = f"{machine['cpu']}, {machine['cores']} cores, jax {machine['jax']} on "
     table = Table(title=what, caption=where + f"{machine['devices']} x {machine['device']}")
     table.add_column("")

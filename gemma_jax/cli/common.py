@@ -42,7 +42,7 @@ class Place(StrEnum):
     disk = "disk"
 
 
-class Weights(StrEnum):
+class Storage(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     int8 = "int8"
@@ -56,8 +56,12 @@ DTypeOption = Annotated[
     typer.Option(help="Dtype of the arithmetic. Default: float32 on CPU, else bfloat16."),
 ]
 WeightsOption = Annotated[
-    Weights | None,
+    Storage | None,
     typer.Option(help="Dtype the weights are stored in. Default: that of the arithmetic."),
+]
+CacheDTypeOption = Annotated[
+    Storage | None,
+    typer.Option(help="Dtype of cached keys and values. Default: that of the arithmetic."),
 ]
 NumericsOption = Annotated[
     NumericsName, typer.Option(help="Whose roundings to follow: transformers' or DeepMind's.")
@@ -116,7 +120,8 @@ def load_model(
     source: str,
     *,
     dtype: DType | None,
-    weights: Weights | None = None,
+    weights: Storage | None = None,
+    cache_dtype: Storage | None = None,
     numerics: NumericsName = NumericsName.hf,
     attention_impl: str = "auto",
     vision_dtype: DType | None = None,
@@ -136,6 +141,7 @@ def load_model(
             source,
             dtype=dtype and dtype.value,
             weights=weights and weights.value,
+            cache_dtype=cache_dtype and cache_dtype.value,
             numerics=numerics.value,
             attention_impl=attention_impl,
             vision_dtype=vision_dtype and vision_dtype.value,

@@ -48,6 +48,7 @@ def command(
     ] = False,
     dtype: common.DTypeOption = None,
     weights: common.WeightsOption = None,
+    cache_dtype: common.CacheDTypeOption = None,
     slice_name: common.SliceOption = None,
     per_layer_table: common.PerLayerTableOption = common.Place.device,
     speculative: Annotated[
@@ -92,6 +93,7 @@ def command(
         model,
         dtype=dtype,
         weights=weights,
+        cache_dtype=cache_dtype,
         numerics=numerics,
         attention_impl=attention_impl,
         mesh=mesh,

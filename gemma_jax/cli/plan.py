@@ -36,8 +36,9 @@ def command(
     context: Annotated[int, typer.Option(help="Tokens in the caches; when training, in a row.")],
     batch: Annotated[int, typer.Option(help="Rows.")] = 1,
     dtype: Annotated[
-        common.DType, typer.Option(help="Of activations, caches and weights.")
+        common.DType, typer.Option(help="Of activations and weights.")
     ] = common.DType.bfloat16,
+    cache_dtype: common.CacheDTypeOption = None,
     quant: Annotated[Quant | None, typer.Option(help="Dtype that matrices are stored in.")] = None,
     mode: Annotated[
         Mode, typer.Option(help="A token for every row, a chunk of prompt, or a training step.")
@@ -80,6 +81,7 @@ def command(
         context=context,
         dtype=dtype.value,
         weights=quant and quant.value,
+        cache_dtype=cache_dtype and cache_dtype.value,
         attention_impl=attention_impl,
     )
     if search:
@@ -87,7 +89,7 @@ def command(
         if not plans:
             raise ValueError(
                 f"no mesh of {topology} holds weights and caches of {source} at batch {batch} and "
-                f"{context:,} tokens; take a larger slice, or --quant int8"
+                f"{context:,} tokens; take a larger slice, or --quant int8 and --cache-dtype int8"
             )
         common.print_json({"plans": [p.as_dict() for p in plans]}) if as_json else _rank(plans)
         return
@@ -96,7 +98,7 @@ def command(
     elif (plan := planning.fit(source, cfg, where, work, fit.value, axes)) is None:
         raise ValueError(
             f"{source} does not fit {topology} with any {fit.value}; take a larger slice, another "
-            "mesh, or --quant int8"
+            "mesh, or --quant int8 and --cache-dtype int8"
         )
     common.print_json(plan.as_dict()) if as_json else _print(plan)
 

@@ -1,6 +1,7 @@
 """Grouped-query attention with rotary positions: over new keys, a cache, or a layer's before it."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,8 @@ class Attention(nnx.Module):
             out_BTNH = attend(q_BTNH, kv, mask, spec, ctx.runtime, full=full)
         taps = {}
         if "attention_weights" in ctx.capture:
-            k_BSKH = jnp.moveaxis(kv.kv.of_layer()[0], 1, 2)
+            k_BKSH, _ = kv.kv.of_layer().widened(q_BTNH.dtype)
+            k_BSKH = jnp.moveaxis(k_BKSH, 1, 2)
             taps["attention_weights"] = attention_weights(q_BTNH, k_BSKH, **mask, spec=spec)
         return self.o(out_BTNH), cache, kv, taps
 
@@ -122,39 +124,47 @@ def attend(
     across = partition is not None and full and partition.splits("S")
     if across and name == "auto":
         name = "xla"  # sums over the slots of other devices are for the compiler to arrange
-    # Only kernels for decoding take a layer out of a stack.
-    cache = kv.kv if decodes else LayerCache(*kv.kv.of_layer())
-    names = [*mask] if cache.layer is None else [*mask, "layer"]
+    # Only kernels for decoding take a layer out of a stack, and int8.
+    cache = kv.kv if decodes else LayerCache(*kv.kv.of_layer().widened(q_BTNH.dtype))
+    stack = "" if cache.layer is None else "L"
+    # All by their names, whose endings are their letters.
+    dims = {name: stack + name.rpartition("_")[2] for name in cache.arrays}
+    dims |= {name: name.rpartition("_")[2] for name in mask}
+    dims |= {"layer": ""} if stack else {}
+    arrays = cache.arrays | mask | ({"layer": cache.layer} if stack else {})
 
-    def run(q_BTNH, k_BKSH, v_BKSH, *rest):
-        how = dict(zip(names, rest), spec=spec, implementation=name)
+    def run(q_BTNH, *rest):
+        operands = dict(zip(arrays, rest))
+        keys_values = [operands.pop(x) for x in ("k_BKSH", "v_BKSH")]
+        how = operands | dict(spec=spec, implementation=name)
         if decodes:
-            return decoding.decode_attention(q_BTNH, k_BKSH, v_BKSH, **how)
-        k_BSKH, v_BSKH = jnp.moveaxis(k_BKSH, 1, 2), jnp.moveaxis(v_BKSH, 1, 2)
-        return attention(q_BTNH, k_BSKH, v_BSKH, **how)
+            return decoding.decode_attention(q_BTNH, *keys_values, **how)
+        return attention(q_BTNH, *(jnp.moveaxis(x, 1, 2) for x in keys_values), **how)
 
-    def run_part(q_BTNH, k_BKSH, v_BKSH, *rest):
-        k_BKSH, v_BKSH = (_heads_of(partition, groups, q_BTNH, x) for x in (k_BKSH, v_BKSH))
-        return run(q_BTNH, k_BKSH, v_BKSH, *rest)
+    def run_part(q_BTNH, *rest):
+        own = partial(_heads_of, partition, groups, q_BTNH)
+        return run(
+            q_BTNH,
+            *(own(x, d.index("K")) if "K" in d else x for d, x in zip(dims.values(), rest)),
+        )
 
-    dims = "BKSH" if cache.layer is None else "LBKSH"
-    operands = [("BTNH", q_BTNH), (dims, cache.k_BKSH), (dims, cache.v_BKSH)]
-    operands += [(name.rpartition("_")[2], array) for name, array in mask.items()]
-    operands += [] if cache.layer is None else [("", cache.layer)]
     if partition is None or across:
-        return run(*(array for _, array in operands))
+        return run(q_BTNH, *arrays.values())
     groups = q_BTNH.shape[2] // cache.k_BKSH.shape[-3]
+    operands = [("BTNH", q_BTNH), *((dims[x], array) for x, array in arrays.items())]
     return partition.run(run_part, "BTNH", *operands, whole="S")
 
 
-def _heads_of(partition: Partition, groups: int, q_BTNH: jax.Array, k_BKSH: jax.Array) -> jax.Array:
-    """Of the key heads on this device, those that its query heads read.
+def _heads_of(
+    partition: Partition, groups: int, q_BTNH: jax.Array, x: jax.Array, axis: int
+) -> jax.Array:
+    """Of the key heads on this device, along an axis, those that its query heads read.
 
     They are all of them, unless key heads are too few to be split as query heads are.
     """
-    N, K = q_BTNH.shape[2], k_BKSH.shape[-3]
+    N, K = q_BTNH.shape[2], x.shape[axis]
     count = max(1, N // groups)
     if count == K:
-        return k_BKSH
+        return x
     first = partition.index("N") * N // groups
-    return jax.lax.dynamic_slice_in_dim(k_BKSH, first, count, axis=-3)
+    return jax.lax.dynamic_slice_in_dim(x, first, count, axis)

@@ -33,8 +33,9 @@ class Work:
         Adam on whole rows.
       batch: Rows.
       context: Tokens that the caches hold; in training, the length of a row.
-      dtype: Of activations, caches and, unless `weights` is given, of weights.
+      dtype: Of activations and, unless they are given, of weights and caches.
       weights: `"int8"` or `"bfloat16"`: how matrices are stored.
+      cache_dtype: Of keys and values.
     """
 
     mode: Mode
@@ -42,6 +43,7 @@ class Work:
     context: int
     dtype: str = "bfloat16"
     weights: str | None = None
+    cache_dtype: str | None = None
     attention_impl: str = "auto"
 
     @property
@@ -74,7 +76,8 @@ def abstract_model(cfg: GemmaConfig, work: Work, partition: Partition) -> Gemma:
 
 
 def abstract_cache(cfg: GemmaConfig, work: Work, model: Gemma, partition: Partition) -> Cache:
-    make = partial(init_cache, cfg, model.segments, work.batch, work.context, work.dtype)
+    dtype = work.cache_dtype or work.dtype
+    make = partial(init_cache, cfg, model.segments, work.batch, work.context, dtype)
     return placed(jax.eval_shape(make), partition)
 
 

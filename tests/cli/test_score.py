@@ -22,6 +22,18 @@ def test_log_probs_are_those_of_the_stored_logits(cli, mute, tmp_path):
     assert told["perplexity"] == pytest.approx(math.exp(-np.mean(expected)), rel=1e-4)
 
 
+def test_narrower_caches_cost_a_little(cli, refused, mute, tmp_path):
+    ids = load_file(DATA / "g3_text" / "forward.safetensors")["in.input_ids"][0].tolist()
+    (tmp_path / "ids.json").write_text(json.dumps(ids))
+    words = ("score", "--model", mute, "--token-ids", tmp_path / "ids.json", "--json")
+    wide, int8 = (
+        np.array(json.loads(cli(*words, *more).out)["log_probs"])
+        for more in ((), ("--cache-dtype", "int8"))
+    )
+    assert 0 < np.abs(int8 - wide).mean() < 0.02  # nats
+    assert "'int4' is not one of" in refused(*words, "--cache-dtype", "int4")
+
+
 def test_text_is_taken_as_it_is(cli, talker, tmp_path):
     (tmp_path / "text").write_bytes("Räksmörgås\r\n".encode())
     words = ("--model", talker, "--text-file", tmp_path / "text")
