@@ -69,7 +69,7 @@ def test_a_loop_writes_into_its_cache_and_copies_none(chip, name):
             at = i + jnp.broadcast_to(jnp.arange(T), (B, T))
             pos = pos.at[jnp.arange(B)[:, None], at % S].set(at)
             kv, _ = extend(LayerCache(k, v), new, new, Slots(at % S, None, pos), write_heads)
-            k, v = kv.of_layer()
+            k, v = kv.k_BKSH, kv.v_BKSH
             return i + T, k, v, pos, step(q, k, v, jnp.maximum(at - 511, 0), at + 1, pos)
 
         return jax.lax.while_loop(lambda state: state[0] < steps, body, (0, k, v, pos, q))
