@@ -43,6 +43,11 @@ class Runtime:
                 f"cache_dtype={self.cache_dtype} must be 'float32', 'bfloat16' or 'int8'"
             )
 
+    @property
+    def kv_dtype(self) -> jnp.dtype:
+        """Dtype of keys and values in caches."""
+        return self.cache_dtype or self.dtype
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)

@@ -203,7 +203,7 @@ class Session:
             cfg,
             model.segments,
             self.max_len,
-            model.runtime.cache_dtype or model.runtime.dtype,
+            model.runtime.kv_dtype,
             self.how.use_penalty,
             slack,
             model.runtime.partition,

@@ -304,8 +304,7 @@ def empty_cache(model: "Gemma", batch: int, max_len: int, slack: int = 0) -> Cac
     """`init_cache` for a model, in the dtype of its caches, made where the model lies."""
     runtime = model.runtime
     partition = runtime.partition
-    dtype = runtime.cache_dtype or runtime.dtype
-    make = partial(init_cache, model.cfg, model.segments, batch, max_len, dtype, slack)
+    make = partial(init_cache, model.cfg, model.segments, batch, max_len, runtime.kv_dtype, slack)
     if partition is None:
         return make()
     return jax.jit(make, out_shardings=partition.shardings(jax.eval_shape(make)))()

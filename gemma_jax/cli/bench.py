@@ -46,7 +46,7 @@ def command(
         "model": model,
         "dtype": str(net.runtime.dtype),
         "weights": weights.value if weights else str(net.runtime.dtype),
-        "cache_dtype": cache_dtype.value if cache_dtype else str(net.runtime.dtype),
+        "cache_dtype": str(net.runtime.kv_dtype),
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "batch": batch,

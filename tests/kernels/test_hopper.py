@@ -285,11 +285,10 @@ def test_decoding(name, int8):
     assert_close(got, (q, k, v), (lo, hi, pos), spec)
 
 
+@later_only
 @pytest.mark.parametrize("int8", [False, True])
 def test_decoding_from_a_stack_of_layers(int8):
     """The same numbers as from the layer alone."""
-    if SLOW:
-        pytest.skip("the interpreter of jax 0.10 takes a minute for it")
     q, *_ = operands(1, 128, B=2)
     random = np.random.default_rng(0)
     k, v = random.integers(-127, 128, (2, 3, 2, 1, 128, 64))  # layers, batch, heads, slots
