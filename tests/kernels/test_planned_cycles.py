@@ -139,4 +139,6 @@ def test_the_stored_tables_meet_what_is_promised():
     decoding = json.loads(STORED.with_name("tpu-decode-schedule.json").read_text())["rows"]
     assert {row["chip"] for row in decoding} == set(CHIPS)
     for row in decoding:
-        assert row["cache"] == "int8" or row["ratio"] <= 0.7, row
+        # A tpu7x multiplies no int8 numbers: widening the cache takes longer than reading it.
+        widened = row["cache"] == "int8" and row["chip"] == "tpu7x"
+        assert row["ratio"] <= (1.5 if widened else 0.7), row

@@ -20,6 +20,10 @@ works on full registers. Heads of 128 go in pairs, side by side as one of 256, a
 zeros in the other half: matrix units are up to 256 wide. Each item makes its own softmax, so that
 an item's latencies hide behind the others' products; sums per row of the batch are kept in VMEM.
 
+An int8 cache enters the matrix unit as it is, where that multiplies such numbers: half the tiles of
+widened ones. Queries and weights are then written in two digits (`_digits`), rows of one matrix as
+well, and finer than bfloat16.
+
 Memory of one core, in VMEM: two buffers of `items` items (`STEP_BYTES` each, keys and values
 together), queries and float32 sums of the whole batch. `_check` refuses what does not fit.
 """
@@ -46,6 +50,8 @@ STEP_BYTES = 8 * 2**20  # keys and values of a step: its latencies and upkeep va
 MOST_KEYS = 2048  # of a block
 CHUNK = 8 * 1024  # scores of one softmax
 WAVE = 16 * CHUNK  # scores that are in flight together
+BASE = 128  # of a digit in an int8 product
+MOST_INTEGERS = 1024  # in one sum: 127 * BASE * 128 times as much is below 2**31
 VMEM = 56 * 2**20  # of 64 MiB in the smallest chips
 
 
@@ -76,6 +82,7 @@ class _Plan:
       size: Rows of such a matrix.
       width: Its columns.
       held: Blocks of a cache.
+      integers: Whether products are those of int8 numbers.
     """
 
     blocks: Blocks
@@ -88,11 +95,17 @@ class _Plan:
     spec: AttentionSpec
     dtype: jnp.dtype
     scaled: bool
+    integers: bool
 
     @property
     def once(self) -> bool:
         """Whether a row of the batch is done with one item."""
         return self.held == 1 and self.blocks.cores == 1
+
+    @property
+    def kv_dtype(self) -> jnp.dtype:
+        """Of keys and values in a product."""
+        return jnp.dtype(jnp.int8) if self.integers else self.dtype
 
     @property
     def chunk(self) -> int:
@@ -115,12 +128,15 @@ def decode_attention_tpu(
     layer: jax.Array | None = None,
     return_lse: bool = False,
     blocks: Blocks | None = None,
+    integers: bool | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Same result as `reference.decode_attention_reference`.
 
     Args:
       blocks: How to cut the cache; default: by shape.
+      integers: Whether int8 caches are multiplied as they are, by bfloat16 queries and weights in
+        two digits; default: if the chip has such products.
       interpret: Run without a TPU, by Pallas' interpreter.
 
     Raises:
@@ -138,7 +154,10 @@ def decode_attention_tpu(
     if H % LANES:
         raise NotImplementedError(f"heads of width {H}; it takes multiples of {LANES}")
     if blocks is None:
-        blocks = default_blocks((B, K, S, H), k_BKSH.dtype.itemsize, 1 if interpret else _cores())
+        cores = 1 if interpret else pltpu.get_tpu_info().num_cores
+        blocks = default_blocks((B, K, S, H), k_BKSH.dtype.itemsize, cores)
+    if integers is None:
+        integers = bool(interpret) or pltpu.get_tpu_info().int8_ops_per_second > 0
     scaled = k_scale_BKS is not None
     fold = 2 if H == LANES and K % 2 == 0 and not scaled else 1
     dtype = q_BTNH.dtype if scaled else jnp.promote_types(q_BTNH.dtype, k_BKSH.dtype)
@@ -154,6 +173,7 @@ def decode_attention_tpu(
         spec=spec,
         dtype=dtype,
         scaled=scaled,
+        integers=integers and scaled and dtype == jnp.bfloat16 and H <= MOST_INTEGERS,
     )
     _check(plan, B, K, S, k_BKSH.dtype.itemsize)
     caches = [k_BKSH, v_BKSH, *((k_scale_BKS, v_scale_BKS) if scaled else ())]
@@ -188,10 +208,6 @@ def default_blocks(k_shape: tuple[int, ...], itemsize: int, cores: int = 1) -> B
     return Blocks(keys=keys, items=min(room, pl.cdiv(B * S // keys, cores)), cores=cores)
 
 
-def _cores() -> int:
-    return pltpu.get_tpu_info().num_cores
-
-
 def _check(plan: _Plan, B: int, K: int, S: int, itemsize: int) -> None:
     blocks = plan.blocks
     if blocks.keys % LANES or blocks.keys < LANES or S % blocks.keys:
@@ -209,8 +225,9 @@ def _check(plan: _Plan, B: int, K: int, S: int, itemsize: int) -> None:
             f"batch of {B}"
         )
     cached = 4 * blocks.items * blocks.rows * K * blocks.keys * plan.width // plan.fold * itemsize
-    # Twice each, as the pipeline has them; columns and intervals take a whole register's lanes.
-    per_row = plan.width * (plan.dtype.itemsize + 4) + 2 * LANES * 4
+    # Twice each, as the pipeline has them; columns and intervals take a whole register's lanes. Two
+    # digits are the bytes of one bfloat16.
+    per_row = plan.width * (plan.dtype.itemsize + 4) + (2 + plan.integers) * LANES * 4
     queries = 2 * B * plan.size * (plan.heads * per_row + LANES * 4)
     if cached + queries > VMEM:
         raise NotImplementedError(
@@ -273,6 +290,7 @@ def _run(q_BJRW, caches, first_row, limits_BR2, lo_BT, hi_BT, kv_pos_BS, plan, i
     steps = jnp.maximum(pl.cdiv(count_1[0], blocks.items * blocks.cores), 1)
     if plan.held == 1:
         steps = pl.cdiv(len(order_I), blocks.items * blocks.cores)
+    queries = _left(q_BJRW, plan)
     # Items as the major axis; for a cache of one block, rows of the batch follow.
     pos_Ib1S = kv_pos_BS.reshape(-1, blocks.rows, 1, blocks.keys)
     sums = [(blocks.cores, B, plan.heads, plan.size, n) for n in (1, 1, plan.width)]
@@ -292,7 +310,7 @@ def _run(q_BJRW, caches, first_row, limits_BR2, lo_BT, hi_BT, kv_pos_BS, plan, i
             num_scalar_prefetch=3,
             grid=(blocks.cores, steps),
             in_specs=[
-                whole(q_BJRW.shape),
+                *[whole(x.shape) for x in queries],
                 whole(limits_BR2.shape),
                 *[anywhere] * (1 + len(caches)),
             ],
@@ -309,7 +327,7 @@ def _run(q_BJRW, caches, first_row, limits_BR2, lo_BT, hi_BT, kv_pos_BS, plan, i
         ),
         interpret=interpret,
         name="decode_attention",
-    )(count_1, order_I, first_row[None], q_BJRW, limits_BR2, pos_Ib1S, *caches)
+    )(count_1, order_I, first_row[None], *queries, limits_BR2, pos_Ib1S, *caches)
     top_BJR1, total_BJR1, sum_BJRW = _join([[x[c] for x in outs] for c in range(blocks.cores)])
     none_BJR1 = total_BJR1 == 0
     safe_BJR1 = jnp.where(none_BJR1, 1.0, total_BJR1)
@@ -317,8 +335,9 @@ def _run(q_BJRW, caches, first_row, limits_BR2, lo_BT, hi_BT, kv_pos_BS, plan, i
     return sum_BJRW / safe_BJR1, lse_BJR1[..., 0]
 
 
-def _kernel(count, order, first_row, q_ref, limits_ref, *refs, plan: _Plan):
+def _kernel(count, order, first_row, *refs, plan: _Plan):
     """One grid step: copies for the next one, then the softmax of each item of its own."""
+    (*q_refs, limits_ref), refs = refs[: 2 + plan.integers], refs[2 + plan.integers :]
     arrays = 5 if plan.scaled else 3
     caches, sums, (buffers, arrived) = refs[:arrays], refs[arrays : arrays + 3], refs[arrays + 3 :]
     blocks = plan.blocks
@@ -393,7 +412,11 @@ def _kernel(count, order, first_row, q_ref, limits_ref, *refs, plan: _Plan):
             refs = [buffer.at[slot, i, b] for buffer in buffers]
             wave.append((live, row, head, refs))
         news = _softmax_sums(
-            [(q_ref[row, head], limits_ref[row], head, refs) for _, row, head, refs in wave], plan
+            [
+                ([ref[row, head] for ref in q_refs], limits_ref[row], head, refs)
+                for _, row, head, refs in wave
+            ],
+            plan,
         )
         for (live, row, head, _), new in zip(wave, news):
             add(live, row, head, new)
@@ -415,12 +438,11 @@ def _softmax_sums(chains, plan: _Plan) -> list[tuple[jax.Array, jax.Array, jax.A
     return [_join(triples[n : n + each]) for n in range(0, len(triples), each)]
 
 
-def _scores(q_RW, limits_R2, head, refs, at, plan: _Plan) -> jax.Array:
+def _scores(queries, limits_R2, head, refs, at, plan: _Plan) -> jax.Array:
     """Scores as exponents of two, `[rows, keys]`, of the chunk of keys that begins at `at`."""
     pos_ref, k_ref, *_ = refs
     chunk, spec = pl.ds(at, plan.chunk), plan.spec
-    k_SW = _side_by_side(k_ref, head, chunk, plan)
-    s_RS = lax.dot_general(q_RW, k_SW, (((1,), (1,)), ((), ())), **_exact(plan))
+    s_RS = _product(queries, _side_by_side(k_ref, head, chunk, plan), 1, plan)
     # float32 from here on: to scale the queries would round them again.
     factor = spec.scale * LOG2_E if spec.soft_cap is None else spec.scale / spec.soft_cap
     s_RS = s_RS * (refs[3][head : head + 1, chunk] * factor if plan.scaled else factor)
@@ -435,20 +457,45 @@ def _weigh(p_RS, head, refs, at, plan: _Plan) -> jax.Array:
     v_ref, chunk = refs[2], pl.ds(at, plan.chunk)
     if plan.scaled:
         p_RS = p_RS * refs[4][head : head + 1, chunk]
-    v_SW = _side_by_side(v_ref, head, chunk, plan)
-    return lax.dot_general(p_RS.astype(plan.dtype), v_SW, (((1,), (0,)), ((), ())), **_exact(plan))
+    return _product(_left(p_RS, plan), _side_by_side(v_ref, head, chunk, plan), 0, plan)
 
 
 def _side_by_side(ref, head, chunk, plan: _Plan) -> jax.Array:
     """Keys or values of the key heads that share matrix `head` of queries, `[keys, W]`."""
     parts = [ref[head * plan.fold + f, chunk] for f in range(plan.fold)]
-    return jnp.concatenate(parts, axis=1).astype(plan.dtype)
+    return jnp.concatenate(parts, axis=1).astype(plan.kv_dtype)
 
 
-def _exact(plan: _Plan) -> dict:
-    # Named in both cases: a process may have set another default, which bfloat16 does not have.
+def _left(x: jax.Array, plan: _Plan) -> list[jax.Array]:
+    """Queries or weights, `[..., R, n]`, as `_product` takes them."""
+    return _digits(x) if plan.integers else [x.astype(plan.dtype)]
+
+
+def _digits(x: jax.Array) -> list[jax.Array]:
+    """`x` in units of its row, each number in two digits: int8 `[..., 2R, n]`, high digits of all
+    rows before the low ones, and the float32 units `[..., R, 1]`. Off by half a unit at most, of
+    which the largest number of a row has 127 * BASE."""
+    x = x.astype(jnp.float32)
+    most = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    unit = jnp.maximum(most, jnp.finfo(jnp.float32).tiny * BASE**2) / (127 * BASE)
+    number = jnp.round(x / unit).astype(jnp.int32)
+    high = (number + BASE // 2) // BASE
+    digits = jnp.concatenate([high, number - high * BASE], axis=-2)
+    return [digits.astype(jnp.int8), unit]
+
+
+def _product(left: list, right: jax.Array, axis: int, plan: _Plan) -> jax.Array:
+    """`[R, ...]` in float32: sums over the last axis of `left` and `axis` of `right`."""
+    # Named in all cases: a process may have set another default, which only float32 has.
     precision = lax.Precision.HIGHEST if plan.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return dict(preferred_element_type=jnp.float32, precision=precision)
+    product = lax.dot_general(
+        left[0], right, (((1,), (axis,)), ((), ())), precision=precision,
+        preferred_element_type=jnp.int32 if plan.integers else jnp.float32,
+    )  # fmt: skip
+    if not plan.integers:
+        return product
+    high, low = jnp.split(product, 2)
+    return (high * BASE + low).astype(jnp.float32) * left[1]
 
 
 def _join(sums: list) -> tuple[jax.Array, jax.Array, jax.Array]:
