@@ -14,6 +14,7 @@ from gemma_kernels.targets import CHIPS
 
 ROOT = Path(__file__).parents[2]
 STORED = ROOT / "kernels" / "bench" / "results" / "tpu-schedule.json"
+STORED_DECODING = STORED.with_name("tpu-decode-schedule.json")
 
 BUNDLES = """\
 = control target key start
@@ -109,15 +110,26 @@ def test_a_stored_row_is_replaced_and_others_stay(tmp_path):
 )
 def test_no_kernel_is_planned_to_be_slower_than_stored(chip, kinds, shape):
     """Those that compile within seconds; the rest is compared by hand, with the bench."""
+    options = ["--chips", chip, "--kinds", kinds, "--shapes", shape]
+    assert checked("tpu_schedule.py", STORED, *options) == len(kinds.split(","))
+
+
+@pytest.mark.parametrize("chip, dtypes", [("v5p", "int8"), ("tpu7x", "bfloat16,int8")])
+def test_no_decoding_step_is_planned_to_be_slower_than_stored(chip, dtypes):
+    options = ["--chips", chip, "--models", "4B", "--dtypes", dtypes]
+    compared = checked("tpu_decode_schedule.py", STORED_DECODING, *options)
+    assert compared == 2 * len(dtypes.split(","))
+
+
+def checked(bench, stored, *options) -> int:
+    """How many kernels the bench compares with what is stored, none of them slower."""
     pytest.importorskip("libtpu", reason="the compiler comes with the plan extra: gemma-jax[plan]")
-    bench = ROOT / "kernels" / "bench" / "tpu_schedule.py"
-    options = ["--check", STORED, "--chips", chip, "--kinds", kinds, "--shapes", shape]
-    command = [sys.executable, bench, *options]
+    command = [sys.executable, ROOT / "kernels" / "bench" / bench, "--check", stored, *options]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     if "not compared" in done.stdout:
         pytest.skip(done.stdout.strip())
-    assert done.stdout.count("stored") == len(kinds.split(","))
+    return done.stdout.count("stored")
 
 
 def test_the_stored_tables_meet_what_is_promised():
@@ -136,7 +148,7 @@ def test_the_stored_tables_meet_what_is_promised():
         }.get((row["kind"], window), 1.4)
         assert row["ratio"] >= at_least, row
         assert row["copy_cycles"] < row["cycles"]
-    decoding = json.loads(STORED.with_name("tpu-decode-schedule.json").read_text())["rows"]
+    decoding = json.loads(STORED_DECODING.read_text())["rows"]
     assert {row["chip"] for row in decoding} == set(CHIPS)
     for row in decoding:
         # A tpu7x multiplies no int8 numbers: widening the cache takes longer than reading it.
