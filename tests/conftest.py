@@ -33,14 +33,12 @@ def compile_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_effort(request):
-    """Most of the suite's time goes into compiling programs that run once. Where they are compared
-    with each other, XLA optimises little, unless a module says that its programs `RUN_LONG`; where
-    they are compared with references, and in processes that tests start, it does what it does for
-    users."""
+    """Most of the suite's time goes into compiling programs that run once: XLA optimises little,
+    unless a module says that its programs `RUN_LONG`. Where programs are compared with references
+    (`parity`), and in processes that tests start, it does what it does for users."""
     module = request.node
-    light = module.path.parent.name in ("kernels", "matformer", "properties")
-    light = light and not getattr(module.obj, "RUN_LONG", False)
-    jax.config.update("jax_disable_most_optimizations", light)
+    full = module.path.parent.name == "parity" or getattr(module.obj, "RUN_LONG", False)
+    jax.config.update("jax_disable_most_optimizations", not full)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -168,8 +168,14 @@ def measure(
 ) -> dict[str, float]:
     """Loss of a slice on the held-out text, and its size."""
     view, tokens, total = at(model, cut), held_out_BT[:, 1:].size, 0.0
-    for some_BT in np.array_split(held_out_BT, len(held_out_BT) // 16 or 1):
-        total += float(gj.loss(view, some_BT)) * some_BT[:, 1:].size
+    # Rows of no weight fill the last batch: one program for all of them.
+    filled_BT, weight_BT = (
+        np.pad(rows_BT, ((0, -len(held_out_BT) % 16), (0, 0)))
+        for rows_BT in (held_out_BT, np.ones_like(held_out_BT))
+    )
+    for first in range(0, len(filled_BT), 16):
+        some_BT, counts_BT = (x[first : first + 16] for x in (filled_BT, weight_BT))
+        total += float(gj.loss(view, some_BT, weights_BT=counts_BT)) * counts_BT[:, 1:].sum()
     size = len(tokenizer.decode_bytes(held_out_BT[:, 1:].ravel().tolist()))
     return {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(slice_model(model, cut))),

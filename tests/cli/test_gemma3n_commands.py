@@ -4,8 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import tiny
 from parity.goldens import DATA, assert_close, case
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
+
+from gemma_checkpoints import save_hf
 
 SLICES = ("g3n_e2b_like", "g3n_mixed_widths", "g3n_off_pattern")
 TEXT = ("forward", "batch_left_pad", "batch_right_pad")
@@ -145,13 +148,15 @@ def test_slices_that_cannot_be_run(refused, tmp_path):
 
 def test_speculation(cli, refused, tmp_path):
     """Both kinds of drafts: the same tokens, and how many drafts were kept."""
-    inputs = DATA / "g3n_text" / "generate_left_pad.safetensors"
-    words = ("generate", "--model", DATA / "g3n_text", "--inputs", inputs, "--json")
-    words += ("--max-new-tokens", 12)
+    cfg = tiny.gemma3n(6, 2)
+    model = save_hf(tiny.model(cfg), tmp_path / "model")
+    inputs = tmp_path / "inputs.safetensors"
+    save_file({"input_ids": tiny.tokens(cfg, 2, 7)}, inputs)
+    words = ("generate", "--model", model, "--inputs", inputs, "--json", "--max-new-tokens", 12)
     plain = json.loads(cli(*words).out)
     for name, cut in {
-        "own": {"ffn_widths": [126] * 20},
-        "shared": {"ffn_widths": [128] * 10 + [120] * 10},
+        "own": {"ffn_widths": [40] * 6},
+        "shared": {"ffn_widths": [48] * 4 + [20] * 2},
     }.items():
         file = tmp_path / f"{name}.json"
         file.write_text(json.dumps(cut))

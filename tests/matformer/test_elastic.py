@@ -126,11 +126,13 @@ def test_nothing_that_is_held_out_is_trained_on(train):
 
 
 def test_training_teaches_the_nested_models_too(train, elastic, capsys):
-    """Sixty steps of a model of four layers, by the script that made the checkpoint."""
+    """Sixty steps of a plain model of four layers, by the script that made the checkpoint."""
     tokenizer = elastic[1]
     cfg = elastic[0].cfg
     specs = [dataclasses.replace(spec, d_ff=64, kv="own") for spec in cfg.layers[3:5] * 2]
-    cfg = dataclasses.replace(cfg, layers=share_kv(specs, 2))
+    cfg = dataclasses.replace(
+        cfg, layers=share_kv(specs, 2), altup=None, laurel_rank=None, per_layer=None
+    )
     nested = Slice(ffn_widths=(32, 32), skip_layers=(2, 3))
     ids = train.encode(tokenizer, [(FOLDER / "held_out.txt").read_text("utf-8")])
     model = train.train(tokenizer, cfg, ids, steps=60, seed=0, nested=nested)

@@ -43,20 +43,21 @@ def net():
 
 
 @pytest.mark.parametrize(
-    "name, storage, batch",
-    [
-        ("narrow", "float32", 1),
-        ("narrow", "int8", 2),
-        ("short", "float32", 2),
-        ("short", "int8", 1),
-        ("whole", "int8", 2),
-    ],
+    "name, storage",
+    [("narrow", "float32"), ("narrow", "int8"), ("short", "int8"), ("whole", "int8")],
 )
-def test_a_view_computes_what_the_slice_does(net, name, storage, batch):
+def test_a_view_computes_what_the_slice_does(net, name, storage):
+    net = quantise(net, storage)
+    small, view = slice_model(net, CUTS[name]), at(net, CUTS[name])
+    tokens = tiny.tokens(CFG, 2, 19)
+    chex.assert_trees_all_equal(forward(small, tokens).logits, forward(view, tokens).logits)
+
+
+@pytest.mark.parametrize("name, storage, batch", [("narrow", "int8", 2), ("short", "float32", 1)])
+def test_a_view_writes_what_the_slice_does(net, name, storage, batch):
     net = quantise(net, storage)
     small, view = slice_model(net, CUTS[name]), at(net, CUTS[name])
     tokens = tiny.tokens(CFG, batch, 19)
-    chex.assert_trees_all_equal(forward(small, tokens).logits, forward(view, tokens).logits)
     ours, theirs = (generate(m, None, tokens.tolist(), max_new_tokens=8) for m in (small, view))
     assert [done.token_ids for done in ours] == [done.token_ids for done in theirs]
     # What XLA's CPU backend makes of a product with int8 depends on where that comes from.
