@@ -76,7 +76,7 @@ def test_generation(net, name):
         np.testing.assert_allclose(ours.log_probs, theirs.log_probs, atol=ATOL)
 
 
-@pytest.mark.parametrize("name", ["8", "2x4", "2x2x2"])
+@pytest.mark.parametrize("name", ["8", "2x2x2"])
 def test_gradients(net, name):
     split = on_mesh(net, name)
     ids = tiny.tokens(net.cfg, 4, LENGTH)
