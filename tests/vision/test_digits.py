@@ -9,6 +9,7 @@ import pytest
 
 import gemma_jax as gj
 
+RUN_LONG = True  # programs of this module: see compile_effort
 FOLDER = Path(__file__).parents[2] / "checkpoints" / "digits"
 
 
