@@ -66,9 +66,7 @@ def test_vision():
     assert sum(a == b for a, b in zip(read.split(), written.split())) >= 3
 
 
-def test_matformer(monkeypatch):
-    # Dozens of programs that run once.
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+def test_matformer():
     done = run("03_matformer", ROOT / "notebooks")
     assert "a view adds 0 bytes" in printed(done, "live_arrays")
     assert "the same logits: True" in printed(done, "live_arrays")
