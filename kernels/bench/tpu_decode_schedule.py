@@ -17,15 +17,16 @@ import json
 import platform
 import sys
 from importlib.metadata import version
-from math import ceil, inf
+from math import ceil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from gemma_kernels.attention import AttentionSpec
-from gemma_kernels.bundles import Job, Schedule, planned
-from gemma_kernels.decode_attention.tpu import decode_attention_tpu, default_blocks
+from gemma_kernels.bundles import Job, Schedule, comparable, is_slower, planned
+from gemma_kernels.decode_attention.tpu import decode_attention_tpu
+from gemma_kernels.decode_attention.tpu_blocks import default_blocks
 from gemma_kernels.targets import CHIPS
 
 LONG = 32_768
@@ -37,7 +38,6 @@ MODELS = {
     "12B": (16, 8, 256, 1024),
     "27B": (32, 16, 128, 1024),
 }
-SLACK = 1.03  # a schedule that is longer by more fails the check
 LOCAL_BYTES = 32 * 2**20  # of a batch of rings: a batch of several steps
 
 
@@ -53,9 +53,8 @@ def main() -> None:
     if args.table:
         return print_table(json.loads(args.table.read_text())["rows"])
     stored = json.loads(args.check.read_text()) if args.check else None
-    if stored and version("libtpu") != stored["versions"]["libtpu"]:
-        made_by = stored["versions"]["libtpu"]
-        return print(f"stored with libtpu {made_by}: another compiler, not compared")
+    if stored and not comparable(stored):
+        return
     work = [
         facts(model, local, dtype)
         for dtype in args.dtypes.split(",")
@@ -72,7 +71,7 @@ def main() -> None:
         for item, schedules in zip(work, planned(chip, jobs))
     ]
     if stored:
-        sys.exit(f"{slower} are slower" if (slower := check(rows, stored["rows"])) else 0)
+        sys.exit(check(rows, stored["rows"]))
     result = {
         "command": "python " + " ".join(sys.argv),
         "versions": {n: version(n) for n in ("jax", "libtpu")}
@@ -85,17 +84,13 @@ def main() -> None:
 
 
 def check(rows: list[dict], stored: list[dict]) -> int:
-    """Prints a line for each row; how many are planned to be slower than stored, or are not."""
+    """Prints a line for each row; 1 if one is planned to be slower than stored, or 0."""
 
-    def key(row):
-        return row["chip"], row["model"], row["layer"], row["cache"]
+    def name(row):
+        return f"{row['model']} {row['layer']} {row['cache']} {row['chip']}"
 
-    before, slower = {key(row): row["cycles"] for row in stored}, 0
-    for row in rows:
-        most = SLACK * before.get(key(row), -inf)
-        slower += row["cycles"] > most
-        print(*key(row), row["cycles"], "stored", before.get(key(row)), sep="  ")
-    return slower
+    before = {name(row): row["cycles"] for row in stored}
+    return int(any([is_slower(name(row), row["cycles"], before[name(row)]) for row in rows]))
 
 
 def print_table(rows: list[dict]) -> None:

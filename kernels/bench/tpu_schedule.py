@@ -32,11 +32,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from gemma_kernels.attention import tuning
-from gemma_kernels.bundles import Job, Schedule, planned
+from gemma_kernels.bundles import Job, Schedule, comparable, is_slower, planned
 from gemma_kernels.targets import CHIPS
 
 SPLASH = str(Path(__file__).with_name("workers") / "splash.py")
-SLACK = 1.03  # a schedule that is longer by more fails the check
 
 # Tilings of rivals, by kind and whether there is a window: the best of a wider search, in which
 # another one won on another chip or shape. `inner`: keys at a time within a block.
@@ -240,8 +239,7 @@ def visits(window: int | None, length: int, q: int, k: int) -> tuple[int, int]:
 
 def check(stored: dict, chips: list[str], work: list[tuple[str, str]]) -> int:
     """Prints a line for each kernel of ours; 1 if one is planned to be slower than stored, or 0."""
-    if versions(sys.executable)["libtpu"] != stored["versions"]["libtpu"]:
-        print(f"stored with libtpu {stored['versions']['libtpu']}: another compiler, not compared")
+    if not comparable(stored):
         return 0
     slower = 0
     for chip in chips:
@@ -250,16 +248,9 @@ def check(stored: dict, chips: list[str], work: list[tuple[str, str]]) -> int:
         for row, schedules in zip(rows, planned(chip, jobs)):
             if isinstance(schedules, str):
                 sys.exit(f"{row['kind']}, {row['shape']}, {chip}: {schedules}")
-            cycles = tuning.cost(
-                row["kind"], row["shape"], chip, row["blocks"], schedules[0]
-            ).cycles
-            bad = cycles > SLACK * row["cycles"]
-            slower += bad
-            print(
-                f"{row['kind']:9}{row['shape']:16}{chip:7}{cycles:>11,} stored {row['cycles']:>11,}"
-                + bad * "  SLOWER",
-                flush=True,
-            )
+            plan = tuning.cost(row["kind"], row["shape"], chip, row["blocks"], schedules[0])
+            name = f"{row['kind']:9}{row['shape']:16}{chip}"
+            slower += is_slower(name, plan.cycles, row["cycles"])
     return int(slower > 0)
 
 

@@ -26,12 +26,15 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 PASSES = ".*(packed-bundles-post-ra|pre-delay).*"
 BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|0)\s+(?:[A-Z,! ]+)?:([ >]*)")
 KERNEL = re.compile(r"\d+-(.*?)(?:\.\d+)?-\d+-")
 JUMP = re.compile(r"sbr\.rel \([^)]*\) target bundleno = (\d+)")
+
+SLACK = 1.03  # a schedule that is longer by more is slower
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,22 @@ def planned(
             if left:
                 del left[0]
                 yield f"its compiler ended, or took more than {limit:.0f} seconds"
+
+
+def comparable(stored: dict) -> bool:
+    """Whether stored results come from the compiler that is installed; if not, says so."""
+    made_by = stored["versions"]["libtpu"]
+    same = version("libtpu") == made_by
+    if not same:
+        print(f"stored with libtpu {made_by}: another compiler, not compared")
+    return same
+
+
+def is_slower(name: str, cycles: int, stored: int) -> bool:
+    """Whether a kernel is planned to take longer than what is stored, which is printed as well."""
+    slower = cycles > SLACK * stored
+    print(f"{name:32}{cycles:>11,} stored {stored:>11,}" + slower * "  SLOWER", flush=True)
+    return slower
 
 
 def _worker(chip: str, folder: str, python: str) -> subprocess.Popen:

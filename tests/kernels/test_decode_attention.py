@@ -15,7 +15,8 @@ from gemma_kernels.attention import AttentionSpec, attention, causal_interval
 from gemma_kernels.decode_attention import IMPLEMENTATIONS, decode_attention
 from gemma_kernels.decode_attention.cases import CASES, Case
 from gemma_kernels.decode_attention.reference import dequantise
-from gemma_kernels.decode_attention.tpu import Blocks, decode_attention_tpu, default_blocks
+from gemma_kernels.decode_attention.tpu import decode_attention_tpu
+from gemma_kernels.decode_attention.tpu_blocks import Blocks, default_blocks
 
 # How the kernel cuts a cache; None: as it would.
 CUTS = {

@@ -24,8 +24,9 @@ An int8 cache enters the matrix unit as it is, where that multiplies such number
 widened ones. Queries and weights are then written in two digits (`_digits`), rows of one matrix as
 well, and finer than bfloat16.
 
-Memory of one core, in VMEM: two buffers of `items` items (`STEP_BYTES` each, keys and values
-together), queries and float32 sums of the whole batch. `_check` refuses what does not fit.
+Memory of one core, in VMEM: two buffers of `items` items (`tpu_blocks.STEP_BYTES` each, keys
+and values together), queries and float32 sums of the whole batch. `_check` refuses what does not
+fit.
 """
 
 import math
@@ -40,36 +41,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from gemma_kernels.attention.spec import AttentionSpec
+from gemma_kernels.decode_attention.tpu_blocks import LANES, Blocks, default_blocks
 
-LANES = 128
 MASKED = -1e30
 LOWEST = -1e29  # of a row's maximum: a row that sees nothing gets weights 0, not 1
 EMPTY = (LOWEST, 0.0, 0.0)  # maximum, sum of weights, weighted sum of values, of no keys
 LOG2_E = math.log2(math.e)
-STEP_BYTES = 8 * 2**20  # keys and values of a step: its latencies and upkeep vanish beside them
-MOST_KEYS = 2048  # of a block
 CHUNK = 8 * 1024  # scores of one softmax
 WAVE = 16 * CHUNK  # scores that are in flight together
 BASE = 128  # of a digit in an int8 product
 MOST_INTEGERS = 1024  # in one sum: 127 * BASE * 128 times as much is below 2**31
 VMEM = 56 * 2**20  # of 64 MiB in the smallest chips
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """How a cache is cut.
-
-    Attributes:
-      keys: Slots of a block; a multiple of 128 that divides the cache's.
-      rows: Rows of the batch in an item; more than one only if a cache is one block.
-      items: Items of a grid step.
-      cores: Cores among which the items are divided.
-    """
-
-    keys: int
-    rows: int = 1
-    items: int = 1
-    cores: int = 1
 
 
 @dataclass(frozen=True)
@@ -189,23 +171,6 @@ def decode_attention_tpu(
         return out_BTNH
     rows = lse_BJR[:, :, : fold * N // K * T].reshape(B, N, T)
     return out_BTNH, jnp.moveaxis(rows, 2, 1)
-
-
-def default_blocks(k_shape: tuple[int, ...], itemsize: int, cores: int = 1) -> Blocks:
-    """Steps of up to `STEP_BYTES`, but two at least, so that copies hide behind work and it behind
-    them; blocks of up to `MOST_KEYS`, so that a cache that is not full costs what it holds."""
-    B, K, S, H = k_shape
-    per_key = 2 * K * H * itemsize
-    step = min(STEP_BYTES, max(B * S * per_key // (2 * cores), STEP_BYTES // 2))
-    keys = S
-    if S > MOST_KEYS or S * per_key > step // (cores if B == 1 else 1):
-        most = min(max(step // (2 * per_key), 512), MOST_KEYS, S)
-        keys = max(n for n in range(LANES, most + 1, LANES) if S % n == 0)
-    room = max(step // (per_key * keys), 1)
-    if keys == S:
-        rows = max(n for n in range(1, min(room, B) + 1) if B % n == 0)
-        return Blocks(keys=keys, rows=rows, cores=min(cores, B // rows))
-    return Blocks(keys=keys, items=min(room, pl.cdiv(B * S // keys, cores)), cores=cores)
 
 
 def _check(plan: _Plan, B: int, K: int, S: int, itemsize: int) -> None:
