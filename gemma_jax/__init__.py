@@ -11,23 +11,25 @@ Names below are imported at first use: `import gemma_jax` itself costs next to n
 import importlib
 
 _HOMES = {
-    "gemma_jax.cache": ("Cache", "cache_bytes", "init_cache"),
     "gemma_jax.config": ("GemmaConfig", "LayerSpec"),
-    "gemma_jax.context": ("Runtime",),
-    "gemma_jax.generation": ("Completion", "Conversation", "generate"),
+    "gemma_jax.decoder.cache": ("Cache", "cache_bytes", "init_cache"),
+    "gemma_jax.decoder.forward": ("Output", "forward"),
+    "gemma_jax.decoder.losses": ("loss", "token_losses"),
+    "gemma_jax.decoder.model": ("Gemma",),
+    "gemma_jax.evaluation.scoring": ("score",),
+    "gemma_jax.evaluation.shieldgemma": ("Verdict", "shield"),
+    "gemma_jax.inference.conversation": ("Conversation",),
+    "gemma_jax.inference.generate": ("Completion", "generate"),
+    "gemma_jax.inference.sampling": ("Sampling",),
+    "gemma_jax.inference.session": ("Session",),
     "gemma_jax.loading": ("load", "load_model", "load_tokenizer"),
-    "gemma_jax.losses": ("loss", "token_losses"),
-    "gemma_jax.model": ("Gemma", "Output", "forward"),
+    "gemma_jax.multimodal.image_prompt": ("Prompt", "image_prompt"),
     "gemma_jax.numerics": ("Numerics",),
     "gemma_jax.presets": ("PRESETS", "preset"),
-    "gemma_jax.sampling": ("Sampling",),
-    "gemma_jax.scoring": ("score",),
-    "gemma_jax.session": ("Session",),
-    "gemma_jax.shieldgemma": ("Verdict", "shield"),
+    "gemma_jax.runtime": ("Runtime",),
     "gemma_jax.text": ("Tokenizer", "encode_chat"),
     "gemma_jax.vision.images": ("Image",),
     "gemma_jax.vision.pan_and_scan": ("PanAndScan",),
-    "gemma_jax.vision.prompt": ("Prompt", "image_prompt"),
 }
 _MODULES = ("matformer", "viz")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -19,7 +19,7 @@ initial shape, its sharding, and the shape check of checkpoints.
 | E      | outputs of a square map         | Z      | pairs of AltUp streams, A * A        |
 
 In a tower an image is what a batch row is in the text: N, H, F and L are the tower's own there.
-Stacked parameters (see `segments.py`) have one leading axis more, which carries no letter.
+Stacked parameters (see `layer_groups.py`) have one leading axis more, which carries no letter.
 """
 
 ALPHABET = frozenset("BTSDNKGHFVLAPRQCIUYXEZ")

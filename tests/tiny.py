@@ -16,8 +16,8 @@ from gemma_jax.config import (
     VisionConfig,
     share_kv,
 )
-from gemma_jax.context import Runtime
-from gemma_jax.model import Gemma
+from gemma_jax.decoder.model import Gemma
+from gemma_jax.runtime import Runtime
 
 WINDOW = 8
 
@@ -145,12 +145,12 @@ def relayout(net: Gemma, layout: str) -> Gemma:
 def _restack(old, new) -> None:
     """Fills the blocks of `new` with those of `old`: decoders, or towers."""
     by_layer = {}
-    for blocks, seg in zip(old.blocks, old.segments):
+    for blocks, seg in zip(old.blocks, old.layer_groups):
         for position, block in enumerate(blocks):
             for repeat in range(seg.repeats):
                 layer = jax.tree.map(lambda a, r=repeat: a[r], block)
                 by_layer[seg.layer_index(position, repeat)] = layer
-    for i, seg in enumerate(new.segments):
+    for i, seg in enumerate(new.layer_groups):
         for position in range(len(seg.period)):
             rows = [by_layer[seg.layer_index(position, r)] for r in range(seg.repeats)]
             new.blocks[i][position] = jax.tree.map(lambda *a: jnp.stack(a), *rows)

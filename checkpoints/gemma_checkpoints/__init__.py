@@ -11,12 +11,12 @@ _HOMES = {
     "Description": "description",
     "Source": "source",
     "describe": "description",
-    "load_model": "api",
+    "load_weights": "api",
     "load_source": "load",
-    "open_source": "opening",
+    "open_source": "formats",
     "resolve": "catalog",
     "save_hf": "export",
-    "save_orbax": "orbax_folder",
+    "save_orbax": "orbax.folder",
     "tokenizer_path": "api",
 }
 

@@ -5,19 +5,19 @@ from pathlib import Path
 
 import jax
 
-from gemma_jax.context import Runtime
-from gemma_jax.model import Gemma
-from gemma_jax.nn.off_device import Place
-from gemma_jax.segments import Layout
+from gemma_jax.decoder.model import Gemma
+from gemma_jax.nn.layer_groups import Layout
+from gemma_jax.runtime import Runtime
+from gemma_jax.weights.off_device import Place
 
 from .catalog import Notify, resolve
 from .errors import CheckpointError
+from .formats import open_source
 from .load import Placement, Transform, load_source
-from .opening import open_source
 from .tokenizers import VOCABULARIES, find_tokenizer
 
 
-def load_model(
+def load_weights(
     src: str | Path,
     *,
     dtype: jax.typing.DTypeLike | None = None,
@@ -39,7 +39,7 @@ def load_model(
       dtype: Of the parameters. Default: as stored; quantised tensors become float32.
       modalities: `("text",)` leaves the vision tower of a model that sees on the disk, neither read
         nor allocated; `("text", "image")` insists on it. Default: all that the checkpoint has.
-      layout: How layers are stacked; see `gemma_jax.segments`.
+      layout: How layers are stacked; see `gemma_jax.nn.layer_groups`.
       runtime: How the model will compute. Independent of `dtype`.
       placement: `(path, dims, shape) -> Sharding | None`: where each Param goes. Its pieces go
         straight there, and only those are read that devices of this process hold.

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_jax.nn.off_device import HostTable
+from gemma_jax.weights.off_device import HostTable
 
 Shape = tuple[int, ...]
 Box = tuple[range, ...]  # part of an array: the indices along each axis

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from gemma_jax.config import GemmaConfig
 
-from .match import match
-from .opening import open_source
+from .formats import open_source
+from .matching import match
 from .params import abstract_model, named_slots, params_by_part
 from .tokenizers import find_tokenizer
 

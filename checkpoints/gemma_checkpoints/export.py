@@ -11,20 +11,20 @@ import numpy as np
 from flax import nnx
 
 from gemma_jax.config import GemmaConfig
-from gemma_jax.model import Gemma
+from gemma_jax.decoder.model import Gemma
 
 from .catalog import resolve
 from .errors import CheckpointError
 from .folders import new_folder
-from .hf import CONFIG, INDEX, SINGLE, HFFolder, read_json
-from .hf_config import config_from_hf, text_config
-from .hf_config_out import config_to_hf
-from .hf_names import hf_table, published_name, unused
+from .hf.config import config_from_hf, text_config
+from .hf.config_out import config_to_hf
+from .hf.folder import CONFIG, INDEX, SINGLE, HFFolder, read_json
+from .hf.names import hf_table, published_name, unused
 from .json_values import Json
+from .name_table import Row, dropped, expand
 from .params import ParamPath, Slot, depths, flat_params, named_slots
 from .rearrange import shape as side_shape
 from .safetensors_file import ENCODINGS, write_safetensors
-from .table import Row, dropped, expand
 from .tokenizers import copy_companions
 
 MAX_SHARD = 5_000_000_000  # bytes

@@ -18,16 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gemma_jax.context import Runtime
-from gemma_jax.model import Gemma
-from gemma_jax.nn.off_device import DiskTable, Place
-from gemma_jax.segments import Layout
+from gemma_jax.decoder.model import Gemma
+from gemma_jax.nn.layer_groups import Layout
+from gemma_jax.runtime import Runtime
+from gemma_jax.weights.off_device import DiskTable, Place
 
 from .buffers import Box, Buffer, TableBuffer, local_boxes, make_buffer
 from .errors import CheckpointError
-from .match import Move, match
-from .modalities import config_for
+from .matching import Move, match
 from .params import ParamPath, abstract_model, flat_params, named_slots
+from .select_parts import config_for
 from .source import Source
 
 PIECE = 1 << 20  # bytes of a decoded piece: small enough to stay in cache

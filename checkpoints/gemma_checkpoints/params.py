@@ -10,9 +10,9 @@ import jax
 from flax import nnx
 
 from gemma_jax.config import GemmaConfig
-from gemma_jax.context import Runtime
-from gemma_jax.model import Gemma
-from gemma_jax.segments import Layout
+from gemma_jax.decoder.model import Gemma
+from gemma_jax.nn.layer_groups import Layout
+from gemma_jax.runtime import Runtime
 
 ParamPath = tuple[str | int, ...]
 
@@ -78,9 +78,9 @@ def _slots(path: ParamPath, param: nnx.Param, model: Gemma) -> Iterator[tuple[st
         yield ".".join(map(str, path)), Slot(path, None, dims, shape)
         return
     at = path.index("blocks")
-    owner, (_, segment, position, *rest) = path[:at], path[at:]
-    segments = reduce(getattr, owner, model).segments
+    owner, (_, group, position, *rest) = path[:at], path[at:]
+    groups = reduce(getattr, owner, model).layer_groups
     for repeat in range(shape[0]):
-        layer = segments[segment].layer_index(position, repeat)
+        layer = groups[group].layer_index(position, repeat)
         name = ".".join(map(str, (*owner, "blocks", layer, *rest)))
         yield name, Slot(path, repeat, dims, shape[1:])

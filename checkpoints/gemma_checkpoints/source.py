@@ -9,7 +9,7 @@ import numpy as np
 
 from gemma_jax.config import GemmaConfig
 
-from .table import Table
+from .name_table import Table
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from .gguf_file import MAGIC, copy_metadata
+from .gguf.header import MAGIC, copy_metadata
 
 # Preferred first. The last is what exports of a GGUF file carry: its metadata without the weights.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tokenizer.gguf")

@@ -23,7 +23,7 @@ def command(
     if ctx.invoked_subcommand is not None:
         return
     common.set_up_jax()
-    from gemma_jax import benchmark
+    from gemma_jax.benchmarks import speed as benchmark
     from gemma_jax.loading import load_tokenizer
 
     load_tokenizer(model)  # starts are measured with text; a bad source ends here, with one line

@@ -29,8 +29,9 @@ def command(
 ) -> None:
     """Cycles that the TPU compiler plans for the attention kernels. Needs libtpu, but no TPU."""
     common.set_up_jax()
-    from gemma_kernels.attention import tpu_blocks, tuning
-    from gemma_kernels.targets import CHIPS, one_device
+    from gemma_kernels.attention.tpu import blocks as tpu_blocks
+    from gemma_kernels.attention.tpu import tuning
+    from gemma_kernels.compilers.tpu_targets import CHIPS, one_device
 
     def chosen(what: str, given: list[str] | None, known) -> list[str]:
         for name in given or ():

@@ -12,8 +12,8 @@ from gemma_jax.cli import common, progress
 from gemma_jax.cli.inputs import utf8
 
 if TYPE_CHECKING:
-    from gemma_jax.generation import Conversation
-    from gemma_jax.model import Gemma
+    from gemma_jax.decoder.model import Gemma
+    from gemma_jax.inference.conversation import Conversation
     from gemma_jax.vision.images import Image
 
 
@@ -44,11 +44,11 @@ def command(
     """
     if system is not None:
         system = utf8(system, "--system")
-    from gemma_jax.sampling import Sampling
+    from gemma_jax.inference.sampling import Sampling
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     common.set_up_jax()
-    from gemma_jax.generation import Conversation
+    from gemma_jax.inference.conversation import Conversation
     from gemma_jax.loading import load_tokenizer
 
     tokenizer = load_tokenizer(model)
@@ -92,7 +92,7 @@ def command(
 @contextmanager
 def _lenient(way_on: str = "") -> Iterator[None]:
     """Lets the chat go on after Ctrl-C, and on a terminal after an error, which becomes a line."""
-    from gemma_jax.cli.app import one_line
+    from gemma_jax.cli.errors import one_line
 
     try:
         yield
@@ -106,8 +106,8 @@ def _lenient(way_on: str = "") -> Iterator[None]:
 
 def _open(file: str, net: "Gemma") -> "Image":
     """The image for the next message."""
+    from gemma_jax.multimodal.image_prompt import require_vision
     from gemma_jax.vision.images import Image
-    from gemma_jax.vision.prompt import require_vision
 
     require_vision(net.cfg.vision)
     if not file:

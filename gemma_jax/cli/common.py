@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
     from gemma_checkpoints.description import Description
     from gemma_jax.config import GemmaConfig
+    from gemma_jax.decoder.model import Gemma
     from gemma_jax.matformer import Slice
-    from gemma_jax.model import Gemma
-    from gemma_jax.segments import Layout
+    from gemma_jax.nn.layer_groups import Layout
     from gemma_jax.vision.images import Image
     from gemma_jax.vision.pan_and_scan import PanAndScan
 
@@ -240,8 +240,8 @@ def open_images(files: list[Path] | None, source: str) -> "list[Image]":
     if not files:
         return []
     from gemma_checkpoints import describe, resolve
+    from gemma_jax.multimodal.image_prompt import require_vision
     from gemma_jax.vision.images import Image
-    from gemma_jax.vision.prompt import require_vision
 
     images = [Image(file) for file in files]
     require_vision(describe(resolve(source)).config.vision)

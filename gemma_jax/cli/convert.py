@@ -31,13 +31,13 @@ def command(
     With --mesh no device holds the whole model; several processes write an Orbax folder together.
     """
     common.set_up_jax()
-    from gemma_checkpoints import load_model, resolve, save_hf, save_orbax
+    from gemma_checkpoints import load_weights, resolve, save_hf, save_orbax
     from gemma_jax.loading import partition_for
 
     path = resolve(source)
     partition = None if mesh is None else partition_for(path, common.parse_mesh(mesh))
     with progress.loading() as bar:
-        model = load_model(
+        model = load_weights(
             path,
             dtype=dtype and dtype.value,
             modalities=("text",) if text_only else None,

@@ -37,7 +37,7 @@ def command(
     """
     import numpy as np
 
-    from gemma_jax.files import replacing
+    from gemma_jax.atomic_files import replacing
     from gemma_jax.vision.images import Image, preprocess
 
     given = {"max_num_crops": max_crops, "min_crop_size": min_crop_size, "min_ratio": min_ratio}

@@ -11,7 +11,7 @@ from gemma_jax.cli.inputs import check_for_model, read_inputs, real_tokens
 if TYPE_CHECKING:
     import numpy as np
 
-    from gemma_jax.model import Gemma
+    from gemma_jax.decoder.model import Gemma
 
 
 def command(
@@ -43,8 +43,8 @@ def command(
     import jax.numpy as jnp
     import numpy as np
 
-    from gemma_jax.files import replacing
-    from gemma_jax.model import forward
+    from gemma_jax.atomic_files import replacing
+    from gemma_jax.decoder.forward import forward
     from gemma_jax.vision import encoder
 
     arrays = read_inputs(inputs)
@@ -93,7 +93,7 @@ def _by_layer(captured: dict) -> dict:
 
 
 def _captures(names: str) -> tuple[str, ...]:
-    from gemma_jax import model
+    from gemma_jax.decoder import model
     from gemma_jax.vision import encoder
 
     known = (*model.CAPTURES, *encoder.CAPTURES)
@@ -109,8 +109,9 @@ def _see(net: "Gemma", arrays: dict[str, "np.ndarray"], capture: tuple[str, ...]
     The images are where `token_type_ids` says so; without it transformers reads even the tokens of
     an image one after the other.
     """
-    from gemma_jax.vision.encoder import encode_images
-    from gemma_jax.vision.soft_tokens import SoftTokens, locate, runs
+    from gemma_jax.decoder.soft_tokens import SoftTokens
+    from gemma_jax.multimodal.encode import encode_images
+    from gemma_jax.multimodal.placeholders import locate, runs
 
     if "pixel_values" not in arrays:
         if capture:

@@ -13,9 +13,9 @@ from gemma_jax.cli.inputs import check_for_model, read_inputs, real_tokens, utf8
 if TYPE_CHECKING:
     import numpy as np
 
-    from gemma_jax.generation import Completion
-    from gemma_jax.model import Gemma
-    from gemma_jax.vision.prompt import Prompt
+    from gemma_jax.decoder.model import Gemma
+    from gemma_jax.inference.generate import Completion
+    from gemma_jax.multimodal.image_prompt import Prompt
 
 
 def command(
@@ -71,7 +71,7 @@ def command(
     if prompt is not None:
         prompt = utf8(sys.stdin.buffer.read() if prompt == "-" else prompt, "the prompt")
     arrays = read_inputs(inputs) if inputs else None
-    from gemma_jax.sampling import Sampling
+    from gemma_jax.inference.sampling import Sampling
 
     sampling = Sampling(
         temperature=temperature,
@@ -82,7 +82,7 @@ def command(
     )
     start = time.perf_counter()
     common.set_up_jax()
-    from gemma_jax.generation import generate
+    from gemma_jax.inference.generate import generate
     from gemma_jax.loading import has_tokenizer, load_tokenizer
 
     images = common.open_images(image, model)
@@ -156,7 +156,7 @@ def _prompts_of(arrays: dict[str, "np.ndarray"], net: "Gemma", path: Path) -> "l
     """One prompt per row: its real tokens, and the images that its placeholders stand for."""
     import numpy as np
 
-    from gemma_jax.vision.prompt import Prompt
+    from gemma_jax.multimodal.image_prompt import Prompt
 
     check_for_model(arrays, net.cfg, path)
     rows = [row[keep] for row, keep in zip(arrays["input_ids"], real_tokens(arrays, path))]

@@ -58,7 +58,7 @@ def command(
 
 def _facts(source: str, slice_name: str | None) -> dict:
     from gemma_checkpoints.params import params_by_part
-    from gemma_jax.cache import cache_bytes
+    from gemma_jax.decoder.cache import cache_bytes
 
     stored = {}
     cfg, summary = common.find_config(source)

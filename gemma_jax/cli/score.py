@@ -40,8 +40,8 @@ def command(
     ids = _read_ids(token_ids) if token_ids else None
     text = utf8(text_file.read_bytes(), str(text_file)) if text_file else None
     common.set_up_jax()
+    from gemma_jax.evaluation.scoring import score
     from gemma_jax.loading import load_tokenizer
-    from gemma_jax.scoring import score
 
     if ids is None:
         ids = load_tokenizer(model).encode(text, bos=True)

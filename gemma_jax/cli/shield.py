@@ -25,8 +25,8 @@ def command(
     Shows the probabilities that IMAGE violates each policy ("Yes") and that it does not ("No").
     """
     common.set_up_jax()
+    from gemma_jax.evaluation.shieldgemma import POLICIES, definitions_of, shield
     from gemma_jax.loading import load_tokenizer
-    from gemma_jax.shieldgemma import POLICIES, definitions_of, shield
 
     definitions = definitions_of(policy or POLICIES)
     (picture,) = common.open_images([image], model)

@@ -53,10 +53,10 @@ def command(
         cut = Slice(ffn_widths=widths, skip_layers=skipped)
     slice_config(cfg, cut, allow_irregular=allow_irregular)  # before any weight is read
     common.set_up_jax()
-    from gemma_checkpoints import load_model, save_hf
+    from gemma_checkpoints import load_weights, save_hf
 
     with progress.loading() as bar:
-        model = load_model(
+        model = load_weights(
             path, dtype=dtype and dtype.value, modalities=("text",), layout="unrolled", progress=bar
         )
     small = slice_model(model, cut, allow_irregular=allow_irregular)

@@ -7,10 +7,10 @@ Devvrit et al., "MatFormer: Nested Transformer for Elastic Inference", 2023; Gem
 slice of E4B.
 """
 
-from .cut import Slice, shares_cache, slice_config
 from .presets import PRESETS, preset
 from .sensitivity import Point, search, sensitivity
 from .slicing import at, slice_model
+from .submodel import Slice, shares_cache, slice_config
 
 slice = slice_model  # as users call it; inside the package the builtin keeps its name
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from gemma_jax.config import GemmaConfig
 
-from .cut import Slice
+from .submodel import Slice
 
 
 @dataclass(frozen=True)

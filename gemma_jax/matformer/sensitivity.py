@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax.config import GemmaConfig
-from gemma_jax.losses import loss
-from gemma_jax.model import Gemma
+from gemma_jax.decoder.losses import loss
+from gemma_jax.decoder.model import Gemma
 
-from .cut import Slice, slice_config
 from .slicing import at, parameters, slice_model
+from .submodel import Slice, slice_config
 
 FRACTIONS = (0.75, 0.5, 0.25)
 
@@ -91,7 +91,7 @@ def _path(
     start = Slice(ffn_widths=tuple(layers), skip_layers=skip)
     net = model
     if skip:
-        unrolled = len(model.segments) == 1 and model.segments[0].repeats == 1
+        unrolled = len(model.layer_groups) == 1 and model.layer_groups[0].repeats == 1
         net = (at if unrolled else slice_model)(model, start)
     steps = sorted(fractions, reverse=True)
     cost = np.cumsum(np.maximum(np.diff(sensitivity(net, tokens_BT, steps), prepend=0), 0), axis=1)

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gemma_jax.config import GemmaConfig
-from gemma_jax.context import Runtime
-from gemma_jax.model import Gemma
-from gemma_jax.nn.part import Part
-from gemma_jax.segments import Layout
+from gemma_jax.decoder.model import Gemma
+from gemma_jax.nn.layer_groups import Layout
+from gemma_jax.runtime import Runtime
+from gemma_jax.weights.view import Part
 
-from .cut import Slice, slice_config
+from .submodel import Slice, slice_config
 
 ParamPath = tuple[str | int, ...]
 
@@ -42,9 +42,9 @@ def slice_model(
     def value(target: Gemma, path: ParamPath) -> Any:
         if path[0] != "blocks":
             return _taken(parts(path, None))
-        _, segment, position, *rest = path
-        seg, kept = target.segments[segment], cut.kept(len(model.cfg.layers))
-        layers = [kept[seg.layer_index(position, r)] for r in range(seg.repeats)]
+        _, index, position, *rest = path
+        group, kept = target.layer_groups[index], cut.kept(len(model.cfg.layers))
+        layers = [kept[group.layer_index(position, r)] for r in range(group.repeats)]
         rows = [_taken(parts(("blocks", *rest), layer)) for layer in layers]
         if len(rows) == 1:
             return rows[0]
@@ -91,20 +91,20 @@ def _parts(model: Gemma, cut: Slice) -> Callable[[ParamPath, int | None], Any]:
     layers, kept = model.cfg.layers, cut.kept(len(model.cfg.layers))
     width = dict(zip(kept, cut.ffn_widths))
     places = {
-        seg.layer_index(position, repeat): (s, position, repeat)
-        for s, seg in enumerate(model.segments)
-        for position in range(len(seg.period))
-        for repeat in range(seg.repeats)
+        group.layer_index(position, repeat): (s, position, repeat)
+        for s, group in enumerate(model.layer_groups)
+        for position in range(len(group.period))
+        for repeat in range(group.repeats)
     }
 
     def find(path: ParamPath, layer: int | None) -> Any:
         if layer is None:
             param, fewer = params[path], path[0] != "vision" and len(kept) < len(layers)
             return _part(param, param.get_value(), "L", kept, fewer)
-        segment, position, repeat = places[layer]
-        param = params["blocks", segment, position, *path[1:]]
+        index, position, repeat = places[layer]
+        param = params["blocks", index, position, *path[1:]]
         value = param.get_value()
-        if model.segments[segment].repeats > 1:
+        if model.layer_groups[index].repeats > 1:
             value = jax.tree.map(lambda a: a[repeat : repeat + 1], value)
         return _part(param, value, "F", width[layer], width[layer] < layers[layer].d_ff)
 
@@ -122,7 +122,7 @@ def _taken(value: Any) -> Any:
 
 
 def _is_unrolled(model: Gemma) -> bool:
-    return len(model.segments) == 1 and model.segments[0].repeats == 1
+    return len(model.layer_groups) == 1 and model.layer_groups[0].repeats == 1
 
 
 def parameters(cfg: GemmaConfig) -> int:

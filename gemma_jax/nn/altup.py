@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gemma_jax.config import GemmaConfig
-from gemma_jax.nn.einsum import HIGHEST, Einsum
+from gemma_jax.nn.einsum import Einsum
 from gemma_jax.nn.norm import RMSNorm
 from gemma_jax.numerics import Numerics
+from gemma_jax.weights.contract import HIGHEST
 
 MIN_MEAN_SQUARE = 1e-5
 

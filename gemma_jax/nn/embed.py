@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gemma_jax.config import GemmaConfig, ModalityVocabulary
-from gemma_jax.nn.einsum import Einsum, contract
-from gemma_jax.nn.lookup import lookup
+from gemma_jax.nn.einsum import Einsum
 from gemma_jax.nn.norm import RMSNorm, rms_norm
 from gemma_jax.numerics import Numerics
+from gemma_jax.weights.contract import contract
+from gemma_jax.weights.gather import lookup
 from gemma_kernels.cross_entropy import cross_entropy
 
 

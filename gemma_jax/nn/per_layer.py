@@ -11,9 +11,9 @@ from flax import nnx
 
 from gemma_jax.config import GemmaConfig
 from gemma_jax.nn.einsum import Einsum
-from gemma_jax.nn.lookup import lookup
 from gemma_jax.nn.norm import RMSNorm
 from gemma_jax.numerics import Numerics
+from gemma_jax.weights.gather import lookup
 
 
 class PerLayerEmbedder(nnx.Module):

@@ -1,8 +1,8 @@
 """Plans: what a model needs on a machine, before there is one. `gemma-jax plan` prints them."""
 
 from gemma_jax.planning.hardware import Topology, find_topology
+from gemma_jax.planning.lowering import Work
 from gemma_jax.planning.plan import Compiled, Plan, default_axes, fit, make_plan, meshes, search
-from gemma_jax.planning.programs import Work
 
 __all__ = [
     "Compiled",

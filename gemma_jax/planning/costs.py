@@ -6,10 +6,10 @@ from typing import Any
 import jax
 from flax import nnx
 
-from gemma_jax.cache import layer_capacity
 from gemma_jax.config import GemmaConfig
-from gemma_jax.model import Gemma
-from gemma_jax.planning.programs import Work
+from gemma_jax.decoder.cache import layer_capacity
+from gemma_jax.decoder.model import Gemma
+from gemma_jax.planning.lowering import Work
 
 
 def local_bytes(tree: Any) -> int:

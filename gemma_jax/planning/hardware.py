@@ -7,8 +7,8 @@ from functools import cache
 
 import jax
 
-from gemma_kernels import sass
-from gemma_kernels.targets import CHIPS, slice_devices
+from gemma_kernels.compilers import hopper_sass as sass
+from gemma_kernels.compilers.tpu_targets import CHIPS, slice_devices
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from gemma_jax.config import GemmaConfig
-from gemma_jax.model import Gemma
-from gemma_jax.planning import costs, hlo
+from gemma_jax.decoder.model import Gemma
+from gemma_jax.planning import costs
+from gemma_jax.planning import hlo_text as hlo
 from gemma_jax.planning.hardware import Topology
-from gemma_jax.planning.programs import Work, abstract_cache, abstract_model, lower
+from gemma_jax.planning.lowering import Work, abstract_cache, abstract_model, lower
 from gemma_jax.sharding import TRAINING, Partition, make_mesh, mesh_sizes
 
 # What a collective takes however little it carries: an assumption, of the usual order.

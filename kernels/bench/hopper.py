@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_kernels.attention import AttentionSpec, causal_interval, last_of_block
-from gemma_kernels.attention.hopper import attention_hopper
+from gemma_kernels.attention.hopper.attention import attention_hopper
 from gemma_kernels.attention.mask import causal_rows, visible
 from gemma_kernels.attention.xla import attention_xla
 from gemma_kernels.decode_attention.hopper import decode_attention_hopper

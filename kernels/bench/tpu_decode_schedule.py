@@ -5,10 +5,10 @@
     python kernels/bench/tpu_decode_schedule.py --table kernels/bench/results/NAME.json
     python kernels/bench/tpu_decode_schedule.py --check kernels/bench/results/NAME.json
 
-Needs no TPU, and measures none (see `gemma_kernels.bundles`). A decoding step has to read its
-cache; if the kernel computes in less time than that takes, it can run at the speed of the memory.
-Of its loop everything is counted for every grid step, the branches too that a step does not take.
-A device with two cores reads by both. `--table` prints what is stored as Markdown; `--check`
+Needs no TPU, and measures none (see `gemma_kernels.compilers.tpu_schedule`). A decoding step has to
+read its cache; if the kernel computes in less time than that takes, it can run at the speed of the
+memory. Of its loop everything is counted for every grid step, the branches too that a step does not
+take. A device with two cores reads by both. `--table` prints what is stored as Markdown; `--check`
 compiles the kernel again and fails if it needs 3 % more cycles than stored.
 """
 
@@ -24,10 +24,10 @@ import jax
 import jax.numpy as jnp
 
 from gemma_kernels.attention import AttentionSpec
-from gemma_kernels.bundles import Job, Schedule, comparable, is_slower, planned
+from gemma_kernels.compilers.tpu_schedule import Job, Schedule, comparable, is_slower, planned
+from gemma_kernels.compilers.tpu_targets import CHIPS
 from gemma_kernels.decode_attention.tpu import decode_attention_tpu
 from gemma_kernels.decode_attention.tpu_blocks import default_blocks
-from gemma_kernels.targets import CHIPS
 
 LONG = 32_768
 # name -> query heads, key/value heads, head width, window

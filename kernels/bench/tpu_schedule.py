@@ -6,11 +6,11 @@
     python kernels/bench/tpu_schedule.py --check kernels/bench/results/tpu-schedule.json
     python kernels/bench/tpu_schedule.py --table kernels/bench/results/tpu-schedule.json
 
-Needs no TPU, and measures none: see `gemma_kernels.bundles` for what a plan is. What counts is the
-ratio of two kernels on one chip; waiting for memory is left out on both sides, and for ours the
-time of its copies at the chip's bandwidth stands beside its cycles. Rivals are splash attention of
-JAX and, with `--tokamax-python` (an interpreter of an environment that has tokamax and libtpu),
-that of tokamax; of each the best of several tilings counts.
+Needs no TPU, and measures none: see `gemma_kernels.compilers.tpu_schedule` for what a plan is. What
+counts is the ratio of two kernels on one chip; waiting for memory is left out on both sides, and
+for ours the time of its copies at the chip's bandwidth stands beside its cycles. Rivals are splash
+attention of JAX and, with `--tokamax-python` (an interpreter of an environment that has tokamax and
+libtpu), that of tokamax; of each the best of several tilings counts.
 
 Cycles of a kernel, ours or theirs: its bodies as often as the grid runs them, what surrounds them
 once per step, starts and ends of sweeps once per sweep.
@@ -31,9 +31,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from gemma_kernels.attention import tuning
-from gemma_kernels.bundles import Job, Schedule, comparable, is_slower, planned
-from gemma_kernels.targets import CHIPS
+from gemma_kernels.attention.tpu import tuning
+from gemma_kernels.compilers.tpu_schedule import Job, Schedule, comparable, is_slower, planned
+from gemma_kernels.compilers.tpu_targets import CHIPS
 
 SPLASH = str(Path(__file__).with_name("workers") / "splash.py")
 

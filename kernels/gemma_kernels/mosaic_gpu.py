@@ -15,8 +15,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gemma_kernels.attention.spec import AttentionSpec
-
 # Rows (columns) of a matrix spread over the threads of a warpgroup as wgmma leaves its result.
 MATRIX = plgpu.Layout.WGMMA
 PACKED = plgpu.Layout.WGMMA_UPCAST_2X  # the same for bytes, with four neighbours in a register
@@ -78,15 +76,6 @@ def matrix_smem(shape: tuple[int, ...], dtype, interpret: bool, columns: int = P
     row = columns * jnp.dtype(dtype).itemsize
     transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(row))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
-def scores_in_log2(scores: jax.Array, spec: AttentionSpec) -> tuple[jax.Array, float]:
-    """Scaled and capped scores, and a positive factor that makes them exponents of 2."""
-    if spec.soft_cap is not None:
-        return tanh(scores * (spec.scale / spec.soft_cap)), spec.soft_cap * LOG2_E
-    if spec.scale <= 0:
-        return scores * spec.scale, LOG2_E
-    return scores, spec.scale * LOG2_E
 
 
 class Ops:

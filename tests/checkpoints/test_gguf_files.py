@@ -9,9 +9,9 @@ import pytest
 from tiny_checkpoints import by_name, plain, random_model, tiny, write_gguf
 
 import gemma_checkpoints as gc
-from gemma_checkpoints.dequantize import FAST, decode
-from gemma_checkpoints.gguf_config import config_from_gguf
-from gemma_checkpoints.gguf_file import read_gguf_header
+from gemma_checkpoints.gguf.config import config_from_gguf
+from gemma_checkpoints.gguf.decode import FAST, decode
+from gemma_checkpoints.gguf.header import read_gguf_header
 from gemma_jax.presets import preset
 
 gguf = pytest.importorskip("gguf", reason="the gguf extra is not installed")

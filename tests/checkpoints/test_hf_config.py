@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from tiny_checkpoints import DATA
 
-from gemma_checkpoints.hf_config import config_from_hf, text_config
-from gemma_checkpoints.hf_config_out import config_to_hf
+from gemma_checkpoints.hf.config import config_from_hf, text_config
+from gemma_checkpoints.hf.config_out import config_to_hf
 from gemma_jax.config import VisionConfig
 from gemma_jax.presets import PRESETS, preset
 

@@ -10,9 +10,9 @@ from safetensors.numpy import load_file, save_file
 from tiny_checkpoints import DATA, by_name, random_model, tiny
 
 import gemma_checkpoints as gc
+from gemma_checkpoints.name_table import expand
 from gemma_checkpoints.params import depths, flat_params
-from gemma_checkpoints.table import expand
-from gemma_jax.model import forward
+from gemma_jax.decoder.forward import forward
 from gemma_jax.sharding import TRAINING, Partition, make_mesh
 
 LAYOUTS = ("scan", "unrolled")

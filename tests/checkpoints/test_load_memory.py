@@ -10,12 +10,12 @@ import pytest
 from tiny_checkpoints import plain, random_model, tiny, write_gguf
 
 import gemma_checkpoints as gc
-from gemma_checkpoints.hf_config_out import config_to_hf
-from gemma_checkpoints.hf_names import hf_table
+from gemma_checkpoints.hf.config_out import config_to_hf
+from gemma_checkpoints.hf.names import hf_table
+from gemma_checkpoints.name_table import expand
 from gemma_checkpoints.params import abstract_model, depths, named_slots
 from gemma_checkpoints.rearrange import shape as rearranged_shape
 from gemma_checkpoints.safetensors_file import write_safetensors
-from gemma_checkpoints.table import expand
 from gemma_jax.presets import preset
 
 MEASURE = """

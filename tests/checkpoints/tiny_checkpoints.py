@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from gemma_checkpoints.export import host_array
-from gemma_checkpoints.gguf_names import gguf_table
+from gemma_checkpoints.gguf.names import gguf_table
+from gemma_checkpoints.name_table import expand
 from gemma_checkpoints.params import abstract_model, depths, flat_params, named_slots
-from gemma_checkpoints.table import expand
-from gemma_jax.model import Gemma
+from gemma_jax.decoder.model import Gemma
 from gemma_jax.presets import preset
 
 DATA = Path(__file__).parent.parent / "parity" / "data"

@@ -8,7 +8,7 @@ import sentencepiece
 import tiny
 
 from gemma_checkpoints import save_hf
-from gemma_jax import benchmark
+from gemma_jax.benchmarks import speed as benchmark
 from gemma_jax.cli.app import run
 
 SPEEDS = ("prefill_tokens_per_s", "decode_tokens_per_s")

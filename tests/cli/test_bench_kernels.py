@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gemma_kernels.attention import tuning
+from gemma_kernels.attention.tpu import tuning
 
 
 def test_a_row_of_the_table(cli, monkeypatch, tmp_path):

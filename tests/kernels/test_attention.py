@@ -19,7 +19,7 @@ from gemma_kernels.attention import (
     last_of_block,
 )
 from gemma_kernels.attention.cases import CASES, Case
-from gemma_kernels.attention.tpu import Blocks, attention_tpu, default_blocks
+from gemma_kernels.attention.tpu.attention import Blocks, attention_tpu, default_blocks
 
 # Not a library of another machine; and Mosaic GPU's interpreter is too slow for all cases, so the
 # kernels for Hopper have files of their own.

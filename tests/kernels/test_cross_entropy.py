@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from gemma_kernels.compilers.tpu_targets import lower
 from gemma_kernels.cross_entropy import IMPLEMENTATIONS, cross_entropy
 from gemma_kernels.cross_entropy.xla import default_chunk
-from gemma_kernels.targets import lower
 
 
 def operands(B=2, T=5, D=12, V=96, dtype=jnp.float32, seed=0):

@@ -11,9 +11,9 @@ from gemma_kernels.attention import (
     causal_interval,
     last_of_block,
 )
-from gemma_kernels.attention.hopper import attention_hopper
-from gemma_kernels.attention.hopper_forward import Blocks, check_blocks
-from gemma_kernels.attention.hopper_tiles import classify, runs
+from gemma_kernels.attention.hopper.attention import attention_hopper
+from gemma_kernels.attention.hopper.forward import Blocks, check_blocks
+from gemma_kernels.attention.hopper.tiles import classify, runs
 from gemma_kernels.attention.mask import visible
 from gemma_kernels.attention.reference import attention_reference
 from gemma_kernels.decode_attention.hopper import decode_attention_hopper, default_splits

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from gemma_kernels.attention import AttentionSpec, causal_interval, last_of_block
-from gemma_kernels.attention.hopper_backward import (
+from gemma_kernels.attention.hopper.backward import (
     BackwardBlocks,
     attention_backward_hopper,
     default_blocks,

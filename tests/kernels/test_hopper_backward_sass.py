@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gemma_kernels import sass
 from gemma_kernels.attention import AttentionSpec
-from gemma_kernels.attention.hopper_backward import attention_backward_hopper
+from gemma_kernels.attention.hopper.backward import attention_backward_hopper
+from gemma_kernels.compilers import hopper_sass as sass
 from gemma_kernels.mosaic_gpu import SMEM_LIMIT
 
 if reason := sass.missing():

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from gemma_kernels.attention import tpu_blocks, tuning
-from gemma_kernels.bundles import Job, Schedule, planned, read_schedules
-from gemma_kernels.targets import CHIPS
+from gemma_kernels.attention.tpu import blocks as tpu_blocks
+from gemma_kernels.attention.tpu import tuning
+from gemma_kernels.compilers.tpu_schedule import Job, Schedule, planned, read_schedules
+from gemma_kernels.compilers.tpu_targets import CHIPS
 
 ROOT = Path(__file__).parents[2]
 STORED = ROOT / "kernels" / "bench" / "results" / "tpu-schedule.json"

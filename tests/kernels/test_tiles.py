@@ -26,10 +26,10 @@ def test_meetings_of_any_mask(data):
     size = data.draw(st.lists(st.integers(0, S), min_size=T, max_size=T), "length")
     lo, hi = jnp.array([lo], jnp.int32), jnp.array([np.add(lo, size)], jnp.int32)
     seen = np.asarray(visible(lo, hi, pos))[0]
-    some, whole = tiles.meetings(lo, hi, pos, q, k)
+    some, whole = tiles.visible_blocks(lo, hi, pos, q, k)
     assert np.all(np.asarray(some)[0] >= by_tile(seen, q, k, np.any))
     assert np.all(np.asarray(whole)[0] <= by_tile(seen, q, k, np.all))
-    _, whole = tiles.meetings(lo, hi, pos, q, k, unseeing=False)
+    _, whole = tiles.visible_blocks(lo, hi, pos, q, k, unseeing=False)
     sees = np.asarray(hi > jnp.maximum(lo, 0))[0][:, None]
     assert np.all(np.asarray(whole)[0] <= by_tile(seen | ~sees, q, k, np.all))
     first, last, whole_first, whole_last = (np.asarray(x)[0] for x in tiles.bounds(some, whole))
@@ -46,7 +46,7 @@ def test_stated_masks_are_exact(window, T, S):
     q, k = 4, 4
     lo, hi, pos = causal_rows(1, T, S, window)
     seen = np.asarray(visible(lo, hi, pos))[0]
-    some, whole = tiles.static_meetings(T, S, q, k, True, window)
+    some, whole = tiles.static_visible_blocks(T, S, q, k, True, window)
     for i in range(0, T, q):
         for j in range(0, S, k):
             block = seen[i : i + q, j : j + k]

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from gemma_kernels.attention import AttentionSpec, causal_interval, last_of_block, tpu_backward
+from gemma_kernels.attention import AttentionSpec, causal_interval, last_of_block
 from gemma_kernels.attention.cases import CASES, Case
 from gemma_kernels.attention.reference import attention_reference
-from gemma_kernels.attention.tpu_backward import (
+from gemma_kernels.attention.tpu import backward as tpu_backward
+from gemma_kernels.attention.tpu.backward import (
     BackwardBlocks,
     attention_backward_tpu,
     default_blocks,

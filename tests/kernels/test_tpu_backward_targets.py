@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from gemma_kernels.attention import AttentionSpec
-from gemma_kernels.attention.tpu_backward import BackwardBlocks, attention_backward_tpu
-from gemma_kernels.targets import CHIPS, lower
+from gemma_kernels.attention.tpu.backward import BackwardBlocks, attention_backward_tpu
+from gemma_kernels.compilers.tpu_targets import CHIPS, lower
 
 pytest.importorskip("libtpu", reason="the compiler comes with the plan extra: gemma-jax[plan]")
 

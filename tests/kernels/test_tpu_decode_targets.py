@@ -8,10 +8,10 @@ import pytest
 from flax import nnx
 
 from gemma_jax import Gemma, Runtime, forward, preset
-from gemma_jax.cache import LayerCache, Slots, extend, init_cache, write_heads
+from gemma_jax.decoder.cache import LayerCache, Slots, extend, init_cache, write_heads
 from gemma_kernels.attention import AttentionSpec
+from gemma_kernels.compilers.tpu_targets import CHIPS, lower
 from gemma_kernels.decode_attention import decode_attention
-from gemma_kernels.targets import CHIPS, lower
 
 pytest.importorskip("libtpu", reason="the compiler comes with the plan extra: gemma-jax[plan]")
 
@@ -88,7 +88,7 @@ def test_models_decode_on_it(tokens, has_kernel):
     )
     graph, params = nnx.split(model)
     cache = jax.eval_shape(
-        lambda: init_cache(model.cfg, model.segments, 1, 2048, "bfloat16", slack=4)
+        lambda: init_cache(model.cfg, model.layer_groups, 1, 2048, "bfloat16", slack=4)
     )
     ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
 

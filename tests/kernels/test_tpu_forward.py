@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from gemma_kernels.attention import AttentionSpec
 from gemma_kernels.attention.mask import causal_rows, visible
 from gemma_kernels.attention.reference import attention_reference
-from gemma_kernels.attention.tpu import Blocks, attention_tpu, default_blocks
+from gemma_kernels.attention.tpu.attention import Blocks, attention_tpu, default_blocks
 
 SMALL = Blocks(q=128, k=128, piece=128, fetch=2)
 CAUSAL = AttentionSpec(scale=0.3, causal=True)

@@ -9,7 +9,7 @@ from flax import nnx
 
 from gemma_jax import Gemma, Runtime, forward, preset
 from gemma_kernels.attention import AttentionSpec, attention
-from gemma_kernels.targets import CHIPS, lower
+from gemma_kernels.compilers.tpu_targets import CHIPS, lower
 
 pytest.importorskip("libtpu", reason="the compiler comes with the plan extra: gemma-jax[plan]")
 

@@ -11,8 +11,9 @@ import tiny
 from parity.goldens import DATA
 
 import gemma_jax as gj
-from gemma_checkpoints import load_model
+from gemma_checkpoints import load_weights
 from gemma_jax import forward, generate
+from gemma_jax.inference.session import Session
 from gemma_jax.matformer import (
     PRESETS,
     Slice,
@@ -22,8 +23,7 @@ from gemma_jax.matformer import (
     slice_config,
     slice_model,
 )
-from gemma_jax.quant import quantise
-from gemma_jax.session import Session
+from gemma_jax.quantise import quantise
 
 CFG = tiny.gemma3n()  # nine layers, local local global; the last three share keys and values
 NARROW = Slice(ffn_widths=(20, 30, 48, 7, 8, 9, 1, 47, 48))
@@ -83,7 +83,7 @@ def test_no_program_copies_what_a_view_leaves_out():
     cut = Slice(ffn_widths=(1024,) * 9)
 
     def temporary_bytes(model):
-        cache = gj.init_cache(model.cfg, model.segments, 1, 32, "float32")
+        cache = gj.init_cache(model.cfg, model.layer_groups, 1, 32, "float32")
         step = jax.jit(lambda m, c: _ten_steps(m, c)).lower(model, cache).compile()
         return step.memory_analysis().temp_size_in_bytes
 
@@ -171,12 +171,12 @@ def test_slices_of_the_oracle(name):
     cut = Slice(
         ffn_widths=tuple(facts["ffn_hidden_dims"]), skip_layers=tuple(facts["layers_to_skip"])
     )
-    net = load_model(DATA / "g3n_text", dtype="float32")
+    net = load_weights(DATA / "g3n_text", dtype="float32")
     small = slice_model(net, cut, allow_irregular=name == "g3n_off_pattern")
     if name == "g3n_e2b_like":
-        assert_same(small, load_model(DATA / name, dtype="float32"))
+        assert_same(small, load_weights(DATA / name, dtype="float32"))
     else:
-        from gemma_checkpoints.hf_config import config_from_hf
+        from gemma_checkpoints.hf.config import config_from_hf
 
         assert small.cfg == config_from_hf(json.loads((DATA / name / "config.json").read_text()))
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from parity.goldens import DATA, assert_close, assert_gradient, case, loss_gradient
 
-from gemma_checkpoints import load_model
+from gemma_checkpoints import load_weights
 from gemma_jax import Runtime, forward, generate
 from gemma_jax.numerics import NUMERICS
 
@@ -20,12 +20,12 @@ CAPTURES = ("embeddings", "layer_outputs", "final_norm")
 
 @pytest.fixture(scope="module", params=["scan", "unrolled"])
 def model(request):
-    return load_model(DATA / "g3_text", dtype="float32", layout=request.param)
+    return load_weights(DATA / "g3_text", dtype="float32", layout=request.param)
 
 
 @pytest.mark.parametrize("folder, name", [("g3_text", "forward"), ("g3_mm", "forward_text_only")])
 def test_logits_and_every_layer(folder, name):
-    model = load_model(DATA / folder, dtype="float32")
+    model = load_weights(DATA / folder, dtype="float32")
     given, expected, tolerance = case(folder, name)
     out = forward(model, given["input_ids"].astype(np.int32), capture=CAPTURES)
     assert_close(out.logits, expected["logits"], tolerance["logits"])
@@ -35,7 +35,7 @@ def test_logits_and_every_layer(folder, name):
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_padded_batch(implementation):
-    model = load_model(
+    model = load_weights(
         DATA / "g3_text", dtype="float32", runtime=Runtime(attention_impl=implementation)
     )
     for name in ("batch_left_pad", "batch_right_pad"):
@@ -80,7 +80,7 @@ def test_bfloat16_is_as_good_as_the_reference():
     reference = np.abs(expected["logits_bf16"] - expected["logits_fp32"]).mean()
     for numerics in NUMERICS.values():
         runtime = Runtime(dtype=jnp.dtype("bfloat16"), numerics=numerics)
-        model = load_model(DATA / "g3_text", dtype="bfloat16", runtime=runtime)
+        model = load_weights(DATA / "g3_text", dtype="bfloat16", runtime=runtime)
         logits = np.asarray(forward(model, given["input_ids"].astype(np.int32)).logits)
         assert np.abs(logits - expected["logits_fp32"]).mean() <= 1.5 * reference
 
@@ -88,6 +88,6 @@ def test_bfloat16_is_as_good_as_the_reference():
 def test_numerics_agree_in_float32(model):
     """`gdm` differs from `hf` in rounding alone, which float32 shows as noise."""
     given, expected, tolerance = case("g3_text", "forward")
-    gdm = load_model(DATA / "g3_text", dtype="float32", runtime=Runtime(numerics=NUMERICS["gdm"]))
+    gdm = load_weights(DATA / "g3_text", dtype="float32", runtime=Runtime(numerics=NUMERICS["gdm"]))
     logits = forward(gdm, given["input_ids"].astype(np.int32)).logits
     assert_close(logits, expected["logits"], tolerance["logits"])

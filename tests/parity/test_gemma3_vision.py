@@ -11,10 +11,12 @@ import pytest
 from parity.goldens import DATA, assert_close, case, next_token_loss
 from safetensors.numpy import load_file
 
-from gemma_checkpoints import load_model, save_hf
+from gemma_checkpoints import load_weights, save_hf
 from gemma_jax import Prompt, Runtime, forward, generate
-from gemma_jax.vision.encoder import CAPTURES, encode_images
-from gemma_jax.vision.soft_tokens import SoftTokens, locate, runs, soft_tokens
+from gemma_jax.decoder.soft_tokens import SoftTokens
+from gemma_jax.multimodal.encode import encode_images
+from gemma_jax.multimodal.placeholders import locate, runs, soft_tokens
+from gemma_jax.vision.encoder import CAPTURES
 
 TEXT_CAPTURES = ("embeddings", "layer_outputs", "final_norm")
 THEIRS = {
@@ -26,7 +28,7 @@ THEIRS = {
 
 @pytest.fixture(scope="module", params=["scan", "unrolled"])
 def model(request):
-    return load_model(DATA / "g3_mm", dtype="float32", layout=request.param)
+    return load_weights(DATA / "g3_mm", dtype="float32", layout=request.param)
 
 
 def test_tower_and_projector(model):
@@ -39,7 +41,7 @@ def test_tower_and_projector(model):
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_logits_and_every_layer(implementation):
     runtime = Runtime(attention_impl=implementation)
-    model = load_model(DATA / "g3_mm", dtype="float32", runtime=runtime)
+    model = load_weights(DATA / "g3_mm", dtype="float32", runtime=runtime)
     given, expected, tolerance = case("g3_mm", "forward")
     ids = given["input_ids"].astype(np.int32)
     soft = soft_tokens(model, ids, given["pixel_values"])
@@ -131,7 +133,7 @@ def test_float32_tower_in_a_bfloat16_model():
     errors = []
     for vision_dtype in (None, jnp.dtype("float32")):
         runtime = Runtime(dtype=jnp.dtype("bfloat16"), vision_dtype=vision_dtype)
-        model = load_model(DATA / "g3_mm", dtype="float32", runtime=runtime)
+        model = load_weights(DATA / "g3_mm", dtype="float32", runtime=runtime)
         soft, _ = encode_images(model, given["pixel_values"])
         assert soft.dtype == (vision_dtype or jnp.bfloat16)
         errors.append(np.abs(np.asarray(soft, np.float32) - expected["projector_output"]).max())

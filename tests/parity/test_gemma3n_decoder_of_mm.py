@@ -8,7 +8,7 @@ import pytest
 from parity.goldens import DATA, assert_close, case
 from safetensors.numpy import load_file
 
-from gemma_checkpoints import load_model, save_hf, save_orbax
+from gemma_checkpoints import load_weights, save_hf, save_orbax
 from gemma_jax import forward
 
 CAPTURES = ("embeddings", "layer_outputs", "final_norm")
@@ -16,7 +16,7 @@ CAPTURES = ("embeddings", "layer_outputs", "final_norm")
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model(DATA / "g3n_mm", dtype="float32", layout="scan")
+    return load_weights(DATA / "g3n_mm", dtype="float32", layout="scan")
 
 
 def test_ids_of_images_and_sounds(model):
@@ -35,7 +35,7 @@ def test_loaded_for_text_alone_it_is_the_same_until_such_an_id(model):
     given, _, tolerance = case("g3n_mm", "forward_text_only")
     ids = given["input_ids"].astype(np.int32)
     first = int((ids[0] >= model.cfg.modality_vocabularies[0].first_id).argmax())
-    text = load_model(DATA / "g3n_mm", dtype="float32", layout="scan", modalities=("text",))
+    text = load_weights(DATA / "g3n_mm", dtype="float32", layout="scan", modalities=("text",))
     assert text.cfg.modality_vocabularies == ()
     ours, whole = forward(text, ids).logits, forward(model, ids).logits
     assert_close(ours[:, :first], whole[:, :first], tolerance["logits"])
@@ -45,18 +45,18 @@ def test_loaded_for_text_alone_it_is_the_same_until_such_an_id(model):
 @pytest.mark.parametrize("modalities", [None, ("text",)], ids=["all", "text"])
 def test_comes_back_as_a_decoder_alone(tmp_path, modalities):
     source = DATA / "g3n_mm"
-    model = load_model(source, dtype=None, modalities=modalities)
+    model = load_weights(source, dtype=None, modalities=modalities)
     out = save_hf(model, tmp_path / "out", source=source)
     assert json.loads((out / "config.json").read_text())["model_type"] == "gemma3n_text"
     ours, theirs = load_file(out / "model.safetensors"), load_file(source / "model.safetensors")
     for name, array in ours.items():
         stored = theirs[name.replace("model.", "model.language_model.", 1)]
         assert (array.view(np.uint16) == stored.view(np.uint16)).all(), name
-    assert load_model(out, dtype=None).cfg == replace(model.cfg, modality_vocabularies=())
+    assert load_weights(out, dtype=None).cfg == replace(model.cfg, modality_vocabularies=())
 
 
 def test_orbax_keeps_the_vocabularies(model, tmp_path):
-    again = load_model(save_orbax(model, tmp_path / "out"), dtype="float32")
+    again = load_weights(save_orbax(model, tmp_path / "out"), dtype="float32")
     assert again.cfg == model.cfg
     ids = case("g3n_mm", "forward_text_only")[0]["input_ids"].astype(np.int32)
     assert_close(forward(again, ids).logits, forward(model, ids).logits, 1e-5)

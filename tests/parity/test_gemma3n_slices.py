@@ -13,7 +13,7 @@ import pytest
 from parity.goldens import DATA, assert_close, case
 from safetensors.numpy import load_file, save_file
 
-from gemma_checkpoints import load_model, save_hf
+from gemma_checkpoints import load_weights, save_hf
 from gemma_jax import forward, generate
 
 SLICES = ("g3n_e2b_like", "g3n_mixed_widths", "g3n_off_pattern")
@@ -52,7 +52,7 @@ def sliced(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "config.json").write_bytes((DATA / request.param / "config.json").read_bytes())
     save_file(cut(request.param), folder / "model.safetensors")
-    return request.param, load_model(folder, dtype="float32", layout="scan")
+    return request.param, load_weights(folder, dtype="float32", layout="scan")
 
 
 def test_the_cut_is_the_stored_one():
@@ -83,6 +83,6 @@ def test_greedy_continuation(sliced):
 
 def test_tensors_that_no_layer_uses_come_back_from_the_source(tmp_path):
     source = DATA / "g3n_text"
-    out = save_hf(load_model(source, dtype=None), tmp_path / "out", source=source)
+    out = save_hf(load_weights(source, dtype=None), tmp_path / "out", source=source)
     for name in ("config.json", "model.safetensors"):
         assert (out / name).read_bytes() == (source / name).read_bytes(), name

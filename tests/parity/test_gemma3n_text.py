@@ -12,7 +12,7 @@ import pytest
 from parity.goldens import DATA, assert_close, assert_gradient, case, loss_gradient
 from safetensors.numpy import load_file
 
-from gemma_checkpoints import load_model, save_hf
+from gemma_checkpoints import load_weights, save_hf
 from gemma_jax import Runtime, forward, generate
 
 CAPTURES = ("embeddings", "per_layer_inputs", "layer_outputs", "final_norm")
@@ -20,7 +20,7 @@ CAPTURES = ("embeddings", "per_layer_inputs", "layer_outputs", "final_norm")
 
 @pytest.fixture(scope="module", params=["scan", "unrolled"])
 def model(request):
-    return load_model(DATA / "g3n_text", dtype="float32", layout=request.param)
+    return load_weights(DATA / "g3n_text", dtype="float32", layout=request.param)
 
 
 def test_logits_and_every_stream_of_every_layer(model):
@@ -34,7 +34,7 @@ def test_logits_and_every_stream_of_every_layer(model):
 
 
 def test_a_slice():
-    model = load_model(DATA / "g3n_e2b_like", dtype="float32")
+    model = load_weights(DATA / "g3n_e2b_like", dtype="float32")
     given, expected, tolerance = case("g3n_e2b_like", "forward")
     out = forward(model, given["input_ids"].astype(np.int32), capture=("final_norm",))
     assert_close(out.logits, expected["logits"], tolerance["logits"])
@@ -57,7 +57,7 @@ def test_padded_batch(model, name):
     [("g3n_text", "generate"), ("g3n_text", "generate_left_pad"), ("g3n_e2b_like", "generate")],
 )
 def test_greedy_continuations(folder, name):
-    model = load_model(DATA / folder, dtype="float32", layout="scan")
+    model = load_weights(DATA / folder, dtype="float32", layout="scan")
     given, expected, tolerance = case(folder, name)
     mask = given.get("attention_mask", np.ones_like(given["input_ids"])) == 1
     rows = [ids[keep].tolist() for ids, keep in zip(given["input_ids"], mask)]
@@ -96,7 +96,7 @@ def test_bfloat16_is_as_good_as_the_reference():
     given, expected, _ = case("g3n_text", "forward_bf16")
     reference = np.abs(expected["logits_bf16"] - expected["logits_fp32"]).mean()
     runtime = Runtime(dtype=jnp.dtype("bfloat16"))
-    model = load_model(DATA / "g3n_text", dtype="bfloat16", runtime=runtime)
+    model = load_weights(DATA / "g3n_text", dtype="bfloat16", runtime=runtime)
     logits = np.asarray(forward(model, given["input_ids"].astype(np.int32)).logits)
     assert np.abs(logits - expected["logits_fp32"]).mean() <= 1.5 * reference
 
@@ -107,14 +107,14 @@ def test_the_published_spelling_of_the_config_means_the_same(tmp_path):
         (tmp_path / name / "config.json").write_bytes((DATA / "g3n_text" / name).read_bytes())
         weights = (DATA / "g3n_text" / "model.safetensors").read_bytes()
         (tmp_path / name / "model.safetensors").write_bytes(weights)
-    new, old = (load_model(tmp_path / n).cfg for n in ("config.json", "config_legacy.json"))
+    new, old = (load_weights(tmp_path / n).cfg for n in ("config.json", "config_legacy.json"))
     assert new == old
 
 
 def test_comes_back_from_an_export(tmp_path):
     """All tensors but the unused keys and values of layers that share those of others."""
-    model = load_model(DATA / "g3n_text", dtype=None)
-    again = load_model(save_hf(model, tmp_path / "out"), dtype=None)
+    model = load_weights(DATA / "g3n_text", dtype=None)
+    again = load_weights(save_hf(model, tmp_path / "out"), dtype=None)
     assert again.cfg == model.cfg
     ours = load_file(tmp_path / "out" / "model.safetensors")
     theirs = load_file(DATA / "g3n_text" / "model.safetensors")

@@ -6,10 +6,10 @@ import pytest
 import tiny
 
 from gemma_jax import Prompt, forward, generate, init_cache
-from gemma_jax.passes import Row, cut_pass
-from gemma_jax.session import Session
-from gemma_jax.vision.encoder import encode_images
-from gemma_jax.vision.soft_tokens import soft_tokens
+from gemma_jax.inference.prefill import Row, prefill_chunk
+from gemma_jax.inference.session import Session
+from gemma_jax.multimodal.encode import encode_images
+from gemma_jax.multimodal.placeholders import soft_tokens
 
 ATOL = 2e-5  # as in test_invariance.py
 VISION = tiny.vision()
@@ -57,10 +57,10 @@ def in_pieces(net, one: Prompt, width: int) -> np.ndarray:
     """Logits of passes of at most `width` tokens over one cache, cut as a session cuts them."""
     soft_ITD, _ = encode_images(net, one.pixels)
     row = Row.of(one.token_ids, 0, soft_ITD, net.cfg.vision)
-    cache = init_cache(net.cfg, net.segments, 1, 64, jnp.float32)
+    cache = init_cache(net.cfg, net.layer_groups, 1, 64, jnp.float32)
     parts = []
     for piece in row.cuts(width):
-        part = cut_pass([row], [piece])
+        part = prefill_chunk([row], [piece])
         out = forward(net, part.tokens_BT, part.positions_BT, soft=part.soft, cache=cache)
         cache = out.cache
         parts.append(np.asarray(out.logits)[0, : piece.stop - piece.start])

@@ -24,7 +24,7 @@ def full(net, ids, positions=None):
 
 def in_chunks(net, ids, cuts, positions=None, slack=0):
     """Logits of consecutive passes over one cache."""
-    cache = init_cache(net.cfg, net.segments, len(ids), 64, jnp.float32, slack=slack)
+    cache = init_cache(net.cfg, net.layer_groups, len(ids), 64, jnp.float32, slack=slack)
     parts = []
     for start, end in zip([0, *cuts], [*cuts, ids.shape[1]]):
         pos = None if positions is None else positions[:, start:end]
@@ -71,8 +71,8 @@ def test_a_ring_equals_a_full_cache_under_a_mask():
     cfg = tiny.gemma3()
     net = tiny.model(cfg)
     ids = tiny.tokens(cfg, 1, LENGTH)
-    ring = init_cache(cfg, net.segments, 1, 64, jnp.float32)
-    whole = init_cache(cfg, net.segments, 1, 64, jnp.float32, slack=64 - tiny.WINDOW)
+    ring = init_cache(cfg, net.layer_groups, 1, 64, jnp.float32)
+    whole = init_cache(cfg, net.layer_groups, 1, 64, jnp.float32, slack=64 - tiny.WINDOW)
     assert set(ring.positions) == {tiny.WINDOW, 64} and set(whole.positions) == {64}
     for start in range(0, LENGTH, 5):
         ring_out = forward(net, ids[:, start : start + 5], cache=ring)
@@ -106,7 +106,7 @@ def test_a_row_is_independent_of_its_batch(net):
 def test_scan_equals_unrolled(net):
     ids = tiny.tokens(net.cfg, 2, LENGTH)
     unrolled = tiny.relayout(net, "unrolled")
-    assert len(unrolled.segments) == 1 < len(net.segments) + net.segments[0].repeats - 1
+    assert len(unrolled.layer_groups) == 1 < len(net.layer_groups) + net.layer_groups[0].repeats - 1
     np.testing.assert_allclose(full(unrolled, ids), full(net, ids), atol=ATOL)
 
 

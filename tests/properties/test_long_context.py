@@ -65,7 +65,7 @@ def test_32k_tokens_by_chunks_need_little_memory():
     """A dense mask of one chunk of 1,024 against 32,768 keys and 8 heads would be 1 GB of scores;
     for the whole prompt it would be 34 GB."""
     net = jax.eval_shape(lambda: tiny.model(wide_4b()))
-    cache = jax.eval_shape(lambda: init_cache(net.cfg, net.segments, 1, 32_768, jnp.float32))
+    cache = jax.eval_shape(lambda: init_cache(net.cfg, net.layer_groups, 1, 32_768, jnp.float32))
     ids = jax.ShapeDtypeStruct((1, 1_024), jnp.int32)
     step = jax.jit(lambda n, i, c: forward(n, i, cache=c, logits="last"), donate_argnums=2)
     used = step.lower(net, ids, cache).compile().memory_analysis()
@@ -80,7 +80,7 @@ def test_32k_tokens_by_chunks():
     assert [spec.kind for spec in cfg.layers] == ["local", "global"]
     net = tiny.model(cfg)
     ids = tiny.tokens(cfg, 1, 32_768)
-    cache = init_cache(cfg, net.segments, 1, 32_768, jnp.float32)
+    cache = init_cache(cfg, net.layer_groups, 1, 32_768, jnp.float32)
     for start in range(0, 31 * 1_024, 1_024):
         cache = forward(net, ids[:, start : start + 1_024], cache=cache, logits="none").cache
     whole = forward(net, ids[:, -1_024:], cache=cache, logits="last").logits

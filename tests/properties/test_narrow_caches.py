@@ -11,8 +11,9 @@ import tiny
 from hypothesis import given, settings
 
 from gemma_jax import Runtime, cache_bytes, forward, generate, init_cache, matformer
-from gemma_jax.nn.int8 import to_int8
-from gemma_jax.sharding import make_mesh, shard
+from gemma_jax.placement import shard
+from gemma_jax.sharding import make_mesh
+from gemma_jax.weights.int8 import to_int8
 
 LENGTH = 4 * tiny.WINDOW + 3  # several wraps of every ring
 CONFIGS = {"gemma3": tiny.gemma3(3), "gemma3n": tiny.gemma3n(6, 3)}
@@ -24,7 +25,7 @@ def with_caches(cfg, dtype):
 
 def logits(net, ids, cuts, dtype):
     """Of consecutive passes over one cache."""
-    cache = init_cache(net.cfg, net.segments, len(ids), 64, dtype)
+    cache = init_cache(net.cfg, net.layer_groups, len(ids), 64, dtype)
     parts = []
     for start, end in zip([0, *cuts], [*cuts, ids.shape[1]]):
         out = forward(net, ids[:, start:end], cache=cache)
@@ -69,7 +70,7 @@ def test_layout_of_the_prompt_changes_nothing(family):
 
 def test_memory():
     cfg = tiny.gemma3n()
-    cache = init_cache(cfg, tiny.model(cfg).segments, 2, 64, "int8")
+    cache = init_cache(cfg, tiny.model(cfg).layer_groups, 2, 64, "int8")
     held = sum(array.nbytes for array in jax.tree.leaves(cache.layers))
     assert held == cache_bytes(cfg, 2, 64, "int8")
     wide = cache_bytes(cfg, 2, 64, "float32")
@@ -114,7 +115,7 @@ def test_weights_of_attention_are_those_of_rounded_keys():
     cfg = tiny.gemma3()
     net = tiny.model(cfg)
     ids = tiny.tokens(cfg, 1, 12)
-    cache = init_cache(cfg, net.segments, 1, 12, "int8")
+    cache = init_cache(cfg, net.layer_groups, 1, 12, "int8")
     found = forward(net, ids, cache=cache, capture=("attention_weights",)).captured
     wide = forward(net, ids, capture=("attention_weights",)).captured
     # Rings of 8 slots are read with the new keys after them: the last 12 are those of the text.

@@ -9,18 +9,11 @@ import pytest
 import tiny
 
 from gemma_jax import forward, generate, init_cache, loss, matformer
-from gemma_jax.quant import quantise
-from gemma_jax.sharding import (
-    INFERENCE,
-    LONG_CONTEXT,
-    TRAINING,
-    Partition,
-    make_mesh,
-    shard,
-    with_partition,
-)
-from gemma_jax.training import trainable
-from gemma_jax.vision.encoder import encode_images
+from gemma_jax.multimodal.encode import encode_images
+from gemma_jax.placement import shard, with_partition
+from gemma_jax.quantise import quantise
+from gemma_jax.sharding import INFERENCE, LONG_CONTEXT, TRAINING, Partition, make_mesh
+from gemma_jax.training.params import trainable
 
 LENGTH = 4 * tiny.WINDOW + 3
 ATOL = 2e-5  # ten times the rounding of float32 sums in another order; mistakes show at 0.1
@@ -127,7 +120,7 @@ def test_every_device_holds_its_part_alone(net):
 def test_rings_are_whole_and_long_caches_are_split_along_their_slots():
     cfg = gemma3()
     net = on_mesh(tiny.model(cfg), "sequence")
-    cache = init_cache(cfg, net.segments, 1, 64, jnp.float32)
+    cache = init_cache(cfg, net.layer_groups, 1, 64, jnp.float32)
     cache = net.runtime.partition.place(cache)
     shapes = {
         layer.capacity: layer.k_BKSH.addressable_shards[0].data.shape[1:]

@@ -14,14 +14,16 @@ from gemma_kernels.platform import require, require_hopper
 
 def _tpu(*operands, **options) -> jax.Array | tuple[jax.Array, jax.Array]:
     require("tpu")
-    from gemma_kernels.attention.tpu import attention_tpu  # Pallas takes a while to import
+    from gemma_kernels.attention.tpu.attention import (
+        attention_tpu,  # Pallas takes a while to import
+    )
 
     return attention_tpu(*operands, **options)
 
 
 def _hopper(*operands, **options) -> jax.Array | tuple[jax.Array, jax.Array]:
     require_hopper()
-    from gemma_kernels.attention.hopper import attention_hopper  # as above
+    from gemma_kernels.attention.hopper.attention import attention_hopper  # as above
 
     return attention_hopper(*operands, **options)
 

@@ -13,7 +13,7 @@ import numpy as np
 FAR = jnp.iinfo(jnp.int32).max
 
 
-def meetings(
+def visible_blocks(
     lo_BT, hi_BT, kv_pos_BS, q: int, k: int, *, unseeing: bool = True
 ) -> tuple[jax.Array, jax.Array]:
     """`some_Bij, whole_Bij` for tiles of `q` queries and blocks of `k` keys, which divide T and S.
@@ -37,7 +37,7 @@ def meetings(
     return some_Bij, some_Bij & whole_Bij & jnp.all(real_BjK, 3)
 
 
-def static_meetings(
+def static_visible_blocks(
     T: int, S: int, q: int, k: int, causal: bool, window: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """`some_ij, whole_ij` where the spec states the mask: causal, at most `window`, or everything.

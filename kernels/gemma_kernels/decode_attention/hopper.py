@@ -36,7 +36,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gemma_kernels.attention.hopper_tiles import classify, pad_axis, runs
+from gemma_kernels.attention.hopper.tiles import classify, pad_axis, runs, scores_in_log2
 from gemma_kernels.attention.mask import everything
 from gemma_kernels.attention.spec import AttentionSpec
 from gemma_kernels.mosaic_gpu import (
@@ -54,7 +54,6 @@ from gemma_kernels.mosaic_gpu import (
     interpreter,
     joins_batch,
     matrix_smem,
-    scores_in_log2,
 )
 
 PROCESSORS = 132  # of an H100 or H200 (SXM)

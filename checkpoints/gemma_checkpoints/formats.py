@@ -1,0 +1,37 @@
+"""A path -> the source that can read it, by what is there and never by its name."""
+
+from pathlib import Path
+
+from .errors import CheckpointError
+from .source import Source
+from .tokenizers import is_gguf
+
+EXPECTED = (
+    "expected a .gguf file, a Hugging Face folder (config.json and safetensors), "
+    "or a folder that save_orbax wrote"
+)
+
+
+def open_source(path: str | Path) -> Source:
+    """Reads and checks the headers of a checkpoint.
+
+    Raises:
+      CheckpointError: nothing is there, it is no checkpoint, or it is a broken one.
+    """
+    from .gguf.source import GGUFFile
+    from .hf.folder import CONFIG, HFFolder
+    from .orbax.folder import MANIFEST, OrbaxFolder
+
+    path = Path(path)
+    try:
+        if not path.exists():
+            raise CheckpointError(path, "no such file or folder")
+        if (path / MANIFEST).is_file():
+            return OrbaxFolder(path)
+        if (path / CONFIG).is_file():
+            return HFFolder(path)
+        if path.is_file() and is_gguf(path):
+            return GGUFFile(path)
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read: {error.strerror or error}") from error
+    raise CheckpointError(path, f"not a checkpoint: {EXPECTED}")

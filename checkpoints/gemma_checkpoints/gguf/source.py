@@ -1,0 +1,125 @@
+"""A GGUF file as a source: quantised tensors are decoded to float32 as they are read."""
+
+import math
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from gemma_jax.config import GemmaConfig
+
+from ..errors import CheckpointError
+from ..name_table import Table
+from ..safetensors_file import DTYPES, read_at
+from ..source import TensorInfo
+from .config import config_from_gguf
+from .decode import decode
+from .header import GGUFHeader, GGUFTensor, read_gguf_header
+from .names import gguf_table
+
+PLAIN = DTYPES  # the formats agree on these names
+
+
+@dataclass
+class GGUFFile:
+    """See `Source`."""
+
+    path: Path
+    config: GemmaConfig = field(init=False)
+    table: Table = field(init=False)
+    tensors: dict[str, TensorInfo] = field(init=False)
+    format = "GGUF"
+    reads_rows = True
+
+    def __post_init__(self):
+        header = read_gguf_header(self.path)
+        self.tensors = self._describe(header)
+        embedding = self.tensors.get("token_embd.weight")
+        if embedding is None:
+            raise CheckpointError(self.path, "token_embd.weight is missing: not a language model")
+        try:
+            self.config = config_from_gguf(header.metadata, embedding.shape[0])
+        except ValueError as error:
+            raise CheckpointError(self.path, str(error)) from None
+        self.table = gguf_table(self.config)
+
+    def read(
+        self, name: str, rows: slice = slice(None), columns: slice = slice(None)
+    ) -> np.ndarray:
+        array = self._rows(name, rows)
+        return array if array.ndim < 2 else array[:, columns]
+
+    def _rows(self, name: str, rows: slice) -> np.ndarray:
+        info, first_byte = self.tensors[name], self._offsets[name]
+        first, last, _ = rows.indices(info.shape[0])
+        row_bytes = info.nbytes // info.shape[0]
+        plain = PLAIN.get(info.encoding)
+        shape = (last - first, *info.shape[1:])
+        raw = np.empty((last - first) * row_bytes, np.uint8)
+        read_at(self.path, first_byte + first * row_bytes, raw)
+        if plain is not None:
+            return raw.view(plain).reshape(shape)
+        block_size, block_bytes = _block(info.encoding)
+        return decode(raw.reshape(-1, block_bytes), info.encoding, block_size).reshape(shape)
+
+    def _describe(self, header: GGUFHeader) -> dict[str, TensorInfo]:
+        infos, problems = {}, []
+        self._offsets = {name: tensor.offset for name, tensor in header.tensors.items()}
+        for name, tensor in header.tensors.items():
+            try:
+                infos[name] = _info(tensor)
+            except ValueError as error:
+                problems.append(f"{name}: {error}")
+                continue
+            if tensor.offset + infos[name].nbytes > header.size:
+                end = tensor.offset + infos[name].nbytes
+                problems.append(f"{name} ends at byte {end}, the file is cut off at {header.size}")
+        if not problems and sum(info.nbytes for info in infos.values()) > header.size:
+            problems.append("tensors overlap: together they are larger than the file")
+        if problems:
+            raise CheckpointError(self.path, problems)
+        return infos
+
+
+def _info(tensor: GGUFTensor) -> TensorInfo:
+    gguf = _package()
+    try:
+        encoding = gguf.GGMLQuantizationType(tensor.type_id).name
+        block_size, block_bytes = _block(encoding)
+    except (ValueError, KeyError):
+        raise ValueError(f"unknown tensor type {tensor.type_id}") from None
+    if tensor.shape[-1] % block_size or not math.prod(tensor.shape):
+        raise ValueError(f"shape {list(tensor.shape)} is not made of blocks of {block_size}")
+    nbytes = math.prod(tensor.shape) // block_size * block_bytes
+    return TensorInfo(tensor.shape, encoding, _decoded_dtype(encoding), nbytes)
+
+
+@cache
+def _decoded_dtype(encoding: str) -> np.dtype:
+    """What reading gives; uint8, which no parameter accepts, for types that nobody can decode."""
+    if encoding in PLAIN:
+        return PLAIN[encoding]
+    block_size, block_bytes = _block(encoding)
+    try:
+        decode(np.zeros((1, block_bytes), np.uint8), encoding, block_size)
+    except NotImplementedError:
+        return np.dtype(np.uint8)
+    return np.dtype(np.float32)
+
+
+@cache
+def _block(encoding: str) -> tuple[int, int]:
+    """Values and bytes of one block."""
+    gguf = _package()
+    return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[encoding]]
+
+
+def _package():
+    try:
+        import gguf
+    except ImportError:
+        raise CheckpointError(
+            "GGUF", 'reading GGUF files needs the gguf package: pip install "gemma-jax[gguf]"'
+        ) from None
+    return gguf

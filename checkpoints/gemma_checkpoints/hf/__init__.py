@@ -1,0 +1,1 @@
+"""Hugging Face folders: config both ways, names of tensors, files."""

@@ -1,0 +1,298 @@
+"""`config.json` of Hugging Face -> `GemmaConfig`; `hf_config_out.py` is the way back.
+
+Two spellings are in the wild and both are read: published files (`rope_theta`,
+`rope_local_base_freq`, `rope_scaling`, `sliding_window_pattern`) and those that transformers 5
+writes (`layer_types`, `rope_parameters`). A key that is missing means the default of the
+transformers class, which the published multimodal configs rely on.
+Source: `models/gemma{,2,3,3n}/configuration_gemma{,2,3,3n}.py` of transformers.
+"""
+
+from collections.abc import Mapping
+
+from gemma_jax.config import (
+    AltUpConfig,
+    GemmaConfig,
+    LayerSpec,
+    ModalityVocabulary,
+    PerLayerConfig,
+    share_kv,
+)
+
+from ..json_values import Json, depth, nested, positive, whole
+from .vision_config import vision_from_hf
+
+_COMMON = {
+    "head_dim": 256,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "use_bidirectional_attention": False,
+}
+DEFAULTS: Mapping[str, Json] = {
+    "gemma": _COMMON
+    | {
+        "vocab_size": 256_000,
+        "hidden_size": 3_072,
+        "intermediate_size": 24_576,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "max_position_embeddings": 8_192,
+    },
+    "gemma2": _COMMON
+    | {
+        "vocab_size": 256_000,
+        "hidden_size": 2_304,
+        "intermediate_size": 9_216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 8_192,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4_096,
+        "final_logit_softcapping": 30.0,
+        "attn_logit_softcapping": 50.0,
+    },
+    "gemma3_text": _COMMON
+    | {
+        "vocab_size": 262_208,
+        "hidden_size": 2_304,
+        "intermediate_size": 9_216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 131_072,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4_096,
+        "final_logit_softcapping": None,
+    },
+    "gemma3n_text": _COMMON
+    | {
+        "vocab_size": 262_400,
+        "hidden_size": 2_048,
+        "intermediate_size": 16_384,
+        "num_hidden_layers": 35,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32_768,
+        "sliding_window": 512,
+        "final_logit_softcapping": 30.0,
+        "vocab_size_per_layer_input": 262_144,
+        "hidden_size_per_layer_input": 256,
+        "altup_active_idx": 0,
+        "altup_coef_clip": 120.0,
+        "altup_correct_scale": True,
+        "altup_num_inputs": 4,
+        "num_kv_shared_layers": 15,
+        "laurel_rank": 64,
+    },
+}
+ARCHITECTURES = {
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "gemma3n_text": "Gemma3nForCausalLM",
+}
+# Layers of a period, of which the last is global.
+PATTERN = {"gemma": 1, "gemma2": 2, "gemma3_text": 6, "gemma3n_text": 5}
+THETA = {"global": 1_000_000.0, "local": 10_000.0}
+KINDS = {"full_attention": "global", "sliding_attention": "local"}
+# Models with a tower around a `gemma3_text`. ShieldGemma 2 differs in what it was trained for.
+MULTIMODAL = ("gemma3", "shieldgemma2")
+# Towers for images and sound around a `gemma3n_text`; they are not read, their vocabularies are.
+DECODER_ONLY = "gemma3n"
+_VOCABULARY = {"rms_norm_eps": 1e-6, "vocab_size": 128}
+VOCABULARIES: Mapping[str, Json] = {
+    "vision_config": _VOCABULARY | {"hidden_size": 2_048, "vocab_offset": 262_144},
+    "audio_config": _VOCABULARY | {"hidden_size": 1_536, "vocab_offset": 262_272},
+}
+
+
+def text_config(raw: Json) -> Json:
+    """The part of a config that describes the text decoder, as a config of its own if need be.
+
+    `Gemma3ForConditionalGeneration` never applies `final_logit_softcapping`, so it is cleared; that
+    of Gemma 3n applies it.
+    """
+    if raw.get("model_type") not in (*MULTIMODAL, DECODER_ONLY):
+        return raw
+    family = "gemma3n_text" if raw["model_type"] == DECODER_ONLY else "gemma3_text"
+    inner = nested(raw, "text_config")
+    if (kind := inner.get("model_type", family)) != family:
+        raise ValueError(f"model_type {kind!r} of text_config is not {family!r}")
+    tied = {"tie_word_embeddings": raw.get("tie_word_embeddings", True)}
+    fixed = {"model_type": family, "architectures": [ARCHITECTURES[family]]}
+    uncapped = {} if family == "gemma3n_text" else {"final_logit_softcapping": None}
+    return inner | tied | fixed | uncapped
+
+
+def config_from_hf(raw: Json) -> GemmaConfig:
+    """The architecture that a `config.json` declares.
+
+    Raises:
+      ValueError: a model type, activation, rope type or switch that this library does not have, or
+        a value of the wrong type. Nothing is guessed.
+    """
+    text = text_config(raw)
+    family = text.get("model_type")
+    if family not in tuple(DEFAULTS):
+        raise ValueError(
+            f"model_type {raw.get('model_type')!r} is not supported; "
+            f"expected one of: {', '.join([*DEFAULTS, *MULTIMODAL, DECODER_ONLY])}"
+        )
+    _refuse_unsupported(text)
+    text = DEFAULTS[family] | text
+    layers = depth(text, "num_hidden_layers")
+    gemma3n = family == "gemma3n_text"
+    specs = _layer_specs(text, layers)
+    return GemmaConfig(
+        vocab_size=whole(text, "vocab_size"),
+        d_model=whole(text, "hidden_size"),
+        num_heads=whole(text, "num_attention_heads"),
+        num_kv_heads=whole(text, "num_key_value_heads"),
+        head_dim=whole(text, "head_dim"),
+        query_pre_attn_scalar=_query_scalar(text),
+        layers=share_kv(specs, whole(text, "num_kv_shared_layers", least=0)) if gemma3n else specs,
+        max_positions=whole(text, "max_position_embeddings"),
+        norm_eps=positive(text, "rms_norm_eps"),
+        qk_norm=family in ("gemma3_text", "gemma3n_text"),
+        post_norms=family != "gemma",
+        # Gemma3Attention never applies attn_logit_softcapping, whatever its config says.
+        attn_soft_cap=_cap(text, "attn_logit_softcapping") if family == "gemma2" else None,
+        final_soft_cap=None if family == "gemma" else _cap(text, "final_logit_softcapping"),
+        vision=vision_from_hf(raw) if raw["model_type"] in MULTIMODAL else None,
+        modality_vocabularies=_vocabularies(raw) if raw["model_type"] == DECODER_ONLY else (),
+        **_gemma3n_parts(text) if gemma3n else {},
+    )
+
+
+def _vocabularies(raw: Json) -> tuple[ModalityVocabulary, ...]:
+    configs = [defaults | nested(raw, key) for key, defaults in VOCABULARIES.items()]
+    return tuple(
+        ModalityVocabulary(
+            first_id=whole(config, "vocab_offset"),
+            vocab_size=whole(config, "vocab_size"),
+            width=whole(config, "hidden_size"),
+            norm_eps=positive(config, "rms_norm_eps"),
+        )
+        for config in configs
+    )
+
+
+def _query_scalar(text: Json) -> float:
+    match text["model_type"]:
+        case "gemma":
+            return whole(text, "head_dim")
+        case "gemma3n_text":
+            return 1  # Gemma3nTextAttention leaves the scale to its norms
+        case _:
+            return positive(text, "query_pre_attn_scalar")
+
+
+def _gemma3n_parts(text: Json) -> Json:
+    clip = text["altup_coef_clip"]
+    return dict(
+        scale_plus_one=False,
+        v_norm=True,
+        laurel_rank=whole(text, "laurel_rank"),
+        per_layer=PerLayerConfig(
+            width=whole(text, "hidden_size_per_layer_input"),
+            vocab_size=whole(text, "vocab_size_per_layer_input"),
+        ),
+        altup=AltUpConfig(
+            num_streams=whole(text, "altup_num_inputs"),
+            active=whole(text, "altup_active_idx", least=0),
+            coef_clip=None if clip is None else positive(text, "altup_coef_clip"),
+            correct_scale=bool(text["altup_correct_scale"]),
+        ),
+    )
+
+
+def _refuse_unsupported(text: Json) -> None:
+    for key in ("hidden_activation", "hidden_act"):
+        # Gemma 1's published configs say "gelu", and mean the tanh approximation.
+        allowed = (None, "gelu_pytorch_tanh", *(["gelu"] if text["model_type"] == "gemma" else []))
+        if text.get(key) not in allowed:
+            raise ValueError(f"{key} {text[key]!r} is not supported; expected 'gelu_pytorch_tanh'")
+    for key in ("attention_bias", "use_bidirectional_attention", "quantization_config"):
+        if text.get(key):
+            raise ValueError(f"{key} is set; only models without it are supported")
+    if not text.get("tie_word_embeddings", True):
+        raise ValueError("tie_word_embeddings is false; only a head tied to the embedding exists")
+
+
+def _kinds(text: Json, layers: int) -> list[str]:
+    names = text.get("layer_types")
+    if names is None:
+        period = text.get("sliding_window_pattern", text.get("_sliding_window_pattern"))
+        period = PATTERN[text["model_type"]] if period is None else period
+        period = whole({"sliding_window_pattern": period}, "sliding_window_pattern")
+        return ["local" if (i + 1) % period else "global" for i in range(layers)]
+    known = isinstance(names, list) and all(name in tuple(KINDS) for name in names)
+    if not known or len(names) != layers:
+        raise ValueError(
+            f"layer_types must hold one of {', '.join(KINDS)} for each layer ({layers})"
+        )
+    return [KINDS[name] for name in names]
+
+
+def _layer_specs(text: Json, layers: int) -> tuple[LayerSpec, ...]:
+    ropes = {kind: _read_rope(text, kind) for kind in set(_kinds(text, layers))}
+    widths = _per_layer(text, "intermediate_size", layers)
+    sparsities = _sparsities(text, layers)
+    return tuple(
+        LayerSpec(
+            kind=kind,
+            window=whole(text, "sliding_window") if kind == "local" else None,
+            rope_theta=ropes[kind][0],
+            rope_scale=ropes[kind][1],
+            d_ff=whole({"intermediate_size": width}, "intermediate_size"),
+            sparsity=sparsity,
+        )
+        for kind, width, sparsity in zip(_kinds(text, layers), widths, sparsities)
+    )
+
+
+def _per_layer(text: Json, key: str, layers: int) -> list:
+    """One value per layer; Gemma 3n may list them."""
+    value = text[key]
+    if not isinstance(value, list):
+        return [value] * layers
+    if text["model_type"] != "gemma3n_text" or len(value) != layers:
+        raise ValueError(f"{key} lists {len(value)} values; expected one value, or {layers}")
+    return value
+
+
+def _sparsities(text: Json, layers: int) -> list[float]:
+    if text["model_type"] != "gemma3n_text":
+        return [0.0] * layers
+    # The default of Gemma3nTextConfig: the first ten layers.
+    default = [0.95] * min(10, layers) + [0.0] * (layers - 10)
+    pattern = text.get("activation_sparsity_pattern")
+    values = default if pattern is None else pattern
+    values = values if isinstance(values, list) else [values] * layers
+    if len(values) != layers or not all(isinstance(v, int | float) and 0 <= v < 1 for v in values):
+        raise ValueError(f"activation_sparsity_pattern must hold {layers} numbers in [0, 1)")
+    return [float(v) for v in values]
+
+
+def _read_rope(text: Json, kind: str) -> tuple[float, float]:
+    """`(theta, scale)`. Gemma 3's `rope_scaling` is for global layers only."""
+    per_kind = text["model_type"] in ("gemma3_text", "gemma3n_text")
+    name = {ours: theirs for theirs, ours in KINDS.items()}[kind]
+    rope = nested(text, "rope_parameters")
+    rope = nested(rope, name) if per_kind else rope
+    local = per_kind and kind == "local"
+    if not local:
+        rope = rope | nested(text, "rope_scaling")
+    theta_key = "rope_local_base_freq" if local else "rope_theta"
+    default = THETA[kind] if per_kind else THETA["local"]
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "linear") or rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"rope {rope} is not supported; expected rope_type 'default' or 'linear'")
+    theta = positive({theta_key: rope.get("rope_theta", text.get(theta_key, default))}, theta_key)
+    return theta, positive(rope, "factor") if rope_type == "linear" else 1.0
+
+
+def _cap(text: Json, key: str) -> float | None:
+    return None if text.get(key) is None else positive(text, key)

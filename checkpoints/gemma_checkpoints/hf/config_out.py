@@ -1,0 +1,150 @@
+"""`GemmaConfig` -> `config.json` of Hugging Face, in both spellings at once.
+
+transformers 5 reads `rope_parameters` and `layer_types`, older releases the keys of the published
+files; each ignores what it does not know.
+"""
+
+from dataclasses import replace
+
+from gemma_jax.config import GemmaConfig, LayerSpec
+
+from ..json_values import Json
+from .config import ARCHITECTURES, DEFAULTS, KINDS
+from .vision_config import vision_to_hf
+
+
+def config_to_hf(cfg: GemmaConfig) -> Json:
+    """A `config.json` that transformers reads as this architecture.
+
+    Raises:
+      ValueError: transformers has no class with these features.
+    """
+    text = _text_to_hf(cfg)
+    if cfg.vision is None:
+        return text
+    if text["model_type"] != "gemma3_text" or cfg.final_soft_cap is not None:
+        raise ValueError("of models with a tower, transformers has Gemma 3 without soft caps")
+    del text["architectures"]
+    return {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "tie_word_embeddings": True,
+        "text_config": text,
+    } | vision_to_hf(cfg.vision)
+
+
+def _text_to_hf(cfg: GemmaConfig) -> Json:
+    """The same for the decoder alone."""
+    family = _family(cfg)
+    by_kind = {spec.kind: spec for spec in cfg.layers}
+    alike = {spec if family != "gemma3n_text" else _kind_facts(spec) for spec in cfg.layers}
+    if len(alike) != len(by_kind):
+        raise ValueError(
+            "layers of one kind differ from each other: no transformers class has that"
+        )
+    out: Json = {
+        "architectures": [ARCHITECTURES[family]],
+        "model_type": family,
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.d_model,
+        "intermediate_size": cfg.layers[0].d_ff,
+        "num_hidden_layers": len(cfg.layers),
+        "num_attention_heads": cfg.num_heads,
+        "num_key_value_heads": cfg.num_kv_heads,
+        "head_dim": cfg.head_dim,
+        "max_position_embeddings": cfg.max_positions,
+        "rms_norm_eps": cfg.norm_eps,
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+    }
+    ropes = {theirs: _rope(by_kind[ours]) for theirs, ours in KINDS.items() if ours in by_kind}
+    if family in ("gemma3_text", "gemma3n_text"):
+        out |= {"rope_parameters": ropes} | _legacy_ropes(by_kind)
+    elif len({tuple(rope.items()) for rope in ropes.values()}) == 1:
+        rope = next(iter(ropes.values()))
+        out |= {"rope_parameters": rope, "rope_theta": rope["rope_theta"]}
+        out |= {"rope_scaling": _legacy_scaling(rope)} if "factor" in rope else {}
+    else:
+        raise ValueError(f"{family} of transformers has one rope for all layers")
+    if family != "gemma":
+        local = by_kind.get("local")
+        theirs = {ours: name for name, ours in KINDS.items()}
+        out |= {
+            "layer_types": [theirs[spec.kind] for spec in cfg.layers],
+            "sliding_window": local.window if local else DEFAULTS[family]["sliding_window"],
+            "query_pre_attn_scalar": _int_if_whole(cfg.query_pre_attn_scalar),
+            "final_logit_softcapping": cfg.final_soft_cap,
+            "attn_logit_softcapping": cfg.attn_soft_cap,
+        }
+    return out | _gemma3n_to_hf(cfg) if family == "gemma3n_text" else out
+
+
+def _kind_facts(spec: LayerSpec) -> LayerSpec:
+    """What layers of one kind have in common in Gemma 3n, whose others are lists in its config."""
+    return replace(spec, d_ff=1, sparsity=0.0, kv="own")
+
+
+def _gemma3n_to_hf(cfg: GemmaConfig) -> Json:
+    altup = cfg.altup
+    return {
+        "intermediate_size": [spec.d_ff for spec in cfg.layers],
+        "activation_sparsity_pattern": [float(spec.sparsity) for spec in cfg.layers],
+        "num_kv_shared_layers": sum(spec.kv == "shared" for spec in cfg.layers),
+        "laurel_rank": cfg.laurel_rank,
+        "hidden_size_per_layer_input": cfg.per_layer.width,
+        "vocab_size_per_layer_input": cfg.per_layer.vocab_size,
+        "altup_num_inputs": altup.num_streams,
+        "altup_active_idx": altup.active,
+        "altup_coef_clip": altup.coef_clip,
+        "altup_correct_scale": altup.correct_scale,
+    }
+
+
+def _family(cfg: GemmaConfig) -> str:
+    """The transformers class with the switches of `cfg`."""
+    parts = (cfg.altup, cfg.laurel_rank, cfg.per_layer, cfg.v_norm, not cfg.scale_plus_one)
+    if all(parts) and cfg.qk_norm and cfg.post_norms and cfg.query_pre_attn_scalar == 1:
+        return "gemma3n_text"
+    if any(parts) or any(spec.sparsity or spec.kv != "own" for spec in cfg.layers):
+        raise ValueError("transformers has parts of Gemma 3n only all together")
+    plain = all(spec.kind == "global" for spec in cfg.layers) and cfg.final_soft_cap is None
+    if cfg.qk_norm and cfg.post_norms and cfg.attn_soft_cap is None:
+        return "gemma3_text"
+    if cfg.post_norms and not cfg.qk_norm:
+        return "gemma2"
+    default_scale = cfg.query_pre_attn_scalar == cfg.head_dim
+    if plain and default_scale and not (cfg.qk_norm or cfg.post_norms or cfg.attn_soft_cap):
+        return "gemma"
+    raise ValueError("no transformers class has these features together; expected Gemma 1, 2 or 3")
+
+
+def _rope(spec: LayerSpec) -> Json:
+    scaling = {} if spec.rope_scale == 1 else {"factor": spec.rope_scale}
+    kind = {"rope_type": "linear" if scaling else "default"}
+    return kind | {"rope_theta": spec.rope_theta} | scaling
+
+
+def _legacy_scaling(rope: Json) -> Json:
+    return {key: rope[key] for key in ("rope_type", "factor")}
+
+
+def _legacy_ropes(by_kind: dict[str, LayerSpec]) -> Json:
+    """The published spelling of the same ropes, for transformers before 5."""
+    out = {}
+    if "local" in by_kind:
+        out["rope_local_base_freq"] = by_kind["local"].rope_theta
+    if "global" in by_kind:
+        rope = _rope(by_kind["global"])
+        out["rope_theta"] = rope["rope_theta"]
+        out["rope_scaling"] = _legacy_scaling(rope) if "factor" in rope else None
+    return out
+
+
+def _int_if_whole(value: float) -> float:
+    """transformers 5 checks types, and wants a whole number here."""
+    return int(value) if value == int(value) else value

@@ -1,0 +1,201 @@
+"""Tensor names of Hugging Face checkpoints (`modeling_{gemma,gemma2,gemma3,gemma3n,siglip}.py`).
+
+The tables have them as short as they can be told apart: the decoder's from inside the decoder, the
+tower's from inside `vision_tower.`, the projector's from inside `multi_modal_projector.`.
+What transformers has put in front of them over the years:
+
+| part                 | published files              | transformers since 4.52, in memory   |
+|----------------------|------------------------------|--------------------------------------|
+| decoder alone        | `model.`                     | `model.`                             |
+| decoder with a tower | `language_model.model.`      | `model.language_model.`              |
+| tower                | `vision_tower.vision_model.` | `model.vision_tower.[vision_model.]` |
+| projector            | `multi_modal_projector.`     | `model.multi_modal_projector.`       |
+
+ShieldGemma 2 puts one or two `model.` more in front of these. Bare decoders have no prefix.
+"""
+
+import re
+
+from gemma_jax.config import AltUpConfig, GemmaConfig
+
+from ..name_table import Row, Table
+
+_PREFIX = re.compile(
+    r"(model\.)*(language_model\.(model\.)?|(?P<tower>vision_tower\.)(vision_model\.)?)?"
+)
+_LAYER = "layers.{i}."
+_TOWER, _PROJECTOR = "vision_tower.", "multi_modal_projector."
+_TOWER_BLOCK, _TOWER_LAYER = "vision.tower.blocks.{i}.", _TOWER + "encoder.layers.{i}."
+
+CORE: Table = (
+    Row("embed.table", "embed_tokens.weight"),
+    Row("blocks.{i}.pre_attn_norm.scale", _LAYER + "input_layernorm.weight"),
+    Row("blocks.{i}.attn.q.w", _LAYER + "self_attn.q_proj.weight", "(N H) D -> N H D"),
+    Row("blocks.{i}.attn.o.w", _LAYER + "self_attn.o_proj.weight", "D (N H) -> D N H"),
+    Row("blocks.{i}.ffn.gate.w", _LAYER + "mlp.gate_proj.weight"),
+    Row("blocks.{i}.ffn.up.w", _LAYER + "mlp.up_proj.weight"),
+    Row("blocks.{i}.ffn.down.w", _LAYER + "mlp.down_proj.weight"),
+    Row("final_norm.scale", "norm.weight"),
+)
+
+KEYS_VALUES: Table = (
+    Row("blocks.{i}.attn.k.w", _LAYER + "self_attn.k_proj.weight", "(K H) D -> K H D"),
+    Row("blocks.{i}.attn.v.w", _LAYER + "self_attn.v_proj.weight", "(K H) D -> K H D"),
+)
+
+Q_NORM: Table = (Row("blocks.{i}.attn.q_norm.scale", _LAYER + "self_attn.q_norm.weight"),)
+K_NORM: Table = (Row("blocks.{i}.attn.k_norm.scale", _LAYER + "self_attn.k_norm.weight"),)
+
+# Gemma 1 calls the norm in front of the feed-forward "post attention"; from Gemma 2 on that name
+# means what it says.
+PRE_NORMS: Table = (
+    Row("blocks.{i}.pre_ffn_norm.scale", _LAYER + "post_attention_layernorm.weight"),
+)
+SANDWICH_NORMS: Table = (
+    Row("blocks.{i}.post_attn_norm.scale", _LAYER + "post_attention_layernorm.weight"),
+    Row("blocks.{i}.pre_ffn_norm.scale", _LAYER + "pre_feedforward_layernorm.weight"),
+    Row("blocks.{i}.post_ffn_norm.scale", _LAYER + "post_feedforward_layernorm.weight"),
+)
+
+LAUREL: Table = (
+    Row("blocks.{i}.laurel.left.w", _LAYER + "laurel.linear_left.weight"),
+    Row("blocks.{i}.laurel.right.w", _LAYER + "laurel.linear_right.weight"),
+    Row("blocks.{i}.laurel.norm.scale", _LAYER + "laurel.post_laurel_norm.weight"),
+)
+PER_LAYER: Table = (
+    Row("per_layer.table", "embed_tokens_per_layer.weight", "V (L P) -> V L P"),
+    Row("per_layer.proj.w", "per_layer_model_projection.weight", "(L P) D -> L P D"),
+    Row("per_layer.norm.scale", "per_layer_projection_norm.weight"),
+    Row("blocks.{i}.per_layer.gate.w", _LAYER + "per_layer_input_gate.weight"),
+    Row("blocks.{i}.per_layer.proj.w", _LAYER + "per_layer_projection.weight"),
+    Row("blocks.{i}.per_layer.norm.scale", _LAYER + "post_per_layer_input_norm.weight"),
+)
+ALTUP: Table = (
+    Row("blocks.{i}.altup.router_norm.scale", _LAYER + "altup.router_norm.weight"),
+    Row("blocks.{i}.altup.router.w", _LAYER + "altup.modality_router.weight"),
+    Row("blocks.{i}.altup.predictor.w", _LAYER + "altup.prediction_coefs.weight"),
+    Row("blocks.{i}.altup.corrector.w", _LAYER + "altup.correction_coefs.weight"),
+)
+OUTPUT_SCALE = Row("blocks.{i}.altup.output_scale", _LAYER + "altup.correct_output_scale")
+
+# Of Gemma 3n's other modalities their vocabularies are read, if asked for; their towers are not.
+_MODALITIES = ("embed_vision", "embed_audio")
+UNREAD: Table = tuple(
+    Row(None, part, why="Gemma 3n's towers are not read")
+    for part in (
+        "vision_tower.*",
+        "audio_tower.*",
+        *(f"{embedder}.soft_embedding_norm.weight" for embedder in _MODALITIES),
+    )
+)
+
+TIED: Table = (
+    Row(None, "lm_head.weight", why="the output head is the embedding table"),
+    Row(None, "layers.*.self_attn.rotary_emb.inv_freq", why="computed from the config"),
+)
+
+VISION: Table = (
+    Row("vision.tower.patches.proj.w", _TOWER + "embeddings.patch_embedding.weight"),
+    Row("vision.tower.patches.proj.bias", _TOWER + "embeddings.patch_embedding.bias"),
+    Row("vision.tower.patches.positions", _TOWER + "embeddings.position_embedding.weight"),
+    Row(_TOWER_BLOCK + "pre_attn_norm.scale", _TOWER_LAYER + "layer_norm1.weight"),
+    Row(_TOWER_BLOCK + "pre_attn_norm.bias", _TOWER_LAYER + "layer_norm1.bias"),
+    Row(_TOWER_BLOCK + "attn.q.w", _TOWER_LAYER + "self_attn.q_proj.weight", "(N H) C -> N H C"),
+    Row(_TOWER_BLOCK + "attn.q.bias", _TOWER_LAYER + "self_attn.q_proj.bias", "(N H) -> N H"),
+    Row(_TOWER_BLOCK + "attn.k.w", _TOWER_LAYER + "self_attn.k_proj.weight", "(N H) C -> N H C"),
+    Row(_TOWER_BLOCK + "attn.k.bias", _TOWER_LAYER + "self_attn.k_proj.bias", "(N H) -> N H"),
+    Row(_TOWER_BLOCK + "attn.v.w", _TOWER_LAYER + "self_attn.v_proj.weight", "(N H) C -> N H C"),
+    Row(_TOWER_BLOCK + "attn.v.bias", _TOWER_LAYER + "self_attn.v_proj.bias", "(N H) -> N H"),
+    Row(_TOWER_BLOCK + "attn.o.w", _TOWER_LAYER + "self_attn.out_proj.weight", "C (N H) -> C N H"),
+    Row(_TOWER_BLOCK + "attn.o.bias", _TOWER_LAYER + "self_attn.out_proj.bias"),
+    Row(_TOWER_BLOCK + "pre_ffn_norm.scale", _TOWER_LAYER + "layer_norm2.weight"),
+    Row(_TOWER_BLOCK + "pre_ffn_norm.bias", _TOWER_LAYER + "layer_norm2.bias"),
+    Row(_TOWER_BLOCK + "ffn.up.w", _TOWER_LAYER + "mlp.fc1.weight"),
+    Row(_TOWER_BLOCK + "ffn.up.bias", _TOWER_LAYER + "mlp.fc1.bias"),
+    Row(_TOWER_BLOCK + "ffn.down.w", _TOWER_LAYER + "mlp.fc2.weight"),
+    Row(_TOWER_BLOCK + "ffn.down.bias", _TOWER_LAYER + "mlp.fc2.bias"),
+    Row("vision.tower.final_norm.scale", _TOWER + "post_layernorm.weight"),
+    Row("vision.tower.final_norm.bias", _TOWER + "post_layernorm.bias"),
+    Row("vision.projector.norm.scale", _PROJECTOR + "mm_soft_emb_norm.weight"),
+    # The one matrix of the model that is stored input first.
+    Row("vision.projector.proj.w", _PROJECTOR + "mm_input_projection_weight", "C D -> D C"),
+)
+
+
+def hf_table(cfg: GemmaConfig) -> Table:
+    """The rows that a model with the features of `cfg` has."""
+    return (
+        CORE
+        + _of_owners(KEYS_VALUES + (K_NORM if cfg.qk_norm else ()), cfg)
+        + (SANDWICH_NORMS if cfg.post_norms else PRE_NORMS)
+        + (Q_NORM if cfg.qk_norm else ())
+        + (LAUREL if cfg.laurel_rank else ())
+        + (PER_LAYER if cfg.per_layer else ())
+        + (_altup(cfg.altup) if cfg.altup else ())
+        + (VISION if cfg.vision else ())
+        + TIED
+        + (UNREAD + _modalities(cfg) if cfg.altup else ())
+        + unused(cfg)
+    )
+
+
+def _of_owners(table: Table, cfg: GemmaConfig) -> Table:
+    """The rows for layers with keys and values of their own, one by one."""
+    owners = [i for i, spec in enumerate(cfg.layers) if spec.kv != "shared"]
+    return tuple(row.at(i) for row in table for i in owners)
+
+
+def _altup(altup: AltUpConfig) -> Table:
+    """With the maps from the first stream to the others, and back."""
+    maps = tuple(
+        Row(f"streams.{ours}.{j}.w", f"{theirs}.{j}.weight")
+        for ours, theirs in (
+            ("spread_maps", "altup_projections"),
+            ("merge_maps", "altup_unembed_projections"),
+        )
+        for j in range(altup.num_streams - 1)
+    )
+    return ALTUP + ((OUTPUT_SCALE,) if altup.correct_scale else ()) + maps
+
+
+def _modalities(cfg: GemmaConfig) -> Table:
+    """The vocabularies of images and sounds."""
+    if not cfg.modality_vocabularies:
+        return tuple(Row(None, part + ".*", why="of no use to text") for part in _MODALITIES)
+    return tuple(
+        Row(f"modalities.{i}.{ours}", f"{part}.{theirs}.weight")
+        for i, part in enumerate(_MODALITIES)
+        for ours, theirs in (
+            ("table", "embedding"),
+            ("norm.scale", "hard_embedding_norm"),
+            ("proj.w", "embedding_projection"),
+        )
+    )
+
+
+def unused(cfg: GemmaConfig) -> Table:
+    """What checkpoints hold, and no model computes with."""
+    shared = tuple(
+        Row(None, f"layers.{i}.self_attn.{name}.weight", why="the layer shares another's")
+        for i, spec in enumerate(cfg.layers)
+        if spec.kv == "shared"
+        for name in ("k_proj", "v_proj", "k_norm")
+    )
+    unscaled = cfg.altup is not None and not cfg.altup.correct_scale
+    scales = Row(None, "layers.*.altup.correct_output_scale", why="altup_correct_scale is false")
+    return shared + ((scales,) if unscaled else ())
+
+
+def short_name(name: str) -> str:
+    """The name of a tensor as the tables have it, whatever was put in front of it."""
+    prefix = _PREFIX.match(name)
+    return (prefix["tower"] or "") + name[prefix.end() :]
+
+
+def published_name(short: str, cfg: GemmaConfig) -> str:
+    """A name of the tables as the published files of such models spell it."""
+    if short.startswith(_PROJECTOR):
+        return short
+    if short.startswith(_TOWER):
+        return short.replace(_TOWER, _TOWER + "vision_model.", 1)
+    return ("model." if cfg.vision is None else "language_model.model.") + short

@@ -1,0 +1,145 @@
+"""Folders of ours: `gemma_jax.json` with the config, and one Orbax array per layer and parameter.
+
+Names do not depend on how layers are stacked, so a folder loads into either layout.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from gemma_jax.config import (
+    AltUpConfig,
+    GemmaConfig,
+    LayerSpec,
+    ModalityVocabulary,
+    PerLayerConfig,
+    VisionConfig,
+)
+from gemma_jax.decoder.model import Gemma
+
+from ..catalog import resolve
+from ..errors import CheckpointError
+from ..export import host_array, refuse_inexact, tensor_bytes
+from ..folders import new_folder
+from ..hf.folder import read_json
+from ..hf.names import hf_table
+from ..name_table import Row, Table
+from ..params import flat_params, named_slots
+from ..source import TensorInfo
+from ..tokenizers import copy_companions
+
+MANIFEST, ARRAYS, VERSION = "gemma_jax.json", "arrays", 1
+
+
+def save_orbax(model: Gemma, folder: str | Path, *, source: str | Path | None = None) -> Path:
+    """Writes `model` to a new folder, which appears whole or not at all.
+
+    A model on the devices of several processes is written by all of them, each its own shards; they
+    must call this together, on one file system, and have room for a second copy of their shards.
+
+    Args:
+      model: Dense parameters in float32, float16 or bfloat16; they are stored as they are.
+      folder: Must not exist, or be empty.
+      source: Checkpoint whose tokenizer goes along, and settings of the images' processor.
+
+    Raises:
+      CheckpointError: the folder is taken, or cannot be written.
+    """
+    import orbax.checkpoint as ocp
+
+    target = Path(folder)
+    params = flat_params(model)
+    refuse_inexact(target, params)
+    source = None if source is None else resolve(source)
+    slots = named_slots(model)
+    arrays = {name: _array(params[slot.path], slot.row) for name, slot in slots.items()}
+    with new_folder(target, needed=tensor_bytes(params)) as part:
+        if jax.process_index() == 0:
+            manifest = {"version": VERSION, "config": asdict(model.cfg)}
+            (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+            if source is not None:
+                copy_companions(source, part, images=model.cfg.vision is not None)
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save((part / ARRAYS).absolute(), arrays)
+    return target
+
+
+def _array(param: nnx.Param, row: int | None) -> np.ndarray | jax.Array:
+    """One layer's parameter, on the host if this process has all of it."""
+    value = param.get_value()
+    if value.is_fully_addressable:
+        return host_array(param, row)
+    return value if row is None else value[row]
+
+
+@dataclass
+class OrbaxFolder:
+    """See `Source`. Arrays are read whole: `rows` selects afterwards."""
+
+    path: Path
+    config: GemmaConfig = field(init=False)
+    table: Table = field(init=False)
+    tensors: dict[str, TensorInfo] = field(init=False)
+    format = "Orbax"
+    reads_rows = False
+
+    def __post_init__(self):
+        manifest = read_json(self.path / MANIFEST)
+        if manifest.get("version") != VERSION:
+            found = manifest.get("version")
+            raise CheckpointError(self.path / MANIFEST, f"version {found!r}; expected {VERSION}")
+        try:
+            self.config = _config(manifest["config"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(self.path / MANIFEST, f"broken config: {error}") from None
+        self.tensors = {name: _info(entry) for name, entry in self._metadata().items()}
+        self.table = tuple(Row(r.ours, r.ours) for r in hf_table(self.config) if r.ours is not None)
+
+    def read(
+        self, name: str, rows: slice = slice(None), columns: slice = slice(None)
+    ) -> np.ndarray:
+        import orbax.checkpoint as ocp
+
+        wanted = {name: ocp.RestoreArgs(restore_type=np.ndarray)}
+        request = ocp.args.PyTreeRestore(item={name: 0}, restore_args=wanted, partial_restore=True)
+        array = self._orbax(lambda c, path: c.restore(path, args=request))[name]
+        return array[rows] if array.ndim < 2 else array[rows, columns]
+
+    def _metadata(self) -> dict[str, Any]:
+        return self._orbax(lambda c, path: c.metadata(path).item_metadata.tree)
+
+    def _orbax(self, call):
+        """Orbax and TensorStore raise all kinds of errors for a damaged folder; here it is one."""
+        import orbax.checkpoint as ocp
+
+        path = (self.path / ARRAYS).absolute()
+        if not path.is_dir():
+            raise CheckpointError(path, "no such folder: the arrays are missing")
+        try:
+            with ocp.PyTreeCheckpointer() as checkpointer:
+                return call(checkpointer, path)
+        except Exception as error:
+            first = str(error).strip().splitlines()[:1]
+            reason = first[0][:200] if first else type(error).__name__
+            raise CheckpointError(path, f"cannot be read as an Orbax folder: {reason}") from error
+
+
+def _config(fields: dict) -> GemmaConfig:
+    layers = tuple(LayerSpec(**spec) for spec in fields["layers"])
+    parts = {"vision": VisionConfig, "altup": AltUpConfig, "per_layer": PerLayerConfig}
+    own = {  # absent from folders that are older than the part
+        name: kind(**fields[name]) for name, kind in parts.items() if fields.get(name) is not None
+    }
+    vocabularies = (ModalityVocabulary(**ids) for ids in fields.get("modality_vocabularies", ()))
+    lists = {"layers": layers, "modality_vocabularies": tuple(vocabularies)}
+    return GemmaConfig(**{**fields, **lists, **own})
+
+
+def _info(entry: Any) -> TensorInfo:
+    dtype, shape = np.dtype(entry.dtype), tuple(entry.shape)
+    return TensorInfo(shape, dtype.name, dtype, int(np.prod(shape)) * dtype.itemsize)

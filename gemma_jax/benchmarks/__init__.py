@@ -1,0 +1,1 @@
+"""Benchmarks of whole models, side by side with rivals."""

@@ -1,0 +1,25 @@
+"""gemma-jax. Variants: the dtype that the weights are stored in; arithmetic is float32."""
+
+import jax
+from protocol import serve
+
+import gemma_jax
+from gemma_jax.benchmarks import speed as benchmark
+
+
+class GemmaJax:
+    def __init__(self, storage: str, paths: dict[str, str]):
+        weights = None if storage == "float32" else storage
+        self._model = gemma_jax.load_model(paths["model"], dtype="float32", weights=weights)
+        self.facts = {"gemma_jax": gemma_jax.__version__, "jax": jax.__version__}
+
+    def prefill(self, ids):
+        seconds, (tokens,) = benchmark.prefill(self._model, [ids])
+        return seconds, tokens
+
+    def decode(self, ids, new_tokens, room):
+        seconds, (tokens,) = benchmark.decode(self._model, [ids], new_tokens, room=room)
+        return seconds, tokens
+
+
+serve(GemmaJax)

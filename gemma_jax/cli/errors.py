@@ -1,0 +1,37 @@
+"""Errors as one line for people, and whose fault they are."""
+
+# Paths that a user got wrong; every other OSError is a failure of the machine.
+WRONG_PATH = (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError)
+
+
+LONGEST = 2000  # characters of an error
+
+
+def is_input_error(error: Exception) -> bool:
+    """Whether the user can put it right (exit code 2), or the machine or the program failed (1)."""
+    if isinstance(error.__cause__, OSError):  # such as a disk that is full
+        error = error.__cause__
+    return _is_usage_error(error) or isinstance(error, (ValueError, ImportError, *WRONG_PATH))
+
+
+def one_line(error: Exception) -> str:
+    lines = [line.strip() for line in _message(error).splitlines() if line.strip()]
+    text = lines[0] + (": " + "; ".join(lines[1:]) if lines[1:] else "")
+    return text if len(text) <= LONGEST else text[:LONGEST] + " ..."
+
+
+def _message(error: Exception) -> str:
+    if _is_usage_error(error):
+        return " ".join(error.format_message().split())
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return "out of memory; try a smaller model, --dtype bfloat16 or --weights int8"
+    if (is_input_error(error) or isinstance(error, OSError)) and str(error):
+        return str(error)
+    return f"{type(error).__name__}: {str(error) or 'no message'} (--debug shows where)"
+
+
+def _is_usage_error(error: Exception) -> bool:
+    """Whether it is click's; duck-typed, as newer versions of typer bring a click of their own."""
+    return hasattr(error, "format_message")

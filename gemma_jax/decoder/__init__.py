@@ -1,0 +1,1 @@
+"""The decoder: blocks, caches, attention, and one forward pass."""

@@ -1,0 +1,101 @@
+"""Grouped-query attention with rotary positions: over new keys, a cache, or a layer's before it."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gemma_jax.config import GemmaConfig, LayerSpec
+from gemma_jax.decoder.attend import attend
+from gemma_jax.decoder.cache import KeysValues, LayerCache, extend, write_heads, write_heads_on
+from gemma_jax.decoder.context import Context
+from gemma_jax.nn.einsum import Einsum
+from gemma_jax.nn.norm import RMSNorm, rms_norm
+from gemma_jax.nn.rope import rotate
+from gemma_kernels.attention import AttentionSpec, attention_weights
+
+
+class Attention(nnx.Module):
+    """Attention of one layer; local or global by its spec.
+
+    Gemma 3 normalises each query and key head before rotating it, with one scale vector for all
+    heads (hf `Gemma3Attention`). Gemma 1 and 2 do not. Gemma 3n normalises the values too, and its
+    last layers have no keys and values of their own (hf `Gemma3nTextAttention`).
+    """
+
+    def __init__(self, cfg: GemmaConfig, spec: LayerSpec, *, rngs: nnx.Rngs):
+        self.spec = spec
+        self.scale = cfg.query_pre_attn_scalar**-0.5
+        self.soft_cap = cfg.attn_soft_cap
+
+        def norm() -> RMSNorm | None:
+            if not cfg.qk_norm:
+                return None
+            return RMSNorm("H", cfg.head_dim, cfg.norm_eps, plus_one=cfg.scale_plus_one)
+
+        self.q = Einsum("BTD,NHD->BTNH", cfg.sizes, rngs=rngs)
+        self.o = Einsum("BTNH,DNH->BTD", cfg.sizes, rngs=rngs)
+        self.q_norm = norm()
+        self.v_norm_eps = cfg.norm_eps if cfg.v_norm else None
+        if spec.kv != "shared":
+            self.k = Einsum("BTD,KHD->BTKH", cfg.sizes, rngs=rngs)
+            self.v = Einsum("BTD,KHD->BTKH", cfg.sizes, rngs=rngs)
+            self.k_norm = norm()
+
+    def __call__(
+        self, x_BTD: jax.Array, ctx: Context, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None, KeysValues, dict[str, jax.Array]]:
+        """`[B, T, D]`, the layer's cache after this pass, what it attended to, and captures."""
+        numerics = ctx.runtime.numerics
+        q_BTNH = self.q(x_BTD)
+        if self.q_norm is not None:
+            q_BTNH = self.q_norm(q_BTNH, numerics)
+        q_BTNH = rotate(q_BTNH, ctx.table(self.spec), numerics)
+        if numerics.scale_queries:
+            q_BTNH = q_BTNH * self.scale
+        if self.spec.kv == "shared":
+            kv = ctx.lent[self.spec.kind]
+        else:
+            kv, cache = self._keys_values(x_BTD, ctx, cache)
+
+        spec = AttentionSpec(
+            scale=1.0 if numerics.scale_queries else self.scale,
+            soft_cap=self.soft_cap,
+            window=self.spec.window if kv.in_order and ctx.causal else None,
+            softmax_in_float32=numerics.softmax_in_float32,
+        )
+        lo_BT, hi_BT = ctx.interval(self.spec)
+        mask = dict(lo_BT=lo_BT, hi_BT=hi_BT, kv_pos_BS=kv.kv_pos_BS)
+        full = self.spec.window is None and not kv.in_order
+        if ctx.whole:
+            stated = replace(spec, causal=True)
+            out_BTNH = attend(q_BTNH, kv, {}, stated, ctx.runtime, full=full)
+        else:
+            out_BTNH = attend(q_BTNH, kv, mask, spec, ctx.runtime, full=full)
+        taps = {}
+        if "attention_weights" in ctx.capture:
+            k_BKSH, _ = kv.kv.of_layer().widened(q_BTNH.dtype)
+            k_BSKH = jnp.moveaxis(k_BKSH, 1, 2)
+            taps["attention_weights"] = attention_weights(q_BTNH, k_BSKH, **mask, spec=spec)
+        return self.o(out_BTNH), cache, kv, taps
+
+    def _keys_values(
+        self, x_BTD: jax.Array, ctx: Context, cache: LayerCache | None
+    ) -> tuple[KeysValues, LayerCache | None]:
+        """New keys and values, or those of the cache and the new ones; and the cache after."""
+        numerics = ctx.runtime.numerics
+        k_BTKH, v_BTKH = self.k(x_BTD), self.v(x_BTD)
+        if self.k_norm is not None:
+            k_BTKH = self.k_norm(k_BTKH, numerics)
+        if self.v_norm_eps is not None:
+            v_BTKH = rms_norm(v_BTKH, self.v_norm_eps, numerics)
+        k_BTKH = rotate(k_BTKH, ctx.table(self.spec), numerics)
+        k_BKTH, v_BKTH = jnp.moveaxis(k_BTKH, 2, 1), jnp.moveaxis(v_BTKH, 2, 1)
+        if cache is None:
+            return KeysValues(LayerCache(k_BKTH, v_BKTH), ctx.pos_BT, in_order=True), None
+        slots, partition = ctx.slots[cache.capacity], ctx.runtime.partition
+        full = self.spec.window is None
+        write = write_heads if partition is None else write_heads_on(partition, full)
+        kv, cache = extend(cache, k_BKTH, v_BKTH, slots, write)
+        return KeysValues(kv, slots.kv_pos_BS, in_order=slots.order_BS is not None), cache

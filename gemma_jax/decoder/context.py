@@ -1,0 +1,80 @@
+"""What all layers of one forward pass share: computed once, read by every block."""
+
+from dataclasses import dataclass, field, replace
+
+import jax
+
+from gemma_jax.config import GemmaConfig, LayerSpec
+from gemma_jax.decoder.cache import KeysValues, Slots
+from gemma_jax.nn.rope import RopeTable, rope_table
+from gemma_jax.runtime import Runtime
+from gemma_kernels.attention import causal_interval, last_of_block
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """Positions, masks, rope tables and cache slots of one forward pass.
+
+    Attributes:
+      pos_BT: Positions of the new tokens, -1 for padding.
+      intervals: window (0 for global) -> `(lo_BT, hi_BT)`, the key positions each query sees.
+      tables: `(theta, scale)` -> rope table.
+      slots: cache capacity -> where new tokens go; empty without a cache.
+      causal: Whether no query sees a key after its own; images within the new tokens do.
+      whole: Whether rows are whole texts without padding or images, so that masks are known at
+        compile time.
+      capture: Names of intermediate results to return.
+      lent: kind of layer -> keys and values that later layers of the kind read.
+    """
+
+    runtime: Runtime = field(metadata={"static": True})
+    pos_BT: jax.Array
+    intervals: dict[int, tuple[jax.Array, jax.Array]]
+    tables: dict[tuple[float, float], RopeTable]
+    slots: dict[int, Slots]
+    causal: bool = field(metadata={"static": True})
+    whole: bool = field(metadata={"static": True})
+    capture: frozenset[str] = field(metadata={"static": True})
+    lent: dict[str, KeysValues] = field(default_factory=dict)
+
+    def lend(self, lent: dict[str, KeysValues]) -> "Context":
+        return replace(self, lent=self.lent | lent)
+
+    def place(self, x: jax.Array) -> jax.Array:
+        """A residual stream `[B, T, D]`, or streams `[A, B, T, D]`, where the mesh has it."""
+        if (partition := self.runtime.partition) is None:
+            return x
+        return partition.constrain_activations(x, "ABTD"[-x.ndim :])
+
+    def interval(self, spec: LayerSpec) -> tuple[jax.Array, jax.Array]:
+        return self.intervals[spec.window or 0]
+
+    def table(self, spec: LayerSpec) -> RopeTable:
+        return self.tables[spec.rope_theta, spec.rope_scale]
+
+
+def make_context(
+    cfg: GemmaConfig,
+    runtime: Runtime,
+    pos_BT: jax.Array,
+    rope_pos_BT: jax.Array,
+    block_BT: jax.Array | None,
+    whole: bool,
+    slots: dict[int, Slots],
+    capture: frozenset[str],
+) -> Context:
+    """One mask per window and one rope table per base, however many layers there are."""
+    last_BT = None if block_BT is None else last_of_block(pos_BT, block_BT)
+    windows = {spec.window for spec in cfg.layers}
+    ropes = {(spec.rope_theta, spec.rope_scale) for spec in cfg.layers}
+    return Context(
+        runtime=runtime,
+        pos_BT=pos_BT,
+        intervals={w or 0: causal_interval(pos_BT, w, last_BT) for w in windows},
+        tables={r: rope_table(rope_pos_BT, cfg.head_dim, *r, runtime.numerics) for r in ropes},
+        slots=slots,
+        causal=block_BT is None,
+        whole=whole,
+        capture=capture,
+    )

@@ -1,0 +1,91 @@
+"""Losses of next tokens. The logits of all tokens never exist at one time."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from gemma_jax.decoder.forward import forward
+from gemma_jax.decoder.model import Gemma
+from gemma_jax.decoder.soft_tokens import SoftTokens
+
+
+@partial(jax.jit, static_argnames=("z_loss",))
+def loss(
+    model: Gemma,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array | None = None,
+    *,
+    targets_BT: jax.Array | None = None,
+    weights_BT: jax.Array | None = None,
+    soft: SoftTokens | None = None,
+    ffn_widths_L: jax.Array | None = None,
+    z_loss: float = 0.0,
+) -> jax.Array:
+    """Mean cross-entropy of the next token in nats, a float32 scalar to be differentiated.
+
+    Args:
+      tokens_BT, positions_BT, soft, ffn_widths_L: See `forward`.
+      targets_BT: What should follow each token, -1 where it does not matter. By default the token
+        that does follow, unless it is padding, a soft token, or the first of another text.
+      weights_BT: How much each target counts in the mean; by default all count alike. Aligned with
+        the targets if those are given, else with the tokens.
+      z_loss: See `gemma_kernels.cross_entropy`.
+
+    Returns:
+      The weighted mean; 0 if nothing counts.
+    """
+    if targets_BT is None:
+        targets_BT = _following(tokens_BT, positions_BT, soft)
+        weights_BT = None if weights_BT is None else _shift(weights_BT, 0)
+    hidden = forward(
+        model,
+        tokens_BT,
+        positions_BT,
+        soft=soft,
+        ffn_widths_L=ffn_widths_L,
+        logits="none",
+        capture=("final_norm",),
+    )
+    losses_BT = token_losses(
+        model, hidden.captured["final_norm"], targets_BT, weights_BT=weights_BT, z_loss=z_loss
+    )
+    counts_BT = (targets_BT >= 0) & (targets_BT < model.cfg.vocab_size)
+    total = jnp.sum(counts_BT if weights_BT is None else counts_BT * weights_BT)
+    return jnp.sum(losses_BT) / jnp.where(total == 0, 1, total)
+
+
+def token_losses(
+    model: Gemma,
+    x_BTD: jax.Array,
+    targets_BT: jax.Array,
+    *,
+    weights_BT: jax.Array | None = None,
+    z_loss: float = 0.0,
+) -> jax.Array:
+    """Cross-entropy per token, float32 `[B, T]`, from what `forward` captures as `final_norm`.
+
+    Logits are in float32 whatever the dtype of the activations is; those of `forward` have been
+    rounded to it.
+    """
+    return model.embed.cross_entropy(
+        x_BTD, targets_BT, weights_BT=weights_BT, soft_cap=model.soft_cap, z_loss=z_loss
+    )
+
+
+def _following(
+    tokens_BT: jax.Array, positions_BT: jax.Array | None, soft: SoftTokens | None
+) -> jax.Array:
+    """The token after each, -1 where none of the same text follows that a model could say."""
+    next_BT = _shift(tokens_BT, -1)
+    if positions_BT is not None:
+        follows_BT = (positions_BT >= 0) & (_shift(positions_BT, -1) > positions_BT)
+        next_BT = jnp.where(follows_BT, next_BT, -1)
+    if soft is not None:
+        next_BT = jnp.where(_shift(soft.index_BT, -1) < 0, next_BT, -1)
+    return next_BT
+
+
+def _shift(array_BT: jax.Array, last: int) -> jax.Array:
+    """Every entry in the place before it, `last` in the last."""
+    return jnp.pad(array_BT[:, 1:], ((0, 0), (0, 1)), constant_values=last)

@@ -1,0 +1,155 @@
+"""The decoder: blocks, the stack of them, and one forward pass.
+
+x = embed(tokens) * sqrt(D), or soft tokens in the place of images
+for each layer:  x = x + post_norm(attention(pre_norm(x)))
+                 x = x + post_norm(ffn(pre_norm(x)))
+logits = embed.T(final_norm(x))
+
+Gemma 3n puts this into the middle of several streams: a layer predicts them all, computes one, and
+corrects them all by its result.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+from flax import nnx
+
+from gemma_jax.config import GemmaConfig, LayerSpec
+from gemma_jax.decoder.attention import Attention
+from gemma_jax.decoder.cache import LayerCache
+from gemma_jax.decoder.context import Context
+from gemma_jax.nn.altup import AltUp, Streams
+from gemma_jax.nn.embed import Embedder, ModalityEmbedder
+from gemma_jax.nn.ffn import FeedForward
+from gemma_jax.nn.laurel import Laurel
+from gemma_jax.nn.layer_groups import Layout, group_layers
+from gemma_jax.nn.layer_stack import LayerOutput, stack_layers
+from gemma_jax.nn.norm import RMSNorm
+from gemma_jax.nn.per_layer import PerLayerEmbedder, PerLayerInput
+from gemma_jax.runtime import Runtime
+from gemma_jax.vision.encoder import VisionEncoder
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerInputs:
+    """What one layer gets besides the stream; stacked along a leading L for all of them.
+
+    Attributes:
+      vector_BTP: Its part of the per-layer inputs, in models that have them.
+      width: Feed-forward channels to compute with; `None` for all.
+    """
+
+    vector_BTP: jax.Array | None = None
+    width: jax.Array | None = None
+
+
+class Block(nnx.Module):
+    """One decoder layer: attention and feed-forward, each between norms, on a residual stream.
+
+    With AltUp, LAuReL and per-layer inputs as far as the config has them (hf
+    `Gemma3nTextDecoderLayer`).
+    """
+
+    def __init__(self, cfg: GemmaConfig, spec: LayerSpec, *, rngs: nnx.Rngs):
+        def norm():
+            return RMSNorm("D", cfg.d_model, cfg.norm_eps, plus_one=cfg.scale_plus_one)
+
+        self.spec = spec
+        self.altup = AltUp(cfg, rngs=rngs) if cfg.altup else None
+        self.laurel = Laurel(cfg, rngs=rngs) if cfg.laurel_rank else None
+        self.per_layer = PerLayerInput(cfg, rngs=rngs) if cfg.per_layer else None
+        self.pre_attn_norm = norm()
+        self.attn = Attention(cfg, spec, rngs=rngs)
+        self.post_attn_norm = norm() if cfg.post_norms else None
+        self.pre_ffn_norm = norm()
+        self.ffn = FeedForward(cfg, spec, rngs=rngs)
+        self.post_ffn_norm = norm() if cfg.post_norms else None
+
+    def __call__(
+        self,
+        x: jax.Array,
+        ctx: Context,
+        cache: LayerCache | None,
+        inputs: LayerInputs = LayerInputs(),
+    ) -> LayerOutput:
+        """The stream `[B, T, D]`, or streams `[A, B, T, D]`, after this layer."""
+        numerics, extra = ctx.runtime.numerics, {}
+        if self.altup is not None:
+            with jax.named_scope("altup"):
+                x, extra["altup_mixtures"] = self.altup.predict(x, numerics)
+                extra["altup_predictions"] = x
+        y_BTD, cache, kv, taps = self._compute(
+            x if self.altup is None else x[self.altup.active], ctx, cache, inputs.width
+        )
+        if self.altup is None:
+            x = active_BTD = y_BTD
+        else:
+            with jax.named_scope("altup"):
+                x, extra["altup_gains"] = self.altup.correct(x, y_BTD, numerics)
+                active_BTD = self.altup.scaled(x)
+        if self.per_layer is not None:
+            with jax.named_scope("per_layer"):
+                y_BTD, gates = self.per_layer(active_BTD, inputs.vector_BTP, numerics)
+                extra |= gates
+                # The first stream is left alone, whichever one is active.
+                x = x + y_BTD if self.altup is None else x.at[1:].add(y_BTD)
+        lent = {self.spec.kind: kv} if self.spec.kv == "lent" else {}
+        taps = taps | extra | {"layer_outputs": x}
+        return LayerOutput(x=x, cache=cache, taps=taps, lent=lent)
+
+    def _compute(
+        self,
+        x_BTD: jax.Array,
+        ctx: Context,
+        cache: LayerCache | None,
+        width: jax.Array | None,
+    ):
+        """Attention, with LAuReL beside it, and feed-forward, on one stream."""
+        numerics = ctx.runtime.numerics
+        normed_BTD = self.pre_attn_norm(x_BTD, numerics)
+        with jax.named_scope("attention"):
+            y_BTD, cache, kv, taps = self.attn(normed_BTD, ctx, cache)
+            x_BTD += y_BTD if self.post_attn_norm is None else self.post_attn_norm(y_BTD, numerics)
+        if self.laurel is not None:
+            with jax.named_scope("laurel"):
+                taps["laurel"] = self.laurel(normed_BTD, numerics)
+                x_BTD = (x_BTD + taps["laurel"]) / math.sqrt(2)
+        with jax.named_scope("ffn"):
+            y_BTD, masks = self.ffn(self.pre_ffn_norm(x_BTD, numerics), width)
+            x_BTD += y_BTD if self.post_ffn_norm is None else self.post_ffn_norm(y_BTD, numerics)
+        return x_BTD, cache, kv, taps | masks
+
+
+class Gemma(nnx.Module):
+    """Parameters of a model. Stateless: caches are passed to `forward` and come back from it."""
+
+    def __init__(
+        self,
+        cfg: GemmaConfig,
+        *,
+        rngs: nnx.Rngs,
+        runtime: Runtime = Runtime(),
+        layout: Layout = "scan",
+    ):
+        self.cfg, self.runtime = cfg, runtime
+        self.layer_groups = group_layers(cfg.layers, layout)
+        self.embed = Embedder(cfg, rngs=rngs)
+        self.modalities = nnx.List(
+            [ModalityEmbedder(cfg, ids, rngs=rngs) for ids in cfg.modality_vocabularies]
+        )
+        self.blocks = stack_layers(
+            lambda spec, r: Block(cfg, spec, rngs=r), self.layer_groups, rngs
+        )
+        self.per_layer = PerLayerEmbedder(cfg, rngs=rngs) if cfg.per_layer else None
+        self.streams = Streams(cfg, rngs=rngs) if cfg.altup else None
+        self.final_norm = RMSNorm("D", cfg.d_model, cfg.norm_eps, plus_one=cfg.scale_plus_one)
+        self.vision = VisionEncoder(cfg, rngs=rngs, layout=layout) if cfg.vision else None
+
+    @property
+    def soft_cap(self) -> float | None:
+        """Cap on the logits, under the numerics in use."""
+        if self.cfg.altup is not None and not self.runtime.numerics.cap_gemma3n:
+            return None
+        return self.cfg.final_soft_cap

@@ -1,0 +1,1 @@
+"""Experiments: each folder has a configuration, a run, and results that are stored."""

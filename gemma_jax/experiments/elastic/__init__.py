@@ -1,0 +1,1 @@
+"""A tiny Gemma 3n, trained so that its slices are good models too."""

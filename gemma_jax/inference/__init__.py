@@ -1,0 +1,1 @@
+"""Generation: reading prompts, the compiled token loop, and the text that comes out."""

@@ -1,0 +1,83 @@
+"""A chat whose cache is kept between turns."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from gemma_jax.decoder.model import Gemma
+from gemma_jax.inference.sampling import Sampling
+from gemma_jax.inference.session import Session
+from gemma_jax.inference.text_writer import TextWriter, steps
+from gemma_jax.multimodal.prompts import PromptReader, encode_prompt_images
+from gemma_jax.text import Tokenizer, images_of, render_next
+from gemma_jax.vision.pan_and_scan import PanAndScan
+
+
+class Conversation:
+    """A chat whose cache is kept between turns: each turn reads only what is new.
+
+    Args:
+      model, tokenizer: From `gemma_jax.load`; an instruction-tuned checkpoint answers best.
+      max_len: Tokens the whole conversation may take; default 8,192, or the model's context.
+      system: Text put in front of the first user message.
+      sampling, seed: As in `generate`; default: what the published checkpoints recommend,
+        temperature 1, top-k 64, top-p 0.95.
+      pan_and_scan: As in `generate`.
+    """
+
+    def __init__(
+        self,
+        model: Gemma,
+        tokenizer: Tokenizer,
+        *,
+        max_len: int | None = None,
+        system: str | None = None,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        pan_and_scan: PanAndScan | None = None,
+    ):
+        self.model, self.tokenizer, self.system = model, tokenizer, system
+        self.messages: list[Mapping[str, object]] = []
+        self._read = PromptReader(tokenizer, model.cfg, pan_and_scan)
+        self._session = Session(
+            model,
+            1,
+            max_len or min(8192, model.cfg.max_positions),
+            sampling=sampling or Sampling(temperature=1.0, top_k=64, top_p=0.95),
+            seeds=seed,
+            stop_ids=tokenizer.stop_ids,
+        )
+
+    def stream(self, content: str | Sequence, *, max_new_tokens: int = 1024) -> Iterator[str]:
+        """Says `content`, text or a list of texts and images, and yields the answer as it comes.
+
+        Raises:
+          ValueError: The conversation has outgrown `max_len`, or an image cannot be read.
+        """
+        first = not self.messages
+        message = {"role": "user", "content": content}
+        system = {"role": "system", "content": self.system} if first and self.system else None
+        text = render_next(message, first=first, system=system)
+        prompt = self._read.text(text, images_of([message]), bos=False)
+        ids = prompt.token_ids
+        room = self._session.room - len(ids) - 1
+        if room < 1:
+            raise ValueError(
+                f"the conversation has outgrown its {self._session.max_len} tokens; start a new "
+                "one, or give a larger max_len"
+            )
+        new = min(max_new_tokens, room)
+        soft = [encode_prompt_images(self.model, prompt)]
+        self._session.read([ids], soft=soft, max_new_tokens=new)
+        writer = TextWriter(self.tokenizer, (), self._session.stop_ids)
+        try:
+            for chosen in steps(self._session, new, True):
+                if piece := writer.extend(chosen[0]):
+                    yield piece
+            if piece := writer.close():
+                yield piece
+        finally:  # also when the reader stops listening half-way
+            answer = {"role": "assistant", "content": writer.text}
+            self.messages += [message, answer]
+
+    def say(self, content: str | Sequence, *, max_new_tokens: int = 1024) -> str:
+        """Says `content` and returns the whole answer."""
+        return "".join(self.stream(content, max_new_tokens=max_new_tokens))

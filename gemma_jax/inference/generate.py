@@ -1,0 +1,159 @@
+"""Text in, text out: completions, streams, conversations."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from gemma_jax.decoder.model import Gemma
+from gemma_jax.inference.sampling import Sampling
+from gemma_jax.inference.session import CHUNK, Session
+from gemma_jax.inference.speculation import DRAFT_TOKENS, SpeculativeSession
+from gemma_jax.inference.text_writer import TextWriter, steps
+from gemma_jax.matformer import Slice
+from gemma_jax.multimodal.image_prompt import Prompt
+from gemma_jax.multimodal.prompts import Messages, PromptReader, encode_prompt_images, is_chat
+from gemma_jax.text import Tokenizer
+from gemma_jax.vision.pan_and_scan import PanAndScan
+
+Progress = Callable[[int, int], None]  # tokens of prompt read so far, in total
+
+
+@dataclass
+class Completion:
+    """What a model wrote after one prompt; `str()` of it is the text.
+
+    Attributes:
+      text: The continuation, without special tokens, cut before a stop text; empty if there was no
+        tokenizer.
+      token_ids: New tokens, a stop token included.
+      prompt_token_ids: What the model was given.
+      finish_reason: `"stop"` (stop token or stop text) or `"length"`.
+      log_probs: Log-probability of each new token under the model, before sampling rules; nats.
+      proposed_drafts, accepted_drafts: With a draft model, how many tokens it proposed, and how
+        many of them were kept.
+    """
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    prompt_token_ids: list[int] = field(default_factory=list)
+    finish_reason: str = "length"
+    log_probs: list[float] = field(default_factory=list)
+    proposed_drafts: int = 0
+    accepted_drafts: int = 0
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def generate(
+    model: Gemma,
+    tokenizer: Tokenizer | None,
+    prompt: str | Messages | Prompt | Sequence[str | Messages | Prompt | Sequence[int]],
+    *,
+    images: Sequence | None = None,
+    pan_and_scan: PanAndScan | None = None,
+    max_new_tokens: int = 128,
+    sampling: Sampling | None = None,
+    seed: int | Sequence[int] = 0,
+    stop: Sequence[str] = (),
+    stop_ids: Sequence[int] | None = None,
+    chunk: int = CHUNK,
+    progress: Progress | None = None,
+    on_text: Callable[[int, str], None] | None = None,
+    draft: Gemma | Slice | None = None,
+    draft_tokens: int = DRAFT_TOKENS,
+    **sampling_fields: float,
+) -> Completion | list[Completion]:
+    """Continues one prompt, or a batch of prompts of any lengths.
+
+    Args:
+      prompt: One text (BOS is added once), chat messages (dicts with `role` and `content`, see
+        `gemma_jax.text.chat`) or `Prompt`; or a list of these, or of lists of token ids, which are
+        taken as they are and need no tokenizer.
+      images: Images of one text, or one list of images per text of a batch: files, arrays, or
+        whatever else `Image` takes. They go where the text says `<start_of_image>`, or in front of
+        it. Messages hold theirs in their content.
+      pan_and_scan: Adds crops of elongated images; `None` for none.
+      max_new_tokens: Bound on the continuation; the context of the model may end before.
+      sampling: How to choose tokens, or its fields directly (`temperature=0.7, top_k=64`).
+        Default: greedy.
+      seed: One integer, or one per prompt. The same seed and prompt give the same text, also
+        inside a larger batch.
+      stop: Texts that end the continuation; they are not part of it.
+      stop_ids: Tokens that end it. Default: the tokenizer's (1 and 106 for Gemma 3).
+      chunk: Longest stretch of prompt read in one pass.
+      progress: Told how much of the prompt has been read.
+      on_text: Called with row number and new text as it appears; whole characters only.
+      draft: Speculates: this slice of the model (or another, smaller model) proposes tokens, and
+        the model checks several at once. The text stays the model's; see
+        `gemma_jax.inference.speculation`.
+      draft_tokens: How many at once.
+
+    Returns:
+      One `Completion`, or a list of them for a batch.
+
+    Raises:
+      ValueError: Empty prompt, ids outside the vocabulary, a prompt that leaves no room in the
+        context, impossible sampling values, images that cannot be read or do not fit the text.
+    """
+    single = isinstance(prompt, (str, Prompt)) or is_chat(prompt)
+    given = [prompt] if single else list(prompt)
+    if not given:
+        raise ValueError("no prompt given; give at least one")
+    read = PromptReader(tokenizer, model.cfg, pan_and_scan)
+    prompts = read.all(given, [images] if single else images)
+    rows = [p.token_ids for p in prompts]
+    if stop_ids is None:
+        stop_ids = tokenizer.stop_ids if tokenizer is not None else ()
+    if stop and tokenizer is None:
+        raise ValueError("stop texts need a tokenizer; give one, or stop_ids")
+    longest = max(len(row) for row in rows)
+    new = min(max_new_tokens, model.cfg.max_positions - longest)
+    if max_new_tokens > 0 and new < 1:
+        raise ValueError(
+            f"a prompt of {longest} tokens leaves no room in the model's context of "
+            f"{model.cfg.max_positions}; shorten it"
+        )
+    kind = Session
+    if draft is not None:
+        kind = partial(SpeculativeSession, draft=draft, draft_tokens=draft_tokens)
+    session = kind(
+        model,
+        len(rows),
+        longest + new,
+        sampling=_resolve(sampling, sampling_fields),
+        seeds=seed,
+        stop_ids=stop_ids,
+        chunk=chunk,
+    )
+    streaming = on_text is not None or bool(stop)
+    soft = [encode_prompt_images(model, p) for p in prompts]
+    session.read(rows, soft=soft, max_new_tokens=new, run=not streaming, progress=progress)
+    writers = [TextWriter(tokenizer, stop, session.stop_ids) for _ in rows]
+    for chosen in steps(session, new, streaming):
+        for i, (writer, ids) in enumerate(zip(writers, chosen)):
+            text = writer.extend(ids)
+            if text and on_text is not None:
+                on_text(i, text)
+            if writer.stopped:
+                session.stop(i)
+    done = session.done
+    for i, writer in enumerate(writers):
+        if (text := writer.close()) and on_text is not None:
+            on_text(i, text)
+    completions = [
+        Completion(w.text, ids[: w.count], row, "stop" if ended else "length", log_probs[: w.count])
+        for w, ids, row, ended, log_probs in zip(
+            writers, session.chosen, rows, done, session.log_probs
+        )
+    ]
+    if draft is not None:
+        for done, *done_drafts in zip(completions, session.proposed, session.accepted):
+            done.proposed_drafts, done.accepted_drafts = done_drafts
+    return completions[0] if single else completions
+
+
+def _resolve(sampling: Sampling | None, fields: Mapping[str, float]) -> Sampling:
+    if sampling is not None and fields:
+        raise ValueError(f"give sampling, or its fields {sorted(fields)}, not both")
+    return sampling or Sampling(**fields)

@@ -1,0 +1,145 @@
+"""The stack of layers: stacked parameters, and the scan that runs them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gemma_jax.config import LayerSpec
+from gemma_jax.decoder.cache import KeysValues, LayerCache
+from gemma_jax.decoder.context import Context
+from gemma_jax.nn.layer_groups import LayerGroup
+
+Caches = tuple[tuple[LayerCache | None, ...], ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class LayerOutput:
+    """What one block returns.
+
+    Attributes:
+      x: The residual stream, or streams.
+      cache: The layer's cache after this pass.
+      taps: Captured intermediates by name.
+      lent: Kind of layer -> keys and values for later layers of the kind.
+    """
+
+    x: jax.Array
+    cache: LayerCache | None = None
+    taps: dict[str, jax.Array] = field(default_factory=dict)
+    lent: dict[str, KeysValues] = field(default_factory=dict)
+
+
+def stack_layers(
+    make_block: Callable[[LayerSpec, nnx.Rngs], nnx.Module],
+    layer_groups: tuple[LayerGroup, ...],
+    rngs: nnx.Rngs,
+) -> nnx.List:
+    """`blocks[group][position]`: a block whose parameters have a leading axis of `repeats`."""
+
+    # Traced once per distinct spec: building even an abstract 62-layer model stays cheap.
+    @partial(jax.jit, static_argnums=(1, 2))
+    def stack(key: jax.Array, spec: LayerSpec, repeats: int) -> nnx.Module:
+        keys = jax.random.split(key, repeats)
+        return jax.vmap(lambda key: make_block(spec, nnx.Rngs(key)))(keys)
+
+    return nnx.List(
+        nnx.List(stack(rngs(), spec, group.repeats) for spec in group.period)
+        for group in layer_groups
+    )
+
+
+def run_layers(
+    blocks: nnx.List,
+    layer_groups: tuple[LayerGroup, ...],
+    x: jax.Array,
+    ctx: Context,
+    caches: Caches | None,
+    inputs: Any = None,
+) -> tuple[jax.Array, Caches | None, dict[str, jax.Array | tuple[jax.Array, ...]]]:
+    """Runs all layers in order: `(x, caches after the pass, name -> per-layer results)`.
+
+    Args:
+      inputs: Arrays with one entry per layer along their first axis, which its block gets besides.
+    """
+
+    run_block = jax.checkpoint(_run_block) if ctx.runtime.remat else _run_block
+
+    def run_period(ctx, x, blocks, old_caches, inputs):
+        news, taps, lent = [], [], {}
+        for block, old, *extra in zip(blocks, old_caches, *inputs):
+            out = run_block(block, ctx.place(x), ctx, old, *extra)
+            x, lent = out.x, lent | out.lent
+            ctx = ctx.lend(out.lent) if out.lent else ctx
+            news.append(out.cache)
+            taps.append({name: out.taps[name] for name in out.taps.keys() & ctx.capture})
+        return x, tuple(news), (tuple(taps), lent)
+
+    new_caches, by_layer = [], {}
+    for i, group in enumerate(layer_groups):
+        old = (None,) * len(group.period) if caches is None else caches[i]
+        extra = () if inputs is None else (_by_position(inputs, group),)
+        body = partial(run_period, ctx)
+        x, news, (taps, lent) = _repeat(body, x, old, (tuple(blocks[i]), extra), group.repeats)
+        if lent:  # such a group is not repeated: a kind of layer lends once
+            ctx = ctx.lend(jax.tree.map(lambda a: a[0], lent))
+        new_caches.append(news)
+        for position, tap in enumerate(taps):
+            for name, values in tap.items():
+                rows = {group.layer_index(position, r): values[r] for r in range(group.repeats)}
+                by_layer[name] = by_layer.get(name, {}) | rows
+    captured = {name: _stack([rows[i] for i in sorted(rows)]) for name, rows in by_layer.items()}
+    return x, None if caches is None else tuple(new_caches), captured
+
+
+@jax.jit
+def _run_block(
+    block: nnx.Module, x: jax.Array, ctx: Context, cache: LayerCache | None, *extra: Any
+) -> LayerOutput:
+    """Part of the program around it, but traced once for all blocks that are alike."""
+    return block(x, ctx, cache, *extra)
+
+
+def _by_position(inputs: Any, group: LayerGroup) -> tuple[Any, ...]:
+    """The group's part of per-layer inputs: for each position, those of all repeats."""
+    length = len(group.period)
+    end = group.start + length * group.repeats
+    return tuple(
+        jax.tree.map(lambda a, p=p: a[group.start + p : end : length], inputs)
+        for p in range(length)
+    )
+
+
+def _repeat(body, x, caches, weights, repeats: int):
+    """Runs a period so many times; caches, weights and results are stacked along the repeats.
+
+    Caches are carried and written in place, in their stacks: as inputs and outputs of the scan
+    there would be two of each, even of one that is donated.
+    """
+    if repeats == 1:
+        blocks, extra = jax.tree.map(lambda a: a[0], weights)
+        x, *results = body(x, blocks, jax.tree.map(lambda a: a[0], caches), extra)
+        return x, *jax.tree.map(lambda a: a[None], results)
+
+    def step(carry, xs):
+        x, caches = carry
+        i, (blocks, extra) = xs
+        x, new, results = body(x, blocks, _at(caches, i), extra)
+        return (x, _at(new, None)), results
+
+    (x, caches), results = jax.lax.scan(step, (x, caches), (jnp.arange(repeats), weights))
+    return x, caches, results
+
+
+def _at(caches: tuple[LayerCache | None, ...], layer: jax.Array | None):
+    """Stacks of caches, of which a layer is meant, or none."""
+    return tuple(cache and replace(cache, layer=layer) for cache in caches)
+
+
+def _stack(rows: list[jax.Array]) -> jax.Array | tuple[jax.Array, ...]:
+    return jnp.stack(rows) if len({row.shape for row in rows}) == 1 else tuple(rows)

@@ -1,0 +1,48 @@
+"""Models and caches on a mesh.
+
+mesh = make_mesh(model.cfg, tensor=4, data=2)
+model = shard(model, mesh)            # or load_model(..., mesh=mesh): straight into the shards
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from gemma_jax.decoder.cache import Cache, init_cache
+from gemma_jax.decoder.model import Gemma
+from gemma_jax.sharding import Partition, Rules
+
+
+def shard(model: Gemma, mesh: Mesh, rules: Rules | None = None) -> Gemma:
+    """The model with every parameter placed by its letters, and caches to be placed so too.
+
+    Args:
+      rules: Which letters are split over which axes; default: `serving_rules`.
+
+    Raises:
+      ValueError: A size that its mesh axes do not divide, or an axis that no rule uses.
+    """
+    partition = Partition.of(mesh, rules)
+    return with_partition(partition.place(model), partition)
+
+
+def empty_cache(model: Gemma, batch: int, max_len: int, slack: int = 0) -> Cache:
+    """`init_cache` for a model, in the dtype of its caches, made where the model lies."""
+    runtime = model.runtime
+    partition = runtime.partition
+    make = partial(
+        init_cache, model.cfg, model.layer_groups, batch, max_len, runtime.kv_dtype, slack
+    )
+    if partition is None:
+        return make()
+    return jax.jit(make, out_shardings=partition.shardings(jax.eval_shape(make)))()
+
+
+def with_partition(model: Gemma, partition: Partition | None) -> Gemma:
+    """The model, whose arrays lie where `partition` says, computing there."""
+    model = nnx.merge(*nnx.split(model))
+    model.runtime = replace(model.runtime, partition=partition)
+    return model

@@ -1,0 +1,149 @@
+"""The programs that a plan compiles: real ones, with shapes in the place of arrays."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from gemma_jax.config import GemmaConfig
+from gemma_jax.decoder.cache import Cache, init_cache
+from gemma_jax.decoder.losses import loss
+from gemma_jax.decoder.model import Gemma
+from gemma_jax.inference.decode import State, advance
+from gemma_jax.inference.prefill import Pass
+from gemma_jax.inference.sampling import Sampling
+from gemma_jax.inference.session import CHUNK
+from gemma_jax.quantise import store_weights
+from gemma_jax.runtime import Runtime
+from gemma_jax.sharding import Partition
+from gemma_jax.training.params import trainable
+
+Mode = Literal["decode", "prefill", "train"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done.
+
+    Attributes:
+      mode: One token for every row; a chunk of prompt for every row; or a step of training with
+        Adam on whole rows.
+      batch: Rows.
+      context: Tokens that the caches hold; in training, the length of a row.
+      dtype: Of activations and, unless they are given, of weights and caches.
+      weights: `"int8"` or `"bfloat16"`: how matrices are stored.
+      cache_dtype: Of keys and values.
+    """
+
+    mode: Mode
+    batch: int
+    context: int
+    dtype: str = "bfloat16"
+    weights: str | None = None
+    cache_dtype: str | None = None
+    attention_impl: str = "auto"
+
+    @property
+    def chunk(self) -> int:
+        """New tokens per row and step."""
+        return {"decode": 1, "prefill": min(CHUNK, self.context), "train": self.context}[self.mode]
+
+
+def abstract_model(cfg: GemmaConfig, work: Work, partition: Partition) -> Gemma:
+    """The model as it would be loaded; the vision tower too, if the model has one."""
+    training = work.mode == "train"
+    runtime = Runtime(
+        dtype=jnp.dtype(work.dtype),
+        attention_impl=work.attention_impl,
+        remat=training,
+        partition=partition,
+    )
+    store = store_weights(work.weights) if work.weights else None
+
+    def make() -> Gemma:
+        model = Gemma(cfg, rngs=nnx.Rngs(0), runtime=runtime)
+
+        def narrow(param: nnx.Param) -> nnx.Param:
+            array = param.get_value().astype(work.dtype)
+            return param.replace(array if store is None else store(param, array))
+
+        return jax.tree.map(narrow, model, is_leaf=lambda node: isinstance(node, nnx.Param))
+
+    return placed(jax.eval_shape(make), partition)
+
+
+def abstract_cache(cfg: GemmaConfig, work: Work, model: Gemma, partition: Partition) -> Cache:
+    dtype = work.cache_dtype or work.dtype
+    make = partial(init_cache, cfg, model.layer_groups, work.batch, work.context, dtype)
+    return placed(jax.eval_shape(make), partition)
+
+
+def placed(tree: Any, partition: Partition) -> Any:
+    """Shapes and dtypes, with the shardings that arrays would have."""
+    return jax.tree.map(
+        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+        tree,
+        partition.shardings(tree),
+    )
+
+
+def lower(model: Gemma, work: Work, partition: Partition) -> jax.stages.Lowered:
+    """One step of the work, traced and lowered for the mesh of `partition`."""
+    # The mesh in context tells kernels which chip they are for.
+    with jax.sharding.use_abstract_mesh(partition.mesh.abstract_mesh):
+        if work.mode == "train":
+            return _lower_training(model, work, partition)
+        return _lower_generation(model, work, partition)
+
+
+def _lower_generation(model: Gemma, work: Work, partition: Partition) -> jax.stages.Lowered:
+    B, cfg = work.batch, model.cfg
+    ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
+    state = State(
+        cache=abstract_cache(cfg, work, model, partition),
+        last_B=ints(B),
+        keys_B=jax.eval_shape(lambda: jax.random.split(jax.random.key(0), B)),
+        done_B=jax.ShapeDtypeStruct((B,), bool),
+        step=ints(),
+        tokens_BX=ints(B, CHUNK),
+        log_probs_BX=jax.ShapeDtypeStruct((B, CHUNK), jnp.float32),
+        seen_BV=None,
+    )
+    prompt = None
+    if work.mode == "prefill":
+        chunk = ints(B, work.chunk)
+        prompt = Pass(chunk, chunk, None, jax.ShapeDtypeStruct((B,), bool))
+    how = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, Sampling().program()))
+    state, how, limit, prompt = placed((state, how, ints(), prompt), partition)
+    loop = prompt is None
+    return advance.lower(model, state, how, limit, prompt, stop_ids=(1, 106), loop=loop)
+
+
+def _lower_training(model: Gemma, work: Work, partition: Partition) -> jax.stages.Lowered:
+    params, rebuild = trainable(model)
+    adam = optax.adam(1e-4)
+
+    def step(params, moments, tokens_BT):
+        value, gradients = jax.value_and_grad(lambda p: loss(rebuild(p), tokens_BT))(params)
+        updates, moments = adam.update(gradients, moments, params)
+        return optax.apply_updates(params, updates), moments, value
+
+    shardings = jax.tree.map(lambda a: a.sharding, params)
+    moments = jax.tree.map(
+        lambda a: a if a.sharding else a.update(sharding=partition.whole),
+        optax.tree_utils.tree_map_params(
+            adam,
+            lambda a, sharding: a.update(sharding=sharding),
+            jax.eval_shape(adam.init, params),
+            shardings,
+        ),
+    )
+    tokens_BT = jax.ShapeDtypeStruct((work.batch, work.context), jnp.int32)
+    tokens_BT = tokens_BT.update(sharding=partition.sharding("BT", tokens_BT.shape))
+    outputs = (shardings, jax.tree.map(lambda a: a.sharding, moments), partition.whole)
+    program = jax.jit(step, donate_argnums=(0, 1), out_shardings=outputs)
+    return program.lower(params, moments, tokens_BT)

@@ -1,0 +1,67 @@
+"""Weights stored narrower than the arithmetic: bfloat16 or int8 in memory, float32 in use.
+
+Decoding on a CPU is bound by reading the weights, so half or a quarter of the bytes is close to
+twice or thrice the speed, if XLA never writes the widened weights back to memory. Which form of
+the product achieves that was measured (`kernels/bench`), hence the three ways of `contract`.
+
+`store_weights` is the transform that `load` applies to each parameter as it arrives; `quantise`
+applies it to a whole model. The model does not know: a Param holds a `StoredWeight` in place of an
+array.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gemma_jax.decoder.model import Gemma
+from gemma_jax.weights.int8 import to_int8
+from gemma_jax.weights.stored import StoredWeight
+
+Storage = Literal["float32", "bfloat16", "int8"]
+
+
+def store_weights(storage: Storage) -> Callable[[nnx.Param, jax.Array], Any]:
+    """A function `(param, array) -> array or StoredWeight` for one loaded parameter.
+
+    Vectors (norm scales) keep their dtype. int8 is symmetric, one scale per output channel.
+    """
+    if storage not in ("float32", "bfloat16", "int8"):
+        raise ValueError(f"{storage=} must be 'float32', 'bfloat16' or 'int8'")
+
+    def store(param: nnx.Param, array: jax.Array) -> Any:
+        inputs = param.get_metadata().get("inputs", "")
+        if not inputs or storage == "float32":
+            return array
+        axes = tuple(range(array.ndim - len(inputs), array.ndim))
+        return _STORE[storage](array, axes)
+
+    return store
+
+
+def quantise(model: Gemma, storage: Storage) -> Gemma:
+    """The model with its matrices stored as `storage`; arithmetic stays what it was."""
+    store = store_weights(storage)
+    return jax.tree.map(
+        lambda param: param.replace(store(param, param.get_value())),
+        model,
+        is_leaf=lambda node: isinstance(node, nnx.Param),
+    )
+
+
+@jax.jit
+def _as_bits(array: jax.Array) -> StoredWeight:
+    bits = jax.lax.bitcast_convert_type(array.astype(jnp.bfloat16), jnp.uint16)
+    return StoredWeight(bits, None)
+
+
+def _as_int8(array: jax.Array, axes: tuple[int, ...]) -> StoredWeight:
+    return StoredWeight(*to_int8(array, axes))
+
+
+_STORE = {
+    "bfloat16": lambda array, axes: _as_bits(array),
+    "int8": jax.jit(_as_int8, static_argnums=1),
+}

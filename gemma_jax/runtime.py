@@ -1,0 +1,44 @@
+"""How a model computes, as opposed to what it is."""
+
+from dataclasses import dataclass, field
+
+import jax.numpy as jnp
+
+from gemma_jax.numerics import NUMERICS, Numerics
+from gemma_jax.sharding import Partition
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """How a model computes, as opposed to what it is (`GemmaConfig`).
+
+    Attributes:
+      dtype: Dtype of activations. Parameters may be stored in another.
+      numerics: Whose roundings to follow; see `numerics.py`.
+      attention_impl: Name of an attention implementation; `"auto"`: by platform and shape.
+      vision_dtype: Dtype inside the vision tower; `None` for `dtype`.
+      cache_dtype: Dtype of keys and values in caches, int8 with a scale per token and head; `None`
+        for `dtype`.
+      remat: Keep only what passes between layers for the gradient, and compute a layer's inside
+        again in the backward pass.
+      partition: The mesh that the model lies on, and how; `None` on one device.
+    """
+
+    dtype: jnp.dtype = field(default_factory=lambda: jnp.dtype("float32"))
+    numerics: Numerics = NUMERICS["hf"]
+    attention_impl: str = "auto"
+    vision_dtype: jnp.dtype | None = None
+    cache_dtype: jnp.dtype | None = None
+    remat: bool = False
+    partition: Partition | None = None
+
+    def __post_init__(self):
+        if self.cache_dtype not in (None, "float32", "bfloat16", "int8"):
+            raise ValueError(
+                f"cache_dtype={self.cache_dtype} must be 'float32', 'bfloat16' or 'int8'"
+            )
+
+    @property
+    def kv_dtype(self) -> jnp.dtype:
+        """Dtype of keys and values in caches."""
+        return self.cache_dtype or self.dtype

@@ -1,0 +1,1 @@
+"""Parameters that are trained, and the step that trains them."""

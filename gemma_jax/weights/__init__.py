@@ -1,0 +1,1 @@
+"""What may stand in a Param in the place of an array, and the products with it."""

@@ -1,0 +1,59 @@
+"""The product of activations with a weight, whatever stands in its place."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gemma_jax.compat import fuses_matrix_vector
+from gemma_jax.dims import weight_dims
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+FUSED = 2048  # elements of a vector that XLA's CPU backend fuses into its product with a matrix
+
+
+def contract(equation: str, x: jax.Array, w: Any) -> jax.Array:
+    """`einsum(equation, x, w)` in the dtype of `x`, with full float32 products in float32.
+
+    A weight is an array with the letters of the result in front, or an object that brings its own
+    `contract` (see `quant.py`). One row of activations, as in decoding, is a vector.
+    """
+    if not isinstance(w, jax.Array):
+        return w.contract(equation, x)
+    w = w.astype(x.dtype)
+    outputs = w.ndim - len(contracted(equation))
+    if x.size == math.prod(w.shape[outputs:]) and fuses_matrix_vector():
+        y_O = matrix_vector(w.reshape(-1, x.size), x.ravel())
+        return y_O.reshape((1,) * (len(equation.split("->")[1]) - outputs) + w.shape[:outputs])
+    return jnp.einsum(equation, x, w, precision=HIGHEST)
+
+
+def matrix_vector(
+    w_OI: jax.Array, x_I: jax.Array, widen: Callable[[jax.Array], jax.Array] = lambda w: w
+) -> jax.Array:
+    """`widen(w_OI) @ x_I`, for XLA's CPU backend (see `fuses_matrix_vector`).
+
+    It makes one loop of the product and of whatever the matrix is computed from: a conversion, or
+    a cut out of a larger matrix. Nothing is written in between, as long as the vector is below 16
+    KiB; so longer ones are taken in pieces, here 8 KiB.
+    """
+    cuts = [slice(i, i + FUSED) for i in range(0, x_I.size, FUSED)]
+    parts = [jnp.dot(x_I[cut], widen(w_OI[:, cut]).T, precision=HIGHEST) for cut in cuts]
+    if len(parts) == 1:
+        return parts[0]
+    # Not a sum: XLA would rather fuse that into a product than the product's own matrix.
+    return jnp.dot(jnp.ones(len(parts), x_I.dtype), jnp.stack(parts), precision=HIGHEST)
+
+
+def contracted(equation: str) -> str:
+    """Letters of the weight that the result does not have.
+
+    >>> contracted("BTNH,DNH->BTD")
+    'NH'
+    """
+    result = equation.partition("->")[2]
+    return "".join(letter for letter in weight_dims(equation) if letter not in result)

@@ -1,0 +1,1 @@
+"""Attention kernels for Hopper GPUs, in Pallas's Mosaic GPU."""

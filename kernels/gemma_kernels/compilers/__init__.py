@@ -1,0 +1,1 @@
+"""Compilers of TPUs and GPUs, asked without the hardware."""

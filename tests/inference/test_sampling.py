@@ -1,0 +1,101 @@
+"""Choosing tokens: every rule by itself, seeds, and impossible values."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_jax import Sampling
+from gemma_jax.inference.sampling import sample
+
+PROBS = np.array([0.5, 0.25, 0.15, 0.07, 0.03])
+LOGITS = jnp.log(jnp.asarray(PROBS, jnp.float32))
+DRAWS = 4000
+
+
+def draw(seen=None, **fields):
+    """Frequencies of many draws from `PROBS`."""
+    keys = jax.random.split(jax.random.key(0), DRAWS)
+    logits = jnp.tile(LOGITS, (DRAWS, 1))
+    seen = None if seen is None else jnp.tile(jnp.asarray(seen), (DRAWS, 1))
+    how = Sampling(**{"temperature": 1.0, **fields}).program()
+    tokens = jax.jit(sample)(logits, keys, seen, how)
+    return np.bincount(tokens, minlength=len(PROBS)) / DRAWS
+
+
+def assert_drawn_from(frequencies, weights):
+    expected = np.asarray(weights) / np.sum(weights)
+    deviation = np.sqrt(expected * (1 - expected) / DRAWS)
+    assert (np.abs(frequencies - expected) <= 5 * deviation).all()  # exact where never drawn
+
+
+@pytest.mark.parametrize(
+    "fields, weights",
+    [
+        (dict(), PROBS),
+        (dict(temperature=0.5), PROBS**2),
+        (dict(temperature=2.0), PROBS**0.5),
+        (dict(top_k=2), [0.5, 0.25, 0, 0, 0]),
+        (dict(top_k=99), PROBS),
+        (dict(top_p=0.75), [0.5, 0.25, 0, 0, 0]),  # the fewest that reach it
+        (dict(top_p=0.76), [0.5, 0.25, 0.15, 0, 0]),
+        (dict(top_p=1e-6), [1, 0, 0, 0, 0]),  # never nothing
+        (dict(min_p=0.2), [0.5, 0.25, 0.15, 0, 0]),  # at least a fifth of 0.5
+        (dict(min_p=1.0), [1, 0, 0, 0, 0]),
+        (dict(top_k=3, top_p=0.8), [0.5, 0.25, 0, 0, 0]),  # top-p within what top-k left
+        (dict(top_k=1), [1, 0, 0, 0, 0]),
+    ],
+)
+def test_rules(fields, weights):
+    if fields == dict(top_p=0.75):  # the float32 sum of 0.5 and 0.25 is exact, that of exp(log) not
+        fields = dict(top_p=0.7499)
+    assert_drawn_from(draw(**fields), weights)
+
+
+def test_repetition_penalty():
+    """log-probabilities are negative, so the penalty multiplies: p becomes p ** penalty."""
+    weights = PROBS.copy()
+    weights[0] **= 2
+    frequencies = draw(seen=[True, False, False, False, False], repetition_penalty=2.0)
+    assert_drawn_from(frequencies, weights)
+
+
+def test_repetition_penalty_divides_positive_logits():
+    how = Sampling(repetition_penalty=2.0).program()
+    logits = jnp.array([[3.0, 2.0, 1.0]])
+    seen = jnp.array([[True, False, False]])
+    assert sample(logits, jax.random.split(jax.random.key(0), 1), seen, how).tolist() == [1]
+
+
+def test_greedy_takes_the_first_of_equals():
+    logits = jnp.array([[0.0, 2.0, 2.0], [1.0, 0.0, -1.0]])
+    keys = jax.random.split(jax.random.key(0), 2)
+    assert sample(logits, keys, None, Sampling().program()).tolist() == [1, 0]
+
+
+def test_a_draw_depends_on_its_own_key_alone():
+    how = Sampling(temperature=1.0, top_p=0.9).program()
+    keys = jax.random.split(jax.random.key(3), 6)
+    logits = jax.random.normal(jax.random.key(4), (6, 50))
+    together = sample(logits, keys, None, how)
+    alone = [sample(logits[i : i + 1], keys[i : i + 1], None, how)[0] for i in range(6)]
+    assert together.tolist() == [int(token) for token in alone]
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(temperature=-1.0), "temperature=-1.0 must be a finite number, 0 or more"),
+        (dict(temperature=float("nan")), "temperature=nan must be"),
+        (dict(temperature=float("inf")), "temperature=inf must be"),
+        (dict(top_k=-1), "top_k=-1 must be an integer, 0 or more"),
+        (dict(top_k=2.5), "top_k=2.5 must be an integer"),
+        (dict(top_p=0.0), "top_p=0.0 must be above 0 and at most 1"),
+        (dict(top_p=1.5), "top_p=1.5 must be"),
+        (dict(min_p=-0.1), "min_p=-0.1 must be between 0 and 1"),
+        (dict(repetition_penalty=0.0), "repetition_penalty=0.0 must be a finite number above 0"),
+    ],
+)
+def test_impossible_values(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**fields)

@@ -1,0 +1,106 @@
+"""Weights stored narrow, arithmetic in float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from gemma_jax import Runtime, forward, generate
+from gemma_jax.quantise import quantise, store_weights
+from gemma_jax.weights import stored as module
+from gemma_jax.weights.contract import contract
+from gemma_jax.weights.stored import StoredWeight
+
+EQUATIONS = {
+    "BTD,NHD->BTNH": ("BTD", (6, 4, 16)),
+    "BTNH,DNH->BTD": ("BTNH", (16, 6, 4)),
+    "BTD,VD->BTV": ("BTD", (64, 16)),
+}
+
+
+def weight(equation, seed=0):
+    letters, shape = EQUATIONS[equation]
+    dims = equation.split(",")[1].split("->")[0]
+    inputs = "".join(c for c in dims if c in letters)
+    return jax.random.normal(jax.random.key(seed), shape), dims, inputs
+
+
+def stored(storage, array, inputs, dims):
+    return store_weights(storage)(nnx.Param(array, dims=dims, inputs=inputs), array)
+
+
+@pytest.mark.parametrize("way", ["vectors", "whole", "tiles"])
+@pytest.mark.parametrize("storage", ["bfloat16", "int8"])
+@pytest.mark.parametrize("equation", list(EQUATIONS))
+def test_every_way_of_the_product_is_the_product(monkeypatch, equation, storage, way):
+    """All ways multiply by the same widened weight; what storing lost is in that weight."""
+    monkeypatch.setattr(module, "VECTOR_ROWS", 100 if way == "vectors" else 0)
+    monkeypatch.setattr(module, "fuses_matrix_vector", lambda: True)
+    monkeypatch.setattr(module, "WHOLE_BYTES", 0 if way == "tiles" else 1 << 30)
+    array, dims, inputs = weight(equation)
+    narrow = stored(storage, array, inputs, dims)
+    sizes = dict(zip(dims, array.shape)) | {"B": 2, "T": 3}
+    x = jax.random.normal(jax.random.key(1), [sizes[c] for c in EQUATIONS[equation][0]])
+    wide = narrow[jnp.arange(array.shape[0])]
+    expected = jnp.einsum(equation, x, wide, precision="highest")
+    actual = jax.jit(lambda x, w: contract(equation, x, w))(x, narrow)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("equation", list(EQUATIONS))
+def test_int8_errs_by_half_a_step_of_its_channel(equation):
+    array, dims, inputs = weight(equation)
+    narrow = stored("int8", array, inputs, dims)
+    assert narrow.values.dtype == jnp.int8
+    assert narrow.scale.shape == array.shape[: array.ndim - len(inputs)]
+    wide = narrow[jnp.arange(array.shape[0])]
+    step = narrow.scale.reshape(narrow.scale.shape + (1,) * len(inputs))
+    assert (jnp.abs(wide - array) <= 0.501 * step).all()
+
+
+def test_bfloat16_is_rounded_to_nearest():
+    array, dims, inputs = weight("BTD,VD->BTV")
+    wide = stored("bfloat16", array, inputs, dims)[jnp.arange(len(array))]
+    np.testing.assert_array_equal(wide, array.astype(jnp.bfloat16).astype(jnp.float32))
+
+
+def test_a_channel_of_zeros_stays_zero():
+    array = jnp.zeros((4, 8)).at[1].set(1.0)
+    wide = stored("int8", array, "D", "VD")[jnp.arange(4)]
+    np.testing.assert_allclose(wide, array, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["scan", "unrolled"])
+@pytest.mark.parametrize("storage, tolerance", [("bfloat16", 0.1), ("int8", 0.2)])
+def test_a_stored_model_stays_close_and_generates(storage, tolerance, layout):
+    net = tiny.model(tiny.gemma3(), layout=layout)
+    small = quantise(net, storage)
+    ids = tiny.tokens(net.cfg, 2, 20)
+    expected, actual = forward(net, ids).logits, forward(small, ids).logits
+    error = jnp.abs(actual - expected).mean()
+    assert 0 < error < tolerance * jnp.std(expected)
+    row = ids[0].tolist()
+    done = generate(small, None, [row], max_new_tokens=6)[0]
+    full = forward(small, np.array([row + done.token_ids[:-1]], np.int32)).logits[0, 19:]
+    assert full.argmax(axis=-1).tolist() == done.token_ids
+
+
+def test_bytes_shrink_and_norms_stay():
+    net = tiny.model(tiny.gemma3())
+
+    def size(model):
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+
+    assert size(quantise(net, "bfloat16")) < 0.52 * size(net)
+    small = quantise(net, "int8")
+    assert size(small) < 0.35 * size(net)
+    assert isinstance(small.embed.table.get_value(), StoredWeight)
+    np.testing.assert_array_equal(small.final_norm.scale[...], net.final_norm.scale[...])
+    assert quantise(net, "float32").runtime == Runtime()
+
+
+def test_unknown_storage_is_refused():
+    with pytest.raises(ValueError, match="storage='int3' must be 'float32', 'bfloat16' or 'int8'"):
+        store_weights("int3")
