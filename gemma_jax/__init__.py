@@ -12,6 +12,7 @@ import importlib
 
 _HOMES = {
     "gemma_jax.config": ("GemmaConfig", "LayerSpec"),
+    "gemma_jax.decoder.batch": ("Batch",),
     "gemma_jax.decoder.cache": ("Cache", "cache_bytes", "init_cache"),
     "gemma_jax.decoder.forward": ("Output", "forward"),
     "gemma_jax.decoder.losses": ("loss", "token_losses"),

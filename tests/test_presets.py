@@ -18,6 +18,7 @@ from gemma_jax.config import (
     VisionConfig,
     share_kv,
 )
+from gemma_jax.decoder.batch import Batch
 from gemma_jax.multimodal.placeholders import soft_tokens
 from gemma_jax.nn.layer_groups import group_layers
 
@@ -172,7 +173,7 @@ def test_every_config_field_matters():
     def look(net, ids):
         vision = net.cfg.vision
         pixels = jax.numpy.zeros((1, 3, vision.image_size, vision.image_size))
-        return forward(net, ids, soft=soft_tokens(net, ids, pixels)).logits
+        return forward(net, Batch(ids, soft=soft_tokens(net, ids, pixels))).logits
 
     def trace(cfg):
         net = abstract(cfg)

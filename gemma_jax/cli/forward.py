@@ -44,6 +44,7 @@ def command(
     import numpy as np
 
     from gemma_jax.atomic_files import replacing
+    from gemma_jax.decoder.batch import Batch
     from gemma_jax.decoder.forward import forward
     from gemma_jax.vision import encoder
 
@@ -69,10 +70,12 @@ def command(
             soft, seen = _see(net, arrays, tuple(n for n in names if n in encoder.CAPTURES))
             out = forward(
                 net,
-                jnp.asarray(ids, jnp.int32),
-                jnp.asarray(positions, jnp.int32),
-                rope_positions_BT=jnp.asarray(rope, jnp.int32),
-                soft=soft,
+                Batch(
+                    jnp.asarray(ids, jnp.int32),
+                    jnp.asarray(positions, jnp.int32),
+                    rope_positions_BT=jnp.asarray(rope, jnp.int32),
+                    soft=soft,
+                ),
                 capture=tuple(n for n in names if n not in encoder.CAPTURES),
             )
             results = {"logits": out.logits, **_by_layer(out.captured), **seen}

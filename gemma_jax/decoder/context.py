@@ -3,12 +3,14 @@
 from dataclasses import dataclass, field, replace
 
 import jax
+import jax.numpy as jnp
 
 from gemma_jax.config import GemmaConfig, LayerSpec
+from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.cache import KeysValues, Slots
 from gemma_jax.nn.rope import RopeTable, rope_table
 from gemma_jax.runtime import Runtime
-from gemma_kernels.attention import causal_interval, last_of_block
+from gemma_kernels.attention import causal_interval, first_of_document, last_of_block
 
 
 @jax.tree_util.register_dataclass
@@ -57,21 +59,34 @@ class Context:
 def make_context(
     cfg: GemmaConfig,
     runtime: Runtime,
-    pos_BT: jax.Array,
-    rope_pos_BT: jax.Array,
-    block_BT: jax.Array | None,
+    batch: Batch,
+    *,
     whole: bool,
     slots: dict[int, Slots],
     capture: frozenset[str],
 ) -> Context:
-    """One mask per window and one rope table per base, however many layers there are."""
+    """One mask per window and one rope table per base, however many layers there are.
+
+    Args:
+      batch: With positions.
+    """
+    pos_BT, rope_pos_BT = batch.positions_BT, batch.rope_positions_BT
+    block_BT = None if batch.soft is None else batch.soft.block_BT
     last_BT = None if block_BT is None else last_of_block(pos_BT, block_BT)
+    first_BT = None
+    if batch.documents_BT is not None:
+        if slots:
+            raise ValueError("packed documents_BT go through a pass of their own, without a cache")
+        whole = False
+        first_BT = jnp.take_along_axis(pos_BT, first_of_document(batch.documents_BT), axis=1)
+        rope_pos_BT = pos_BT - first_BT if rope_pos_BT is None else rope_pos_BT
+    rope_pos_BT = pos_BT if rope_pos_BT is None else rope_pos_BT
     windows = {spec.window for spec in cfg.layers}
     ropes = {(spec.rope_theta, spec.rope_scale) for spec in cfg.layers}
     return Context(
         runtime=runtime,
         pos_BT=pos_BT,
-        intervals={w or 0: causal_interval(pos_BT, w, last_BT) for w in windows},
+        intervals={w or 0: causal_interval(pos_BT, w, last_BT, first_BT) for w in windows},
         tables={r: rope_table(rope_pos_BT, cfg.head_dim, *r, runtime.numerics) for r in ropes},
         slots=slots,
         causal=block_BT is None,

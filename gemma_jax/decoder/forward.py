@@ -7,10 +7,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.cache import Cache, plan_slots
 from gemma_jax.decoder.context import make_context
 from gemma_jax.decoder.model import Gemma, LayerInputs
-from gemma_jax.decoder.soft_tokens import SoftTokens
 from gemma_jax.nn.layer_stack import run_layers
 
 CAPTURES = (
@@ -48,15 +48,11 @@ class Output:
 @partial(jax.jit, static_argnames=("logits", "capture"))
 def forward(
     model: Gemma,
-    tokens_BT: jax.Array,
-    positions_BT: jax.Array | None = None,
+    batch: Batch | jax.Array,
     *,
-    soft: SoftTokens | None = None,
     cache: Cache | None = None,
-    rope_positions_BT: jax.Array | None = None,
     logits: Literal["all", "last", "none"] = "all",
     capture: tuple[str, ...] = (),
-    ffn_widths_L: jax.Array | None = None,
 ) -> Output:
     """One pass over `T` new tokens per row: training, scoring, prefill and decoding alike.
 
@@ -64,46 +60,40 @@ def forward(
 
     Args:
       model: Parameters, and the `Runtime` to compute with.
-      tokens_BT: int32 ids in `[0, V)`; the placeholders of soft tokens may lie beyond.
-      positions_BT: int32, ascending along each row, -1 for padding on either side. Masks are made
-        from them. Default: every token is real and follows on what the cache holds.
-      soft: Images in the place of some tokens, from `soft_tokens`. A pass holds an image whole.
+      batch: A `Batch`, or int32 token ids `[B, T]` of plain text.
       cache: Keys and values of earlier tokens, from `init_cache` or an earlier pass.
-      rope_positions_BT: Positions for the rotary embedding if they are not `positions_BT`.
       logits: For every token, for the last real one of each row, or for none.
       capture: Names out of `CAPTURES`. `attention_weights` are dense `[B, N, T, S]`;
         `sparsity_masks` come from the sparse layers alone.
-      ffn_widths_L: Feed-forward channels per layer, int32: computes as a MatFormer slice of these
-        widths would, with one program for all widths. It saves no work (`matformer.at` does), and
-        is for training and for searching slices.
+
+    Raises:
+      ValueError: Names that cannot be captured, or packed documents together with a cache.
     """
     if unknown := set(capture) - set(CAPTURES):
         raise ValueError(f"cannot capture {sorted(unknown)}; choose from {', '.join(CAPTURES)}")
-    whole = positions_BT is None and cache is None and soft is None
+    batch = Batch.of(batch)
+    tokens_BT = batch.tokens_BT
+    positions_BT = batch.positions_BT
     if positions_BT is None:
         start_B = jnp.zeros(len(tokens_BT), jnp.int32) if cache is None else cache.length_B
         positions_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
-    if rope_positions_BT is None:
-        rope_positions_BT = positions_BT
     slots, positions = plan_slots(cache, positions_BT) if cache is not None else ({}, {})
     ctx = make_context(
         model.cfg,
         model.runtime,
-        positions_BT,
-        rope_positions_BT,
-        None if soft is None else soft.block_BT,
-        whole,
-        slots,
-        frozenset(capture),
+        replace(batch, positions_BT=positions_BT),
+        whole=batch.positions_BT is None and batch.soft is None and cache is None,
+        slots=slots,
+        capture=frozenset(capture),
     )
 
     x_BTD = ctx.place(model.embed.encode(tokens_BT, model.runtime.dtype))
     captured = {"embeddings": x_BTD}
     for modality in model.modalities:
         x_BTD = modality.insert(tokens_BT, x_BTD, model.runtime.numerics)
-    if soft is not None:
-        x_BTD = soft.insert(x_BTD)
-    inputs = LayerInputs(width=ffn_widths_L)
+    if batch.soft is not None:
+        x_BTD = batch.soft.insert(x_BTD)
+    inputs = LayerInputs(width=batch.ffn_widths_L)
     if model.per_layer is not None:
         per_layer_BTLP = model.per_layer(tokens_BT, x_BTD, model.runtime.numerics)
         captured["per_layer_inputs"] = per_layer_BTLP

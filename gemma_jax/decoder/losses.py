@@ -5,27 +5,24 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.forward import forward
 from gemma_jax.decoder.model import Gemma
-from gemma_jax.decoder.soft_tokens import SoftTokens
 
 
 @partial(jax.jit, static_argnames=("z_loss",))
 def loss(
     model: Gemma,
-    tokens_BT: jax.Array,
-    positions_BT: jax.Array | None = None,
+    batch: Batch | jax.Array,
     *,
     targets_BT: jax.Array | None = None,
     weights_BT: jax.Array | None = None,
-    soft: SoftTokens | None = None,
-    ffn_widths_L: jax.Array | None = None,
     z_loss: float = 0.0,
 ) -> jax.Array:
     """Mean cross-entropy of the next token in nats, a float32 scalar to be differentiated.
 
     Args:
-      tokens_BT, positions_BT, soft, ffn_widths_L: See `forward`.
+      batch: See `forward`.
       targets_BT: What should follow each token, -1 where it does not matter. By default the token
         that does follow, unless it is padding, a soft token, or the first of another text.
       weights_BT: How much each target counts in the mean; by default all count alike. Aligned with
@@ -35,18 +32,11 @@ def loss(
     Returns:
       The weighted mean; 0 if nothing counts.
     """
+    batch = Batch.of(batch)
     if targets_BT is None:
-        targets_BT = _following(tokens_BT, positions_BT, soft)
+        targets_BT = _following(batch)
         weights_BT = None if weights_BT is None else _shift(weights_BT, 0)
-    hidden = forward(
-        model,
-        tokens_BT,
-        positions_BT,
-        soft=soft,
-        ffn_widths_L=ffn_widths_L,
-        logits="none",
-        capture=("final_norm",),
-    )
+    hidden = forward(model, batch, logits="none", capture=("final_norm",))
     losses_BT = token_losses(
         model, hidden.captured["final_norm"], targets_BT, weights_BT=weights_BT, z_loss=z_loss
     )
@@ -73,16 +63,16 @@ def token_losses(
     )
 
 
-def _following(
-    tokens_BT: jax.Array, positions_BT: jax.Array | None, soft: SoftTokens | None
-) -> jax.Array:
+def _following(batch: Batch) -> jax.Array:
     """The token after each, -1 where none of the same text follows that a model could say."""
-    next_BT = _shift(tokens_BT, -1)
-    if positions_BT is not None:
+    next_BT = _shift(batch.tokens_BT, -1)
+    if (positions_BT := batch.positions_BT) is not None:
         follows_BT = (positions_BT >= 0) & (_shift(positions_BT, -1) > positions_BT)
         next_BT = jnp.where(follows_BT, next_BT, -1)
-    if soft is not None:
-        next_BT = jnp.where(_shift(soft.index_BT, -1) < 0, next_BT, -1)
+    if (documents_BT := batch.documents_BT) is not None:
+        next_BT = jnp.where(_shift(documents_BT, -1) == documents_BT, next_BT, -1)
+    if batch.soft is not None:
+        next_BT = jnp.where(_shift(batch.soft.index_BT, -1) < 0, next_BT, -1)
     return next_BT
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.cache import Cache
 from gemma_jax.decoder.forward import forward
 from gemma_jax.decoder.losses import token_losses
@@ -71,6 +72,6 @@ def _score_chunk(
     model: Gemma, cache: Cache, tokens_BT: jax.Array, positions_BT: jax.Array, targets_BT: jax.Array
 ) -> tuple[jax.Array, Cache]:
     out = forward(
-        model, tokens_BT, positions_BT, cache=cache, logits="none", capture=("final_norm",)
+        model, Batch(tokens_BT, positions_BT), cache=cache, logits="none", capture=("final_norm",)
     )
     return -token_losses(model, out.captured["final_norm"], targets_BT)[0], out.cache

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.forward import forward
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.decoder.soft_tokens import SoftTokens
@@ -120,4 +121,4 @@ def _last_logits(model: Gemma, rows: list[list[int]], pixels: np.ndarray) -> jax
     index_BT, block_BT = locate(tokens_BT, model.cfg.vision)
     one_image_BT = jnp.where(index_BT < 0, -1, index_BT % model.cfg.vision.num_soft_tokens)
     soft = SoftTokens(embeddings_ITD=embeddings_ITD, index_BT=one_image_BT, block_BT=block_BT)
-    return forward(model, tokens_BT, positions_BT, soft=soft, logits="last").logits[:, 0]
+    return forward(model, Batch(tokens_BT, positions_BT, soft=soft), logits="last").logits[:, 0]

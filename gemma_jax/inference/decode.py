@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_jax.config import GemmaConfig
+from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.cache import Cache, init_cache
 from gemma_jax.decoder.forward import forward
 from gemma_jax.decoder.model import Gemma
@@ -67,9 +68,7 @@ def advance(
     if prompt is not None:
         out = forward(
             model,
-            prompt.tokens_BT,
-            prompt.positions_BT,
-            soft=prompt.soft,
+            Batch(prompt.tokens_BT, prompt.positions_BT, soft=prompt.soft),
             cache=state.cache,
             logits="last",
         )
@@ -81,7 +80,10 @@ def advance(
     def body(state: State) -> State:
         position_B = jnp.where(state.done_B, -1, state.cache.length_B)
         out = forward(
-            model, state.last_B[:, None], position_B[:, None], cache=state.cache, logits="last"
+            model,
+            Batch(state.last_B[:, None], position_B[:, None]),
+            cache=state.cache,
+            logits="last",
         )
         state = replace(state, cache=out.cache)
         state = _choose(state, state.step, out.logits[:, 0], ~state.done_B, how, stop_ids)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.cache import Cache
 from gemma_jax.decoder.forward import forward
 from gemma_jax.decoder.model import Gemma
@@ -150,7 +151,10 @@ class SpeculativeSession(Session):
 @partial(jax.jit, donate_argnames=("cache",))
 def _read(draft: Gemma, cache: Cache, prompt: Pass) -> Cache:
     return forward(
-        draft, prompt.tokens_BT, prompt.positions_BT, soft=prompt.soft, cache=cache, logits="none"
+        draft,
+        Batch(prompt.tokens_BT, prompt.positions_BT, soft=prompt.soft),
+        cache=cache,
+        logits="none",
     ).cache
 
 
@@ -185,7 +189,7 @@ def advance(
 
         def propose(carry, step):
             cache, last_B = carry
-            out = forward(draft, last_B[:, None], at_B1(step), cache=cache, logits="last")
+            out = forward(draft, Batch(last_B[:, None], at_B1(step)), cache=cache, logits="last")
             log_q_BV = distribution(out.logits[:, 0], how)
             keys_B = _keys(state, start_B + step, 0)
             token_B = _draw(keys_B, log_q_BV, how)
@@ -201,7 +205,7 @@ def advance(
         position_BT = jnp.where(
             active_B[:, None], start_B[:, None] + jnp.arange(num_drafts + 1), -1
         )
-        out = forward(model, read_BT, position_BT, cache=whole)
+        out = forward(model, Batch(read_BT, position_BT), cache=whole)
         chosen_BT, kept_B = _check(state, start_B, out.logits, token_BX, log_q_XBV, how)
         state, new_B = _append(state, chosen_BT, kept_B + 1, out.logits, active_B, stop_ids)
         kept_B = jnp.where(active_B, kept_B, 0)
@@ -212,7 +216,9 @@ def advance(
             last_B1 = jnp.where(behind_B, start_B + num_drafts, -1)[:, None]
 
             def catch_up(cache: Cache) -> Cache:
-                return forward(draft, last_B[:, None], last_B1, cache=cache, logits="none").cache
+                return forward(
+                    draft, Batch(last_B[:, None], last_B1), cache=cache, logits="none"
+                ).cache
 
             cache = jax.lax.cond(jnp.any(behind_B), catch_up, lambda cache: cache, cache)
             cache = cache.rewound(after_B)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax.config import GemmaConfig
+from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.losses import loss
 from gemma_jax.decoder.model import Gemma
 
@@ -147,7 +148,9 @@ class _Measure:
 
     def __call__(self, widths_L: np.ndarray) -> float:
         widths_L = jnp.asarray(widths_L, jnp.int32)
-        return float(loss(self.model, self.tokens_BT, self.positions_BT, ffn_widths_L=widths_L))
+        return float(
+            loss(self.model, Batch(self.tokens_BT, self.positions_BT, ffn_widths_L=widths_L))
+        )
 
 
 def _narrowed(full_L: np.ndarray, layer: int, width: int) -> np.ndarray:

@@ -15,9 +15,9 @@ from gemma_jax.training.params import trainable
 from gemma_kernels.cross_entropy import xla
 
 
-def plain(model, tokens, positions=None, *, weights=None, **options):
+def plain(model, tokens, *, weights=None, **inputs):
     """The mean over tokens as it reads in a textbook."""
-    logits = gj.forward(model, tokens, positions, **options).logits[:, :-1]
+    logits = gj.forward(model, gj.Batch(tokens, **inputs)).logits[:, :-1]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
     weights = jnp.ones(tokens.shape) if weights is None else weights
     return jnp.sum(losses * weights[:, 1:]) / jnp.sum(weights[:, 1:])
@@ -70,7 +70,7 @@ def test_what_counts():
     for left, right in ((0, 3), (2, 0)):
         padded = np.pad(tokens, ((0, 0), (left, right)))
         positions = np.pad(np.arange(8)[None], ((0, 0), (left, right)), constant_values=-1)
-        np.testing.assert_allclose(gj.loss(model, padded, positions), alone, rtol=1e-5)
+        np.testing.assert_allclose(gj.loss(model, gj.Batch(padded, positions)), alone, rtol=1e-5)
     weights = np.array([[9, 0, 1, 0, 0.5, 0, 1, 2]], np.float32)  # of the first token: never said
     expected = plain(model, tokens, weights=weights)
     np.testing.assert_allclose(gj.loss(model, tokens, weights_BT=weights), expected, rtol=1e-5)
@@ -89,7 +89,7 @@ def test_images_are_not_to_be_said():
     soft = soft_tokens(model, tokens, np.ones((1, 3, 56, 56), np.float32))
     weights = (tokens != cfg.vision.image_token).astype(np.float32)
     expected = plain(model, tokens, soft=soft, weights=weights)
-    np.testing.assert_allclose(gj.loss(model, tokens, soft=soft), expected, rtol=1e-5)
+    np.testing.assert_allclose(gj.loss(model, gj.Batch(tokens, soft=soft)), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "int8"])

@@ -14,9 +14,11 @@ import tiny_vocabulary
 from flax import nnx
 
 from gemma_jax import Gemma, forward, image_prompt, shield
+from gemma_jax.decoder.batch import Batch
 from gemma_jax.evaluation.shieldgemma import POLICIES, PROMPT
 from gemma_jax.multimodal.image_prompt import expand
 from gemma_jax.multimodal.placeholders import soft_tokens
+from gemma_jax.presets import SIGLIP
 from gemma_jax.text import Tokenizer
 
 FILE = Path(__file__).parent / "data" / "shieldgemma.json"
@@ -55,9 +57,7 @@ def test_every_official_policy_is_there():
 
 @pytest.mark.parametrize("stored", STORED["prompts"], ids=lambda stored: stored["policy"])
 def test_official_ids(real_tokenizer, stored):
-    from test_prompt import vision
-
-    ids = expand(real_tokenizer, stored["rendered"], [0], vision())
+    ids = expand(real_tokenizer, stored["rendered"], [0], SIGLIP)
     assert [[i, len(list(run))] for i, run in groupby(ids)] == stored["ids"]
     assert (real_tokenizer.id_of("Yes"), real_tokenizer.id_of("No")) == (10784, 3771)
 
@@ -74,7 +74,7 @@ def test_probabilities_are_those_of_a_forward_pass(model, tokenizer, policies):
         tokens_BT = jnp.array([[0] * padding + prompt.token_ids])
         positions_BT = jnp.maximum(jnp.arange(LENGTH) - padding, -1)[None]
         soft = soft_tokens(model, tokens_BT, prompt.pixels)
-        logits = forward(model, tokens_BT, positions_BT, soft=soft).logits[0, -1]
+        logits = forward(model, Batch(tokens_BT, positions_BT, soft=soft)).logits[0, -1]
         yes, no = (float(logits[tokenizer.id_of(answer)]) for answer in ("Yes", "No"))
         expected = 1 / (1 + np.exp(no - yes))
         assert verdicts[name].yes == pytest.approx(expected, abs=1e-5)

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from gemma_jax import Gemma, Runtime, forward, preset
+from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.cache import LayerCache, Slots, extend, init_cache, write_heads
 from gemma_kernels.attention import AttentionSpec
 from gemma_kernels.compilers.tpu_targets import CHIPS, lower
@@ -94,7 +95,7 @@ def test_models_decode_on_it(tokens, has_kernel):
 
     def run(params, cache, ids):
         positions = cache.length_B[:, None] + jnp.arange(tokens)
-        out = forward(nnx.merge(graph, params), ids, positions, cache=cache, logits="last")
+        out = forward(nnx.merge(graph, params), Batch(ids, positions), cache=cache, logits="last")
         return out.logits, out.cache
 
     text = lower(run, "v5e", params, cache, ids).as_text()

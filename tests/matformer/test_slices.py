@@ -13,6 +13,7 @@ from parity.goldens import DATA
 import gemma_jax as gj
 from gemma_checkpoints import load_weights
 from gemma_jax import forward, generate
+from gemma_jax.decoder.batch import Batch
 from gemma_jax.inference.session import Session
 from gemma_jax.matformer import (
     PRESETS,
@@ -139,7 +140,7 @@ def test_widths_as_numbers_compute_what_the_slice_does(net):
     """Sparse layers included, whose statistics are those of the narrow layer."""
     tokens = tiny.tokens(CFG, 2, 19)
     sliced = forward(slice_model(net, NARROW), tokens).logits
-    masked = forward(net, tokens, ffn_widths_L=jnp.array(NARROW.ffn_widths)).logits
+    masked = forward(net, Batch(tokens, ffn_widths_L=jnp.array(NARROW.ffn_widths))).logits
     np.testing.assert_allclose(masked, sliced, atol=2e-5)
     assert np.abs(forward(net, tokens).logits - sliced).max() > 0.1
 

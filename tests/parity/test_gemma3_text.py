@@ -13,6 +13,7 @@ from parity.goldens import DATA, assert_close, assert_gradient, case, loss_gradi
 
 from gemma_checkpoints import load_weights
 from gemma_jax import Runtime, forward, generate
+from gemma_jax.decoder.batch import Batch
 from gemma_jax.numerics import NUMERICS
 
 CAPTURES = ("embeddings", "layer_outputs", "final_norm")
@@ -43,7 +44,7 @@ def test_padded_batch(implementation):
         real = given["attention_mask"] == 1
         positions = np.where(real, given["position_ids"], -1).astype(np.int32)
         out = forward(
-            model, given["input_ids"].astype(np.int32), positions, capture=("final_norm",)
+            model, Batch(given["input_ids"].astype(np.int32), positions), capture=("final_norm",)
         )
         real = real[..., None]
         assert_close(out.logits, expected["logits"], tolerance["logits"], real)

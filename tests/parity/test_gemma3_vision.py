@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from gemma_checkpoints import load_weights, save_hf
 from gemma_jax import Prompt, Runtime, forward, generate
+from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.soft_tokens import SoftTokens
 from gemma_jax.multimodal.encode import encode_images
 from gemma_jax.multimodal.placeholders import locate, runs, soft_tokens
@@ -45,7 +46,7 @@ def test_logits_and_every_layer(implementation):
     given, expected, tolerance = case("g3_mm", "forward")
     ids = given["input_ids"].astype(np.int32)
     soft = soft_tokens(model, ids, given["pixel_values"])
-    out = forward(model, ids, soft=soft, capture=TEXT_CAPTURES)
+    out = forward(model, Batch(ids, soft=soft), capture=TEXT_CAPTURES)
     assert_close(out.logits, expected["logits"], tolerance["logits"])
     for key in TEXT_CAPTURES:
         assert_close(out.captured[key], expected[key], tolerance[key])
@@ -84,7 +85,7 @@ def test_mistakes_show(model, mistake, change):
         # can be said is one block over all of it.
         first, last = np.flatnonzero(np.asarray(block_BT[0]))[[0, -1]]
         block_BT = jnp.zeros_like(block_BT).at[0, first : last + 1].set(1)
-    out = forward(model, ids, soft=SoftTokens(**fields, block_BT=block_BT))
+    out = forward(model, Batch(ids, soft=SoftTokens(**fields, block_BT=block_BT)))
     error = np.abs(np.asarray(out.logits) - expected["logits"]).max()
     assert error > 0.4 * change
 
@@ -105,7 +106,7 @@ def test_gradients(model, tmp_path):
 
     def loss(model):
         soft = soft_tokens(model, ids, given["pixel_values"])
-        return next_token_loss(forward(model, ids, soft=soft).logits, labels)
+        return next_token_loss(forward(model, Batch(ids, soft=soft)).logits, labels)
 
     value, grads = jax.jit(jax.value_and_grad(loss))(model)
     assert_close(value, expected["loss"], tolerance["loss"])

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from gemma_checkpoints import load_weights, save_hf
 from gemma_jax import Runtime, forward, generate
+from gemma_jax.decoder.batch import Batch
 
 CAPTURES = ("embeddings", "per_layer_inputs", "layer_outputs", "final_norm")
 
@@ -47,7 +48,7 @@ def test_padded_batch(model, name):
     real = given["attention_mask"] == 1
     positions = np.where(real, given["position_ids"], -1).astype(np.int32)
     tokens = given["input_ids"].astype(np.int32)
-    out = forward(model, tokens, positions, capture=("final_norm",))
+    out = forward(model, Batch(tokens, positions), capture=("final_norm",))
     for key, value in {"logits": out.logits, **out.captured}.items():
         assert_close(value, expected[key], tolerance[key], real[..., None])
 

@@ -6,6 +6,7 @@ import pytest
 import tiny
 
 from gemma_jax import Prompt, forward, generate, init_cache
+from gemma_jax.decoder.batch import Batch
 from gemma_jax.inference.prefill import Row, prefill_chunk
 from gemma_jax.inference.session import Session
 from gemma_jax.multimodal.encode import encode_images
@@ -50,7 +51,7 @@ def two():
 def logits(net, one: Prompt) -> np.ndarray:
     ids = np.array([one.token_ids], np.int32)
     soft = soft_tokens(net, ids, one.pixels) if len(one.pixels) else None
-    return np.asarray(forward(net, ids, soft=soft).logits)[0]
+    return np.asarray(forward(net, Batch(ids, soft=soft)).logits)[0]
 
 
 def in_pieces(net, one: Prompt, width: int) -> np.ndarray:
@@ -61,7 +62,7 @@ def in_pieces(net, one: Prompt, width: int) -> np.ndarray:
     parts = []
     for piece in row.cuts(width):
         part = prefill_chunk([row], [piece])
-        out = forward(net, part.tokens_BT, part.positions_BT, soft=part.soft, cache=cache)
+        out = forward(net, Batch(part.tokens_BT, part.positions_BT, soft=part.soft), cache=cache)
         cache = out.cache
         parts.append(np.asarray(out.logits)[0, : piece.stop - piece.start])
     return np.concatenate(parts)
@@ -92,7 +93,7 @@ def test_padding_on_either_side_changes_nothing(net, two):
         ids = np.pad([two.token_ids], ((0, 0), (left, right))).astype(np.int32)
         positions = np.pad([np.arange(n)], ((0, 0), (left, right)), constant_values=-1)
         soft = soft_tokens(net, ids, two.pixels)
-        out = forward(net, ids, positions.astype(np.int32), soft=soft)
+        out = forward(net, Batch(ids, positions.astype(np.int32), soft=soft))
         np.testing.assert_allclose(out.logits[0, left : left + n], expected, atol=ATOL)
 
 

@@ -8,6 +8,7 @@ import pytest
 import tiny
 
 from gemma_jax import Runtime, forward, generate, init_cache
+from gemma_jax.decoder.batch import Batch
 
 LENGTH = 4 * tiny.WINDOW + 3  # several wraps of every ring
 ATOL = 2e-5  # ten times the rounding of float32 sums in another order; mistakes show at 0.1
@@ -19,7 +20,7 @@ def net(request):
 
 
 def full(net, ids, positions=None):
-    return np.asarray(forward(net, ids, positions).logits)
+    return np.asarray(forward(net, Batch(ids, positions)).logits)
 
 
 def in_chunks(net, ids, cuts, positions=None, slack=0):
@@ -28,7 +29,7 @@ def in_chunks(net, ids, cuts, positions=None, slack=0):
     parts = []
     for start, end in zip([0, *cuts], [*cuts, ids.shape[1]]):
         pos = None if positions is None else positions[:, start:end]
-        out = forward(net, ids[:, start:end], pos, cache=cache)
+        out = forward(net, Batch(ids[:, start:end], pos), cache=cache)
         cache = out.cache
         parts.append(np.asarray(out.logits))
     return np.concatenate(parts, axis=1)

@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from gemma_jax import forward, init_cache, preset
+from gemma_jax.decoder.batch import Batch
 from gemma_jax.nn.rope import rope_table
 from gemma_jax.numerics import NUMERICS
 
@@ -43,7 +44,7 @@ def test_far_positions_attend_like_near_ones():
     near = np.arange(30, dtype=np.int32)[None]
     far = near + 131_000
     np.testing.assert_allclose(
-        forward(net, ids, far).logits, forward(net, ids, near).logits, atol=0.05
+        forward(net, Batch(ids, far)).logits, forward(net, Batch(ids, near)).logits, atol=0.05
     )
 
 

@@ -145,7 +145,7 @@ def train(tokenizer: Tokenizer, cfg: GemmaConfig, steps: int, seed: int) -> gj.G
     def loss(params, tokens, positions, weights, pixels):
         model = rebuild(params)
         soft = None if cfg.vision is None else soft_tokens(model, tokens, pixels)
-        return gj.loss(model, tokens, positions, soft=soft, weights_BT=weights)
+        return gj.loss(model, gj.Batch(tokens, positions, soft=soft), weights_BT=weights)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, *batch):

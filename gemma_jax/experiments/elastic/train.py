@@ -140,7 +140,7 @@ def train(
         if nested is not None:
             losses += [
                 gj.loss(at(model, nested), tokens_BT),
-                gj.loss(model, tokens_BT, ffn_widths_L=widths_L),
+                gj.loss(model, gj.Batch(tokens_BT, ffn_widths_L=widths_L)),
             ]
         return sum(losses) / len(losses), losses[0]
 
