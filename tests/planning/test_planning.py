@@ -50,7 +50,7 @@ def each_step():
     for name in MACHINES:
         for mode in ("decode", "prefill"):
             slow = mode == "prefill" and not name.startswith("gemma3-4b")
-            yield pytest.param(name, mode, marks=[pytest.mark.slow] * slow)
+            yield pytest.param(name, mode, marks=[pytest.mark.nightly] * slow)
 
 
 @needs_libtpu

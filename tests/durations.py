@@ -1,0 +1,109 @@
+"""How long tests take: seconds by file are stored, and one that takes too long fails in CI.
+
+`durations.json` holds the seconds of each test file, set-up included, and the machine that took
+them. Where a file runs, its figure is replaced by (with the rest of README's test command)
+
+    pytest --store-durations
+
+The files that take longest run first, so that no worker ends with a long one alone.
+"""
+
+import json
+import os
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STORED = ROOT / "tests" / "durations.json"
+LIMIT = 15.0  # seconds
+YARDSTICK = 0.087  # seconds of `yardstick` on the machine of `durations.json`
+_SPENT = pytest.StashKey[tuple[float, float]]()
+_seconds = Counter()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("durations")
+    group.addoption("--store-durations", action="store_true", help=f"write {STORED.name}")
+    group.addoption(
+        "--limit-seconds",
+        type=float,
+        default=LIMIT if os.environ.get("CI") == "true" else 0.0,
+        help=f"a test not marked `nightly` that takes longer fails (default: {LIMIT:g} if CI=true)",
+    )
+
+
+def pytest_collection_modifyitems(items):
+    seconds = json.loads(STORED.read_text("utf-8"))["seconds"] if STORED.exists() else {}
+    items.sort(key=lambda item: -seconds.get(_file(item.nodeid), 0.0))
+
+
+def yardstick() -> float:
+    """Processor seconds of a fixed piece of work: more on a slower machine, or a loaded one."""
+    start = time.process_time()
+    sum(i * i % 7 for i in range(1_500_000))
+    return time.process_time() - start
+
+
+def spent() -> tuple[float, float]:
+    """Seconds of the clock, and of processors: this process and the children it waited for."""
+    return time.perf_counter(), sum(os.times()[:4])
+
+
+def too_long(before, after, limit: float) -> float | None:
+    """How many times `limit` the time between two readings is, if more than once.
+
+    The lesser of both clocks counts: neighbours stretch the one, idle cores the other. A machine
+    that does the yardstick slower than the one of `durations.json` gets as much more time.
+    """
+    used = min(end - start for start, end in zip(before, after))
+    if used <= limit:
+        return None
+    share = used / (limit * max(1.0, yardstick() / YARDSTICK))
+    return share if share > 1 else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    item.stash[_SPENT] = spent()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Set-up counts, that of a module's fixtures for the test that meets it first."""
+    report, limit = (yield), item.config.getoption("limit_seconds")
+    if limit and report.when == "call" and report.passed and not item.get_closest_marker("nightly"):
+        if share := too_long(item.stash[_SPENT], spent(), limit):
+            report.outcome = "failed"
+            report.longrepr = (
+                f"took {share:.1f} times the {limit:g} seconds a test may: make it smaller,"
+                " or mark it `nightly` (tests/README.md)"
+            )
+    return report
+
+
+def _file(nodeid: str) -> str:
+    return nodeid.partition("::")[0].removeprefix("tests/")
+
+
+def pytest_runtest_logreport(report):
+    _seconds[_file(report.nodeid)] += report.duration
+
+
+def pytest_sessionfinish(session):
+    if not session.config.getoption("store_durations") or hasattr(session.config, "workerinput"):
+        return
+    stored = json.loads(STORED.read_text("utf-8")) if STORED.exists() else {"seconds": {}}
+    there = {name: s for name, s in stored["seconds"].items() if (STORED.parent / name).exists()}
+    seconds = there | {name: round(s, 1) for name, s in _seconds.items()}
+    order = sorted(seconds, key=lambda name: (-seconds[name], name))
+    new = {
+        "command": "README's tests with --store-durations",
+        "machine": f"{os.cpu_count()} cores, yardstick {yardstick():.3f} s",
+        "total": round(sum(seconds.values()), 1),
+        "seconds": {name: seconds[name] for name in order},
+    }
+    STORED.write_text(json.dumps(new, indent=1) + "\n", "utf-8")
