@@ -18,6 +18,7 @@ def decode_loop(monkeypatch):
     return decode_loop
 
 
+@pytest.mark.nightly
 def test_runs(tmp_path):
     output = tmp_path / "results" / "tiny.json"
     command = [

@@ -7,6 +7,7 @@ import pytest
 from gemma_kernels.attention.tpu import tuning
 
 
+@pytest.mark.nightly
 def test_a_row_of_the_table(cli, monkeypatch, tmp_path):
     """One kernel, planned with the table's tiles and with others."""
     pytest.importorskip("libtpu", reason="the compiler comes with the plan extra: gemma-jax[plan]")

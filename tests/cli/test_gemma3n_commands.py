@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 import tiny
+from marks import nightly
 from parity.goldens import DATA, assert_close, case
 from safetensors.numpy import load_file, save_file
 
 from gemma_checkpoints import save_hf
 
-SLICES = ("g3n_e2b_like", "g3n_mixed_widths", "g3n_off_pattern")
-TEXT = ("forward", "batch_left_pad", "batch_right_pad")
+TEXT = ("batch_left_pad", *nightly("forward", "batch_right_pad"))
 
 
 def assert_outputs(written, name, which):
@@ -44,6 +44,7 @@ def test_forward(forward, which):
         assert written["per_layer_inputs"].shape == (1, 36, 20, 8)
 
 
+@pytest.mark.nightly
 def test_generate(cli):
     file = DATA / "g3n_text" / "generate_left_pad.safetensors"
     expected = load_file(file)["out.gen_ids"]
@@ -64,6 +65,7 @@ INSIDE = {
 }
 
 
+@pytest.mark.nightly
 def test_everything_inside(forward, tmp_path):
     """All captures by name; where layers differ in shape, layer by layer."""
     written = forward(DATA / "g3n_text", "g3n_text", "forward", "--capture", ",".join(INSIDE))
@@ -84,7 +86,7 @@ def words_of(name):
     return options + (["--allow-irregular"] if name == "g3n_off_pattern" else [])
 
 
-@pytest.mark.parametrize("name", SLICES)
+@pytest.mark.parametrize("name", ["g3n_mixed_widths", *nightly("g3n_e2b_like", "g3n_off_pattern")])
 def test_slice_as_a_folder_and_in_place(cli, forward, tmp_path, name):
     """Written by `slice`, or run by `--slice` on the whole model: the oracle's numbers."""
     small = tmp_path / "small"
@@ -146,6 +148,7 @@ def test_slices_that_cannot_be_run(refused, tmp_path):
     assert "is no slice" in refused(*words, DATA / "g3n_text" / "config.json")
 
 
+@pytest.mark.nightly
 def test_speculation(cli, refused, tmp_path):
     """Both kinds of drafts: the same tokens, and how many drafts were kept."""
     cfg = tiny.gemma3n(6, 2)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from conftest import DATA
+from marks import nightly
 from safetensors.numpy import load_file
 
 FEW = ("--max-new-tokens", 6)
@@ -62,13 +63,13 @@ def test_seeds(cli, talker):
     assert runs[0] == runs[1] != runs[2]
 
 
-@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+@pytest.mark.parametrize("weights", ["int8", *nightly("bfloat16")])
 def test_narrow_weights(cli, talker, weights):
     words = ("generate", "The", "--model", talker, "--max-new-tokens", 2, "--json")
     assert len(json_of(cli(*words, "--weights", weights))["token_ids"]) == 2
 
 
-@pytest.mark.parametrize("case", ["generate", "generate_left_pad"])
+@pytest.mark.parametrize("case", ["generate_left_pad", *nightly("generate")])
 def test_stored_inputs_continue_as_in_transformers(cli, mute, case):
     file = DATA / "g3_text" / f"{case}.safetensors"
     expected = load_file(file)["out.gen_ids"].tolist()

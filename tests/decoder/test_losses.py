@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from marks import nightly
 
 import gemma_jax as gj
 from gemma_jax.multimodal.placeholders import soft_tokens
@@ -30,7 +31,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(xla, "CPU_TILE_BYTES", 1)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", ["gemma2", "gemma3n", *nightly("gemma", "gemma3")])
 def test_values(family):
     cfg = tiny.FAMILIES[family]()
     model, tokens = tiny.model(cfg), tiny.tokens(cfg, 2, 11)
@@ -92,7 +93,7 @@ def test_images_are_not_to_be_said():
     np.testing.assert_allclose(gj.loss(model, gj.Batch(tokens, soft=soft)), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("storage", ["bfloat16", "int8"])
+@pytest.mark.parametrize("storage", ["int8", *nightly("bfloat16")])
 def test_stored_weights(storage):
     """Of a table stored narrow: what its own logits say."""
     cfg = tiny.gemma2()
@@ -103,7 +104,7 @@ def test_stored_weights(storage):
     np.testing.assert_allclose(gj.score(model, tokens[0]), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("storage", ["int8", *nightly("float32", "bfloat16")])
 def test_memory_does_not_grow_with_the_vocabulary(storage):
     """Whatever the table is stored in: neither logits nor a widened table."""
 

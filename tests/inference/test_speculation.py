@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from marks import nightly
 from scipy import stats
 
 from gemma_jax import forward, generate
@@ -47,7 +48,13 @@ def assert_same_text(ours, theirs):
         assert one.finish_reason == other.finish_reason
 
 
-@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize(
+    "draft",
+    [
+        "the model's cache, fewer layers",
+        *nightly("own cache", "own cache, fewer layers", "the model's cache"),
+    ],
+)
 def test_greedy_text_is_the_models(draft):
     """Far beyond the windows, rows of different lengths, with many drafts thrown away."""
     net = tiny.model(CFG, "unrolled")
@@ -58,13 +65,13 @@ def test_greedy_text_is_the_models(draft):
     assert all(0 < row.accepted_drafts < row.proposed_drafts for row in done)
 
 
-@pytest.mark.parametrize("draft_tokens", [1, 7])
+@pytest.mark.parametrize("draft_tokens", [7, *nightly(1)])
 def test_any_number_of_drafts(small, plain, draft_tokens):
     done = generate(small, None, PROMPTS, max_new_tokens=30, draft=OWN, draft_tokens=draft_tokens)
     assert_same_text(done, plain)
 
 
-@pytest.mark.parametrize("shares", [True, False])
+@pytest.mark.parametrize("shares", [True, *nightly(False)])
 def test_the_model_itself_drafts_what_it_would_choose(small, plain, shares):
     whole = Slice.whole(SMALL)
     done = generate(
@@ -120,11 +127,13 @@ RULES = {
 @pytest.mark.parametrize(
     "rules, cfg, draft, sharper",
     [
-        ("temperature", SMALL, OWN, 1),
-        ("top-k", CFG, DRAFTS["the model's cache, fewer layers"], 3),
         ("top-p, min-p", SMALL, OWN, 1),
+        *nightly(
+            ("temperature", SMALL, OWN, 1),
+            ("top-k", CFG, DRAFTS["the model's cache, fewer layers"], 3),
+        ),
     ],
-    ids=["temperature", "top-k", "top-p, min-p"],
+    ids=["top-p, min-p", "temperature", "top-k"],
 )
 def test_sampled_text_is_distributed_as_the_models(rules, cfg, draft, sharper):
     """Second and third token of 4,000 texts against their exact probabilities, by chi-square.

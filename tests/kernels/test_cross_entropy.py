@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from marks import nightly
 
 from gemma_kernels.compilers.tpu_targets import lower
 from gemma_kernels.cross_entropy import IMPLEMENTATIONS, cross_entropy
@@ -275,7 +276,7 @@ def test_memory_is_that_of_a_chunk(grad):
     assert max(large, with_a_rest) < 3 * 4 * T * chunk + 3 * 4 * (T + chunk) * D
 
 
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize("chip", [*nightly("v5e", "v6e")])
 def test_memory_on_a_tpu(chip):
     """Gemma 3 4B's head: beside the gradients, a tile of logits and dx in float32."""
     pytest.importorskip("libtpu", reason="the compiler comes with the plan extra: gemma-jax[plan]")

@@ -101,6 +101,7 @@ def test_a_stored_row_is_replaced_and_others_stay(tmp_path):
     assert json.loads(table.read_text())["rows"] == [row | dict(blocks={"q": 512}), other]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "chip, kinds, shape",
     [
@@ -115,6 +116,7 @@ def test_no_kernel_is_planned_to_be_slower_than_stored(chip, kinds, shape):
     assert checked("tpu_schedule.py", STORED, *options) == len(kinds.split(","))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("chip, dtypes", [("v5p", "int8"), ("tpu7x", "bfloat16,int8")])
 def test_no_decoding_step_is_planned_to_be_slower_than_stored(chip, dtypes):
     options = ["--chips", chip, "--models", "4B", "--dtypes", dtypes]

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from marks import nightly
 
 from gemma_kernels.attention import AttentionSpec
 from gemma_kernels.attention.tpu.backward import BackwardBlocks, attention_backward_tpu
@@ -17,13 +18,15 @@ SHAPES = {
     "27B, local": (2048, 2048, 32, 16, 128, 1024, BackwardBlocks(256, 128, 256)),
     "4B, global": (2048, 2048, 8, 4, 256, None, None),
 }
-EVERYWHERE = ("4B, local",)
+ALL = [
+    *((target, "4B, local") for target in CHIPS),
+    *(("v5e", name) for name in SHAPES if name != "4B, local"),
+]
+BY_DAY = [("v5e", "27B, local")]
 
 
 @pytest.mark.parametrize(
-    "target, name",
-    [(target, name) for name in EVERYWHERE for target in CHIPS]
-    + [("v5e", name) for name in SHAPES if name not in EVERYWHERE],
+    "target, name", [*BY_DAY, *nightly(*(pair for pair in ALL if pair not in BY_DAY))]
 )
 def test_compiles(target, name):
     T, S, N, K, H, window, blocks = SHAPES[name]

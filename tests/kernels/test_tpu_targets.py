@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from marks import nightly
 
 from gemma_jax import Gemma, Runtime, forward, preset
 from gemma_kernels.attention import AttentionSpec, attention
@@ -23,14 +24,16 @@ SHAPES = {
     "12B, local, odd length": (1021, 1500, 16, 8, 256, 1024),
     "SigLIP": (4096, 4096, 16, 16, 72, None),
 }
-EVERYWHERE = ("4B, local",)
+BY_DAY = [("v5e", name) for name in ("4B, local", "4B, global", "SigLIP")]
+ALL = [
+    *((target, "4B, local") for target in CHIPS),
+    *(("v5e", name) for name in SHAPES if name != "4B, local"),
+    ("tpu7x", "4B, global"),
+]
 
 
 @pytest.mark.parametrize(
-    "target, name",
-    [(target, name) for name in SHAPES for target in CHIPS if name in EVERYWHERE]
-    + [("v5e", name) for name in SHAPES if name not in EVERYWHERE]
-    + [("tpu7x", "4B, global")],
+    "target, name", [*BY_DAY, *nightly(*(pair for pair in ALL if pair not in BY_DAY))]
 )
 def test_compiles(target, name):
     T, S, N, K, H, window = SHAPES[name]

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from marks import nightly
 
 from gemma_jax import Runtime, forward, generate, init_cache
 from gemma_jax.decoder.batch import Batch
@@ -14,7 +15,7 @@ LENGTH = 4 * tiny.WINDOW + 3  # several wraps of every ring
 ATOL = 2e-5  # ten times the rounding of float32 sums in another order; mistakes show at 0.1
 
 
-@pytest.fixture(scope="module", params=list(tiny.FAMILIES))
+@pytest.fixture(scope="module", params=["gemma2", "gemma3n", *nightly("gemma", "gemma3")])
 def net(request):
     return tiny.model(tiny.FAMILIES[request.param]())
 
@@ -46,7 +47,10 @@ def test_shapes(net):
 
 @pytest.mark.parametrize(
     "cuts",
-    [[tiny.WINDOW], [tiny.WINDOW - 1, 2 * tiny.WINDOW + 1], [17, 18, 19]],
+    [
+        [tiny.WINDOW - 1, 2 * tiny.WINDOW + 1, 2 * tiny.WINDOW + 2],
+        *nightly([tiny.WINDOW], [17, 18, 19]),
+    ],
 )
 def test_chunks_equal_one_pass(net, cuts):
     ids = tiny.tokens(net.cfg, 2, LENGTH)

@@ -74,6 +74,7 @@ def test_32k_tokens_by_chunks_need_little_memory():
     assert used.temp_size_in_bytes < 2 * keys_and_values
 
 
+@pytest.mark.nightly
 def test_32k_tokens_by_chunks():
     """A local and a global layer read 32,768 tokens; how the last ones arrive changes nothing."""
     cfg = wide_4b()
