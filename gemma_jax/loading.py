@@ -11,6 +11,7 @@ from gemma_jax.nn.layer_groups import Layout
 from gemma_jax.numerics import Numerics, resolve_numerics
 from gemma_jax.runtime import Runtime
 from gemma_jax.sharding import Partition, Rules, make_mesh
+from gemma_jax.storages import BITS, WEIGHT_STORAGES, WeightStorage, one_of
 from gemma_jax.text import Tokenizer
 from gemma_jax.weights.off_device import Place
 
@@ -35,7 +36,7 @@ def load_model(
     modalities: Collection[str] | None = None,
     dtype: jax.typing.DTypeLike | None = None,
     vision_dtype: jax.typing.DTypeLike | None = None,
-    weights: str | None = None,
+    weights: WeightStorage | None = None,
     cache_dtype: jax.typing.DTypeLike | None = None,
     numerics: str | Numerics = "hf",
     attention_impl: str = "auto",
@@ -78,7 +79,9 @@ def load_model(
     partition = None if mesh is None else partition_for(source, mesh, rules)
     if partition is not None and per_layer_table != "device":
         raise ValueError(f"{per_layer_table=} is for one device; on a mesh leave it at 'device'")
-    narrower = weights is not None and jnp.dtype(weights).itemsize < dtype.itemsize
+    if weights not in (None, *WEIGHT_STORAGES):
+        raise ValueError(f"{weights=} must be {one_of(WEIGHT_STORAGES)}")
+    narrower = weights is not None and BITS[weights] < 8 * dtype.itemsize
     return load_weights(
         source,
         modalities=modalities,

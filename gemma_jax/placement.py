@@ -8,12 +8,12 @@ from dataclasses import replace
 from functools import partial
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 
 from gemma_jax.decoder.cache import Cache, init_cache
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.sharding import Partition, Rules
+from gemma_jax.weights.tree import with_attributes
 
 
 def shard(model: Gemma, mesh: Mesh, rules: Rules | None = None) -> Gemma:
@@ -43,6 +43,4 @@ def empty_cache(model: Gemma, batch: int, max_len: int, slack: int = 0) -> Cache
 
 def with_partition(model: Gemma, partition: Partition | None) -> Gemma:
     """The model, whose arrays lie where `partition` says, computing there."""
-    model = nnx.merge(*nnx.split(model))
-    model.runtime = replace(model.runtime, partition=partition)
-    return model
+    return with_attributes(model, runtime=replace(model.runtime, partition=partition))

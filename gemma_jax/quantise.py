@@ -10,45 +10,43 @@ array.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from gemma_jax.decoder.model import Gemma
+from gemma_jax.storages import WEIGHT_STORAGES, WeightStorage, one_of
 from gemma_jax.weights.int8 import to_int8
+from gemma_jax.weights.protocol import Weight
 from gemma_jax.weights.stored import StoredWeight
+from gemma_jax.weights.tree import map_params
 
-Storage = Literal["float32", "bfloat16", "int8"]
 
-
-def store_weights(storage: Storage) -> Callable[[nnx.Param, jax.Array], Any]:
+def store_weights(storage: WeightStorage) -> Callable[[nnx.Param, jax.Array], Weight]:
     """A function `(param, array) -> array or StoredWeight` for one loaded parameter.
 
     Vectors (norm scales) keep their dtype. int8 is symmetric, one scale per output channel.
     """
-    if storage not in ("float32", "bfloat16", "int8"):
-        raise ValueError(f"{storage=} must be 'float32', 'bfloat16' or 'int8'")
+    if storage not in WEIGHT_STORAGES:
+        raise ValueError(f"{storage=} must be {one_of(WEIGHT_STORAGES)}")
+    to_storage = _TO_STORAGE[storage]
 
-    def store(param: nnx.Param, array: jax.Array) -> Any:
+    def store(param: nnx.Param, array: jax.Array) -> Weight:
         inputs = param.get_metadata().get("inputs", "")
-        if not inputs or storage == "float32":
-            return array
-        axes = tuple(range(array.ndim - len(inputs), array.ndim))
-        return _STORE[storage](array, axes)
+        return to_storage(array, _last_axes(array, inputs)) if inputs else array
 
     return store
 
 
-def quantise(model: Gemma, storage: Storage) -> Gemma:
+def quantise(model: Gemma, storage: WeightStorage) -> Gemma:
     """The model with its matrices stored as `storage`; arithmetic stays what it was."""
     store = store_weights(storage)
-    return jax.tree.map(
-        lambda param: param.replace(store(param, param.get_value())),
-        model,
-        is_leaf=lambda node: isinstance(node, nnx.Param),
-    )
+    return map_params(model, lambda param: store(param, param.get_value()))
+
+
+def _last_axes(array: jax.Array, letters: str) -> tuple[int, ...]:
+    return tuple(range(array.ndim - len(letters), array.ndim))
 
 
 @jax.jit
@@ -61,7 +59,8 @@ def _as_int8(array: jax.Array, axes: tuple[int, ...]) -> StoredWeight:
     return StoredWeight(*to_int8(array, axes))
 
 
-_STORE = {
+_TO_STORAGE: dict[WeightStorage, Callable[[jax.Array, tuple[int, ...]], Weight]] = {
+    "float32": lambda array, axes: array,
     "bfloat16": lambda array, axes: _as_bits(array),
     "int8": jax.jit(_as_int8, static_argnums=1),
 }

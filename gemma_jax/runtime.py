@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from gemma_jax.numerics import NUMERICS, Numerics
 from gemma_jax.sharding import Partition
+from gemma_jax.storages import CACHE_STORAGES, one_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +34,8 @@ class Runtime:
     partition: Partition | None = None
 
     def __post_init__(self):
-        if self.cache_dtype not in (None, "float32", "bfloat16", "int8"):
-            raise ValueError(
-                f"cache_dtype={self.cache_dtype} must be 'float32', 'bfloat16' or 'int8'"
-            )
+        if self.cache_dtype not in (None, *CACHE_STORAGES):
+            raise ValueError(f"cache_dtype={self.cache_dtype} must be {one_of(CACHE_STORAGES)}")
 
     @property
     def kv_dtype(self) -> jnp.dtype:

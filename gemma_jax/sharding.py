@@ -59,6 +59,15 @@ class HasLetters(Protocol):
         ...
 
 
+@runtime_checkable
+class HasArrayDims(Protocol):
+    """What stands in a Param in the place of an array (`weights.protocol.StandIn`)."""
+
+    def array_dims(self, dims: str) -> Any:
+        """The same tree with the letters of its last axes in the place of each array."""
+        ...
+
+
 @dataclass(frozen=True)
 class Partition:
     """A mesh, and the axes of it that each letter is split over.
@@ -140,11 +149,10 @@ class Partition:
         return jax.tree.map(of, tree, is_leaf=lambda x: isinstance(x, nnx.Param | HasLetters))
 
     def param_shardings(self, param: nnx.Param) -> Any:
-        """Of its array, or of the arrays in the place of one (see `quant.py`)."""
+        """Of its array, or of the arrays in the place of one."""
         value, dims = param.get_value(), param.dims
-        stacked = jax.tree.leaves(value)[0].ndim - len(dims)
-        # The scale of a stored weight has its first axes alone, those of the outputs.
-        return jax.tree.map(lambda a: self.sharding(dims[: a.ndim - stacked], a.shape), value)
+        letters = value.array_dims(dims) if isinstance(value, HasArrayDims) else dims
+        return jax.tree.map(lambda a, dims: self.sharding(dims, a.shape), value, letters)
 
     def place(self, tree: Any) -> Any:
         """The tree with its arrays where they belong."""

@@ -16,8 +16,9 @@ from gemma_jax.config import (
     VisionConfig,
     share_kv,
 )
-from gemma_jax.decoder.model import Gemma
+from gemma_jax.decoder.model import Gemma, abstract_model
 from gemma_jax.runtime import Runtime
+from gemma_jax.weights.tree import map_params
 
 WINDOW = 8
 
@@ -115,17 +116,14 @@ def model(cfg: GemmaConfig, layout="scan", seed: int = 0, **runtime) -> Gemma:
 
     NumPy makes them: compiling the initialisers would take most of the time of a small test.
     """
-    net = jax.eval_shape(
-        lambda: Gemma(cfg, rngs=nnx.Rngs(0), layout=layout, runtime=Runtime(**runtime))
-    )
     random = np.random.default_rng(seed)
 
-    def fill(param: nnx.Param) -> nnx.Param:
+    def fill(param: nnx.Param) -> jax.Array:
         shape, inputs = param.get_value().shape, param.get_metadata().get("inputs", "")
         scale = math.prod(shape[len(shape) - len(inputs) :]) ** -0.5 if inputs else 0.3
-        return param.replace(jnp.asarray(scale * random.standard_normal(shape), jnp.float32))
+        return jnp.asarray(scale * random.standard_normal(shape), jnp.float32)
 
-    return jax.tree.map(fill, net, is_leaf=lambda node: isinstance(node, nnx.Param))
+    return map_params(abstract_model(cfg, runtime=Runtime(**runtime), layout=layout), fill)
 
 
 def relayout(net: Gemma, layout: str) -> Gemma:

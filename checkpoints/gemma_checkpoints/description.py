@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_jax.config import GemmaConfig
+from gemma_jax.decoder.model import abstract_model
 
 from .formats import open_source
 from .matching import match
-from .params import abstract_model, named_slots, params_by_part
+from .params import named_slots, params_by_part
 from .tokenizers import find_tokenizer
 
 

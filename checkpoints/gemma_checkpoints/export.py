@@ -12,6 +12,8 @@ from flax import nnx
 
 from gemma_jax.config import GemmaConfig
 from gemma_jax.decoder.model import Gemma
+from gemma_jax.weights.protocol import StandIn
+from gemma_jax.weights.tree import ParamPath, flat_params, with_attributes
 
 from .catalog import resolve
 from .errors import CheckpointError
@@ -22,7 +24,7 @@ from .hf.folder import CONFIG, INDEX, SINGLE, HFFolder, read_json
 from .hf.names import hf_table, published_name, unused
 from .json_values import Json
 from .name_table import Row, dropped, expand
-from .params import ParamPath, Slot, depths, flat_params, named_slots
+from .params import Slot, depths, named_slots
 from .rearrange import shape as side_shape
 from .safetensors_file import ENCODINGS, write_safetensors
 from .tokenizers import copy_companions
@@ -146,21 +148,24 @@ def save_hf(
 
 def _decoder(model: Gemma) -> Gemma:
     """The model without embeddings that transformers has only together with towers."""
-    model = nnx.merge(*nnx.split(model))
-    model.cfg = replace(model.cfg, modality_vocabularies=())
-    model.modalities = nnx.List([])
-    return model
+    cfg = replace(model.cfg, modality_vocabularies=())
+    return with_attributes(model, cfg=cfg, modalities=nnx.List([]))
 
 
 def refuse_inexact(target: Path, params: dict[ParamPath, nnx.Param]) -> None:
-    """Raises `CheckpointError` if a parameter is not a plain array of floats."""
-    problems = []
+    """Raises `CheckpointError` if a parameter is not a plain array of floats; a line per kind."""
+    inexact: dict[str, list[str]] = {}
     for path, param in params.items():
-        dtype = getattr(param.get_value(), "dtype", type(param.get_value()).__name__)
-        if dtype not in ENCODINGS:
-            problems.append(
-                f"{'.'.join(map(str, path))} is {dtype}: only plain floats can be saved"
-            )
+        value = param.get_value()
+        stands_in = isinstance(value, StandIn)
+        if stands_in or value.dtype not in ENCODINGS:
+            kind = type(value).__name__ if stands_in else str(value.dtype)
+            inexact.setdefault(kind, []).append(".".join(map(str, path)))
+    problems = [
+        f"{first}{f' (and {len(more)} more)' if more else ''} is {kind}: only plain floats can be "
+        "saved; load the model with plain weights, and slice it rather than view it"
+        for kind, (first, *more) in inexact.items()
+    ]
     if problems:
         raise CheckpointError(target, problems)
 

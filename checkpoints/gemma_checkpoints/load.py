@@ -11,22 +11,24 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gemma_jax.decoder.model import Gemma
+from gemma_jax.decoder.model import Gemma, abstract_model
 from gemma_jax.nn.layer_groups import Layout
 from gemma_jax.runtime import Runtime
 from gemma_jax.weights.off_device import DiskTable, Place
+from gemma_jax.weights.protocol import Weight
+from gemma_jax.weights.tree import ParamPath, flat_params, with_params
 
 from .buffers import Box, Buffer, TableBuffer, local_boxes, make_buffer
 from .errors import CheckpointError
 from .matching import Move, match
-from .params import ParamPath, abstract_model, flat_params, named_slots
+from .params import named_slots
 from .select_parts import config_for
 from .source import Source
 
@@ -35,7 +37,7 @@ AHEAD = 8  # pieces waiting per thread
 TABLE: ParamPath = ("per_layer", "table")
 
 Placement = Callable[[ParamPath, str, tuple[int, ...]], jax.sharding.Sharding | None]
-Transform = Callable[[nnx.Param, jax.Array], Any]
+Transform = Callable[[nnx.Param, jax.Array], Weight]
 T, R = TypeVar("T"), TypeVar("R")
 
 
@@ -126,7 +128,7 @@ def load_source(
     if broken := +non_finite:  # those above zero
         problems = [f"{name}: {n} values are NaN or infinite" for name, n in broken.items()]
         raise CheckpointError(source.path, problems)
-    return _with_arrays(model, arrays)
+    return with_params(model, arrays)
 
 
 def _on_disk(source: Source, move: Move, dtype: jax.typing.DTypeLike | None) -> DiskTable:
@@ -253,9 +255,3 @@ def count_non_finite(array: np.ndarray) -> int:
     """
     unsigned, exponent = _EXPONENTS[array.dtype.name]
     return np.count_nonzero((array.view(unsigned) & unsigned(exponent)) == unsigned(exponent))
-
-
-def _with_arrays(model: Gemma, arrays: dict[ParamPath, Any]) -> Gemma:
-    graph, state = nnx.split(model)
-    flat = {path: param.replace(arrays[path]) for path, param in nnx.to_flat_state(state)}
-    return nnx.merge(graph, nnx.from_flat_state(flat))

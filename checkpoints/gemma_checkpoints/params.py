@@ -4,17 +4,13 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import reduce
 
-import jax
 from flax import nnx
 
 from gemma_jax.config import GemmaConfig
-from gemma_jax.decoder.model import Gemma
-from gemma_jax.nn.layer_groups import Layout
-from gemma_jax.runtime import Runtime
-
-ParamPath = tuple[str | int, ...]
+from gemma_jax.decoder.model import Gemma, abstract_model
+from gemma_jax.weights.tree import ParamPath, flat_params
 
 
 @dataclass(frozen=True)
@@ -36,16 +32,6 @@ class Slot:
     @property
     def sizes(self) -> Mapping[str, int]:
         return dict(zip(self.dims, self.shape, strict=True))
-
-
-@lru_cache(maxsize=8)  # tracing takes a while, and a checkpoint is described before it is loaded
-def abstract_model(cfg: GemmaConfig, *, runtime: Runtime = Runtime(), layout: Layout) -> Gemma:
-    """The model with `jax.ShapeDtypeStruct`s for arrays. Shared by callers: not to be changed."""
-    return jax.eval_shape(lambda: Gemma(cfg, rngs=nnx.Rngs(0), runtime=runtime, layout=layout))
-
-
-def flat_params(model: Gemma) -> dict[ParamPath, nnx.Param]:
-    return dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
 
 
 def named_slots(model: Gemma) -> dict[str, Slot]:

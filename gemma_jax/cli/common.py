@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from gemma_jax.cli import progress
+from gemma_jax.storages import CACHE_STORAGES, WEIGHT_STORAGES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,10 +43,8 @@ class Place(StrEnum):
     disk = "disk"
 
 
-class Storage(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    int8 = "int8"
+WeightStorage = StrEnum("WeightStorage", {name: name for name in WEIGHT_STORAGES})
+CacheStorage = StrEnum("CacheStorage", {name: name for name in CACHE_STORAGES})
 
 
 Model = Annotated[
@@ -56,11 +55,11 @@ DTypeOption = Annotated[
     typer.Option(help="Dtype of the arithmetic. Default: float32 on CPU, else bfloat16."),
 ]
 WeightsOption = Annotated[
-    Storage | None,
+    WeightStorage | None,
     typer.Option(help="Dtype the weights are stored in. Default: that of the arithmetic."),
 ]
 CacheDTypeOption = Annotated[
-    Storage | None,
+    CacheStorage | None,
     typer.Option(help="Dtype of cached keys and values. Default: that of the arithmetic."),
 ]
 NumericsOption = Annotated[
@@ -120,8 +119,8 @@ def load_model(
     source: str,
     *,
     dtype: DType | None,
-    weights: Storage | None = None,
-    cache_dtype: Storage | None = None,
+    weights: WeightStorage | None = None,
+    cache_dtype: CacheStorage | None = None,
     numerics: NumericsName = NumericsName.hf,
     attention_impl: str = "auto",
     vision_dtype: DType | None = None,

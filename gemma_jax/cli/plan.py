@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gemma_jax.cli import common
+from gemma_jax.storages import BITS, WEIGHT_STORAGES
 
 if TYPE_CHECKING:
     from gemma_jax.planning import Plan
@@ -24,8 +25,8 @@ class Fit(StrEnum):
     batch = "batch"
 
 
-class Quant(StrEnum):
-    int8 = "int8"
+# Those that are narrower than any arithmetic: the others are what `--dtype` says.
+Quant = StrEnum("Quant", {name: name for name in WEIGHT_STORAGES if BITS[name] < 16})
 
 
 def command(

@@ -11,6 +11,7 @@ corrects them all by its result.
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import jax
 from flax import nnx
@@ -153,3 +154,11 @@ class Gemma(nnx.Module):
         if self.cfg.altup is not None and not self.runtime.numerics.cap_gemma3n:
             return None
         return self.cfg.final_soft_cap
+
+
+@lru_cache(maxsize=32)  # tracing takes a while, and many callers want the same one
+def abstract_model(
+    cfg: GemmaConfig, *, runtime: Runtime = Runtime(), layout: Layout = "scan"
+) -> Gemma:
+    """The model with `jax.ShapeDtypeStruct`s for arrays. Shared by callers: not to be changed."""
+    return jax.eval_shape(lambda: Gemma(cfg, rngs=nnx.Rngs(0), runtime=runtime, layout=layout))

@@ -1,22 +1,19 @@
 """Slices of a model's parameters: cut out, or seen in place."""
 
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from gemma_jax.config import GemmaConfig
-from gemma_jax.decoder.model import Gemma
+from gemma_jax.decoder.model import Gemma, abstract_model
 from gemma_jax.nn.layer_groups import Layout
-from gemma_jax.runtime import Runtime
+from gemma_jax.weights.protocol import Index, Weight
+from gemma_jax.weights.tree import ParamPath, flat_params, with_params
 from gemma_jax.weights.view import Part
 
 from .submodel import Slice, slice_config
-
-ParamPath = tuple[str | int, ...]
 
 
 def slice_model(
@@ -37,9 +34,9 @@ def slice_model(
     """
     cfg = slice_config(model.cfg, cut, allow_irregular=allow_irregular)
     layout = layout or ("unrolled" if _is_unrolled(model) else "scan")
-    parts = _parts(model, cut)
+    target, parts = abstract_model(cfg, runtime=model.runtime, layout=layout), _parts(model, cut)
 
-    def value(target: Gemma, path: ParamPath) -> Any:
+    def value(path: ParamPath) -> Weight:
         if path[0] != "blocks":
             return _taken(parts(path, None))
         _, index, position, *rest = path
@@ -50,7 +47,7 @@ def slice_model(
             return rows[0]
         return jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *rows)
 
-    return _filled(cfg, model.runtime, layout, value)
+    return with_params(target, {path: value(path) for path in flat_params(target)})
 
 
 def at(model: Gemma, cut: Slice, *, allow_irregular: bool = False) -> Gemma:
@@ -70,24 +67,25 @@ def at(model: Gemma, cut: Slice, *, allow_irregular: bool = False) -> Gemma:
             "matformer.slice"
         )
     cfg = slice_config(model.cfg, cut, allow_irregular=allow_irregular)
+    target = abstract_model(cfg, runtime=model.runtime, layout="unrolled")
     kept, parts = cut.kept(len(model.cfg.layers)), _parts(model, cut)
 
-    def value(target: Gemma, path: ParamPath) -> Any:
+    def value(path: ParamPath) -> Weight:
         if path[0] != "blocks":
             return parts(path, None)
         _, _, position, *rest = path
         return parts(("blocks", *rest), kept[position])
 
-    return _filled(cfg, model.runtime, "unrolled", value)
+    return with_params(target, {path: value(path) for path in flat_params(target)})
 
 
-def _parts(model: Gemma, cut: Slice) -> Callable[[ParamPath, int | None], Any]:
+def _parts(model: Gemma, cut: Slice) -> Callable[[ParamPath, int | None], Weight]:
     """`(path, layer) -> value` of a parameter of `model`, or the `Part` of it that the slice uses.
 
     The path of a layer's parameter is that within its block, after `"blocks"`; its value has a
     leading axis of size 1, as in an unrolled model.
     """
-    params = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    params = flat_params(model)
     layers, kept = model.cfg.layers, cut.kept(len(model.cfg.layers))
     width = dict(zip(kept, cut.ffn_widths))
     places = {
@@ -97,7 +95,7 @@ def _parts(model: Gemma, cut: Slice) -> Callable[[ParamPath, int | None], Any]:
         for repeat in range(group.repeats)
     }
 
-    def find(path: ParamPath, layer: int | None) -> Any:
+    def find(path: ParamPath, layer: int | None) -> Weight:
         if layer is None:
             param, fewer = params[path], path[0] != "vision" and len(kept) < len(layers)
             return _part(param, param.get_value(), "L", kept, fewer)
@@ -111,13 +109,13 @@ def _parts(model: Gemma, cut: Slice) -> Callable[[ParamPath, int | None], Any]:
     return find
 
 
-def _part(param: nnx.Param, value: Any, letter: str, index: Any, narrower: bool) -> Any:
+def _part(param: nnx.Param, value: Weight, letter: str, index: Index, narrower: bool) -> Weight:
     if not narrower or letter not in param.dims:
         return value
     return Part.of(value, param.dims.index(letter) - len(param.dims), index)
 
 
-def _taken(value: Any) -> Any:
+def _taken(value: Weight) -> Weight:
     return value.taken() if isinstance(value, Part) else value
 
 
@@ -131,25 +129,6 @@ def parameters(cfg: GemmaConfig) -> int:
     What Gemma 3n counts as "effective" parameters, without the keys and values that its published
     checkpoints hold for layers which never use them.
     """
-    params = dict(nnx.to_flat_state(nnx.state(_abstract(cfg, Runtime(), "scan"), nnx.Param)))
+    params = flat_params(abstract_model(cfg))
     tables = (("embed", "table"), ("per_layer", "table"))
     return sum(p.get_value().size for path, p in params.items() if path not in tables)
-
-
-@lru_cache(maxsize=32)
-def _abstract(cfg: GemmaConfig, runtime: Runtime, layout: Layout) -> Gemma:
-    """Not to be changed: shared by all slices of the same shape."""
-    return jax.eval_shape(lambda: Gemma(cfg, rngs=nnx.Rngs(0), runtime=runtime, layout=layout))
-
-
-def _filled(
-    cfg: GemmaConfig,
-    runtime: Runtime,
-    layout: Layout,
-    value: Callable[[Gemma, ParamPath], Any],
-) -> Gemma:
-    """A model with `value(model, path)` for each of its parameters."""
-    target = _abstract(cfg, runtime, layout)
-    graph, state = nnx.split(target)
-    flat = {path: param.replace(value(target, path)) for path, param in nnx.to_flat_state(state)}
-    return nnx.merge(graph, nnx.from_flat_state(flat))

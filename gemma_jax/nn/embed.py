@@ -12,6 +12,7 @@ from gemma_jax.nn.norm import RMSNorm, rms_norm
 from gemma_jax.numerics import Numerics
 from gemma_jax.weights.contract import contract
 from gemma_jax.weights.gather import lookup
+from gemma_jax.weights.protocol import scaled_rows
 from gemma_kernels.cross_entropy import cross_entropy
 
 
@@ -41,9 +42,7 @@ class Embedder(nnx.Module):
 
     def cross_entropy(self, x_BTD: jax.Array, labels_BT: jax.Array, **options) -> jax.Array:
         """Losses of the labels, with the logits in chunks; see `gemma_kernels.cross_entropy`."""
-        table_VD, scale_V = self.table.get_value(), None
-        if not isinstance(table_VD, jax.Array):
-            table_VD, scale_V = table_VD.narrow()
+        table_VD, scale_V = scaled_rows(self.table.get_value())
         return cross_entropy(x_BTD, table_VD, labels_BT, scale_V=scale_V, **options)
 
 

@@ -4,12 +4,12 @@ import math
 from typing import Any
 
 import jax
-from flax import nnx
 
 from gemma_jax.config import GemmaConfig
 from gemma_jax.decoder.cache import layer_capacity
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.planning.lowering import Work
+from gemma_jax.weights.tree import flat_params
 
 
 def local_bytes(tree: Any) -> int:
@@ -54,12 +54,11 @@ def cache_bytes_read(cfg: GemmaConfig, work: Work, cache_bytes: int) -> int:
 
 def _matrix_parameters(model: Gemma) -> int:
     """Entries of the decoder's matrices, without tables."""
-    parts = [model.blocks, model.streams, model.per_layer and model.per_layer.proj]
-    params = jax.tree.leaves(parts, is_leaf=lambda node: isinstance(node, nnx.Param))
+    parts = (("blocks",), ("streams",), ("per_layer", "proj"))
     return sum(
-        math.prod(jax.tree.leaves(p.get_value())[0].shape)
-        for p in params
-        if p.get_metadata().get("inputs")
+        math.prod(param.get_value().shape)
+        for path, param in flat_params(model).items()
+        if any(path[: len(part)] == part for part in parts) and param.get_metadata().get("inputs")
     )
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 from gemma_jax.config import GemmaConfig
 from gemma_jax.decoder.cache import Cache, init_cache
 from gemma_jax.decoder.losses import loss
-from gemma_jax.decoder.model import Gemma
+from gemma_jax.decoder.model import Gemma, abstract_model
 from gemma_jax.inference.decode import State, advance
 from gemma_jax.inference.prefill import Pass
 from gemma_jax.inference.sampling import Sampling
@@ -21,6 +21,8 @@ from gemma_jax.quantise import store_weights
 from gemma_jax.runtime import Runtime
 from gemma_jax.sharding import Partition
 from gemma_jax.training.params import trainable
+from gemma_jax.weights.protocol import Weight
+from gemma_jax.weights.tree import map_params
 
 Mode = Literal["decode", "prefill", "train"]
 
@@ -53,7 +55,7 @@ class Work:
         return {"decode": 1, "prefill": min(CHUNK, self.context), "train": self.context}[self.mode]
 
 
-def abstract_model(cfg: GemmaConfig, work: Work, partition: Partition) -> Gemma:
+def placed_model(cfg: GemmaConfig, work: Work, partition: Partition) -> Gemma:
     """The model as it would be loaded; the vision tower too, if the model has one."""
     training = work.mode == "train"
     runtime = Runtime(
@@ -62,18 +64,13 @@ def abstract_model(cfg: GemmaConfig, work: Work, partition: Partition) -> Gemma:
         remat=training,
         partition=partition,
     )
-    store = store_weights(work.weights) if work.weights else None
+    store = store_weights(work.weights) if work.weights else lambda param, array: array
 
-    def make() -> Gemma:
-        model = Gemma(cfg, rngs=nnx.Rngs(0), runtime=runtime)
+    def narrow(param: nnx.Param) -> Weight:
+        return store(param, param.get_value().astype(work.dtype))
 
-        def narrow(param: nnx.Param) -> nnx.Param:
-            array = param.get_value().astype(work.dtype)
-            return param.replace(array if store is None else store(param, array))
-
-        return jax.tree.map(narrow, model, is_leaf=lambda node: isinstance(node, nnx.Param))
-
-    return placed(jax.eval_shape(make), partition)
+    model = abstract_model(cfg, runtime=runtime)
+    return placed(jax.eval_shape(lambda model: map_params(model, narrow), model), partition)
 
 
 def abstract_cache(cfg: GemmaConfig, work: Work, model: Gemma, partition: Partition) -> Cache:

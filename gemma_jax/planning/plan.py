@@ -16,8 +16,9 @@ from gemma_jax.decoder.model import Gemma
 from gemma_jax.planning import costs
 from gemma_jax.planning import hlo_text as hlo
 from gemma_jax.planning.hardware import Topology
-from gemma_jax.planning.lowering import Work, abstract_cache, abstract_model, lower
+from gemma_jax.planning.lowering import Work, abstract_cache, lower, placed_model
 from gemma_jax.sharding import TRAINING, Partition, make_mesh, mesh_sizes
+from gemma_jax.storages import BITS
 
 # What a collective takes however little it carries: an assumption, of the usual order.
 LATENCY = 3e-6
@@ -113,7 +114,7 @@ def make_plan(
     axes = dict(axes) if axes else default_axes(cfg, topology.count, work)
     mesh, compiles = _mesh(cfg, topology, axes), compiles and topology.compiles
     partition = Partition.of(mesh, TRAINING if work.mode == "train" else None)
-    model = abstract_model(cfg, work, partition)
+    model = placed_model(cfg, work, partition)
     weights = costs.weight_bytes(model)
     if work.mode == "train":
         cache = 2 * weights["all"]  # moments of Adam
@@ -153,8 +154,8 @@ def check(cfg: GemmaConfig, work: Work) -> None:
         raise ValueError(
             f"context={work.context} exceeds the model's {cfg.max_positions} positions"
         )
-    if work.mode == "train" and work.weights == "int8":
-        raise ValueError("int8 weights have no gradients; train in bfloat16 or float32")
+    if work.mode == "train" and BITS.get(work.weights, 32) < 16:
+        raise ValueError(f"{work.weights} weights have no gradients; train in bfloat16 or float32")
 
 
 def default_axes(cfg: GemmaConfig, count: int, work: Work) -> dict[str, int]:

@@ -4,14 +4,16 @@ import optax
 from flax import nnx
 
 from gemma_jax.decoder.model import Gemma
+from gemma_jax.weights.tree import flat_params
 
 
 def muon(model: Gemma, rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     """Muon on the linear maps of a model, Adam on all else, for what `trainable` returns."""
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return optax.contrib.muon(
         rate,
-        muon_weight_dimension_numbers={path: _matrix(param) for path, param in flat},
+        muon_weight_dimension_numbers={
+            path: _matrix(param) for path, param in flat_params(model).items()
+        },
         weight_decay=0.01,
         adam_weight_decay=0.01,
     )
@@ -22,7 +24,7 @@ def _matrix(param: nnx.Param) -> optax.contrib.MuonDimensionNumbers | None:
     inputs, dims = param.get_metadata().get("inputs", ""), param.get_metadata()["dims"]
     if not inputs or "V" in dims:
         return None
-    ndim = param.get_value().ndim
+    ndim = len(param.get_value().shape)
     columns, first = ndim - len(inputs), ndim - len(dims)
     return optax.contrib.MuonDimensionNumbers(
         reduction_axis=tuple(range(columns, ndim)), output_axis=tuple(range(first, columns))

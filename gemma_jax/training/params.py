@@ -1,23 +1,16 @@
 """Pieces of a training loop over a model's parameters."""
 
 from collections.abc import Callable
-
-import jax
-from flax import nnx
+from functools import partial
 
 from gemma_jax.decoder.model import Gemma
+from gemma_jax.weights.protocol import Weight
+from gemma_jax.weights.tree import ParamPath, flat_params, with_params
 
-Params = dict[tuple[str | int, ...], jax.Array]
+Params = dict[ParamPath, Weight]
 
 
 def trainable(model: Gemma) -> tuple[Params, Callable[[Params], Gemma]]:
     """The parameters by path, and the way back: from such parameters to a model."""
-    graph, state = nnx.split(model, nnx.Param)
-    flat = nnx.to_flat_state(state)
-
-    def rebuild(params: Params) -> Gemma:
-        return nnx.merge(
-            graph, nnx.from_flat_state([(path, p.replace(params[path])) for path, p in flat])
-        )
-
-    return {path: param.get_value() for path, param in flat}, rebuild
+    values = {path: param.get_value() for path, param in flat_params(model).items()}
+    return values, partial(with_params, model)

@@ -2,27 +2,25 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from gemma_jax.compat import fuses_matrix_vector
 from gemma_jax.dims import weight_dims
+from gemma_jax.weights.protocol import StandIn, Weight
 
 HIGHEST = jax.lax.Precision.HIGHEST
-
-
 FUSED = 2048  # elements of a vector that XLA's CPU backend fuses into its product with a matrix
 
 
-def contract(equation: str, x: jax.Array, w: Any) -> jax.Array:
+def contract(equation: str, x: jax.Array, w: Weight) -> jax.Array:
     """`einsum(equation, x, w)` in the dtype of `x`, with full float32 products in float32.
 
-    A weight is an array with the letters of the result in front, or an object that brings its own
-    `contract` (see `quant.py`). One row of activations, as in decoding, is a vector.
+    An array has the letters of the result in front. One row of activations, as in decoding, is a
+    vector.
     """
-    if not isinstance(w, jax.Array):
+    if isinstance(w, StandIn):
         return w.contract(equation, x)
     w = w.astype(x.dtype)
     outputs = w.ndim - len(contracted(equation))

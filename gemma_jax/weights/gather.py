@@ -1,17 +1,16 @@
 """Rows of a table by index."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
+from gemma_jax.weights.protocol import StandIn, Weight
 from gemma_kernels.platform import target_platform
 
 TILE_BYTES = 32  # rows of int8, 16 of bfloat16: at least those that a TPU's memory keeps together
 
 
-def lookup(table: Any, index: jax.Array) -> jax.Array:
-    """`table[index]` along the first axis; a table may be an object that brings its own way.
+def lookup(table: Weight, index: jax.Array) -> jax.Array:
+    """`table[index]` along the first axis.
 
     XLA makes a slice of a lookup of one row, and for that gathers a table that is split over
     devices, or on a TPU brings one of int8 into another order, all of it at every step. So one row
@@ -19,7 +18,9 @@ def lookup(table: Any, index: jax.Array) -> jax.Array:
     would bring into another order for any number of rows: it is read in tiles of rows, among which
     the row is chosen.
     """
-    if not isinstance(table, jax.Array) or (platform := target_platform()) == "cpu":
+    if isinstance(table, StandIn):
+        return table.rows(index)
+    if (platform := target_platform()) == "cpu":
         return table[index]
     packed = TILE_BYTES // table.dtype.itemsize
     if platform == "tpu" and table.ndim == 3 and table.shape[0] % packed == 0:

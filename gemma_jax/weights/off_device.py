@@ -1,6 +1,6 @@
 """Tables whose rows are looked up where they lie, off the accelerator.
 
-They stand in the place of an array in a Param: `table[ids]` gives the rows, on the device, and
+They stand in the place of an array in a Param: `rows(ids)` gives the rows, on the device, and
 nothing else of the table ever gets there.
 """
 
@@ -13,14 +13,44 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax.compat import on_host
+from gemma_jax.weights.protocol import Index, StandIn, Weight
 
 Place = Literal["device", "host", "disk"]
 HOST_KINDS = ("pinned_host", "unpinned_host")
 
 
+class OffDeviceTable(StandIn):
+    """What tables off the device have in common: they are read by rows, and refuse all else."""
+
+    def dense(self) -> jax.Array:
+        """All rows, on the device."""
+        return self.rows(jnp.arange(self.shape[0]))
+
+    def contract(self, equation: str, x: jax.Array) -> jax.Array:
+        """Refused."""
+        raise ValueError(
+            f"a table off the device is read by rows, not multiplied by ({equation}); load the "
+            'model with per_layer_table="device"'
+        )
+
+    def take(self, axis: int, index: Index) -> Weight:
+        """Refused."""
+        raise ValueError(
+            "a table off the device can be viewed, not cut; load the model with "
+            'per_layer_table="device" to slice it'
+        )
+
+    def array_dims(self, dims: str) -> "OffDeviceTable":
+        """Refused."""
+        raise ValueError(
+            "a table off the device lies beside one device, and cannot be split over a mesh; load "
+            'the model with per_layer_table="device"'
+        )
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class HostTable:
+class HostTable(OffDeviceTable):
     """An array in the host's memory, next to a device.
 
     Attributes:
@@ -40,7 +70,12 @@ class HostTable:
         bits = array.view(np.uint16) if array.dtype == jnp.bfloat16 else array
         return cls(jax.device_put(bits, host_sharding(), may_alias=True))
 
-    def __getitem__(self, ids: jax.Array) -> jax.Array:
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `StandIn`."""
+        return self.values.shape
+
+    def rows(self, ids: jax.Array) -> jax.Array:
         """Rows `[*ids.shape, ...]`: gathered on the host, then sent to the device."""
         rows = _gather(self.values, ids)
         if rows.dtype == jnp.uint16:
@@ -57,32 +92,39 @@ def _gather(values: jax.Array, ids: jax.Array) -> jax.Array:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class DiskTable:
+class DiskTable(OffDeviceTable):
     """Rows of a file that is mapped into memory: the system reads those that are asked for.
 
     Attributes:
-      rows: `ids -> [*ids.shape, *shape]`, NumPy. Compared by identity.
-      shape: Of one row.
+      read: `ids -> [*ids.shape, *row_shape]`, NumPy. Compared by identity.
+      length: Number of rows.
+      row_shape: Of one row.
     """
 
-    rows: Callable[[np.ndarray], np.ndarray] = field(metadata={"static": True})
-    shape: tuple[int, ...] = field(metadata={"static": True})
+    read: Callable[[np.ndarray], np.ndarray] = field(metadata={"static": True})
+    length: int = field(metadata={"static": True})
+    row_shape: tuple[int, ...] = field(metadata={"static": True})
     dtype: np.dtype = field(metadata={"static": True})
 
     @classmethod
-    def of(cls, mapped: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> "DiskTable":
-        """A table out of a mapped `[V, product of shape]`, whose rows become `dtype`."""
+    def of(cls, mapped: np.ndarray, row_shape: tuple[int, ...], dtype: np.dtype) -> "DiskTable":
+        """A table out of a mapped `[V, product of row_shape]`, whose rows become `dtype`."""
 
-        def rows(ids: np.ndarray) -> np.ndarray:
+        def read(ids: np.ndarray) -> np.ndarray:
             ids = np.asarray(ids)
-            return np.asarray(mapped[ids]).reshape(*ids.shape, *shape).astype(dtype)
+            return np.asarray(mapped[ids]).reshape(*ids.shape, *row_shape).astype(dtype)
 
-        return cls(rows, shape, dtype)
+        return cls(read, len(mapped), row_shape, dtype)
 
-    def __getitem__(self, ids: jax.Array) -> jax.Array:
-        """Rows `[*ids.shape, *shape]`, read by the host while the device waits."""
-        result = jax.ShapeDtypeStruct((*ids.shape, *self.shape), self.dtype)
-        return jax.pure_callback(self.rows, result, ids, vmap_method="expand_dims")
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `StandIn`."""
+        return (self.length, *self.row_shape)
+
+    def rows(self, ids: jax.Array) -> jax.Array:
+        """Rows `[*ids.shape, *row_shape]`, read by the host while the device waits."""
+        result = jax.ShapeDtypeStruct((*ids.shape, *self.row_shape), self.dtype)
+        return jax.pure_callback(self.read, result, ids, vmap_method="expand_dims")
 
 
 def host_sharding() -> jax.sharding.Sharding:

@@ -9,20 +9,17 @@ import jax.numpy as jnp
 from gemma_jax.compat import fuses_matrix_vector
 from gemma_jax.weights.contract import matrix_vector
 from gemma_jax.weights.gather import lookup
+from gemma_jax.weights.protocol import Index, StandIn, take
 from gemma_kernels.platform import target_platform
 
 VECTOR_ROWS = 4  # up to here, one matrix-vector product per row of x
-
-
 TILE_ROWS = 64  # up to here, large matrices are widened tile by tile
-
-
 WHOLE_BYTES = 64 << 20  # a widened matrix up to this size may exist as a whole
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class StoredWeight:
+class StoredWeight(StandIn):
     """A weight with output letters first.
 
     Attributes:
@@ -34,15 +31,37 @@ class StoredWeight:
     values: jax.Array
     scale: jax.Array | None
 
-    def __getitem__(self, index: jax.Array) -> jax.Array:
-        """Rows along the first axis, widened to float32."""
-        rows = _widen(lookup(self.values, index))
-        if self.scale is None:
-            return rows
-        scale = self.scale[index]
-        return rows * scale.reshape(scale.shape + (1,) * (rows.ndim - scale.ndim))
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `StandIn`."""
+        return self.values.shape
 
-    def narrow(self) -> tuple[jax.Array, jax.Array | None]:
+    def rows(self, ids: jax.Array) -> jax.Array:
+        """Rows along the first axis, widened to float32."""
+        rows = _widen(lookup(self.values, ids))
+        return rows if self.scale is None else _scaled(rows, self.scale[ids])
+
+    def dense(self) -> jax.Array:
+        """The array, widened to float32."""
+        wide = _widen(self.values)
+        return wide if self.scale is None else _scaled(wide, self.scale)
+
+    def take(self, axis: int, index: Index) -> "StoredWeight":
+        """See `StandIn`; scales go along where the axis is one of outputs."""
+        values, scale = take(self.values, axis, index), self.scale
+        place = axis + self.values.ndim
+        if scale is not None and place < scale.ndim:
+            scale = take(scale, place, index)
+        return StoredWeight(values, scale)
+
+    def array_dims(self, dims: str) -> "StoredWeight":
+        """See `StandIn`."""
+        if self.scale is None:
+            return StoredWeight(dims, None)
+        stacked = self.values.ndim - len(dims)
+        return StoredWeight(dims, dims[: self.scale.ndim - stacked])
+
+    def scaled_rows(self) -> tuple[jax.Array, jax.Array | None]:
         """The weight as an array of bfloat16, or as one of int8 and its scales."""
         return self._narrow(self.values), self.scale
 
@@ -74,6 +93,11 @@ class StoredWeight:
             y_RO = y_RO * self.scale.reshape(-1)
         shape = x.shape[:free] + self.values.shape[:outputs]
         return y_RO.reshape(shape).astype(x.dtype)
+
+
+def _scaled(wide: jax.Array, scale: jax.Array) -> jax.Array:
+    """`wide`, times factors along its first axes."""
+    return wide * scale.reshape(scale.shape + (1,) * (wide.ndim - scale.ndim))
 
 
 def _widen(values: jax.Array) -> jax.Array:

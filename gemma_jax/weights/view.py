@@ -2,32 +2,39 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from gemma_jax.weights.contract import contract, contracted
-from gemma_jax.weights.off_device import DiskTable, HostTable
+from gemma_jax.weights.gather import lookup
+from gemma_jax.weights.protocol import (
+    Index,
+    StandIn,
+    Weight,
+    array_dims,
+    dense,
+    scaled_rows,
+    take,
+)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Part:
+class Part(StandIn):
     """Some entries of a weight along one axis, taken inside the programs that use them.
 
     Attributes:
-      whole: An array, or an object in the place of one (see `quant.py`).
+      whole: The weight.
       axis: Counted from the end, so that axes for stacking may come and go in front.
       index: So many first entries, or the entries with these indices.
     """
 
-    whole: Any
+    whole: Weight
     axis: int = field(metadata={"static": True})
-    index: int | tuple[int, ...] = field(metadata={"static": True})
+    index: Index = field(metadata={"static": True})
 
     @classmethod
-    def of(cls, value: Any, axis: int, index: int | tuple[int, ...]) -> Any:
+    def of(cls, value: Weight, axis: int, index: Index) -> "Part":
         """A part of `value`; of a part along the same axis, a part of the whole."""
         if isinstance(value, Part) and value.axis == axis:
             if not isinstance(value.index, int):
@@ -35,33 +42,45 @@ class Part:
             value = value.whole
         return cls(value, axis, index)
 
-    def taken(self) -> Any:
+    def taken(self) -> Weight:
         """The entries, in memory of their own."""
-        if isinstance(self.whole, HostTable | DiskTable):
-            raise ValueError(
-                "a table off the device can be viewed, not cut; load the model with "
-                'per_layer_table="device" to slice it'
-            )
-        axis = self.axis + jax.tree.leaves(self.whole)[0].ndim
+        return take(self.whole, self.axis, self.index)
 
-        def take(a: jax.Array) -> jax.Array:
-            # The scale of a stored weight has its first axes alone, those of the outputs.
-            return _take(a, axis, self.index) if axis < a.ndim else a
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `StandIn`."""
+        shape = list(self.whole.shape)
+        shape[self.axis] = self.index if isinstance(self.index, int) else len(self.index)
+        return tuple(shape)
 
-        return jax.tree.map(take, self.whole)
-
-    def __getitem__(self, rows: Any) -> jax.Array:
+    def rows(self, ids: jax.Array) -> jax.Array:
         """Rows along the first axis; the part is taken along another one."""
-        return _take(self.whole[rows], self.axis, self.index)
+        return take(lookup(self.whole, ids), self.axis, self.index)
+
+    def dense(self) -> jax.Array:
+        """See `StandIn`."""
+        return take(dense(self.whole), self.axis, self.index)
+
+    def take(self, axis: int, index: Index) -> Weight:
+        """See `StandIn`."""
+        return take(self.taken(), axis, index)
+
+    def array_dims(self, dims: str) -> "Part":
+        """Those of the whole."""
+        return replace(self, whole=array_dims(self.whole, dims))
+
+    def scaled_rows(self) -> tuple[jax.Array, jax.Array | None]:
+        """See `StandIn`."""
+        return scaled_rows(self.taken())
 
     def contract(self, equation: str, x: jax.Array) -> jax.Array:
-        """`einsum(equation, x, self)`; see `nn.einsum.contract`."""
+        """`einsum(equation, x, self)`; see `weights.contract`."""
         letters_x, letters_w, result = equation.replace("->", ",").split(",")
         letter, inputs = letters_w[self.axis], contracted(equation)
         row = math.prod(size for name, size in zip(letters_x, x.shape) if name in inputs)
         if not isinstance(self.index, int) and letter in result and x.size == row:
             # With a single row of activations, extra results cost less than copied weights.
-            return _take(contract(equation, x, self.whole), result.index(letter), self.index)
+            return take(contract(equation, x, self.whole), result.index(letter), self.index)
         # Ties the weights to this step's activations: XLA would otherwise cut them once, outside
         # the token loop, and keep the copies.
         whole, x = jax.lax.optimization_barrier((self.whole, x))
@@ -70,16 +89,3 @@ class Part:
 
 def _at(index: tuple[int, ...], places: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(index[i] for i in places)
-
-
-def _take(a: jax.Array, axis: int, index: int | tuple[int, ...]) -> jax.Array:
-    if isinstance(index, int):
-        return jax.lax.slice_in_dim(a, 0, index, axis=axis)
-    runs = [[i, i] for i in index[:1]]
-    for i in index[1:]:
-        if i == runs[-1][1] + 1:
-            runs[-1][1] = i
-        else:
-            runs.append([i, i])
-    pieces = [jax.lax.slice_in_dim(a, first, last + 1, axis=axis) for first, last in runs]
-    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=axis)

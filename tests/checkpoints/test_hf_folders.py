@@ -11,9 +11,10 @@ from tiny_checkpoints import DATA, by_name, random_model, tiny
 
 import gemma_checkpoints as gc
 from gemma_checkpoints.name_table import expand
-from gemma_checkpoints.params import depths, flat_params
+from gemma_checkpoints.params import depths
 from gemma_jax.decoder.forward import forward
 from gemma_jax.sharding import TRAINING, Partition, make_mesh
+from gemma_jax.weights.tree import flat_params
 
 LAYOUTS = ("scan", "unrolled")
 

@@ -13,9 +13,10 @@ import gemma_checkpoints as gc
 from gemma_checkpoints.hf.config_out import config_to_hf
 from gemma_checkpoints.hf.names import hf_table
 from gemma_checkpoints.name_table import expand
-from gemma_checkpoints.params import abstract_model, depths, named_slots
+from gemma_checkpoints.params import depths, named_slots
 from gemma_checkpoints.rearrange import shape as rearranged_shape
 from gemma_checkpoints.safetensors_file import write_safetensors
+from gemma_jax.decoder.model import abstract_model
 from gemma_jax.presets import preset
 
 MEASURE = """

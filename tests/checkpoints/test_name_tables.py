@@ -8,8 +8,9 @@ import pytest
 from gemma_checkpoints.gguf.names import gguf_table
 from gemma_checkpoints.hf.names import hf_table, published_name, short_name
 from gemma_checkpoints.name_table import Row, dropped, expand
-from gemma_checkpoints.params import abstract_model, depths, named_slots
+from gemma_checkpoints.params import depths, named_slots
 from gemma_checkpoints.rearrange import Rearrange, shape
+from gemma_jax.decoder.model import abstract_model
 from gemma_jax.presets import PRESETS
 
 NOT_AS_GGUF = ("gemma3n-e2b", "gemma3n-e4b")  # the reader refuses the architecture

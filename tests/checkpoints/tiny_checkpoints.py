@@ -11,9 +11,10 @@ import pytest
 from gemma_checkpoints.export import host_array
 from gemma_checkpoints.gguf.names import gguf_table
 from gemma_checkpoints.name_table import expand
-from gemma_checkpoints.params import abstract_model, depths, flat_params, named_slots
-from gemma_jax.decoder.model import Gemma
+from gemma_checkpoints.params import depths, named_slots
+from gemma_jax.decoder.model import Gemma, abstract_model
 from gemma_jax.presets import preset
+from gemma_jax.weights.tree import flat_params
 
 DATA = Path(__file__).parent.parent / "parity" / "data"
 

@@ -15,26 +15,25 @@ import gemma_jax as gj
 from gemma_jax import forward, init_cache
 from gemma_jax.decoder.cache import cache_bytes
 from gemma_jax.numerics import NUMERICS
+from gemma_jax.training.params import trainable
+from gemma_jax.weights.tree import with_attributes
 
 CFG = tiny.gemma3n()
 
 
 def with_runtime(net, **changes):
-    graph, state = gj.model.nnx.split(net)
-    other = gj.model.nnx.merge(graph, state)
-    other.runtime = replace(net.runtime, **changes)
-    return other
+    return with_attributes(net, runtime=replace(net.runtime, **changes))
 
 
 def gradients(net, tokens):
-    graph, state = gj.model.nnx.split(net)
+    params, rebuild = trainable(net)
 
-    def loss(state):
-        logits = forward(gj.model.nnx.merge(graph, state), tokens).logits[:, :-1]
+    def loss(params):
+        logits = forward(rebuild(params), tokens).logits[:, :-1]
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
     step = jax.jit(jax.grad(loss))
-    return step(state), step.lower(state).compile().memory_analysis().temp_size_in_bytes
+    return step(params), step.lower(params).compile().memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.parametrize("layout, layers", [("unrolled", 6), *nightly(("scan", 9))])

@@ -7,13 +7,13 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from marks import nightly
 
 import gemma_jax as gj
 from gemma_jax.config import share_kv
 from gemma_jax.experiments.elastic import train as elastic_train
 from gemma_jax.matformer import Slice, at, shares_cache
+from gemma_jax.weights.tree import map_params
 
 RUN_LONG = True  # programs of this module: see compile_effort
 FOLDER = Path(__file__).parents[2] / "checkpoints" / "elastic"
@@ -81,9 +81,7 @@ def test_the_first_channels_are_the_ones_that_matter(train, elastic, held_out_BT
         whole = param.get_value()
         return whole if axis < 0 else jnp.flip(whole, axis - len(param.dims))
 
-    graph, state = nnx.split(model, nnx.Param)
-    flat = [(path, p.replace(flipped(p))) for path, p in nnx.to_flat_state(state)]
-    reverse = nnx.merge(graph, nnx.from_flat_state(flat))
+    reverse = map_params(model, flipped)
     for name, least, most in (("full", -1e-3, 1e-3), ("half", 0.2, 99), ("e2b", 0.2, 99)):
         row = train.measure(reverse, tokenizer, held_out_BT, train.SLICES[name])
         assert least < row["nats_per_token"] - losses[name] < most

@@ -1,16 +1,14 @@
 """Decoding compiled for real TPUs, with the compiler that comes with libtpu and no TPU."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 from marks import nightly
 
-from gemma_jax import Gemma, Runtime, forward, preset
+from gemma_jax import Runtime, forward, preset
 from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.cache import LayerCache, Slots, extend, init_cache, write_heads
+from gemma_jax.decoder.model import abstract_model
 from gemma_kernels.attention import AttentionSpec
 from gemma_kernels.compilers.tpu_targets import CHIPS, lower
 from gemma_kernels.decode_attention import decode_attention
@@ -86,20 +84,17 @@ def test_a_loop_writes_into_its_cache_and_copies_none(chip, name):
 
 @pytest.mark.parametrize("tokens, has_kernel", [(5, True), (64, False)])
 def test_models_decode_on_it(tokens, has_kernel):
-    model = jax.eval_shape(
-        partial(Gemma, preset("gemma3-1b"), runtime=Runtime(dtype=jnp.dtype("bfloat16"))),
-        rngs=nnx.Rngs(0),
-    )
-    graph, params = nnx.split(model)
+    runtime = Runtime(dtype=jnp.dtype("bfloat16"))
+    model = abstract_model(preset("gemma3-1b"), runtime=runtime)
     cache = jax.eval_shape(
         lambda: init_cache(model.cfg, model.layer_groups, 1, 2048, "bfloat16", slack=4)
     )
     ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
 
-    def run(params, cache, ids):
+    def run(model, cache, ids):
         positions = cache.length_B[:, None] + jnp.arange(tokens)
-        out = forward(nnx.merge(graph, params), Batch(ids, positions), cache=cache, logits="last")
+        out = forward(model, Batch(ids, positions), cache=cache, logits="last")
         return out.logits, out.cache
 
-    text = lower(run, "v5e", params, cache, ids).as_text()
+    text = lower(run, "v5e", model, cache, ids).as_text()
     assert ("decode_attention" in text) == has_kernel

@@ -1,14 +1,12 @@
 """Kernels compiled for real TPUs, with the compiler that comes with libtpu and no TPU."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 from marks import nightly
 
-from gemma_jax import Gemma, Runtime, forward, preset
+from gemma_jax import Runtime, forward, preset
+from gemma_jax.decoder.model import abstract_model
 from gemma_kernels.attention import AttentionSpec, attention
 from gemma_kernels.compilers.tpu_targets import CHIPS, lower
 
@@ -58,14 +56,11 @@ def test_compiles(target, name):
 
 def test_models_run_on_it():
     """A model compiled for a TPU takes the kernels. Decoding: `test_tpu_decode_targets`."""
-    model = jax.eval_shape(
-        partial(Gemma, preset("gemma3-1b"), runtime=Runtime(dtype=jnp.dtype("bfloat16"))),
-        rngs=nnx.Rngs(0),
-    )
-    graph, params = nnx.split(model)
+    runtime = Runtime(dtype=jnp.dtype("bfloat16"))
+    model = abstract_model(preset("gemma3-1b"), runtime=runtime)
 
-    def run(params, ids):
-        return forward(nnx.merge(graph, params), ids, logits="last").logits
+    def run(model, ids):
+        return forward(model, ids, logits="last").logits
 
-    text = lower(run, "v5e", params, jax.ShapeDtypeStruct((1, 2048), jnp.int32)).as_text()
+    text = lower(run, "v5e", model, jax.ShapeDtypeStruct((1, 2048), jnp.int32)).as_text()
     assert "local_attention" in text and "global_attention" in text

@@ -23,7 +23,7 @@ from gemma_jax.planning import (
 from gemma_jax.planning import (
     hlo_text as hlo,
 )
-from gemma_jax.planning.lowering import abstract_model
+from gemma_jax.planning.lowering import placed_model
 from gemma_jax.planning.plan import fit, link_seconds, search
 from gemma_jax.sharding import Partition, make_mesh
 from gemma_kernels.compilers import hopper_sass as sass
@@ -203,7 +203,7 @@ def test_a_loop_of_a_real_program():
     """Read off the text of XLA for CPUs: its layers' sums, once per turn."""
     cfg = tiny.gemma3(layers=9, num_heads=8, num_kv_heads=4)
     mesh = make_mesh(cfg, jax.devices()[:4], tensor=4)
-    model = abstract_model(cfg, Work("decode", 1, 64, dtype="float32"), Partition.of(mesh))
+    model = placed_model(cfg, Work("decode", 1, 64, dtype="float32"), Partition.of(mesh))
     ids = jax.ShapeDtypeStruct((1, 12), jnp.int32)
     _, text = hlo.compiled(jax.jit(lambda m, i: forward(m, i).logits).lower(model, ids))
     count = hlo.collectives(text)["all-reduce"]["count"]
@@ -214,7 +214,7 @@ def test_operations_are_those_that_xla_counts():
     cfg = tiny.gemma3(layers=3, vocab_size=4096, d_model=256, window=64)
     mesh = make_mesh(cfg, jax.devices()[:1], tensor=1)
     work = Work("train", batch=2, context=64, dtype="float32", attention_impl="reference")
-    model = abstract_model(cfg, work, Partition.of(mesh))
+    model = placed_model(cfg, work, Partition.of(mesh))
     ids = jax.ShapeDtypeStruct((2, 64), jnp.int32)
     program = jax.jit(lambda m, i: forward(m, i).logits).lower(model, ids).compile()
     counted = program.cost_analysis()["flops"]

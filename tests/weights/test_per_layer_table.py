@@ -121,7 +121,7 @@ def test_no_program_converts_the_whole_table():
 
     def steps(table, ids):
         def add(i, total):
-            return total + table[ids].astype(jnp.float32)
+            return total + table.rows(ids).astype(jnp.float32)
 
         return jax.lax.fori_loop(0, 5, add, jnp.zeros((3, 64)))
 

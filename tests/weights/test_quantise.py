@@ -44,7 +44,7 @@ def test_every_way_of_the_product_is_the_product(monkeypatch, equation, storage,
     narrow = stored(storage, array, inputs, dims)
     sizes = dict(zip(dims, array.shape)) | {"B": 2, "T": 3}
     x = jax.random.normal(jax.random.key(1), [sizes[c] for c in EQUATIONS[equation][0]])
-    wide = narrow[jnp.arange(array.shape[0])]
+    wide = narrow.rows(jnp.arange(array.shape[0]))
     expected = jnp.einsum(equation, x, wide, precision="highest")
     actual = jax.jit(lambda x, w: contract(equation, x, w))(x, narrow)
     np.testing.assert_allclose(actual, expected, atol=1e-5)
@@ -56,20 +56,20 @@ def test_int8_errs_by_half_a_step_of_its_channel(equation):
     narrow = stored("int8", array, inputs, dims)
     assert narrow.values.dtype == jnp.int8
     assert narrow.scale.shape == array.shape[: array.ndim - len(inputs)]
-    wide = narrow[jnp.arange(array.shape[0])]
+    wide = narrow.rows(jnp.arange(array.shape[0]))
     step = narrow.scale.reshape(narrow.scale.shape + (1,) * len(inputs))
     assert (jnp.abs(wide - array) <= 0.501 * step).all()
 
 
 def test_bfloat16_is_rounded_to_nearest():
     array, dims, inputs = weight("BTD,VD->BTV")
-    wide = stored("bfloat16", array, inputs, dims)[jnp.arange(len(array))]
+    wide = stored("bfloat16", array, inputs, dims).rows(jnp.arange(len(array)))
     np.testing.assert_array_equal(wide, array.astype(jnp.bfloat16).astype(jnp.float32))
 
 
 def test_a_channel_of_zeros_stays_zero():
     array = jnp.zeros((4, 8)).at[1].set(1.0)
-    wide = stored("int8", array, "D", "VD")[jnp.arange(4)]
+    wide = stored("int8", array, "D", "VD").rows(jnp.arange(4))
     np.testing.assert_allclose(wide, array, atol=1e-6)
 
 

@@ -21,6 +21,7 @@ from gemma_jax.config import (
     VisionConfig,
 )
 from gemma_jax.decoder.model import Gemma
+from gemma_jax.weights.tree import flat_params
 
 from ..catalog import resolve
 from ..errors import CheckpointError
@@ -29,7 +30,7 @@ from ..folders import new_folder
 from ..hf.folder import read_json
 from ..hf.names import hf_table
 from ..name_table import Row, Table
-from ..params import flat_params, named_slots
+from ..params import named_slots
 from ..source import TensorInfo
 from ..tokenizers import copy_companions
 

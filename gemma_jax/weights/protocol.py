@@ -1,0 +1,119 @@
+"""The contract of what may stand in a Param in the place of an array.
+
+A weight is an array, or a `StandIn`: a pytree of arrays that multiplies, looks up and cuts itself.
+All code outside of this folder uses a weight through `shape`, `nbytes` and the functions that take
+either: `contract`, `lookup`, and `array_dims`, `take`, `dense`, `scaled_rows` of this file. So a
+new format is one file with one class, and no change elsewhere.
+
+Letters live in the Param (`dims`, and `inputs` for those it sums over), not in the stand-in: axes
+for stacking layers come and go in front of all its arrays (a scan, or a `jax.tree.map` that slices
+or joins them), and carry no letter. A stand-in is told the letters where it needs them.
+
+Example: QLoRA would be a class with the fields `base` (a weight), `a` and `b`, whose `contract`
+adds `b (a x)` to `contract(equation, x, base)`, and whose other methods ask `base` likewise.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Index = int | tuple[int, ...]  # so many first entries, or the entries with these indices
+
+
+class StandIn(ABC):
+    """Stands in a Param in the place of an array; a registered pytree.
+
+    Every method is there in every class; one that makes no sense for a class raises `ValueError`
+    with a line that says so and what to do.
+    """
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Of the array that this stands for, axes for stacking included."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays in memory, wherever that is."""
+        return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(self))
+
+    @abstractmethod
+    def contract(self, equation: str, x: jax.Array) -> jax.Array:
+        """`einsum(equation, x, self)` in the dtype of `x`; see `weights.contract`."""
+
+    @abstractmethod
+    def rows(self, ids: jax.Array) -> jax.Array:
+        """Entries along the first axis, `[*ids.shape, *shape[1:]]`; see `weights.gather`."""
+
+    @abstractmethod
+    def take(self, axis: int, index: Index) -> "Weight":
+        """A copy of some entries along an axis.
+
+        Args:
+          axis: Of `shape`, counted from the end.
+
+        Raises:
+          ValueError: The format has no boundary there.
+        """
+
+    @abstractmethod
+    def dense(self) -> jax.Array:
+        """The array that this stands for, in the dtype that it is computed in."""
+
+    @abstractmethod
+    def array_dims(self, dims: str) -> Any:
+        """The letters of each array, by which meshes split it.
+
+        Args:
+          dims: Letters of the last axes of `shape`.
+
+        Returns:
+          This pytree with the letters of an array's last axes in the place of each array, `_` for
+          an axis that is never split. Where a letter's axis holds blocks, whole blocks are split.
+        """
+
+    def scaled_rows(self) -> tuple[jax.Array, jax.Array | None]:
+        """The same as an array, in floats or int8, and a factor for each row of one in int8."""
+        return self.dense(), None
+
+
+Weight = jax.Array | StandIn
+
+
+def array_dims(weight: Weight, dims: str) -> Any:
+    """Letters in the place of each array of a weight; see `StandIn.array_dims`."""
+    return weight.array_dims(dims) if isinstance(weight, StandIn) else dims
+
+
+def dense(weight: Weight) -> jax.Array:
+    """The weight as one array."""
+    return weight.dense() if isinstance(weight, StandIn) else weight
+
+
+def scaled_rows(weight: Weight) -> tuple[jax.Array, jax.Array | None]:
+    """The weight as an array, and factors of its rows; see `StandIn.scaled_rows`."""
+    return weight.scaled_rows() if isinstance(weight, StandIn) else (weight, None)
+
+
+def take(weight: Weight, axis: int, index: Index) -> Weight:
+    """Some entries of a weight along an axis, in memory of their own.
+
+    Args:
+      axis: Counted from the end; of an array, from either end.
+      index: So many first entries, or the entries with these indices.
+    """
+    if isinstance(weight, StandIn):
+        return weight.take(axis, index)
+    if isinstance(index, int):
+        return jax.lax.slice_in_dim(weight, 0, index, axis=axis)
+    runs = [[i, i] for i in index[:1]]
+    for i in index[1:]:
+        if i == runs[-1][1] + 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    pieces = [jax.lax.slice_in_dim(weight, first, last + 1, axis=axis) for first, last in runs]
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=axis)
