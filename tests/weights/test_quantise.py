@@ -10,6 +10,7 @@ from marks import nightly
 
 from gemma_jax import Runtime, forward, generate
 from gemma_jax.quantise import quantise, store_weights
+from gemma_jax.storages import BITS, WEIGHT_STORAGES
 from gemma_jax.weights import stored as module
 from gemma_jax.weights.contract import contract
 from gemma_jax.weights.stored import StoredWeight
@@ -111,3 +112,10 @@ def test_bytes_shrink_and_norms_stay():
 def test_unknown_storage_is_refused():
     with pytest.raises(ValueError, match="storage='int3' must be 'float32', 'bfloat16' or 'int8'"):
         store_weights("int3")
+
+
+@pytest.mark.parametrize("storage", WEIGHT_STORAGES)
+def test_every_storage_takes_the_bits_it_is_said_to(storage):
+    array, dims, inputs = weight("BTD,VD->BTV")
+    scales = 4 * len(array) if storage == "int8" else 0
+    assert stored(storage, array, inputs, dims).nbytes == array.size * BITS[storage] // 8 + scales
