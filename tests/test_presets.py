@@ -6,9 +6,8 @@ from functools import partial
 import jax
 import pytest
 import tiny
-from flax import nnx
 
-from gemma_jax import PRESETS, Gemma, cache_bytes, forward, preset
+from gemma_jax import PRESETS, cache_bytes, forward, preset
 from gemma_jax.config import (
     AltUpConfig,
     GemmaConfig,
@@ -19,6 +18,7 @@ from gemma_jax.config import (
     share_kv,
 )
 from gemma_jax.decoder.batch import Batch
+from gemma_jax.decoder.model import abstract_model
 from gemma_jax.multimodal.placeholders import soft_tokens
 from gemma_jax.nn.layer_groups import group_layers
 
@@ -53,10 +53,6 @@ GLOBAL_LAYERS = {
 }
 
 
-def abstract(cfg: GemmaConfig, layout="scan"):
-    return jax.eval_shape(lambda: Gemma(cfg, rngs=nnx.Rngs(0), layout=layout))
-
-
 def count(tree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
@@ -64,7 +60,7 @@ def count(tree) -> int:
 @pytest.mark.parametrize("layout", ["scan", "unrolled"])
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_parameter_counts(name, layout):
-    net = abstract(PRESETS[name], layout)
+    net = abstract_model(PRESETS[name], layout=layout)
     assert count(net) - count(net.vision) == PARAMETERS[name]
     assert (net.vision is not None) == (name in PROJECTOR)
     if net.vision is not None:
@@ -75,7 +71,7 @@ def test_parameter_counts(name, layout):
 @pytest.mark.parametrize("name", list(GEMMA3N_TOTAL))
 def test_gemma3n_counts_as_published(name):
     cfg = preset(name)
-    net = abstract(cfg)
+    net = abstract_model(cfg)
     unused_by_layer = 2 * cfg.num_kv_heads * cfg.head_dim * cfg.d_model + cfg.head_dim
     total = count(net) + unused_by_layer * sum(spec.kv == "shared" for spec in cfg.layers)
     assert total == GEMMA3N_TOTAL[name]
@@ -176,7 +172,7 @@ def test_every_config_field_matters():
         return forward(net, Batch(ids, soft=soft_tokens(net, ids, pixels))).logits
 
     def trace(cfg):
-        net = abstract(cfg)
+        net = abstract_model(cfg)
         ids = jax.ShapeDtypeStruct((1, 12), "int32")
         run = forward if cfg.vision is None else look
         return str(jax.make_jaxpr(run)(net, ids)), str(jax.tree.map(lambda a: a.shape, net))

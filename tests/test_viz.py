@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
 import gemma_jax as gj
+from gemma_jax.decoder.model import abstract_model
 
 GREY = np.full((60, 90, 3), 100, np.uint8)
 
@@ -116,7 +116,7 @@ def test_weights_of_the_wrong_rank(weights_LBNTS):
 
 
 def test_what_forward_captures_fits():
-    model = jax.eval_shape(lambda: gj.Gemma(tiny.gemma3(layers=2), rngs=nnx.Rngs(0)))
+    model = abstract_model(tiny.gemma3(layers=2))
     capture = functools.partial(gj.forward, capture=("attention_weights",))
     tokens = jax.ShapeDtypeStruct((1, 12), np.int32)
     weights = jax.eval_shape(capture, model, tokens).captured["attention_weights"]

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import tiny
 import tiny_vocabulary
-from flax import nnx
 from safetensors.numpy import save_file
 
 from gemma_checkpoints import save_hf
-from gemma_jax import Gemma, GemmaConfig, Image
+from gemma_jax import GemmaConfig, Image
 from gemma_jax.cli.app import run
+from gemma_jax.decoder.model import abstract_model
 
 DATA = Path(__file__).parent.parent / "parity" / "data"
 VOCABULARY = 320
@@ -81,7 +81,7 @@ def vocabulary() -> bytes:
 
 def write_model(folder: Path, cfg: GemmaConfig, vocabulary: bytes) -> Path:
     """A Hugging Face folder of a random model with a tokenizer."""
-    shapes, rng = jax.eval_shape(lambda: Gemma(cfg, rngs=nnx.Rngs(0))), np.random.default_rng(0)
+    shapes, rng = abstract_model(cfg), np.random.default_rng(0)
     save_hf(
         jax.tree.map(lambda x: 0.3 * jax.numpy.array(rng.normal(size=x.shape), x.dtype), shapes),
         folder,

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import tiny
 import tiny_vocabulary
-from flax import nnx
 
-from gemma_jax import Gemma, forward, image_prompt, shield
+from gemma_jax import forward, image_prompt, shield
 from gemma_jax.decoder.batch import Batch
+from gemma_jax.decoder.model import abstract_model
 from gemma_jax.evaluation.shieldgemma import POLICIES, PROMPT
 from gemma_jax.multimodal.image_prompt import expand
 from gemma_jax.multimodal.placeholders import soft_tokens
@@ -42,7 +42,7 @@ def model(tokenizer):
         end_token=tokenizer.id_of("<end_of_image>"),
     )
     cfg = tiny.gemma3(3, vocab_size=tokenizer.vocab_size, vision=vision)
-    shapes, rng = jax.eval_shape(lambda: Gemma(cfg, rngs=nnx.Rngs(0))), np.random.default_rng(0)
+    shapes, rng = abstract_model(cfg), np.random.default_rng(0)
     return jax.tree.map(lambda x: jnp.array(0.3 * rng.normal(size=x.shape), x.dtype), shapes)
 
 

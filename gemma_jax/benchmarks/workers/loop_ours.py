@@ -19,8 +19,10 @@ from gemma_checkpoints.hf.config import config_from_hf
 from gemma_jax import Gemma, Runtime
 from gemma_jax.benchmarks import speed as benchmark
 from gemma_jax.config import GemmaConfig
+from gemma_jax.decoder.model import abstract_model
 from gemma_jax.inference.decode import advance
 from gemma_jax.inference.session import Session
+from gemma_jax.weights.tree import map_params
 
 BFLOAT16 = jnp.dtype("bfloat16")
 SCOPES = ("attention", "ffn", "head")
@@ -70,16 +72,14 @@ class Loop:
 
 def random_model(cfg: GemmaConfig, layout: str) -> Gemma:
     """One parameter after another, so that no more than the model itself is ever in memory."""
-    model = jax.eval_shape(
-        lambda: Gemma(cfg, rngs=nnx.Rngs(0), layout=layout, runtime=Runtime(dtype=BFLOAT16))
-    )
 
-    def fill(param: nnx.Param) -> nnx.Param:
+    def fill(param: nnx.Param) -> jax.Array:
         shape, inputs = param.get_value().shape, param.get_metadata().get("inputs", "")
         scale = math.prod(shape[len(shape) - len(inputs) :]) ** -0.5 if inputs else 0.0
-        return param.replace(_random(shape) * jnp.asarray(scale, BFLOAT16))
+        return _random(shape) * jnp.asarray(scale, BFLOAT16)
 
-    return jax.tree.map(fill, model, is_leaf=lambda node: isinstance(node, nnx.Param))
+    model = abstract_model(cfg, layout=layout, runtime=Runtime(dtype=BFLOAT16))
+    return map_params(model, fill)
 
 
 def _random(shape: tuple[int, ...]) -> jax.Array:
