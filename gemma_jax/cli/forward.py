@@ -96,10 +96,10 @@ def _by_layer(captured: dict) -> dict:
 
 
 def _captures(names: str) -> tuple[str, ...]:
-    from gemma_jax.decoder import model
+    from gemma_jax.decoder.forward import CAPTURES
     from gemma_jax.vision import encoder
 
-    known = (*model.CAPTURES, *encoder.CAPTURES)
+    known = (*CAPTURES, *encoder.CAPTURES)
     wanted = tuple(name.strip() for name in names.split(",") if name.strip())
     if unknown := [name for name in wanted if name not in known]:
         raise ValueError(f"cannot capture {', '.join(unknown)}; choose from {', '.join(known)}")

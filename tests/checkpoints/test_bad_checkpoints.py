@@ -28,7 +28,7 @@ def edit_tensors(hf_folder):
 
 def assert_refused(path, *messages):
     with pytest.raises(gc.CheckpointError) as caught:
-        gc.load_model(path)
+        gc.load_weights(path)
     for message in messages:
         assert message in str(caught.value)
     return caught.value
@@ -118,7 +118,7 @@ def test_a_tower_that_is_not_there(seeing_folder):
         seeing_folder, "multi_modal_projector.mm_soft_emb_norm.weight is missing"
     )
     assert len(error.problems) == 3 * 16 + 5 + 2
-    assert gc.load_model(seeing_folder, modalities=("text",)).vision is None
+    assert gc.load_weights(seeing_folder, modalities=("text",)).vision is None
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_forged_header_lengths(length, hf_folder):
 
 
 def sharded(hf_folder, tmp_path):
-    return gc.save_hf(gc.load_model(hf_folder), tmp_path / "shards", max_shard_bytes=150_000)
+    return gc.save_hf(gc.load_weights(hf_folder), tmp_path / "shards", max_shard_bytes=150_000)
 
 
 def test_missing_shard(hf_folder, tmp_path):

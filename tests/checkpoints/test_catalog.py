@@ -46,7 +46,7 @@ def hub(monkeypatch):
 
 
 def test_a_local_path_needs_no_network():
-    assert gc.load_model(DATA / "g3_text").cfg.d_model == 72
+    assert gc.load_weights(DATA / "g3_text").cfg.d_model == 72
 
 
 def test_a_local_path_wins_over_a_name(monkeypatch, tmp_path):

@@ -16,7 +16,7 @@ SAVERS = (gc.save_hf, gc.save_orbax)
 
 @pytest.fixture(scope="module")
 def model():
-    return gc.load_model(DATA / "g3_text")
+    return gc.load_weights(DATA / "g3_text")
 
 
 def no(code):
@@ -110,7 +110,7 @@ def test_an_empty_folder_is_filled(save, model, tmp_path):
 
 @pytest.mark.parametrize("save", SAVERS)
 def test_quantised_parameters_are_refused(save, tmp_path):
-    model = gc.load_model(DATA / "g3_text", transform=lambda param, a: a.astype(jnp.int8))
+    model = gc.load_weights(DATA / "g3_text", transform=lambda param, a: a.astype(jnp.int8))
     with pytest.raises(gc.CheckpointError, match="is int8: only plain floats"):
         save(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -71,7 +71,7 @@ def test_stored_types(kind, tmp_path):
 )
 def test_every_generation(name, arch, layout, tmp_path):
     model = random_model(tiny(name))
-    loaded = gc.load_model(write_gguf(tmp_path / "m.gguf", model, arch, plain), layout=layout)
+    loaded = gc.load_weights(write_gguf(tmp_path / "m.gguf", model, arch, plain), layout=layout)
     assert loaded.cfg == model.cfg
     ours, found = by_name(model), by_name(loaded)
     for key, value in ours.items():  # norms went through 1 + x and back
@@ -135,7 +135,7 @@ def test_the_package_reads_the_same_header(gguf_file):
 
 
 def test_an_export_carries_the_vocabulary(gguf_file, tmp_path):
-    out = gc.save_hf(gc.load_model(gguf_file), tmp_path / "out", source=gguf_file)
+    out = gc.save_hf(gc.load_weights(gguf_file), tmp_path / "out", source=gguf_file)
     vocabulary = gc.tokenizer_path(out)
     assert vocabulary.name == "tokenizer.gguf" and gc.tokenizer_path(gguf_file) == gguf_file
     header = read_gguf_header(vocabulary)
@@ -158,7 +158,7 @@ def test_the_real_270m_is_the_preset(real_file):
 
 def test_the_real_270m_loads(real_file):
     """Values against the package; continuations are checked in `parity/`."""
-    arrays = by_name(gc.load_model(real_file, dtype=jnp.bfloat16))
+    arrays = by_name(gc.load_weights(real_file, dtype=jnp.bfloat16))
     source = gc.open_source(real_file)
     for ours, theirs in (
         ("blocks.0.attn.q.w", "blk.0.attn_q.weight"),
@@ -174,9 +174,9 @@ def test_the_real_270m_loads(real_file):
 
 
 def test_a_file_holds_the_decoder_alone(gguf_file):
-    assert gc.load_model(gguf_file, modalities=("text",)).vision is None
+    assert gc.load_weights(gguf_file, modalities=("text",)).vision is None
     with pytest.raises(gc.CheckpointError, match="a GGUF file holds the text decoder alone"):
-        gc.load_model(gguf_file, modalities=("text", "image"))
+        gc.load_weights(gguf_file, modalities=("text", "image"))
 
 
 def test_a_missing_package_is_named(gguf_file, monkeypatch):

@@ -22,14 +22,14 @@ LAYOUTS = ("scan", "unrolled")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_round_trip_is_the_same_file(layout, tmp_path):
     source = DATA / "g3_text"
-    out = gc.save_hf(gc.load_model(source, layout=layout), tmp_path / "out", source=source)
+    out = gc.save_hf(gc.load_weights(source, layout=layout), tmp_path / "out", source=source)
     for name in ("model.safetensors", "config.json"):
         assert (out / name).read_bytes() == (source / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_weights_are_where_they_belong(layout):
-    model = gc.load_model(DATA / "g3_text", layout=layout)
+    model = gc.load_weights(DATA / "g3_text", layout=layout)
     stored = load_file(DATA / "g3_text" / "model.safetensors")
     ours = by_name(model)
     q = stored["model.layers.4.self_attn.q_proj.weight"].reshape(4, 24, 72)
@@ -40,7 +40,7 @@ def test_weights_are_where_they_belong(layout):
 
 
 def test_logits_from_loaded_weights():
-    model = gc.load_model(DATA / "g3_text", dtype="float32")
+    model = gc.load_weights(DATA / "g3_text", dtype="float32")
     case = load_file(DATA / "g3_text" / "forward.safetensors")
     logits = jax.jit(forward)(model, jnp.asarray(case["in.input_ids"], jnp.int32)).logits
     np.testing.assert_allclose(logits, case["out.logits"], atol=5e-5)
@@ -49,10 +49,10 @@ def test_logits_from_loaded_weights():
 @pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model.", ""])
 def test_prefixes_of_all_times(prefix, hf_folder):
     file = hf_folder / "model.safetensors"
-    before = by_name(gc.load_model(hf_folder))
+    before = by_name(gc.load_weights(hf_folder))
     renamed = {prefix + k.removeprefix("model."): v for k, v in load_file(file).items()}
     save_file(renamed, file)
-    after = by_name(gc.load_model(hf_folder))
+    after = by_name(gc.load_weights(hf_folder))
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
@@ -61,12 +61,12 @@ def test_tied_copies_are_dropped(hf_folder):
     tensors = load_file(file)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
     save_file(tensors, file)
-    assert gc.load_model(hf_folder).cfg.vocab_size == 320
+    assert gc.load_weights(hf_folder).cfg.vocab_size == 320
 
 
 def test_shards_with_an_index(tmp_path):
     model, reference = (
-        gc.load_model(DATA / "g3_text"),
+        gc.load_weights(DATA / "g3_text"),
         load_file(DATA / "g3_text/model.safetensors"),
     )
     out = gc.save_hf(model, tmp_path / "out", max_shard_bytes=100_000)
@@ -78,7 +78,7 @@ def test_shards_with_an_index(tmp_path):
     assert all(f.stat().st_size < 110_000 for f in files)
     stored = {name: value for file in files for name, value in load_file(file).items()}
     assert all(stored[name].tobytes() == value.tobytes() for name, value in reference.items())
-    again = gc.save_hf(gc.load_model(out), tmp_path / "again", source=DATA / "g3_text")
+    again = gc.save_hf(gc.load_weights(out), tmp_path / "again", source=DATA / "g3_text")
     single = (again / "model.safetensors").read_bytes()
     assert single == (DATA / "g3_text" / "model.safetensors").read_bytes()
 
@@ -87,7 +87,7 @@ def test_shards_with_an_index(tmp_path):
 def test_every_generation(name, tmp_path):
     model = random_model(tiny(name))
     out = gc.save_hf(model, tmp_path / "out", dtype="bfloat16")
-    loaded = gc.load_model(out)
+    loaded = gc.load_weights(out)
     assert loaded.cfg == model.cfg
     ours, theirs = by_name(model), by_name(loaded)
     for key, value in ours.items():
@@ -112,8 +112,8 @@ def test_straight_to_a_device(layout):
         assert len(shape) == len(dims) + (path[0] == "blocks")
         return sharding
 
-    placed = gc.load_model(DATA / "g3_text", layout=layout, dtype="float32", placement=placement)
-    adopted = gc.load_model(DATA / "g3_text", layout=layout, dtype="float32")
+    placed = gc.load_weights(DATA / "g3_text", layout=layout, dtype="float32", placement=placement)
+    adopted = gc.load_weights(DATA / "g3_text", layout=layout, dtype="float32")
     for name, value in by_name(placed).items():
         np.testing.assert_array_equal(value, by_name(adopted)[name])
     assert (("embed", "table"), "VD") in seen
@@ -127,8 +127,8 @@ def test_transform_sees_each_param_once_and_complete():
         assert array.shape == param.get_value().shape
         return jnp.asarray(-np.asarray(array))
 
-    model = gc.load_model(DATA / "g3_text", transform=negate)
-    plain = gc.load_model(DATA / "g3_text")
+    model = gc.load_weights(DATA / "g3_text", transform=negate)
+    plain = gc.load_weights(DATA / "g3_text")
     expected = [(p.dims, p.get_value().shape) for p in flat_params(plain).values()]
     assert sorted(seen) == sorted(expected)
     for name, value in by_name(plain).items():
@@ -137,7 +137,7 @@ def test_transform_sees_each_param_once_and_complete():
 
 def test_progress_ends_at_the_total():
     calls = []
-    gc.load_model(DATA / "g3_text", progress=lambda done, total: calls.append((done, total)))
+    gc.load_weights(DATA / "g3_text", progress=lambda done, total: calls.append((done, total)))
     assert calls == sorted(calls) and calls[-1][0] == calls[-1][1] == 641_264 - 8 - _header_bytes()
 
 
@@ -158,7 +158,7 @@ def test_tokenizer_files_go_along(hf_folder, tmp_path):
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json")
     for name in names:
         (hf_folder / name).write_text(name)
-    out = gc.save_hf(gc.load_model(hf_folder), tmp_path / "out", source=hf_folder)
+    out = gc.save_hf(gc.load_weights(hf_folder), tmp_path / "out", source=hf_folder)
     assert all((out / name).read_text() == name for name in names)
 
 
@@ -166,11 +166,11 @@ def test_tokenizer_files_go_along(hf_folder, tmp_path):
 @pytest.mark.parametrize("axes", [dict(tensor=4), dict(fsdp=2, tensor=2)])
 def test_straight_into_shards(name, axes):
     """Each device gets its part, and every byte that the model needs is read once."""
-    plain = gc.load_model(DATA / name, dtype="float32")
+    plain = gc.load_weights(DATA / name, dtype="float32")
     mesh = make_mesh(plain.cfg, jax.devices()[:4], **axes)
     partition = Partition.of(mesh, TRAINING)
     seen = []
-    split = gc.load_model(
+    split = gc.load_weights(
         DATA / name,
         dtype="float32",
         placement=lambda path, dims, shape: partition.sharding(dims, shape),

@@ -28,9 +28,9 @@ jax.block_until_ready(jax.numpy.zeros(3) + 1)
 tiny, path, dtype, place = sys.argv[1:]
 to_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 options = dict(dtype=dtype, placement=(lambda *_: to_device) if place == "device" else None)
-gc.load_model(tiny, **options)  # imports, threads and programs are not what is measured
+gc.load_weights(tiny, **options)  # imports, threads and programs are not what is measured
 before = peak()
-model = gc.load_model(path, **options)
+model = gc.load_weights(path, **options)
 size = sum(x.nbytes for x in jax.tree.leaves(model))
 print(size, peak() - before)
 """

@@ -13,13 +13,13 @@ import gemma_checkpoints as gc
 @pytest.fixture
 def saved(hf_folder, tmp_path):
     (hf_folder / "tokenizer.json").write_text("{}")
-    model = gc.load_model(hf_folder, layout="scan")
+    model = gc.load_weights(hf_folder, layout="scan")
     return gc.save_orbax(model, tmp_path / "ours", source=hf_folder)
 
 
 @pytest.mark.parametrize("layout", ["scan", "unrolled"])
 def test_there_and_back_in_either_layout(layout, saved, tmp_path):
-    model = gc.load_model(saved, layout=layout)
+    model = gc.load_weights(saved, layout=layout)
     assert {a.dtype.name for a in by_name(model).values()} == {"bfloat16"}
     out = gc.save_hf(model, tmp_path / "hf_again")
     name = "model.safetensors"
@@ -27,7 +27,7 @@ def test_there_and_back_in_either_layout(layout, saved, tmp_path):
 
 
 def test_other_dtype(saved):
-    arrays = by_name(gc.load_model(saved, dtype="float32"))
+    arrays = by_name(gc.load_weights(saved, dtype="float32"))
     assert {a.dtype for a in arrays.values()} == {np.dtype("float32")}
 
 
@@ -48,7 +48,7 @@ def test_foreign_versions_and_configs(saved):
     ):
         manifest.write_text(json.dumps(bad))
         with pytest.raises(gc.CheckpointError, match=message):
-            gc.load_model(saved)
+            gc.load_weights(saved)
 
 
 def test_folders_older_than_vision(saved):
@@ -56,7 +56,7 @@ def test_folders_older_than_vision(saved):
     old = json.loads(manifest.read_text())
     del old["config"]["vision"]
     manifest.write_text(json.dumps(old))
-    assert gc.load_model(saved).vision is None
+    assert gc.load_weights(saved).vision is None
 
 
 # Orbax leaves a task behind on an event loop that it has closed.
@@ -65,11 +65,11 @@ def test_damaged_arrays(saved):
     for file in (saved / "arrays").rglob("d/*"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(gc.CheckpointError, match="cannot be read as an Orbax folder") as caught:
-        gc.load_model(saved)
+        gc.load_weights(saved)
     assert "\n" not in str(caught.value)
 
 
 def test_missing_arrays(saved):
     shutil.rmtree(saved / "arrays")
     with pytest.raises(gc.CheckpointError, match="the arrays are missing"):
-        gc.load_model(saved)
+        gc.load_weights(saved)

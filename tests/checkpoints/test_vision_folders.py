@@ -54,14 +54,14 @@ def same_bytes(a, b, name=WEIGHTS):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_round_trip_is_the_same_file(layout, tmp_path):
-    out = gc.save_hf(gc.load_model(SOURCE, layout=layout), tmp_path / "out", source=SOURCE)
+    out = gc.save_hf(gc.load_weights(SOURCE, layout=layout), tmp_path / "out", source=SOURCE)
     assert same_bytes(out, SOURCE) and same_bytes(out, SOURCE, "config.json")
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_names_come_out_as_they_were(spelling, tmp_path):
     source = respelled(tmp_path / "source", SPELLINGS[spelling])
-    model = gc.load_model(source)
+    model = gc.load_weights(source)
     assert same_bytes(gc.save_hf(model, tmp_path / "same", source=source), source)
     published = gc.save_hf(model, tmp_path / "published")
     assert same_bytes(published, SOURCE), "without a source, as published"
@@ -69,19 +69,19 @@ def test_names_come_out_as_they_were(spelling, tmp_path):
 
 
 def test_shards_there_and_back(tmp_path):
-    model, stored = gc.load_model(SOURCE), load_file(SOURCE / WEIGHTS)
+    model, stored = gc.load_weights(SOURCE), load_file(SOURCE / WEIGHTS)
     shards = gc.save_hf(model, tmp_path / "shards", max_shard_bytes=100_000, source=SOURCE)
     where = json.loads((shards / "model.safetensors.index.json").read_text())["weight_map"]
     assert where.keys() == stored.keys() and len(set(where.values())) > 3
     for name, value in stored.items():
         assert load_file(shards / where[name])[name].tobytes() == value.tobytes()
-    again = gc.save_hf(gc.load_model(shards), tmp_path / "again", source=shards)
+    again = gc.save_hf(gc.load_weights(shards), tmp_path / "again", source=shards)
     assert same_bytes(again, SOURCE)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_weights_are_where_they_belong(layout):
-    ours, stored = by_name(gc.load_model(SOURCE, layout=layout)), load_file(SOURCE / WEIGHTS)
+    ours, stored = by_name(gc.load_weights(SOURCE, layout=layout)), load_file(SOURCE / WEIGHTS)
     tower, layer = PUBLISHED[1], PUBLISHED[1] + "encoder.layers.2."
     pairs = {
         "tower.patches.proj.w": stored[tower + "embeddings.patch_embedding.weight"],
@@ -102,7 +102,7 @@ def test_weights_are_where_they_belong(layout):
 def test_a_config_of_ours_says_all(tmp_path):
     """Sizes that no stored config has, and 14 pixels a patch where the default is 16."""
     model = random_model(tiny("gemma3-4b", vision=vision()))
-    loaded = gc.load_model(gc.save_hf(model, tmp_path / "out"))
+    loaded = gc.load_weights(gc.save_hf(model, tmp_path / "out"))
     assert loaded.cfg == model.cfg
     ours, theirs = by_name(model), by_name(loaded)
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
@@ -113,7 +113,7 @@ def test_the_dtype_is_said_at_every_depth(tmp_path):
     config = json.loads((source / "config.json").read_text())
     config["vision_config"]["dtype"] = "bfloat16"
     (source / "config.json").write_text(json.dumps(config))
-    out = gc.save_hf(gc.load_model(source), tmp_path / "out", dtype="float32", source=source)
+    out = gc.save_hf(gc.load_weights(source), tmp_path / "out", dtype="float32", source=source)
     written = json.loads((out / "config.json").read_text())
     assert written["dtype"] == written["vision_config"]["dtype"] == "float32"
     assert "dtype" not in written["text_config"] and "torch_dtype" not in written
@@ -121,10 +121,10 @@ def test_the_dtype_is_said_at_every_depth(tmp_path):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_orbax_there_and_back(layout, tmp_path):
-    ours = gc.save_orbax(gc.load_model(SOURCE), tmp_path / "ours")
-    model = gc.load_model(ours, layout=layout)
+    ours = gc.save_orbax(gc.load_weights(SOURCE), tmp_path / "ours")
+    model = gc.load_weights(ours, layout=layout)
     assert same_bytes(gc.save_hf(model, tmp_path / "out"), SOURCE)
-    assert gc.load_model(ours, modalities=("text",)).vision is None
+    assert gc.load_weights(ours, modalities=("text",)).vision is None
 
 
 def test_description():
@@ -147,11 +147,11 @@ def test_settings_of_the_processor_go_along(tmp_path):
     source = respelled(tmp_path / "source", PUBLISHED)
     for name in PROCESSOR_FILES:
         (source / name).write_text(name)
-    model = gc.load_model(source)
+    model = gc.load_weights(source)
     for save in (gc.save_hf, gc.save_orbax):
         out = save(model, tmp_path / save.__name__, source=source)
         assert all((out / name).read_text() == name for name in PROCESSOR_FILES)
-    text = gc.load_model(source, modalities=("text",))
+    text = gc.load_weights(source, modalities=("text",))
     out = gc.save_hf(text, tmp_path / "text", source=source)
     assert not any((out / name).exists() for name in PROCESSOR_FILES)
 
@@ -182,8 +182,8 @@ def test_text_alone_neither_reads_nor_allocates_the_tower(monkeypatch):
 
 
 def test_text_alone_is_the_decoder(tmp_path):
-    model = gc.load_model(SOURCE, modalities=("text",))
-    full = by_name(gc.load_model(SOURCE))
+    model = gc.load_weights(SOURCE, modalities=("text",))
+    full = by_name(gc.load_weights(SOURCE))
     assert all(np.array_equal(value, full[name]) for name, value in by_name(model).items())
     out = gc.save_hf(model, tmp_path / "out", source=SOURCE)
     stored, text = load_file(SOURCE / WEIGHTS), load_file(out / WEIGHTS)
@@ -199,7 +199,7 @@ def test_text_alone_is_the_decoder(tmp_path):
 
 @pytest.mark.parametrize("modalities", [None, ("text", "image"), ["image", "text"]])
 def test_all_modalities(modalities):
-    assert gc.load_model(SOURCE, modalities=modalities).vision is not None
+    assert gc.load_weights(SOURCE, modalities=modalities).vision is not None
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_all_modalities(modalities):
 )
 def test_wrong_modalities(source, modalities, message):
     with pytest.raises(ValueError, match=message) as caught:
-        gc.load_model(source, modalities=modalities)
+        gc.load_weights(source, modalities=modalities)
     assert "\n" not in str(caught.value)
 
 
@@ -225,7 +225,7 @@ def test_placement_sees_the_letters_of_the_tower(layout):
         assert len(shape) == len(dims) + ("blocks" in path)
         seen[".".join(map(str, path[-3:]))] = dims
 
-    gc.load_model(SOURCE, layout=layout, placement=placement)
+    gc.load_weights(SOURCE, layout=layout, placement=placement)
     assert seen["patches.proj.w"] == "CUYX" and seen["tower.patches.positions"] == "QC"
     assert seen["projector.proj.w"] == "DC"
 
