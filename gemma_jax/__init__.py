@@ -9,6 +9,40 @@ Names below are imported at first use: `import gemma_jax` itself costs next to n
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # for editors and type checkers: the same names (tests/test_public_names.py)
+    # isort: off
+    from gemma_jax.config import GemmaConfig as GemmaConfig, LayerSpec as LayerSpec
+    from gemma_jax.decoder.batch import Batch as Batch
+    from gemma_jax.decoder.cache import (
+        Cache as Cache,
+        cache_bytes as cache_bytes,
+        init_cache as init_cache,
+    )
+    from gemma_jax.decoder.forward import Output as Output, forward as forward
+    from gemma_jax.decoder.losses import loss as loss, token_losses as token_losses
+    from gemma_jax.decoder.model import Gemma as Gemma
+    from gemma_jax.evaluation.scoring import score as score
+    from gemma_jax.evaluation.shieldgemma import Verdict as Verdict, shield as shield
+    from gemma_jax.inference.conversation import Conversation as Conversation
+    from gemma_jax.inference.generate import Completion as Completion, generate as generate
+    from gemma_jax.inference.sampling import Sampling as Sampling
+    from gemma_jax.inference.session import Session as Session
+    from gemma_jax.loading import (
+        load as load,
+        load_model as load_model,
+        load_tokenizer as load_tokenizer,
+    )
+    from gemma_jax.multimodal.image_prompt import Prompt as Prompt, image_prompt as image_prompt
+    from gemma_jax.numerics import Numerics as Numerics
+    from gemma_jax.presets import PRESETS as PRESETS, preset as preset
+    from gemma_jax.runtime import Runtime as Runtime
+    from gemma_jax.text import Tokenizer as Tokenizer, encode_chat as encode_chat
+    from gemma_jax.vision.images import Image as Image
+    from gemma_jax.vision.pan_and_scan import PanAndScan as PanAndScan
+    from . import matformer as matformer, viz as viz
+    # isort: on
 
 _HOMES = {
     "gemma_jax.config": ("GemmaConfig", "LayerSpec"),
