@@ -15,7 +15,7 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """The facts of one decoder layer.
+    """Describes one decoder layer: its attention, rotary embedding and feed-forward width.
 
     Attributes:
       kind: `"local"` (sees `window` keys, itself included) or `"global"` (sees all keys before it).
@@ -29,6 +29,11 @@ class LayerSpec:
       kv: Whose keys and values the layer attends to: its `"own"`; its own, which later layers of
         its kind read as well (`"lent"`); or those that were lent (`"shared"`, Gemma 3n's last
         layers). See `share_kv`.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> gj.LayerSpec(kind="local", window=512, d_ff=2048).window
+      512
     """
 
     kind: Literal["local", "global"]
@@ -209,7 +214,7 @@ class VisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GemmaConfig:
-    """Architecture of one model: sizes, switches and one `LayerSpec` per layer.
+    """Describes the architecture of one model: sizes, switches and one `LayerSpec` per layer.
 
     Attributes:
       vocab_size, d_model, num_heads, num_kv_heads, head_dim: V, D, N, K, H.
@@ -229,6 +234,16 @@ class GemmaConfig:
       per_layer: Per-layer embeddings (Gemma 3n).
       modality_vocabularies: Ids with embeddings of their own: of images, then of sounds (Gemma 3n).
       vision: The tower of models that read images (Gemma 3 from 4B on); `None` for text alone.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> layer = gj.LayerSpec(kind="global", d_ff=32)
+      >>> cfg = gj.GemmaConfig(
+      ...     vocab_size=64, d_model=16, num_heads=2, num_kv_heads=1, head_dim=8,
+      ...     query_pre_attn_scalar=8, max_positions=128, layers=(layer,) * 3,
+      ... )
+      >>> cfg.sizes["N"], cfg.sizes["L"]  # query heads, layers
+      (2, 3)
     """
 
     vocab_size: int

@@ -17,7 +17,7 @@ from gemma_jax.weights.off_device import Place
 
 
 def load(source: str, **options) -> tuple[Gemma, Tokenizer]:
-    """`(model, tokenizer)` from a catalog name, a Hugging Face folder, a GGUF file or our Orbax.
+    """Loads a model and its tokenizer from a name, a Hugging Face folder, a GGUF file or our Orbax.
 
     Args:
       source: Name or path. Paths never touch the network; `gemma_checkpoints.catalog` lists names.
@@ -25,6 +25,12 @@ def load(source: str, **options) -> tuple[Gemma, Tokenizer]:
 
     Raises:
       ValueError: Unknown name, or a checkpoint that cannot be read; says all that is wrong.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> model, tok = gj.load("checkpoints/digits")  # shipped with the repository
+      >>> len(model.cfg.layers), tok.vocab_size
+      (3, 359)
     """
     tokenizer = load_tokenizer(source)
     return load_model(source, **options), tokenizer
@@ -46,7 +52,7 @@ def load_model(
     rules: Rules | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Gemma:
-    """The model alone.
+    """Loads a model without its tokenizer.
 
     Args:
       modalities: `("text",)` neither reads nor allocates the vision tower of a model that sees.
@@ -70,6 +76,12 @@ def load_model(
         `gemma_jax.sharding`. Every tensor goes straight into its shards.
       rules: Which letters are split over which axes; default: what serves the mesh's axes.
       progress: Called with bytes read so far and in total.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> model = gj.load_model("checkpoints/digits", modalities=("text",), weights="int8")
+      >>> model.vision is None
+      True
     """
     from gemma_checkpoints import load_weights
     from gemma_jax.quantise import store_weights
@@ -115,7 +127,14 @@ def partition_for(
 
 
 def load_tokenizer(source: str) -> Tokenizer:
-    """The tokenizer alone; for a GGUF it is inside the file."""
+    """Loads a tokenizer without its model; that of a GGUF file is inside the file.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> tok = gj.load_tokenizer("checkpoints/digits")
+      >>> tok.decode(tok.encode("Which digit is left?"))
+      'Which digit is left?'
+    """
     from gemma_checkpoints import tokenizer_path
 
     return Tokenizer.from_file(tokenizer_path(source))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Numerics:
-    """One field per known difference.
+    """Says how a reference implementation rounds: one field per known difference.
 
     Attributes:
       norm_in_float32: RMSNorm runs in float32 and casts its product back (hf `Gemma3RMSNorm`), or
@@ -25,6 +25,11 @@ class Numerics:
       cap_gemma3n: The final soft cap of Gemma 3n applies (hf), or not (gdm `_gemma3n.py` has none).
       softmax_in_float32: Scores go through the softmax in float32 (hf), or in the activation
         dtype (gdm).
+
+    Examples:
+      >>> from gemma_jax.numerics import NUMERICS
+      >>> NUMERICS["hf"].norm_in_float32, NUMERICS["gdm"].norm_in_float32
+      (True, False)
     """
 
     norm_in_float32: bool

@@ -148,7 +148,14 @@ PRESETS: dict[str, GemmaConfig] = {
 
 
 def preset(name: str) -> GemmaConfig:
-    """The config of a released size; raises `ValueError` naming all sizes for an unknown one."""
+    """Returns the config of a released size; an unknown name raises `ValueError` with all of them.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> cfg = gj.preset("gemma3-4b")
+      >>> len(cfg.layers), cfg.d_model, [spec.kind for spec in cfg.layers].count("global")
+      (34, 2560, 5)
+    """
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; choose one of: {', '.join(PRESETS)}")
     return PRESETS[name]

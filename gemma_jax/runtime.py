@@ -11,7 +11,7 @@ from gemma_jax.storages import CACHE_STORAGES, one_of
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """How a model computes, as opposed to what it is (`GemmaConfig`).
+    """Says how a model computes (dtypes, attention, mesh); `GemmaConfig` says what it is.
 
     Attributes:
       dtype: Dtype of activations. Parameters may be stored in another.
@@ -23,6 +23,12 @@ class Runtime:
       remat: Keep only what passes between layers for the gradient, and compute a layer's inside
         again in the backward pass.
       partition: The mesh that the model lies on, and how; `None` on one device.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> model, tok = gj.load("checkpoints/digits", cache_dtype="int8")
+      >>> model.runtime.dtype, model.runtime.kv_dtype
+      (dtype('float32'), dtype('int8'))
     """
 
     dtype: jnp.dtype = field(default_factory=lambda: jnp.dtype("float32"))

@@ -55,6 +55,12 @@ def load_weights(
     Raises:
       CheckpointError: everything that is wrong with the checkpoint, in one error.
       ValueError: a modality that is none, a place for a table that the model does not have.
+
+    Examples:
+      >>> import gemma_checkpoints as gc
+      >>> model = gc.load_weights("checkpoints/digits")
+      >>> model.embed.table.dtype  # as stored
+      dtype(bfloat16)
     """
     return load_source(
         open_source(resolve(src, notify=notify)),
@@ -71,10 +77,15 @@ def load_weights(
 
 
 def tokenizer_path(src: str | Path, *, notify: Notify | None = None) -> Path:
-    """The file with the vocabulary of `src`; a GGUF file has it inside.
+    """Finds the file with the vocabulary of `src`; a GGUF file has it inside.
 
     Raises:
       CheckpointError: there is none.
+
+    Examples:
+      >>> import gemma_checkpoints as gc
+      >>> gc.tokenizer_path("checkpoints/digits").name
+      'tokenizer.model'
     """
     path = resolve(src, notify=notify)
     found = find_tokenizer(path)

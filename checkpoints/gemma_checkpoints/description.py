@@ -16,7 +16,7 @@ from .tokenizers import find_tokenizer
 
 @dataclass(frozen=True)
 class Description:
-    """Facts from the headers of a checkpoint.
+    """Holds the facts that the headers of a checkpoint tell.
 
     Attributes:
       path, format, config: As in `Source`.
@@ -24,6 +24,12 @@ class Description:
         number of parameters.
       tensor_bytes: Encoding (`BF16`, `Q4_K`, ...) -> bytes in the file.
       tokenizer: Path of the vocabulary; `None` if the checkpoint has none.
+
+    Examples:
+      >>> import gemma_checkpoints as gc
+      >>> about = gc.describe("checkpoints/digits")
+      >>> about.format, about.num_params, about.tensor_bytes
+      ('Hugging Face', 344832, {'BF16': 689664})
     """
 
     path: Path
@@ -39,10 +45,15 @@ class Description:
 
 
 def describe(path: str | Path) -> Description:
-    """Opens a checkpoint and holds it against its config.
+    """Describes a checkpoint by its headers: config, parameters, bytes. Reads no weights.
 
     Raises:
       CheckpointError: with everything that would keep it from loading, except the weights' values.
+
+    Examples:
+      >>> import gemma_checkpoints as gc
+      >>> gc.describe("checkpoints/elastic").config.laurel_rank
+      8
     """
     source = open_source(path)
     moves = match(source, named_slots(abstract_model(source.config, layout="scan")))

@@ -6,11 +6,17 @@ SHOWN = 8  # of each kind of problem: a wrong config makes every tensor wrong
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used as it is: `where`, and everything that is wrong with it.
+    """Says why a checkpoint cannot be used: `where`, and everything that is wrong with it.
 
     Attributes:
       where: The file or folder.
       problems: One line each: what was expected, what was found, what to do.
+
+    Examples:
+      >>> import gemma_checkpoints as gc
+      >>> gc.describe("README.md")
+      Traceback (most recent call last):
+      gemma_checkpoints.errors.CheckpointError: README.md: not a checkpoint: expected ...
     """
 
     def __init__(self, where: object, problems: str | Iterable[str]):

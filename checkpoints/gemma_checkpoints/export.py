@@ -90,7 +90,7 @@ def save_hf(
     source: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Writes `model` to a new folder, which appears whole or not at all.
+    """Saves `model` as a new Hugging Face folder, which appears whole or not at all.
 
     A model that was loaded with `dtype=None` comes out with the bytes that went in. One that sees
     becomes a `gemma3` folder; if only its decoder was loaded, a `gemma3_text` folder. Of Gemma 3n
@@ -110,6 +110,15 @@ def save_hf(
     Raises:
       CheckpointError: the folder is taken or cannot be written, or transformers has no class for
         this architecture.
+
+    Examples:
+      >>> import gemma_checkpoints as gc
+      >>> import tempfile
+      >>> model = gc.load_weights("checkpoints/digits")
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     saved = gc.save_hf(model, f"{folder}/copy", source="checkpoints/digits")
+      ...     sorted(path.name for path in saved.iterdir())
+      ['config.json', 'model.safetensors', 'tokenizer.model']
     """
     if model.cfg.modality_vocabularies:
         model = _decoder(model)

@@ -13,10 +13,15 @@ EXPECTED = (
 
 
 def open_source(path: str | Path) -> Source:
-    """Reads and checks the headers of a checkpoint.
+    """Opens a checkpoint of any format: reads and checks its headers.
 
     Raises:
       CheckpointError: nothing is there, it is no checkpoint, or it is a broken one.
+
+    Examples:
+      >>> import gemma_checkpoints as gc
+      >>> gc.open_source("checkpoints/digits").format
+      'Hugging Face'
     """
     from .gguf.source import GGUFFile
     from .hf.folder import CONFIG, HFFolder

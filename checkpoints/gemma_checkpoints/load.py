@@ -76,7 +76,13 @@ def load_source(
     per_layer_dtype: jax.typing.DTypeLike | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Gemma:
-    """`load_model` for a source that is open; the arguments are documented there."""
+    """Loads the model of a source that is open; the arguments are those of `load_weights`.
+
+    Examples:
+      >>> import gemma_checkpoints as gc
+      >>> gc.load_source(gc.open_source("checkpoints/digits"), dtype="float32").embed.table.dtype
+      dtype('float32')
+    """
     cfg = config_for(source, modalities)
     model = abstract_model(cfg, runtime=runtime, layout=layout)
     params = flat_params(model)

@@ -30,7 +30,7 @@ class TensorInfo:
 
 
 class Source(Protocol):
-    """An opened checkpoint: headers are read and checked, weights are not.
+    """Reads an opened checkpoint, whatever its format: headers are checked, weights not yet read.
 
     Attributes:
       path: Where it lies.
@@ -39,6 +39,12 @@ class Source(Protocol):
       table: Which of its tensors is which parameter.
       tensors: Name as in `table` -> what is known of it.
       reads_rows: Whether some rows of a tensor can be had without reading all of it.
+
+    Examples:
+      >>> import gemma_checkpoints as gc
+      >>> source = gc.open_source("checkpoints/elastic")
+      >>> source.tensors["norm.weight"].encoding
+      'BF16'
     """
 
     path: Path

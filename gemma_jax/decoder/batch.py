@@ -26,7 +26,7 @@ class Batch:
         widths would, with one program for all widths. All channels are still computed, then masked:
         use it for training and for searching slices; for speed use `matformer.at`.
 
-    Example:
+    Examples:
       >>> import numpy as np
       >>> Batch(np.array([[2, 5, 7]]), np.array([[0, 1, 2]])).tokens_BT.shape
       (1, 3)

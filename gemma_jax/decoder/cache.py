@@ -93,7 +93,7 @@ class KeysValues:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """Caches of all layers, in the layer groups of the model.
+    """Holds the keys and values of earlier tokens of all layers, in the layer groups of the model.
 
     Attributes:
       layers: `layers[group][position in the period]`; `None` for layers without one.
@@ -101,6 +101,15 @@ class Cache:
       max_len: Longest sequence that fits, in tokens.
       slack: How many tokens beyond one a single pass may write into a ring without evicting a key
         that its own first query needs (0 for plain decoding).
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> import numpy as np
+      >>> model, tok = gj.load("checkpoints/digits")
+      >>> cache = gj.init_cache(model.cfg, model.layer_groups, batch=1, max_len=16, dtype="float32")
+      >>> out = gj.forward(model, np.array([tok.encode("Which digit is left?")]), cache=cache)
+      >>> out.cache.length_B
+      Array([5], dtype=int32)
     """
 
     layers: tuple[tuple[LayerCache | None, ...], ...]
@@ -181,11 +190,18 @@ def init_cache(
     dtype: jax.typing.DTypeLike,
     slack: int = 0,
 ) -> Cache:
-    """An empty cache for `batch` rows of up to `max_len` tokens.
+    """Makes an empty key/value cache for `batch` rows of up to `max_len` tokens.
 
     Args:
       dtype: Of keys and values; int8 comes with float32 scales.
       slack: See `Cache`.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> model = gj.load_model("checkpoints/digits")
+      >>> cache = gj.init_cache(model.cfg, model.layer_groups, batch=2, max_len=64, dtype="int8")
+      >>> sorted(cache.layers[0][0].arrays), cache.max_len
+      (['k_BKSH', 'k_scale_BKS', 'v_BKSH', 'v_scale_BKS'], 64)
     """
 
     def layer(spec: LayerSpec, repeats: int) -> LayerCache | None:
@@ -211,7 +227,13 @@ def init_cache(
 
 
 def cache_bytes(cfg: GemmaConfig, batch: int, max_len: int, dtype: jax.typing.DTypeLike) -> int:
-    """Bytes of keys, values and scales that `init_cache` allocates (positions left out)."""
+    """Counts the bytes of keys, values and scales that `init_cache` allocates (without positions).
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> gj.cache_bytes(gj.preset("gemma3-270m"), batch=1, max_len=32_768, dtype="bfloat16")
+      108527616
+    """
     dtype = jnp.dtype(dtype)
     per_head = cfg.head_dim * dtype.itemsize + (4 if dtype == jnp.int8 else 0)
     per_slot = 2 * batch * cfg.num_kv_heads * per_head

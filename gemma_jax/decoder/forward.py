@@ -31,13 +31,21 @@ CAPTURES = (
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Output:
-    """Result of `forward`.
+    """Holds what `forward` returns: logits, the cache and what was captured.
 
     Attributes:
       logits: float32 `[B, T, V]`, `[B, 1, V]` for `logits="last"`, `None` for `"none"`.
       cache: The cache with the new tokens in it; `None` if none was given.
       captured: name -> array; per-layer results are stacked to `[L, ...]`, or a tuple of L arrays
         where the layers' shapes differ.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> import numpy as np
+      >>> model, tok = gj.load("checkpoints/digits")
+      >>> out = gj.forward(model, np.array([[2, 5, 7]]), logits="last", capture=("layer_outputs",))
+      >>> out.logits.shape, out.captured["layer_outputs"].shape
+      ((1, 1, 359), (3, 1, 3, 64))
     """
 
     logits: jax.Array | None
@@ -54,7 +62,7 @@ def forward(
     logits: Literal["all", "last", "none"] = "all",
     capture: tuple[str, ...] = (),
 ) -> Output:
-    """One pass over `T` new tokens per row: training, scoring, prefill and decoding alike.
+    """Runs a model over `T` new tokens per row: for training, scoring, prefill and decoding alike.
 
     Compiled once per shape; inside another `jax.jit`, `grad` or `vmap` it is part of that program.
 
@@ -68,6 +76,14 @@ def forward(
 
     Raises:
       ValueError: Names that cannot be captured, or packed documents together with a cache.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> import numpy as np
+      >>> model, tok = gj.load("checkpoints/digits")
+      >>> ids = tok.encode("Which digit is left?", bos=True)
+      >>> gj.forward(model, np.array([ids])).logits.shape
+      (1, 6, 359)
     """
     if unknown := set(capture) - set(CAPTURES):
         raise ValueError(f"cannot capture {sorted(unknown)}; choose from {', '.join(CAPTURES)}")

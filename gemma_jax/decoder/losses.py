@@ -19,7 +19,7 @@ def loss(
     weights_BT: jax.Array | None = None,
     z_loss: float = 0.0,
 ) -> jax.Array:
-    """Mean cross-entropy of the next token in nats, a float32 scalar to be differentiated.
+    """Computes the mean cross-entropy of the next token (nats), a float32 scalar to differentiate.
 
     Args:
       batch: See `forward`.
@@ -31,6 +31,16 @@ def loss(
 
     Returns:
       The weighted mean; 0 if nothing counts.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> import jax
+      >>> import numpy as np
+      >>> model, tok = gj.load("checkpoints/digits", modalities=("text",), layout="scan")
+      >>> tokens = np.array([tok.encode("Which digit is left?", bos=True)])
+      >>> loss, gradients = jax.value_and_grad(gj.loss)(model, tokens)
+      >>> print(f"{loss:.2f}")
+      6.74
     """
     batch = Batch.of(batch)
     if targets_BT is None:
@@ -53,10 +63,19 @@ def token_losses(
     weights_BT: jax.Array | None = None,
     z_loss: float = 0.0,
 ) -> jax.Array:
-    """Cross-entropy per token, float32 `[B, T]`, from what `forward` captures as `final_norm`.
+    """Computes the cross-entropy of each token from the `final_norm` that `forward` captures.
 
     Logits are in float32 whatever the dtype of the activations is; those of `forward` have been
     rounded to it.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> import numpy as np
+      >>> model, tok = gj.load("checkpoints/digits")
+      >>> ids = np.array([tok.encode("Which digit is left?", bos=True)])
+      >>> out = gj.forward(model, ids[:, :-1], logits="none", capture=("final_norm",))
+      >>> gj.token_losses(model, out.captured["final_norm"], ids[:, 1:]).shape
+      (1, 5)
     """
     return model.embed.cross_entropy(
         x_BTD, targets_BT, weights_BT=weights_BT, soft_cap=model.soft_cap, z_loss=z_loss

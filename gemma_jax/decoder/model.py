@@ -124,7 +124,15 @@ class Block(nnx.Module):
 
 
 class Gemma(nnx.Module):
-    """Parameters of a model. Stateless: caches are passed to `forward` and come back from it."""
+    """Holds the parameters of a model. Stateless: caches go into `forward` and come back from it.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> from flax import nnx
+      >>> model = gj.load_model("checkpoints/digits")  # or gj.Gemma(cfg, rngs=nnx.Rngs(0))
+      >>> model.blocks[0][0].attn.q.w.shape[-3:], model.blocks[0][0].attn.q.w.dims
+      ((4, 32, 64), 'NHD')
+    """
 
     def __init__(
         self,

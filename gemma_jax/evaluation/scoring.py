@@ -24,7 +24,7 @@ def score(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """Natural-log probability of every token but the first, given those before it.
+    """Computes the log-probability (nats) of every token but the first, given those before it.
 
     Runs in chunks over a cache, so neither the logits nor the activations of a long text ever exist
     at once.
@@ -37,6 +37,12 @@ def score(
 
     Raises:
       ValueError: Fewer than two tokens, more than the context holds, or ids outside `[0, V)`.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> model, tok = gj.load("checkpoints/digits")
+      >>> gj.score(model, tok.encode("Which digit is left?", bos=True)).round(1)
+      array([-5.4, -7.2, -6. , -6.1, -9.1], dtype=float32)
     """
     ids = np.asarray(token_ids, np.int64)
     cfg = model.cfg

@@ -57,7 +57,13 @@ PROMPT = ("\n" + " " * 16).join(
 
 @dataclass(frozen=True)
 class Verdict:
-    """Probabilities that the image violates a policy (`yes`) and that it does not (`no`)."""
+    """Holds the probabilities that an image violates a policy (`yes`) and that it does not (`no`).
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> gj.Verdict(yes=0.875, no=0.125).yes > 0.5
+      True
+    """
 
     yes: float
     no: float
@@ -69,7 +75,7 @@ def shield(
     image: object,
     policies: Sequence[str] | Mapping[str, str] = POLICIES,
 ) -> dict[str, Verdict]:
-    """Judges one image by every policy; the image is encoded once.
+    """Judges one image by safety policies with ShieldGemma 2; the image is encoded once.
 
     Args:
       model, tokenizer: ShieldGemma 2, or a Gemma 3 with a vision tower, which was not trained to.
@@ -81,6 +87,12 @@ def shield(
 
     Raises:
       ValueError: A model without a tower, no policy or an unknown one, an unreadable image.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> model, tok = gj.load("path/to/shieldgemma-2-4b-it")  # doctest: +SKIP
+      >>> gj.shield(model, tok, "picture.jpg", ["violence"])  # doctest: +SKIP
+      {'violence': Verdict(yes=0.01, no=0.99)}
     """
     vision = require_vision(model.cfg.vision)
     definitions = definitions_of(policies)

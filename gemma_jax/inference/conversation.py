@@ -12,7 +12,7 @@ from gemma_jax.vision.pan_and_scan import PanAndScan
 
 
 class Conversation:
-    """A chat whose cache is kept between turns: each turn reads only what is new.
+    """Chats with a model and keeps its cache between turns: each turn reads only what is new.
 
     Args:
       model, tokenizer: From `gemma_jax.load`; an instruction-tuned checkpoint answers best.
@@ -21,6 +21,14 @@ class Conversation:
       sampling, seed: As in `generate`; default: what the published checkpoints recommend,
         temperature 1, top-k 64, top-p 0.95.
       pan_and_scan: As in `generate`.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> model, tok = gj.load("checkpoints/digits")  # not trained to chat; gemma3-4b-it is
+      >>> chat = gj.Conversation(model, tok, max_len=128)
+      >>> answer = chat.say("Hello", max_new_tokens=4)
+      >>> [message["role"] for message in chat.messages]
+      ['user', 'assistant']
     """
 
     def __init__(

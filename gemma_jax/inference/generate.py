@@ -20,7 +20,7 @@ Progress = Callable[[int, int], None]  # tokens of prompt read so far, in total
 
 @dataclass
 class Completion:
-    """What a model wrote after one prompt; `str()` of it is the text.
+    """Holds what a model wrote after one prompt; `str()` of it is the text.
 
     Attributes:
       text: The continuation, without special tokens, cut before a stop text; empty if there was no
@@ -31,6 +31,14 @@ class Completion:
       log_probs: Log-probability of each new token under the model, before sampling rules; nats.
       proposed_drafts, accepted_drafts: With a draft model, how many tokens it proposed, and how
         many of them were kept.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> model, tok = gj.load("checkpoints/digits")
+      >>> image = "checkpoints/digits/three.png"
+      >>> done = gj.generate(model, tok, "Read the digits.", images=[image])
+      >>> done.text, done.finish_reason, len(done.token_ids), len(done.log_probs)
+      ('964', 'stop', 4, 4)
     """
 
     text: str = ""
@@ -64,7 +72,7 @@ def generate(
     draft_tokens: int = DRAFT_TOKENS,
     **sampling_fields: float,
 ) -> Completion | list[Completion]:
-    """Continues one prompt, or a batch of prompts of any lengths.
+    """Generates text after one prompt, or after each of a batch of prompts of any lengths.
 
     Args:
       prompt: One text (BOS is added once), chat messages (dicts with `role` and `content`, see
@@ -95,6 +103,16 @@ def generate(
     Raises:
       ValueError: Empty prompt, ids outside the vocabulary, a prompt that leaves no room in the
         context, impossible sampling values, images that cannot be read or do not fit the text.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> model, tok = gj.load("checkpoints/digits")
+      >>> image = "checkpoints/digits/three.png"
+      >>> print(gj.generate(model, tok, "How many digits?", images=[image]))
+      3
+      >>> texts = ["Which digit is left?", "Which digit is right?"]
+      >>> [str(done) for done in gj.generate(model, tok, texts, images=[[image], [image]])]
+      ['9', '4']
     """
     single = isinstance(prompt, (str, Prompt)) or is_chat(prompt)
     given = [prompt] if single else list(prompt)

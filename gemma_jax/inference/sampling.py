@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to choose tokens; the defaults are greedy. Raises `ValueError` for impossible values.
+    """Says how to choose tokens: greedily by default. Raises `ValueError` for impossible values.
 
     Applied in the order of transformers' logits processors: repetition penalty, temperature,
     top-k, top-p, min-p.
@@ -20,6 +20,14 @@ class Sampling:
       min_p: Keep tokens at least `min_p` times as probable as the most probable one.
       repetition_penalty: Logits of tokens seen so far (prompt included) are divided by it if
         positive, multiplied if negative.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> gj.Sampling(temperature=0.7, top_k=64, top_p=0.95).top_k
+      64
+      >>> gj.Sampling(top_p=2)
+      Traceback (most recent call last):
+      ValueError: top_p=2 must be above 0 and at most 1
     """
 
     temperature: float = 0.0

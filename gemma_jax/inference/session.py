@@ -24,7 +24,7 @@ CHUNK = 1024  # longest stretch of prompt that one pass reads
 
 
 class Session:
-    """A batch of sequences in a cache, and the calls that extend them.
+    """Keeps a batch of sequences in a cache, and extends them by prompts and by the model's tokens.
 
     Rows may differ in length. `read` takes text in, `write` makes the model continue; both may
     alternate, so a conversation keeps its cache from turn to turn.
@@ -42,6 +42,14 @@ class Session:
 
     Raises:
       ValueError: `max_len` exceeds the context of the model.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> model, tok = gj.load("checkpoints/digits")
+      >>> session = gj.Session(model, batch=1, max_len=64, stop_ids=tok.stop_ids)
+      >>> session.read([tok.encode("Which digit is left?", bos=True)], max_new_tokens=4)
+      >>> session.write(4)  # without a picture, the model has nothing to say
+      [[1]]
     """
 
     def __init__(

@@ -56,10 +56,16 @@ PRESETS: dict[str, Published] = {
 
 
 def preset(name: str, cfg: GemmaConfig) -> Slice:
-    """The published slice `name`, for a model of 35 layers; half is half of its own widths.
+    """Returns the published slice `name`, for a model of 35 layers; half is half of its own widths.
 
     Raises:
       ValueError: An unknown name, or a model of another depth.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> from gemma_jax import matformer
+      >>> matformer.preset("e2b", gj.preset("gemma3n-e4b")).skip_layers
+      (20, 21, 22, 23, 24)
     """
     if name not in PRESETS:
         raise ValueError(f"unknown slice {name!r}; choose one of: {', '.join(PRESETS)}, or a file")

@@ -19,7 +19,7 @@ from .submodel import Slice, slice_config
 def slice_model(
     model: Gemma, cut: Slice, *, allow_irregular: bool = False, layout: Layout | None = None
 ) -> Gemma:
-    """A smaller model with weights of its own.
+    """Cuts a smaller model out of a larger one, with weights of its own to be saved.
 
     Feed-forward matrices keep their first channels, the per-layer table and its projection the
     parts of the kept layers; the rest is shared with `model`, or copied where layers are stacked
@@ -31,6 +31,14 @@ def slice_model(
 
     Raises:
       ValueError: An illegal slice.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> from gemma_jax import matformer
+      >>> model, tok = gj.load("checkpoints/elastic")
+      >>> half = matformer.Slice(ffn_widths=(128,) * 10)
+      >>> matformer.slice(model, half).blocks[0][0].ffn.up.w.shape  # of the first layer
+      (1, 128, 96)
     """
     cfg = slice_config(model.cfg, cut, allow_irregular=allow_irregular)
     layout = layout or ("unrolled" if _is_unrolled(model) else "scan")
@@ -51,7 +59,7 @@ def slice_model(
 
 
 def at(model: Gemma, cut: Slice, *, allow_irregular: bool = False) -> Gemma:
-    """The same submodel as a view: it holds the arrays of `model`, and no other.
+    """Views a submodel inside a model: it holds the arrays of `model`, and no other.
 
     What it does not use is cut off inside the compiled programs, at widths that are known when they
     are compiled. Any number of views may be used in turns. Results are those of `slice`, bit for
@@ -60,6 +68,14 @@ def at(model: Gemma, cut: Slice, *, allow_irregular: bool = False) -> Gemma:
     Raises:
       ValueError: An illegal slice, or layers that are stacked (`layout="scan"`), where one array
         holds widths of several layers.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> from gemma_jax import matformer
+      >>> model, tok = gj.load("checkpoints/elastic", layout="unrolled")
+      >>> half = matformer.at(model, matformer.Slice(ffn_widths=(128,) * 10))
+      >>> [spec.d_ff for spec in half.cfg.layers] == [128] * 10
+      True
     """
     if not _is_unrolled(model):
         raise ValueError(

@@ -9,11 +9,16 @@ from gemma_jax.config import GemmaConfig, LayerSpec, share_kv
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """One submodel.
+    """Says what a submodel keeps: feed-forward widths and layers.
 
     Attributes:
       ffn_widths: F of each kept layer, first to last: that many first channels stay.
       skip_layers: Indices of the layers to leave out, in the model that is sliced.
+
+    Examples:
+      >>> from gemma_jax import matformer
+      >>> matformer.Slice(ffn_widths=(128,) * 5, skip_layers=(5, 6, 7, 8, 9)).kept(10)
+      (0, 1, 2, 3, 4)
     """
 
     ffn_widths: tuple[int, ...]
@@ -58,7 +63,7 @@ class Slice:
 
 
 def slice_config(cfg: GemmaConfig, cut: Slice, *, allow_irregular: bool = False) -> GemmaConfig:
-    """The architecture of the slice.
+    """Derives the architecture of a slice.
 
     Kept layers keep their kind and sparsity; those that share keys and values read the same layers
     as before.
@@ -70,6 +75,13 @@ def slice_config(cfg: GemmaConfig, cut: Slice, *, allow_irregular: bool = False)
 
     Raises:
       ValueError: An illegal slice, with all that is wrong with it.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> from gemma_jax import matformer
+      >>> e4b = gj.preset("gemma3n-e4b")
+      >>> len(matformer.slice_config(e4b, matformer.preset("e2b", e4b)).layers)
+      30
     """
     if problems := _problems(cfg, cut, allow_irregular):
         raise ValueError("illegal slice: " + "; ".join(problems))

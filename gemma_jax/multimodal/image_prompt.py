@@ -28,12 +28,17 @@ _VIEW = f"\n\n{MARKER}\n\n"  # one view of an image: whole, or a crop
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """What a model is given: a text with images.
+    """Holds what a model is given: a text with images, as token ids and pixels.
 
     Attributes:
       token_ids: Ids of the whole prompt, soft-token placeholders included.
       pixels: float32 `[I, 3, size, size]` in [-1, 1], one entry per run of placeholders: each image
         whole, followed by its crops. Default: none.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> gj.Prompt([2, 10, 20]).pixels.shape  # a text alone
+      (0, 3, 0, 0)
     """
 
     token_ids: list[int]
@@ -49,7 +54,7 @@ def image_prompt(
     pan_and_scan: PanAndScan | None = None,
     bos: bool = True,
 ) -> Prompt:
-    """The prompt for a text and its images.
+    """Makes the prompt of a text and its images: token ids with placeholders, and pixels.
 
     Args:
       text: Plain, or from `gemma_jax.text.render`. Without a single marker, the images come in
@@ -62,6 +67,14 @@ def image_prompt(
     Raises:
       ValueError: A model without a tower, another number of markers than of images, a soft-token
         placeholder in the text, or an image that cannot be read.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> model, tok = gj.load("checkpoints/digits")
+      >>> image = gj.Image("checkpoints/digits/three.png")
+      >>> prompt = gj.image_prompt(tok, "How many digits?", [image], model.cfg.vision)
+      >>> prompt.pixels.shape, prompt.token_ids.count(model.cfg.vision.image_token)
+      ((1, 3, 32, 32), 16)
     """
     vision = require_vision(vision)
     marked = place_markers(text, len(images))

@@ -119,10 +119,16 @@ def encode_chat(
     add_generation_prompt: bool = True,
     media: Mapping[str, str] = GEMMA3_MEDIA,
 ) -> list[int]:
-    """Ids of `render(messages)`, with <bos> exactly once.
+    """Encodes chat messages in Gemma's format: ids of `render(messages)`, with <bos> exactly once.
 
     Markers inside the messages count as markers, as in Hugging Face's `apply_chat_template`: take
     "<start_of_turn>" and its like out of a text that is not to be trusted.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> tok = gj.load_tokenizer("checkpoints/elastic")
+      >>> tok.decode(gj.encode_chat(tok, [{"role": "user", "content": "Hi"}]))
+      '<bos><start_of_turn>user\\nHi<end_of_turn>\\n<start_of_turn>model\\n'
     """
     text = render(messages, add_generation_prompt=add_generation_prompt, media=media)
     return tokenizer.encode(text, bos=True)

@@ -27,7 +27,7 @@ codecs.register_error(UTF8_ERRORS, lambda error: ("\ufffd" * (error.end - error.
 
 
 class Tokenizer:
-    """A Gemma vocabulary and the engine that splits text with it. Immutable; threads may share it.
+    """Turns text into token ids and back, with a Gemma vocabulary. Immutable; threads may share it.
 
     Spaces are spelled U+2581 in pieces, no space is added in front, nothing is normalised, and what
     has no piece is spelled in bytes. So `decode(encode(text)) == text`, but for a U+2581 in `text`,
@@ -39,6 +39,15 @@ class Tokenizer:
       bos_id, eos_id, pad_id, unk_id: the four ids every Gemma vocabulary has.
       stop_ids: ids that end an answer: <eos> and, where it exists, <end_of_turn>.
       special_ids: name -> id of every piece that `parse_special` and `skip_special` are about.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> tok = gj.load_tokenizer("checkpoints/digits")
+      >>> ids = tok.encode("Which digit is left?", bos=True)
+      >>> tok.pieces(ids)
+      ['<bos>', 'Which', '▁digit', '▁is', '▁left', '?']
+      >>> tok.decode(ids, skip_special=True)
+      'Which digit is left?'
     """
 
     def __init__(self, vocabulary: Vocabulary):

@@ -29,7 +29,7 @@ MAX_PIXELS = 89_478_485  # a quarter of a gigabyte in RGB, where Pillow begins t
 
 
 class Image:
-    """One picture, decoded and checked.
+    """Reads one picture from a file, bytes, an array or PIL: decoded and checked.
 
     The orientation noted by a camera (EXIF) is applied. Palettes, greyscale and CMYK become RGB,
     and what is transparent lies on white (hf `convert_to_rgb`; hf's own reading of files drops the
@@ -47,6 +47,14 @@ class Image:
       ValueError: `source` is no image, is broken or cut off, or is too large or too small.
       FileNotFoundError: There is no such file.
       ImportError: Pillow is missing.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> import numpy as np
+      >>> gj.Image("checkpoints/digits/two.png")
+      Image(32 x 32)
+      >>> gj.Image(np.zeros((480, 640), np.uint8)).rgb.shape
+      (480, 640, 3)
     """
 
     def __init__(self, source: "str | os.PathLike | bytes | PilImage | np.ndarray | Image"):

@@ -13,12 +13,17 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class PanAndScan:
-    """When an image is cropped, and into how many parts along its longer side.
+    """Says when an image is cropped (Pan & Scan), and into how many parts along its longer side.
 
     Attributes:
       min_crop_size: No side of a crop may be shorter, in pixels; otherwise there are no crops.
       max_num_crops: At most this many crops.
       min_ratio: Images with a ratio of longer to shorter side below it are not cropped.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> gj.PanAndScan().boxes(width=1600, height=800)
+      ((0, 0, 800, 800), (800, 0, 1600, 800))
     """
 
     min_crop_size: int = 256

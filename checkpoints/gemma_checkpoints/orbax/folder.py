@@ -38,7 +38,7 @@ MANIFEST, ARRAYS, VERSION = "gemma_jax.json", "arrays", 1
 
 
 def save_orbax(model: Gemma, folder: str | Path, *, source: str | Path | None = None) -> Path:
-    """Writes `model` to a new folder, which appears whole or not at all.
+    """Saves `model` as a new Orbax folder, which appears whole or not at all.
 
     A model on the devices of several processes is written by all of them, each its own shards; they
     must call this together, on one file system, and have room for a second copy of their shards.
@@ -50,6 +50,15 @@ def save_orbax(model: Gemma, folder: str | Path, *, source: str | Path | None = 
 
     Raises:
       CheckpointError: the folder is taken, or cannot be written.
+
+    Examples:
+      >>> import gemma_checkpoints as gc
+      >>> import tempfile
+      >>> model = gc.load_weights("checkpoints/digits")
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     saved = gc.save_orbax(model, f"{folder}/copy", source="checkpoints/digits")
+      ...     gc.describe(saved).format
+      'Orbax'
     """
     import orbax.checkpoint as ocp
 

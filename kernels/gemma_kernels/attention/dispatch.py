@@ -65,7 +65,7 @@ def attention(
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Grouped-query attention under an interval mask.
+    """Computes grouped-query attention under an interval mask (causal, window, padding, documents).
 
     Args:
       q_BTNH: Queries.
@@ -85,6 +85,14 @@ def attention(
     Raises:
       ValueError: Operands do not fit together, or the name is unknown.
       NotImplementedError: The named implementation, or every one, cannot serve this call.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from gemma_kernels.attention import AttentionSpec, attention
+      >>> q_BTNH, kv_BSKH = jnp.ones((1, 8, 4, 16)), jnp.ones((1, 8, 2, 16))
+      >>> spec = AttentionSpec(scale=16**-0.5, causal=True, window=4)
+      >>> attention(q_BTNH, kv_BSKH, kv_BSKH, spec=spec).shape
+      (1, 8, 4, 16)
     """
     operands = (q_BTNH, k_BSKH, v_BSKH, lo_BT, hi_BT, kv_pos_BS)
     check_operands(*operands, spec)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
-    """What is known about an attention call at trace time.
+    """States what is known about an attention call when it is traced.
 
     Attributes:
       scale: Factor on the scores.
@@ -24,6 +24,11 @@ class AttentionSpec:
         then be left out, too.
       softmax_in_float32: Whether scores are widened to float32 before the softmax, or rounded to
         the dtype of the queries.
+
+    Examples:
+      >>> from gemma_kernels.attention import AttentionSpec
+      >>> AttentionSpec(scale=256**-0.5, causal=True, window=512).soft_cap is None
+      True
     """
 
     scale: float

@@ -25,7 +25,7 @@ def cross_entropy(
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """`-log softmax(x @ table^T)[label]` per token, without all logits at one time.
+    """Computes `-log softmax(x @ table^T)[label]` per token, without all logits at one time.
 
     Products are in the dtype of `x`, everything after them in float32. Differentiable in `x`, the
     table and the weights, also through the log-sum-exp.
@@ -48,6 +48,13 @@ def cross_entropy(
 
     Raises:
       ValueError: Operands do not fit together, or the name is unknown.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from gemma_kernels.cross_entropy import cross_entropy
+      >>> x_BTD, table_VD = jnp.zeros((1, 2, 8)), jnp.ones((1000, 8))
+      >>> cross_entropy(x_BTD, table_VD, jnp.array([[3, -1]])).round(2)  # -1: ignored
+      Array([[6.91, 0.  ]], dtype=float32)
     """
     _check(x_BTD, table_VD, labels_BT, weights_BT, scale_V, soft_cap, chunk)
     name = "xla" if implementation is None else implementation

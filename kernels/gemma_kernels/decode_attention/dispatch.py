@@ -67,7 +67,7 @@ def decode_attention(
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Attention of 1 to 16 new tokens over a cache, which holds theirs already.
+    """Computes attention of 1 to 16 new tokens over a key/value cache, which holds theirs already.
 
     Only `"xla"` and `"reference"` have gradients: no decoding step needs one.
 
@@ -92,6 +92,17 @@ def decode_attention(
     Raises:
       ValueError: Operands do not fit together, or the name is unknown.
       NotImplementedError: The named implementation, or every one, cannot serve this call.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from gemma_kernels.attention import AttentionSpec, causal_interval
+      >>> from gemma_kernels.decode_attention import decode_attention
+      >>> q_BTNH, kv_BKSH = jnp.ones((1, 1, 4, 16)), jnp.ones((1, 2, 128, 16))
+      >>> kv_pos_BS = jnp.arange(128)[None]
+      >>> lo_BT, hi_BT = causal_interval(jnp.array([[127]]), window=64)
+      >>> mask = dict(lo_BT=lo_BT, hi_BT=hi_BT, kv_pos_BS=kv_pos_BS)
+      >>> decode_attention(q_BTNH, kv_BKSH, kv_BKSH, **mask, spec=AttentionSpec(scale=0.25)).shape
+      (1, 1, 4, 16)
     """
     operands = (q_BTNH, k_BKSH, v_BKSH, lo_BT, hi_BT, kv_pos_BS, spec)
     check_operands(*operands, k_scale_BKS, v_scale_BKS, stacked=layer is not None)
