@@ -116,7 +116,7 @@ def test_save_and_restore(cli, talker, tmp_path):
     assert [code for code, _, _ in ran] == [0, 0], ran[-1][2][-2000:]
     assert [out for _, out, _ in ran] == [f"{saved}\n", ""]
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
-    same = jax.tree.map(np.array_equal, gc.load_weights(saved), gc.load_model(talker))
+    same = jax.tree.map(np.array_equal, gc.load_weights(saved), gc.load_weights(talker))
     assert all(jax.tree.leaves(same))
 
     given = ["generate", "The", "--max-new-tokens", "6", "--json"]
