@@ -1,4 +1,6 @@
-"""Who may import whom: `gemma_kernels <- gemma_jax <- gemma_checkpoints <- command line`."""
+"""Who may import whom: `gemma_kernels <- gemma_jax <- gemma_checkpoints <- command line`, and
+inside `gemma_jax` down the floors. Imports are read as text: those inside functions and those for
+annotations alone count too."""
 
 import ast
 import importlib
@@ -25,25 +27,51 @@ FILES = {
 }
 # The one name that is not public in jax 0.10, the interpreter of Mosaic GPU.
 PRIVATE = ("gemma_kernels.mosaic_gpu", "jax._src.pallas.mosaic_gpu.interpret")
-# The places of `gemma_jax` where checkpoints come in.
-DOORS = (
-    "gemma_jax.cli", "gemma_jax.loading", "gemma_jax.experiments", "gemma_jax.benchmarks",
-    "gemma_jax.evaluation", "gemma_jax.serving",
+# The parts of `gemma_jax`, lowest floor first; a part imports from its own floor and those below.
+FLOORS = (
+    ("dims", "config", "presets", "numerics", "sharding", "runtime", "compat", "distributed",
+     "atomic_files"),
+    ("text", "weights"),
+    ("nn",),
+    ("vision", "audio"),
+    ("decoder",),
+    ("multimodal", "matformer", "quantise", "lora"),
+    ("placement",),
+    ("inference", "training"),
+    ("planning", "evaluation", "serving", "viz"),
+    ("loading", "experiments", "benchmarks"),
+    ("cli",),
 )  # fmt: skip
+FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
+# The parts where checkpoints come in.
+DOORS = tuple(
+    f"gemma_jax.{part}"
+    for part in ("loading", "experiments", "evaluation", "serving", "benchmarks", "cli")
+)
 
 
-def imported(path: Path) -> set[str]:
-    """Modules named in a file's absolute imports, those inside functions included.
+def imported(module: str) -> set[str]:
+    """Modules named in a file's imports.
 
     `from a import b` counts as `a.b`: whatever `b` is, it lies in `a`.
     """
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    path, names = FILES[module], set()
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else []
+            source = ".".join([*above, *([node.module] if node.module else [])])
+            names |= {f"{source}.{alias.name}" for alias in node.names}
     return names
+
+
+def file_of(name: str) -> str:
+    """The file in which a dotted name lies: a module of ours, or nothing."""
+    while name and name not in FILES:
+        name = name.rpartition(".")[0]
+    return name
 
 
 def inside(name: str, *packages: str) -> bool:
@@ -71,8 +99,41 @@ def test_all_rooms_are_here():
 
 @pytest.mark.parametrize("module", FILES)
 def test_direction(module):
-    wrong = {name for name in imported(FILES[module]) if inside(name, *forbidden(module))}
+    wrong = {name for name in imported(module) if inside(name, *forbidden(module))}
     assert not {name for name in wrong if not (module == PRIVATE[0] and inside(name, PRIVATE[1]))}
+
+
+def part_of(module: str) -> str:
+    """`gemma_jax.nn.rope` is of the part `nn`; the lazy door `gemma_jax` itself is of none."""
+    return module.split(".")[1] if module.startswith("gemma_jax.") else ""
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if part_of(name)])
+def test_no_import_runs_up_the_floors(module):
+    assert part_of(module) in FLOOR, "give it a floor"
+    used = {file_of(name) for name in imported(module)} - {""}
+    up = {name for name in used if part_of(name) and FLOOR[part_of(name)] > FLOOR[part_of(module)]}
+    assert not up
+    if "gemma_jax" in used:  # the door stands for everything
+        assert inside(module, *DOORS)
+
+
+def test_no_import_runs_in_a_circle():
+    """What only uses what is done with, over and over, leaves nothing over."""
+    left = {module: {file_of(name) for name in imported(module)} - {module} for module in FILES}
+    while done := [module for module, used in left.items() if not used & left.keys()]:
+        for module in done:
+            del left[module]
+    assert not left
+
+
+def test_relative_imports_count(tmp_path, monkeypatch):
+    file = tmp_path / "new.py"
+    file.write_text("def f():\n    from ..decoder import model\n    from .rope import rope\n")
+    monkeypatch.setitem(FILES, "gemma_jax.nn.new", file)
+    assert imported("gemma_jax.nn.new") == {"gemma_jax.decoder.model", "gemma_jax.nn.rope.rope"}
+    with pytest.raises(AssertionError):
+        test_no_import_runs_up_the_floors("gemma_jax.nn.new")
 
 
 def fresh(code: str, **environment: str) -> str:

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gemma_jax.config import LayerSpec
-from gemma_jax.decoder.cache import KeysValues, LayerCache
-from gemma_jax.decoder.context import Context
 from gemma_jax.nn.layer_groups import LayerGroup
 
+# What blocks hand on through the stack is theirs to define; the stack only carries it.
+Context = Any  # all that a pass knows: positions, masks, what earlier layers lend
+LayerCache = Any  # a dataclass whose field `layer` says which of stacked caches is meant
+KeysValues = Any
 Caches = tuple[tuple[LayerCache | None, ...], ...]
 
 

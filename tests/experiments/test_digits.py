@@ -11,7 +11,6 @@ from marks import nightly
 import gemma_jax as gj
 from gemma_jax.multimodal.placeholders import soft_tokens
 
-RUN_LONG = True  # programs of this module: see compile_effort
 FOLDER = Path(__file__).parents[2] / "checkpoints" / "digits"
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from gemma_kernels.attention.tpu import blocks as tpu_blocks
 from gemma_kernels.attention.tpu import tuning
+from gemma_kernels.compilers.source_hash import ATTENTION, DECODING, source_hash
 from gemma_kernels.compilers.tpu_schedule import Job, Schedule, planned, read_schedules
 from gemma_kernels.compilers.tpu_targets import CHIPS
 
@@ -133,6 +134,36 @@ def checked(bench, stored, *options) -> int:
     if "not compared" in done.stdout:
         pytest.skip(done.stdout.strip())
     return done.stdout.count("stored")
+
+
+@pytest.mark.parametrize(
+    "bench, stored, files",
+    [("tpu_schedule", STORED, ATTENTION), ("tpu_decode_schedule", STORED_DECODING, DECODING)],
+)
+def test_the_kernels_are_those_whose_schedules_are_stored(bench, stored, files):
+    """Compiling all of them takes an hour; by day it is enough that their code is the same.
+
+    After a change to them, look whether they are as fast as they were. The command stores the hash
+    of what it found good:
+
+        python kernels/bench/tpu_schedule.py --check kernels/bench/results/tpu-schedule.json
+
+    Where it says that a kernel got slower on purpose, measure again with `--output` in its place.
+    """
+    refresh = f"run: python kernels/bench/{bench}.py --check {stored.relative_to(ROOT)}"
+    assert json.loads(stored.read_text())["sources"] == source_hash(files), refresh
+
+
+def test_the_hash_of_source_sees_code_and_nothing_else(tmp_path):
+    file = tmp_path / "kernel.py"
+
+    def hashed(text):
+        file.write_text(text)
+        return source_hash([file])
+
+    plain = hashed("def f(x):\n    return x + 1\n")
+    assert hashed('import jax\ndef f(x):\n    """Adds."""\n    return (x\n  + 1)  # one\n') == plain
+    assert hashed("def f(x):\n    return x + 2\n") != plain
 
 
 def test_the_stored_tables_meet_what_is_promised():
