@@ -1,5 +1,7 @@
 """The notebooks run from top to bottom on trained weights, and are stored without outputs."""
 
+import ast
+import importlib
 import json
 import re
 from pathlib import Path
@@ -17,6 +19,19 @@ def test_stored_without_outputs(path):
     assert len(cells) <= 20
     for cell in cells:
         assert not cell.get("outputs") and cell.get("execution_count") is None
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_names_that_they_import_exist(path):
+    """By day; at night all cells run."""
+    for cell in json.loads(path.read_text("utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code" or "%pip" in source:  # no Python
+            continue
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("gemma_jax"):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
 
 
 def run(name: str, folder: Path):
@@ -39,6 +54,7 @@ def printed(notebook, source: str) -> str:
     return "".join(o.text for o in outputs(notebook, source) if o.get("name") == "stdout")
 
 
+@pytest.mark.nightly
 def test_quickstart(real_gguf, tmp_path):
     done = run("01_quickstart", tmp_path)
     prompts = json.loads(STORED.read_text("utf-8"))["prompts"]
@@ -53,6 +69,7 @@ def test_quickstart(real_gguf, tmp_path):
     assert sensible < shuffled
 
 
+@pytest.mark.nightly
 def test_vision():
     pytest.importorskip("sklearn", reason="pip install 'gemma-jax[notebook]'")
     done = run("02_vision", ROOT / "notebooks")  # reads the checkpoint beside it, writes nothing
@@ -66,6 +83,7 @@ def test_vision():
     assert sum(a == b for a, b in zip(read.split(), written.split())) >= 3
 
 
+@pytest.mark.nightly
 def test_matformer():
     done = run("03_matformer", ROOT / "notebooks")
     assert "a view adds 0 bytes" in printed(done, "live_arrays")
@@ -78,6 +96,7 @@ def test_matformer():
     assert searched < half + 0.05
 
 
+@pytest.mark.nightly
 def test_plan_and_shard():
     pytest.importorskip("libtpu", reason="pip install 'gemma-jax[plan]'")
     done = run("04_plan_and_shard", ROOT / "notebooks")

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from marks import nightly
 
 import gemma_checkpoints as gc
 
@@ -21,9 +22,9 @@ SOURCE = str(DATA / "g3_text")
 # Reads its own part of a folder, and says how many bytes the system handed to it for that.
 READ = """
 import sys
-from gemma_jax import multihost
+from gemma_jax import distributed
 port, n, i, folder = sys.argv[1:]
-multihost.join(f"127.0.0.1:{port}", int(n), int(i))
+distributed.join(f"127.0.0.1:{port}", int(n), int(i))
 import jax
 import gemma_checkpoints as gc
 from gemma_jax.loading import load_model
@@ -39,9 +40,9 @@ print("bytes", read() - before, sorted(shares), file=sys.stderr)
 # One process dies between two sums over all of them.
 DIE = """
 import os, signal, sys
-from gemma_jax import multihost
+from gemma_jax import distributed
 port, n, i, _ = sys.argv[1:]
-multihost.join(f"127.0.0.1:{port}", int(n), int(i))
+distributed.join(f"127.0.0.1:{port}", int(n), int(i))
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -92,7 +93,9 @@ def scripts(code: str, folder, processes: int = 2) -> list[list[str]]:
     return [["-c", code, port, str(processes), str(i), str(folder)] for i in range(processes)]
 
 
-@pytest.mark.parametrize("processes, mesh", [(2, "sequence=2,tensor=4"), (4, "data=2,tensor=4")])
+@pytest.mark.parametrize(
+    "processes, mesh", [(2, "sequence=2,tensor=4"), *nightly((4, "data=2,tensor=4"))]
+)
 def test_generate(cli, processes, mesh, tmp_path):
     rows = np.random.default_rng(0).integers(3, 300, (2, 9))
     from safetensors.numpy import save_file
@@ -110,6 +113,7 @@ def test_generate(cli, processes, mesh, tmp_path):
     assert [out for _, out, _ in ran[1:]] == [""] * (processes - 1)
 
 
+@pytest.mark.nightly
 def test_save_and_restore(cli, talker, tmp_path):
     saved, mesh = tmp_path / "saved", ("--mesh", "sequence=2,tensor=4")
     ran = together(2, "convert", str(talker), str(saved), "--to", "orbax", *mesh)
@@ -132,6 +136,7 @@ def test_save_and_restore(cli, talker, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
+@pytest.mark.nightly
 def test_an_image_and_int8_weights(cli, seer, picture):
     given = [
         "generate",
@@ -165,6 +170,7 @@ def test_each_process_reads_its_own_bytes(tmp_path):
         assert 0.5 * size < int(line.split()[1]) < 0.52 * size
 
 
+@pytest.mark.nightly
 def test_a_process_that_dies_ends_the_others():
     began = time.monotonic()
     ran = finish(start(scripts(DIE, "-"), 4), 180)
