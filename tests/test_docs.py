@@ -1,6 +1,7 @@
 """The documents say what is there: links, paths, Python names, commands and their options."""
 
 import ast
+import pkgutil
 import re
 import shlex
 from pathlib import Path
@@ -72,6 +73,19 @@ def test_python_in_documents_names_what_there_is():
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 package = packages.get(node.value.id)
                 assert package is None or hasattr(package, node.attr), ast.unparse(node)
+
+
+def test_reference_pages_name_what_there_is():
+    pages = (ROOT / "docs" / "api").glob("*.md")
+    entries = [
+        line[4:]
+        for page in pages
+        for line in page.read_text("utf-8").splitlines()
+        if line.startswith("::: ")
+    ]
+    assert len(entries) >= 40
+    for entry in entries:
+        pkgutil.resolve_name(entry)
 
 
 def commands() -> list[list[str]]:

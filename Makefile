@@ -1,0 +1,34 @@
+# The doors of this repository. `make setup` once, `make check` before every commit.
+
+PYTHON ?= .venv/bin/python
+# What takes seconds, and breaks first: names, imports, documents, text, formats, masks, errors, and
+# one model of each family against the oracle.
+FAST = tests/test_imports.py tests/test_public_names.py tests/test_docs.py tests/test_doctests.py \
+  tests/text tests/vision tests/evaluation tests/checkpoints/test_hf_config.py \
+  tests/checkpoints/test_name_tables.py tests/checkpoints/test_bad_checkpoints.py \
+  tests/checkpoints/test_exports.py tests/kernels/test_tiles.py tests/inference/test_sampling.py \
+  tests/cli/test_errors.py tests/cli/test_tokenize.py tests/cli/test_info.py
+
+.PHONY: setup check lint fast test nightly docs
+
+setup:
+	python3 -m venv .venv
+	.venv/bin/pip install -q -e ".[dev,demo]"
+
+check: lint fast
+
+lint:
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+fast:
+	$(PYTHON) -m pytest -q -n 2 --dist worksteal $(FAST)
+
+test:
+	$(PYTHON) -m pytest -q -n 2 --dist worksteal
+
+nightly:
+	$(PYTHON) -m pytest -q -n 2 --dist worksteal -m "nightly or not nightly"
+
+docs:
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
