@@ -9,17 +9,20 @@ FAST = tests/test_imports.py tests/test_public_names.py tests/test_docs.py tests
   tests/checkpoints/test_exports.py tests/kernels/test_tiles.py tests/inference/test_sampling.py \
   tests/cli/test_errors.py tests/cli/test_tokenize.py tests/cli/test_info.py
 
-.PHONY: setup check lint fast test nightly docs
+.PHONY: setup check lint types fast test nightly docs
 
 setup:
 	python3 -m venv .venv
 	.venv/bin/pip install -q -e ".[dev,demo]"
 
-check: lint fast
+check: lint types fast
 
 lint:
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+
+types:
+	$(PYTHON) -m basedpyright
 
 fast:
 	$(PYTHON) -m pytest -q -n 2 --dist worksteal $(FAST)

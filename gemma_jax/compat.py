@@ -1,6 +1,7 @@
 """What differs between the versions of JAX that are supported (0.10.2 to 0.12)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.experimental import compute_on
@@ -13,7 +14,7 @@ def on_host(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
     What JAX 0.10 calls `compute_on2` is `compute_on` in later versions.
     """
-    run_on = getattr(compute_on, "compute_on2", None) or compute_on.compute_on
+    run_on: Callable[..., Any] = getattr(compute_on, "compute_on2", None) or compute_on.compute_on
     host = jax.memory.Space.Host
     return run_on(function, compute_type="device_host", out_memory_spaces=host)
 

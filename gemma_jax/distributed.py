@@ -37,7 +37,7 @@ def join(
         host, colon, port = coordinator.rpartition(":")
         if not (host and colon and port.isdigit()):
             raise ValueError(f"--coordinator {coordinator!r}: expected HOST:PORT")
-        if not 0 <= process_id < num_processes:
+        if not 0 <= process_id < num_processes:  # pyright: ignore[reportOperatorIssue]
             raise ValueError(
                 f"--process-id {process_id} must be at least 0 and below --num-processes "
                 f"{num_processes}"

@@ -8,6 +8,8 @@ Gemma 3n's E2B is a slice of its E4B: fewer layers, and half the feed-forward wi
 has 256 rows more than its per-layer table, for images and audio.
 """
 
+from typing import Any
+
 from gemma_jax.config import (
     AltUpConfig,
     GemmaConfig,
@@ -129,7 +131,9 @@ def _gemma3n(layers: int, d_ff: int, num_shared: int, *, num_sparse: int = 10) -
     )
 
 
-_SMALL = dict(vocab_size=262_144, window=512, max_positions=32_768, rope_scale=1.0, vision=None)
+_SMALL: dict[str, Any] = dict(
+    vocab_size=262_144, window=512, max_positions=32_768, rope_scale=1.0, vision=None
+)
 
 PRESETS: dict[str, GemmaConfig] = {
     "gemma-2b": _gemma1(18, 2_048, 16_384, (8, 1)),

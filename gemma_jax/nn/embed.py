@@ -43,7 +43,8 @@ class Embedder(nnx.Module):
     def cross_entropy(self, x_BTD: jax.Array, labels_BT: jax.Array, **options) -> jax.Array:
         """Losses of the labels, with the logits in chunks; see `gemma_kernels.cross_entropy`."""
         table_VD, scale_V = scaled_rows(self.table.get_value())
-        return cross_entropy(x_BTD, table_VD, labels_BT, scale_V=scale_V, **options)
+        losses_BT = cross_entropy(x_BTD, table_VD, labels_BT, scale_V=scale_V, **options)
+        return losses_BT  # pyright: ignore[reportReturnType]
 
 
 class ModalityEmbedder(nnx.Module):

@@ -15,7 +15,7 @@ adds `b (a x)` to `contract(equation, x, base)`, and whose other methods ask `ba
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +98,10 @@ def scaled_rows(weight: Weight) -> tuple[jax.Array, jax.Array | None]:
     return weight.scaled_rows() if isinstance(weight, StandIn) else (weight, None)
 
 
+@overload
+def take(weight: jax.Array, axis: int, index: Index) -> jax.Array: ...
+@overload
+def take(weight: StandIn, axis: int, index: Index) -> Weight: ...
 def take(weight: Weight, axis: int, index: Index) -> Weight:
     """Some entries of a weight along an axis, in memory of their own.
 

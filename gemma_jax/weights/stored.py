@@ -57,9 +57,9 @@ class StoredWeight(StandIn):
     def array_dims(self, dims: str) -> "StoredWeight":
         """See `StandIn`."""
         if self.scale is None:
-            return StoredWeight(dims, None)
+            return StoredWeight(dims, None)  # pyright: ignore[reportArgumentType]
         stacked = self.values.ndim - len(dims)
-        return StoredWeight(dims, dims[: self.scale.ndim - stacked])
+        return StoredWeight(dims, dims[: self.scale.ndim - stacked])  # pyright: ignore[reportArgumentType]
 
     def scaled_rows(self) -> tuple[jax.Array, jax.Array | None]:
         """The weight as an array of bfloat16, or as one of int8 and its scales."""

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from flax import nnx
 
-ParamPath = tuple[str | int, ...]  # attributes and places in lists, from the model to the Param
+ParamPath = tuple[Any, ...]  # attributes and places in lists, from the model to the Param
 Model = TypeVar("Model", bound=nnx.Module)
 
 

@@ -52,7 +52,7 @@ def config_from_gguf(metadata: Mapping[str, object], vocab_size: int) -> GemmaCo
       ValueError: another architecture, a missing or impossible value, an unknown rope scaling.
     """
     name = metadata.get("general.architecture")
-    if name not in tuple(FAMILIES):
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(
             f"general.architecture {name!r} is not supported; "
             f"expected one of: {', '.join(FAMILIES)}"

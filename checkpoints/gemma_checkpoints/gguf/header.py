@@ -101,7 +101,7 @@ class _Cursor(Cursor):
             self.skip(count * self.width(kind))
             return count
         self.pos = start
-        return super().array().tolist()
+        return super().array().tolist()  # pyright: ignore[reportAttributeAccessIssue]
 
     def tensor(self) -> GGUFTensor:
         rank = self.number(U32)

@@ -8,6 +8,7 @@ Source: `models/gemma{,2,3,3n}/configuration_gemma{,2,3,3n}.py` of transformers.
 """
 
 from collections.abc import Mapping
+from typing import Literal
 
 from gemma_jax.config import (
     AltUpConfig,
@@ -96,7 +97,11 @@ ARCHITECTURES = {
 # Layers of a period, of which the last is global.
 PATTERN = {"gemma": 1, "gemma2": 2, "gemma3_text": 6, "gemma3n_text": 5}
 THETA = {"global": 1_000_000.0, "local": 10_000.0}
-KINDS = {"full_attention": "global", "sliding_attention": "local"}
+Kind = Literal["local", "global"]
+KINDS: dict[str, Kind] = {
+    "full_attention": "global",
+    "sliding_attention": "local",
+}
 # Models with a tower around a `gemma3_text`. ShieldGemma 2 differs in what it was trained for.
 MULTIMODAL = ("gemma3", "shieldgemma2")
 # Towers for images and sound around a `gemma3n_text`; they are not read, their vocabularies are.
@@ -221,7 +226,7 @@ def _refuse_unsupported(text: Json) -> None:
         raise ValueError("tie_word_embeddings is false; only a head tied to the embedding exists")
 
 
-def _kinds(text: Json, layers: int) -> list[str]:
+def _kinds(text: Json, layers: int) -> list[Kind]:
     names = text.get("layer_types")
     if names is None:
         period = text.get("sliding_window_pattern", text.get("_sliding_window_pattern"))

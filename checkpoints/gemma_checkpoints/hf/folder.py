@@ -1,7 +1,7 @@
 """A Hugging Face folder as a source: `config.json` and one or more safetensors files."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,7 +60,7 @@ class HFFolder:
         """Name as in the table -> name in the files."""
         return {name: theirs for name, (_, theirs) in self._where.items()}
 
-    def _files(self) -> dict[str, Iterable[str] | None]:
+    def _files(self) -> Mapping[str, Iterable[str] | None]:
         """File -> names that the index expects in it; `None` without an index."""
         if not (self.path / INDEX).exists():
             return {SINGLE: None}
@@ -74,7 +74,7 @@ class HFFolder:
             files.setdefault(file, []).append(name)
         return files
 
-    def _open(self, files: dict[str, Iterable[str] | None]) -> None:
+    def _open(self, files: Mapping[str, Iterable[str] | None]) -> None:
         problems, self.tensors, self._where = [], {}, {}
         for file_name, expected in files.items():
             if not (self.path / file_name).is_file():
