@@ -1,13 +1,14 @@
 # The doors of this repository. `make setup` once, `make check` before every commit.
 
 PYTHON ?= .venv/bin/python
-# What takes seconds, and breaks first: names, imports, documents, text, formats, masks, errors, and
-# one model of each family against the oracle.
+# What takes seconds and breaks first: names, imports, documents, examples, text, images, formats,
+# errors, and Gemma 3 against the oracle.
 FAST = tests/test_imports.py tests/test_public_names.py tests/test_docs.py tests/test_doctests.py \
   tests/text tests/vision tests/evaluation tests/checkpoints/test_hf_config.py \
   tests/checkpoints/test_name_tables.py tests/checkpoints/test_bad_checkpoints.py \
   tests/checkpoints/test_exports.py tests/kernels/test_tiles.py tests/inference/test_sampling.py \
-  tests/cli/test_errors.py tests/cli/test_tokenize.py tests/cli/test_info.py
+  tests/cli/test_errors.py tests/cli/test_tokenize.py tests/cli/test_info.py \
+  tests/parity/test_gemma3_text.py
 
 .PHONY: setup check lint types fast test nightly docs
 
