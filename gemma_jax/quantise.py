@@ -1,8 +1,4 @@
-"""Weights stored narrower than the arithmetic: bfloat16 or int8 in memory, float32 in use.
-
-Decoding on a CPU is bound by reading the weights, so half or a quarter of the bytes is close to
-twice or thrice the speed, if XLA never writes the widened weights back to memory. Which form of
-the product achieves that was measured (`kernels/bench`), hence the three ways of `contract`.
+"""Makes models whose weights are stored narrower than the arithmetic (`weights/stored.py`).
 
 `store_weights` is the transform that `load` applies to each parameter as it arrives; `quantise`
 applies it to a whole model. The model does not know: a Param holds a `StoredWeight` in place of an

@@ -77,7 +77,6 @@ def make_context(
     if batch.documents_BT is not None:
         if slots:
             raise ValueError("packed documents_BT go through a pass of their own, without a cache")
-        whole = False
         first_BT = jnp.take_along_axis(pos_BT, first_of_document(batch.documents_BT), axis=1)
         rope_pos_BT = pos_BT - first_BT if rope_pos_BT is None else rope_pos_BT
     rope_pos_BT = pos_BT if rope_pos_BT is None else rope_pos_BT

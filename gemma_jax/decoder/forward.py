@@ -98,7 +98,8 @@ def forward(
         model.cfg,
         model.runtime,
         replace(batch, positions_BT=positions_BT),
-        whole=batch.positions_BT is None and batch.soft is None and cache is None,
+        whole=cache is None
+        and all(x is None for x in (batch.positions_BT, batch.documents_BT, batch.soft)),
         slots=slots,
         capture=frozenset(capture),
     )

@@ -1,4 +1,13 @@
-"""The compiled loop that adds tokens to a cache."""
+"""The compiled loop that adds tokens to a cache.
+
+`advance` is the one compiled program: it reads a chunk of prompt and then runs the token loop,
+all inside one `jax.jit`. It is compiled once per bucket of shapes (see `prefill.py`; the number of
+new tokens and the length of the cache have the same buckets as the tokens of a pass), batch size
+and top-k.
+
+Temperature, top-p, min-p, the penalty and seeds are plain inputs; only switching one of them on
+or off compiles again.
+"""
 
 from dataclasses import dataclass, replace
 from functools import partial

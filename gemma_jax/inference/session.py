@@ -1,13 +1,4 @@
-"""Tokens in a cache, and the compiled loop that adds to them.
-
-`advance` is the one compiled program: it reads a chunk of prompt and then runs the token loop,
-all inside one `jax.jit`. It is compiled once per bucket of shapes (see `passes.py`; the number of
-new tokens and the length of the cache have the same buckets as the tokens of a pass), batch size
-and top-k.
-
-Temperature, top-p, min-p, the penalty and seeds are plain inputs; only switching one of them on
-or off compiles again.
-"""
+"""Keeps sequences in a cache on the host's side: what to read, how far to write, what came out."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -11,7 +11,7 @@ from marks import nightly
 
 import gemma_jax as gj
 from gemma_jax.config import share_kv
-from gemma_jax.experiments.elastic import train as elastic_train
+from gemma_jax.experiments.elastic import train
 from gemma_jax.matformer import Slice, at, shares_cache
 from gemma_jax.weights.tree import map_params
 
@@ -21,24 +21,19 @@ RESULTS = json.loads((FOLDER / "results.json").read_text("utf-8"))
 
 
 @pytest.fixture(scope="module")
-def train():
-    return elastic_train
-
-
-@pytest.fixture(scope="module")
 def elastic():
     return gj.load(str(FOLDER))
 
 
 @pytest.fixture(scope="module")
-def held_out_BT(train, elastic):
+def held_out_BT(elastic):
     tokenizer = elastic[1]
     text = (FOLDER / "held_out.txt").read_text("utf-8")
     return train.rows(tokenizer, train.encode(tokenizer, [text]))
 
 
 @pytest.fixture(scope="module")
-def losses(train, elastic, held_out_BT):
+def losses(elastic, held_out_BT):
     """Nats per token on all of the held-out text."""
     return {
         name: train.measure(*elastic, held_out_BT, cut)["nats_per_token"]
@@ -52,7 +47,7 @@ def test_every_slice_is_as_good_as_stored(losses):
     assert losses == pytest.approx(stored, abs=0.01)
 
 
-def test_the_half_slice_is_nearly_as_good_as_the_model(train, elastic, held_out_BT):
+def test_the_half_slice_is_nearly_as_good_as_the_model(elastic, held_out_BT):
     """By day, on a part of the text: closer to the stored loss than to that of a quarter."""
     stored = {name: row["nats_per_token"] for name, row in RESULTS["held_out"].items()}
     half = train.measure(*elastic, held_out_BT[::4], train.SLICES["half"])["nats_per_token"]
@@ -72,7 +67,7 @@ def test_a_nested_model_is_nearly_as_good_as_one_trained_alone(losses, name):
 
 
 @pytest.mark.nightly
-def test_the_first_channels_are_the_ones_that_matter(train, elastic, held_out_BT, losses):
+def test_the_first_channels_are_the_ones_that_matter(elastic, held_out_BT, losses):
     """Channels in reverse make the same model, but its slices were not trained."""
     model, tokenizer = elastic
 
@@ -88,7 +83,7 @@ def test_the_first_channels_are_the_ones_that_matter(train, elastic, held_out_BT
 
 
 @pytest.mark.nightly
-def test_slices_mostly_write_what_the_model_writes(train, elastic, held_out_BT):
+def test_slices_mostly_write_what_the_model_writes(elastic, held_out_BT):
     shares = train.agreement(*elastic, held_out_BT[::14], train.SLICES)
     assert min(shares[name] for name in ("half", "e2b", "shared")) > 0.5, shares
     assert min(RESULTS["agreement"].values()) > 0.5
@@ -97,7 +92,7 @@ def test_slices_mostly_write_what_the_model_writes(train, elastic, held_out_BT):
 @pytest.mark.parametrize(
     "name, temperature", [("shared", 0.0), *nightly(("e2b", 0.0), ("shared", 1.0))]
 )
-def test_more_than_half_of_the_drafts_are_kept(train, elastic, name, temperature):
+def test_more_than_half_of_the_drafts_are_kept(elastic, name, temperature):
     """With a cache of the draft's own, and with the model's; greedy text is the model's."""
     text = (FOLDER / "held_out.txt").read_text("utf-8")
     prompts = [text[start : start + 250] for start in range(6000, 102_000, 6000)]
@@ -110,7 +105,7 @@ def test_more_than_half_of_the_drafts_are_kept(train, elastic, name, temperature
         assert [d.token_ids for d in drafted] == [d.token_ids for d in plain]
 
 
-def test_all_parts_of_gemma_3n_are_there(train, elastic):
+def test_all_parts_of_gemma_3n_are_there(elastic):
     cfg = elastic[0].cfg
     assert (cfg.altup.num_streams, cfg.laurel_rank, cfg.per_layer.width) == (3, 8, 8)
     assert cfg.v_norm and cfg.final_soft_cap == 30 and not cfg.scale_plus_one
@@ -121,7 +116,7 @@ def test_all_parts_of_gemma_3n_are_there(train, elastic):
     assert not shares_cache(cfg, train.SLICES["e2b"])
 
 
-def test_nothing_that_is_held_out_is_trained_on(train):
+def test_nothing_that_is_held_out_is_trained_on():
     texts = train.documents()
     kept, held_out = train.split(texts)
     both = [{p for text in side for p in text.split("\n\n")} for side in (kept, held_out)]
@@ -130,7 +125,7 @@ def test_nothing_that_is_held_out_is_trained_on(train):
 
 
 @pytest.mark.parametrize("steps, layers, gain", [(15, 1, 0.7), *nightly((60, 4, 1.0))])
-def test_training_teaches_the_nested_models_too(train, elastic, steps, layers, gain):
+def test_training_teaches_the_nested_models_too(elastic, steps, layers, gain):
     """A plain model of few layers, by the script that made the checkpoint."""
     tokenizer = elastic[1]
     cfg = elastic[0].cfg

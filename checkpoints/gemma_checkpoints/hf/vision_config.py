@@ -1,7 +1,7 @@
 """The part of a `config.json` that is about images <-> `VisionConfig`.
 
 Keys of the tower lie in `vision_config`, those of its place in the text at the top. A missing key
-means the default of the transformers class, as in `hf_config.py`.
+means the default of the transformers class, as in `config.py`.
 Source: `models/{siglip/configuration_siglip,gemma3/configuration_gemma3}.py` of transformers.
 """
 
