@@ -153,6 +153,10 @@ class Cache:
             },
         )
 
+    def cleared(self, empty_B: jax.Array) -> "Cache":
+        """The cache with nothing in the rows that are `True`."""
+        return self.rewound(jnp.where(empty_B, 0, self.max_len))
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

@@ -2,16 +2,20 @@
 
 `advance` is the one compiled program: it reads a chunk of prompt and then runs the token loop,
 all inside one `jax.jit`. It is compiled once per bucket of shapes (see `prefill.py`; the number of
-new tokens and the length of the cache have the same buckets as the tokens of a pass), batch size
-and top-k.
+new tokens and the length of the cache have the same buckets as the tokens of a pass) and batch
+size.
 
-Temperature, top-p, min-p, the penalty and seeds are plain inputs; only switching one of them on
-or off compiles again.
+Every row goes its own way: it has its own number of tokens, limit, sampling values, stop ids and
+seed, and may be emptied and given another text while the rows beside it go on. What it says does
+not depend on them. All of this is plain input; only switching a sampling rule on or off for the
+whole batch compiles again.
+
+Local letters: X tokens chosen (in `tokens_BX`), or drafted (in `drafts_BX`); I stop ids.
 """
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +26,12 @@ from gemma_jax.decoder.cache import Cache, init_cache
 from gemma_jax.decoder.forward import forward
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.inference.prefill import Pass
-from gemma_jax.inference.sampling import SamplingProgram, sample
+from gemma_jax.inference.sampling import SamplingRows, sample
+from gemma_jax.inference.verification import verify
 from gemma_jax.nn.layer_groups import LayerGroup
 from gemma_jax.sharding import Partition
 
-T = TypeVar("T")
+Tree = TypeVar("Tree")
 
 
 @jax.tree_util.register_dataclass
@@ -37,104 +42,235 @@ class State:
     Attributes:
       cache: Holds every token but the last one chosen.
       last_B: The last token chosen, not yet in the cache.
+      step_B: Number of tokens chosen after the row's last prompt.
+      limit_B: How many to choose; drafts may bring a few more.
+      done_B: Rows that have met a stop id, were stopped, or are empty.
       keys_B: One random key per row; a token's draw depends on the key and its position alone.
-      done_B: Rows that have met a stop id.
-      step: Number of tokens chosen so far, the same for all rows.
-      tokens_BX, log_probs_BX: Tokens chosen and their log-probabilities under the model, before
-        any sampling rule; -1 and 0 after the end of a row.
-      seen_BV: Tokens met so far, for the repetition penalty; `None` without one.
+      sampling: How to choose tokens.
+      stop_ids_BI: Tokens that end a row, padded with -1.
+      tokens_BX, log_probs_BX: Tokens chosen after the row's last prompt and their log-probabilities
+        under the model, before any sampling rule; -1 and 0 after the end of a row.
+      seen_BV: Tokens met so far, for the repetition penalty; `None` if no row has one.
+      drafts: What `Propose` keeps from pass to pass; `None` without it.
     """
 
     cache: Cache
     last_B: jax.Array
-    keys_B: jax.Array
+    step_B: jax.Array
+    limit_B: jax.Array
     done_B: jax.Array
-    step: jax.Array
+    keys_B: jax.Array
+    sampling: SamplingRows
+    stop_ids_BI: jax.Array
     tokens_BX: jax.Array
     log_probs_BX: jax.Array
-    seen_BV: jax.Array | None
+    seen_BV: jax.Array | None = None
+    drafts: Any = None
+
+    @property
+    def active_B(self) -> jax.Array:
+        """Rows that are to choose a token."""
+        return ~self.done_B & (self.step_B < self.limit_B)
 
 
-@partial(jax.jit, static_argnames=("stop_ids", "loop"), donate_argnames=("state",))
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Proposal:
+    """Drafts of one pass.
+
+    Attributes:
+      drafts_BX: int32.
+      log_q_BXV: Log-probabilities that they were drawn from.
+      cache: The model's cache for the pass that checks them; without the drafts, whose keys and
+        values may already stand in it.
+      drafts: For `Propose.settle`.
+    """
+
+    drafts_BX: jax.Array
+    log_q_BXV: jax.Array
+    cache: Cache
+    drafts: Any
+
+
+class Propose(Protocol):
+    """Drafts the next tokens of every row, for the model to check in one pass; a pytree.
+
+    `count` is the number of drafts, the `slack` that the cache needs. What it keeps in
+    `State.drafts` is a pytree with methods `cleared` and `rewound`, as those of `Cache`.
+    """
+
+    @property
+    def count(self) -> int: ...
+
+    def start(self, batch: int, max_len: int) -> Any:
+        """`State.drafts` of empty rows."""
+        ...
+
+    def prefill(self, drafts: Any, prompt: Pass) -> Any:
+        """`State.drafts` after a chunk of prompt."""
+        ...
+
+    def __call__(self, state: State, active_B: jax.Array) -> Proposal:
+        """Drafts for the active rows."""
+        ...
+
+    def settle(self, proposal: Proposal, state: State, kept_B: jax.Array, new_B: jax.Array) -> Any:
+        """`State.drafts` after the check, of which `state` is the outcome.
+
+        Args:
+          kept_B: Drafts that the check kept.
+          new_B: Tokens that came of it, up to `kept + 1`: a stop id is the last one.
+        """
+        ...
+
+
+class Allow(Protocol):
+    """Says which tokens are legal; a pytree."""
+
+    def __call__(self, state: State, drafts_BX: jax.Array) -> jax.Array:
+        """bool `[B, X + 1, V]`: for each draft in its place, and for the token after them.
+
+        `state` holds everything before the drafts; there are none (X = 0) without `Propose`.
+        """
+        ...
+
+
+@partial(jax.jit, static_argnames=("loop",), donate_argnames=("state",))
 def advance(
     model: Gemma,
     state: State,
-    how: SamplingProgram,
-    limit: jax.Array,
     prompt: Pass | None,
     *,
-    stop_ids: tuple[int, ...],
     loop: bool,
+    propose: Propose | None = None,
+    allow: Allow | None = None,
 ) -> State:
-    """Reads a chunk of prompt, then chooses tokens until `limit` of them or the end of all rows.
+    """Reads a chunk of prompt, then chooses tokens until every row meets its limit or its end.
 
     Args:
-      limit: int32 bound on `state.step`.
       prompt: A chunk; rows that end in it have their first token chosen. `None` goes straight to
         the loop.
       loop: Whether to run the token loop at all.
+      propose: Speculation.
+      allow: Constrains what may be chosen. It may depend on no more than what it is given: where
+        the host works out what is legal, one call must choose one token.
     """
+    partition = model.runtime.partition
     if prompt is not None:
-        out = forward(
-            model,
-            Batch(prompt.tokens_BT, prompt.positions_BT, soft=prompt.soft),
-            cache=state.cache,
-            logits="last",
-        )
-        real_BT = jnp.where(prompt.positions_BT >= 0, prompt.tokens_BT, -1)
-        state = replace(state, cache=out.cache, seen_BV=_mark_seen(state.seen_BV, real_BT))
-        state = _choose(state, 0, out.logits[:, 0], prompt.ends_B, how, stop_ids)
-        state = placed(state, model.runtime.partition)
-
-    def body(state: State) -> State:
-        position_B = jnp.where(state.done_B, -1, state.cache.length_B)
-        out = forward(
-            model,
-            Batch(state.last_B[:, None], position_B[:, None]),
-            cache=state.cache,
-            logits="last",
-        )
-        state = replace(state, cache=out.cache)
-        state = _choose(state, state.step, out.logits[:, 0], ~state.done_B, how, stop_ids)
-        return placed(state, model.runtime.partition)
-
+        state = placed(_prefill(model, state, prompt, propose, allow), partition)
     if not loop:
         return state
-    state = jax.lax.while_loop(lambda s: (s.step < limit) & ~jnp.all(s.done_B), body, state)
-    return placed(state, model.runtime.partition)
+
+    def body(state: State) -> State:
+        return placed(_decode(model, state, propose, allow), partition)
+
+    return placed(jax.lax.while_loop(lambda s: jnp.any(s.active_B), body, state), partition)
 
 
-def placed(carry: T, partition: Partition | None) -> T:
+def placed(tree: Tree, partition: Partition | None) -> Tree:
     """On a mesh: caches by their letters, all else on every device, for the host to read."""
-    return carry if partition is None else partition.constrain(carry)
+    return tree if partition is None else partition.constrain(tree)
+
+
+def _prefill(
+    model: Gemma, state: State, prompt: Pass, propose: Propose | None, allow: Allow | None
+) -> State:
+    """Reads the chunk and chooses the first token of the rows that end in it."""
+    out = forward(
+        model,
+        Batch(prompt.tokens_BT, prompt.positions_BT, soft=prompt.soft),
+        cache=state.cache,
+        logits="last",
+    )
+    real_BT = jnp.where(prompt.positions_BT >= 0, prompt.tokens_BT, -1)
+    ends_B1 = prompt.ends_B[:, None]
+    state = replace(
+        state,
+        cache=out.cache,
+        step_B=jnp.where(prompt.ends_B, 0, state.step_B),
+        done_B=state.done_B & ~prompt.ends_B,
+        tokens_BX=jnp.where(ends_B1, -1, state.tokens_BX),
+        log_probs_BX=jnp.where(ends_B1, 0, state.log_probs_BX),
+        seen_BV=_mark_seen(state.seen_BV, real_BT),
+        drafts=state.drafts if propose is None else propose.prefill(state.drafts, prompt),
+    )
+    chosen_BT = _choose(state, out.logits, out.cache.length_B, allow)
+    return _append(state, chosen_BT, jnp.where(prompt.ends_B, 1, 0), out.logits)
+
+
+def _decode(model: Gemma, state: State, propose: Propose | None, allow: Allow | None) -> State:
+    """Feeds the last token of every active row to the model and chooses the next, or several."""
+    active_B, start_B = state.active_B, state.cache.length_B
+    if propose is None:
+        position_BT = jnp.where(active_B, start_B, -1)[:, None]
+        out = forward(
+            model, Batch(state.last_B[:, None], position_BT), cache=state.cache, logits="last"
+        )
+        chosen_BT = _choose(state, out.logits, start_B + 1, allow)
+        state = replace(state, cache=out.cache)
+        return _append(state, chosen_BT, jnp.where(active_B, 1, 0), out.logits)
+
+    proposal = propose(state, active_B)
+    read_BT = jnp.concatenate([state.last_B[:, None], proposal.drafts_BX], axis=1)
+    position_BT = start_B[:, None] + jnp.arange(read_BT.shape[1])
+    position_BT = jnp.where(active_B[:, None], position_BT, -1)
+    out = forward(model, Batch(read_BT, position_BT), cache=proposal.cache)
+    chosen_BT, kept_B = verify(
+        _legal(allow, state, proposal.drafts_BX, out.logits), proposal.drafts_BX,
+        proposal.log_q_BXV, state.keys_B, start_B, state.sampling,
+    )  # fmt: skip
+    kept_B, before_B = jnp.where(active_B, kept_B, 0), state.step_B
+    state = _append(state, chosen_BT, jnp.where(active_B, kept_B + 1, 0), out.logits)
+    new_B = state.step_B - before_B
+    state = replace(state, cache=out.cache.rewound(start_B + new_B))
+    return replace(state, drafts=propose.settle(proposal, state, kept_B, new_B))
 
 
 def _choose(
-    state: State,
-    step: jax.Array | int,
-    logits_BV: jax.Array,
-    active_B: jax.Array,
-    how: SamplingProgram,
-    stop_ids: tuple[int, ...],
-) -> State:
-    """Chooses token number `step` of the active rows."""
-    keys_B = jax.vmap(jax.random.fold_in)(state.keys_B, state.cache.length_B)
-    token_B = sample(logits_BV, keys_B, state.seen_BV, how)
-    log_prob_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
-    log_prob_B -= jax.nn.logsumexp(logits_BV, axis=1)
-    stopped_B = jnp.isin(token_B, jnp.array(stop_ids, jnp.int32))
+    state: State, logits_BTV: jax.Array, position_B: jax.Array, allow: Allow | None
+) -> jax.Array:
+    """One token per row for `position`, `[B, 1]`."""
+    keys_B = jax.vmap(jax.random.fold_in)(state.keys_B, position_B)
+    none_BX = jnp.zeros((len(keys_B), 0), jnp.int32)
+    logits_BV = _legal(allow, state, none_BX, logits_BTV)[:, 0]
+    return sample(logits_BV, keys_B, state.seen_BV, state.sampling)[:, None]
+
+
+def _legal(
+    allow: Allow | None, state: State, drafts_BX: jax.Array, logits_BTV: jax.Array
+) -> jax.Array:
+    if allow is None:
+        return logits_BTV
+    return jnp.where(allow(state, drafts_BX), logits_BTV, -jnp.inf)
+
+
+def _append(state: State, chosen_BT: jax.Array, count_B: jax.Array, logits_BTV: jax.Array) -> State:
+    """Puts the first `count` tokens behind those of each row; a stop id is the last one."""
+    T = chosen_BT.shape[1]
+    stop_BT = jnp.any(chosen_BT[:, :, None] == state.stop_ids_BI[:, None], axis=-1)
+    until_B = jnp.where(stop_BT.any(axis=1), jnp.argmax(stop_BT, axis=1) + 1, T)
+    count_B = jnp.minimum(count_B, until_B)
+    within_BT = jnp.arange(T) < count_B[:, None]
+    log_probs_BT = jnp.take_along_axis(logits_BTV, chosen_BT[..., None], axis=-1)[..., 0]
+    log_probs_BT -= jax.nn.logsumexp(logits_BTV, axis=-1)
+    last_B = jnp.take_along_axis(chosen_BT, jnp.maximum(count_B - 1, 0)[:, None], axis=1)[:, 0]
+
+    index_BX = jnp.arange(state.tokens_BX.shape[1]) - state.step_B[:, None]
+    new_BX = (index_BX >= 0) & (index_BX < count_B[:, None])
+
+    def put(old_BX: jax.Array, values_BT: jax.Array) -> jax.Array:
+        # A select, not a scatter: nothing beside the work of a token, on any device.
+        at_BX = jnp.clip(index_BX, 0, T - 1)
+        return jnp.where(new_BX, jnp.take_along_axis(values_BT, at_BX, axis=1), old_BX)
+
     return replace(
         state,
-        last_B=jnp.where(active_B, token_B, state.last_B),
-        done_B=state.done_B | (active_B & stopped_B),
-        step=jnp.asarray(step + 1, jnp.int32),
-        tokens_BX=state.tokens_BX.at[:, step].set(
-            jnp.where(active_B, token_B, state.tokens_BX[:, step])
-        ),
-        log_probs_BX=state.log_probs_BX.at[:, step].set(
-            jnp.where(active_B, log_prob_B, state.log_probs_BX[:, step])
-        ),
-        seen_BV=_mark_seen(state.seen_BV, jnp.where(active_B, token_B, -1)[:, None]),
+        last_B=jnp.where(count_B > 0, last_B, state.last_B),
+        step_B=state.step_B + count_B,
+        done_B=state.done_B | (stop_BT & within_BT).any(axis=1),
+        tokens_BX=put(state.tokens_BX, chosen_BT),
+        log_probs_BX=put(state.log_probs_BX, log_probs_BT),
+        seen_BV=_mark_seen(state.seen_BV, jnp.where(within_BT, chosen_BT, -1)),
     )
 
 
@@ -147,27 +283,75 @@ def _mark_seen(seen_BV: jax.Array | None, tokens_BT: jax.Array) -> jax.Array | N
     return seen_BV.at[rows_B1, ids_BT].set(True, mode="drop")
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6, 7))
+@partial(
+    jax.jit,
+    static_argnames=(
+        "cfg", "layer_groups", "max_len", "dtype", "new_tokens", "slack", "partition",
+    ),
+)  # fmt: skip
 def empty_state(
     seed_B: jax.Array,
+    sampling: SamplingRows,
+    stop_ids_BI: jax.Array,
+    *,
     cfg: GemmaConfig,
     layer_groups: tuple[LayerGroup, ...],
     max_len: int,
     dtype: jnp.dtype,
-    penalty: bool,
-    slack: int,
-    partition: Partition | None,
+    new_tokens: int = 0,
+    slack: int = 0,
+    partition: Partition | None = None,
 ) -> State:
-    """One program rather than one per array: most of a small model's start was these."""
+    """Rows with nothing in them, which wait for a prompt.
+
+    One program rather than one per array: most of a small model's start was these.
+
+    Args:
+      seed_B: uint32.
+      max_len: Longest row in tokens.
+      dtype: Of keys and values.
+      new_tokens: Columns of `tokens_BX`.
+      slack: See `Cache`.
+    """
     batch = len(seed_B)
     state = State(
         cache=init_cache(cfg, layer_groups, batch, max_len, dtype, slack),
         last_B=jnp.zeros(batch, jnp.int32),
+        step_B=jnp.zeros(batch, jnp.int32),
+        limit_B=jnp.zeros(batch, jnp.int32),
+        done_B=jnp.ones(batch, bool),
         keys_B=jax.vmap(jax.random.key)(seed_B),
-        done_B=jnp.zeros(batch, bool),
-        step=jnp.int32(0),
-        tokens_BX=jnp.zeros((batch, 0), jnp.int32),
-        log_probs_BX=jnp.zeros((batch, 0), jnp.float32),
-        seen_BV=jnp.zeros((batch, cfg.vocab_size), bool) if penalty else None,
+        sampling=sampling,
+        stop_ids_BI=stop_ids_BI,
+        tokens_BX=jnp.full((batch, new_tokens), -1, jnp.int32),
+        log_probs_BX=jnp.zeros((batch, new_tokens), jnp.float32),
+        seen_BV=jnp.zeros((batch, cfg.vocab_size), bool) if sampling.penalty else None,
     )
+    return placed(state, partition)
+
+
+@partial(jax.jit, static_argnames=("partition",), donate_argnames=("state",))
+def emptied(
+    state: State, empty_B: jax.Array, seed_B: jax.Array, *, partition: Partition | None
+) -> State:
+    """The state with nothing in the rows that are `True`, which get new seeds."""
+    keys_B = jax.vmap(jax.random.key)(seed_B)
+    seen_BV = state.seen_BV
+    state = replace(
+        state,
+        cache=state.cache.cleared(empty_B),
+        step_B=jnp.where(empty_B, 0, state.step_B),
+        done_B=state.done_B | empty_B,
+        keys_B=jnp.where(empty_B, keys_B, state.keys_B),
+        seen_BV=None if seen_BV is None else seen_BV & ~empty_B[:, None],
+        drafts=None if state.drafts is None else state.drafts.cleared(empty_B),
+    )
+    return placed(state, partition)
+
+
+@partial(jax.jit, static_argnames=("partition",), donate_argnames=("state",))
+def rewound(state: State, length_B: jax.Array, *, partition: Partition | None) -> State:
+    """The state without tokens at positions of `length` and beyond, see `Cache.rewound`."""
+    drafts = None if state.drafts is None else state.drafts.rewound(length_B)
+    state = replace(state, cache=state.cache.rewound(length_B), drafts=drafts)
     return placed(state, partition)

@@ -147,7 +147,7 @@ def generate(
     streaming = on_text is not None or bool(stop)
     soft = [encode_prompt_images(model, p) for p in prompts]
     session.read(rows, soft=soft, max_new_tokens=new, run=not streaming, progress=progress)
-    writers = [TextWriter(tokenizer, stop, session.stop_ids) for _ in rows]
+    writers = [TextWriter(tokenizer, stop, ids) for ids in session.stop_ids]
     for chosen in steps(session, new, streaming):
         for i, (writer, ids) in enumerate(zip(writers, chosen)):
             text = writer.extend(ids)

@@ -1,9 +1,12 @@
 """Choosing the next token from logits."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,90 +54,167 @@ class Sampling:
             if not fine:
                 raise ValueError(f"{name}={getattr(self, name)} must be {wanted}")
 
-    def program(self) -> "SamplingProgram":
-        """The same, as an argument of a jitted function."""
-        return SamplingProgram(
-            temperature=float(self.temperature),
-            top_p=float(self.top_p),
-            min_p=float(self.min_p),
-            repetition_penalty=float(self.repetition_penalty),
-            greedy=self.temperature == 0,
-            top_k=int(self.top_k),
-            use_top_p=self.top_p < 1,
-            use_min_p=self.min_p > 0,
-            use_penalty=self.repetition_penalty != 1,
-        )
+
+Among = Literal["none", "some", "all"]  # rows of a batch
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class SamplingProgram:
-    """`Sampling` split into values that may change freely and switches that cost a compilation."""
+class SamplingRows:
+    """`Sampling` of every row of a batch: values as arrays, and switches that cost a compilation.
 
-    temperature: float
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    greedy: bool = field(metadata={"static": True})
-    top_k: int = field(metadata={"static": True})
-    use_top_p: bool = field(metadata={"static": True})
-    use_min_p: bool = field(metadata={"static": True})
-    use_penalty: bool = field(metadata={"static": True})
+    The switches only leave out work that no row asks for. What a row draws depends on its own
+    values and key alone: random numbers belong to a token's place among the candidates, and are
+    the same however many candidates there are.
+
+    Attributes:
+      temperature_B, top_p_B, min_p_B, repetition_penalty_B: float32; 1 for a greedy row's
+        temperature.
+      top_k_B: int32; the vocabulary's size where all tokens are kept.
+      greedy_B, sorted_B: bool; rows that take the best token, and those that need the candidates in
+        descending order (for top-k or top-p).
+      greedy, sorted: Whether all, some or no rows do.
+      candidates: How many of the sorted candidates are kept for the rules.
+      top_p, min_p, penalty: Whether any row uses the rule.
+    """
+
+    temperature_B: jax.Array
+    top_k_B: jax.Array
+    top_p_B: jax.Array
+    min_p_B: jax.Array
+    repetition_penalty_B: jax.Array
+    greedy_B: jax.Array
+    sorted_B: jax.Array
+    greedy: Among = field(metadata={"static": True})
+    sorted: Among = field(metadata={"static": True})
+    candidates: int = field(metadata={"static": True})
+    top_p: bool = field(metadata={"static": True})
+    min_p: bool = field(metadata={"static": True})
+    penalty: bool = field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, rows: Sequence[Sampling], vocab_size: int) -> "SamplingRows":
+        """The rules of each row, for a vocabulary of this size.
+
+        Examples:
+          >>> rows = SamplingRows.of([Sampling(), Sampling(temperature=1.0, top_k=5)], 100)
+          >>> rows.greedy, rows.candidates, rows.top_k_B.tolist()
+          ('some', 8, [100, 5])
+        """
+        sampled = [row for row in rows if row.temperature > 0]
+        sorts = [row for row in sampled if row.top_k or row.top_p < 1]
+        top_ks = [min(row.top_k or vocab_size, vocab_size) for row in rows]
+        widest = max([k for row, k in zip(rows, top_ks) if row in sorts], default=0)
+        return cls(
+            temperature_B=_floats(row.temperature or 1 for row in rows),
+            top_k_B=np.array(top_ks, np.int32),
+            top_p_B=_floats(row.top_p for row in rows),
+            min_p_B=_floats(row.min_p for row in rows),
+            repetition_penalty_B=_floats(row.repetition_penalty for row in rows),
+            greedy_B=np.array([row.temperature == 0 for row in rows]),
+            sorted_B=np.array([row in sorts for row in rows]),
+            greedy=_among(len(rows) - len(sampled), len(rows)),
+            sorted=_among(len(sorts), len(sampled)),
+            # The next power of two: a program serves all top-k up to it.
+            candidates=min(1 << (widest - 1).bit_length(), vocab_size) if widest else 0,
+            top_p=any(row.top_p < 1 for row in sampled),
+            min_p=any(row.min_p > 0 for row in sampled),
+            penalty=any(row.repetition_penalty != 1 for row in rows),
+        )
+
+
+def _floats(values: Iterable[float]) -> np.ndarray:
+    return np.array([float(value) for value in values], np.float32)
+
+
+def _among(count: int, all_rows: int) -> Among:
+    return "none" if count == 0 else "all" if count == all_rows else "some"
 
 
 def sample(
-    logits_BV: jax.Array, keys_B: jax.Array, seen_BV: jax.Array | None, how: SamplingProgram
+    logits_BV: jax.Array, keys_B: jax.Array, seen_BV: jax.Array | None, rows: SamplingRows
 ) -> jax.Array:
-    """One token id per row, int32 `[B]`.
+    """Chooses one token id per row, int32 `[B]`.
 
-    Every row has a key of its own, so what it draws does not depend on the rows beside it.
-    `seen_BV` (bool) is needed for the repetition penalty only.
+    Args:
+      logits_BV: float32; -inf for tokens that are not to be chosen.
+      keys_B: A random key per row.
+      seen_BV: bool, tokens met so far; needed for the repetition penalty only.
     """
-    if how.use_penalty:
-        penalised_BV = jnp.where(
-            logits_BV > 0, logits_BV / how.repetition_penalty, logits_BV * how.repetition_penalty
-        )
+    if rows.penalty:
+        penalty_B1 = rows.repetition_penalty_B[:, None]
+        penalised_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
         logits_BV = jnp.where(seen_BV, penalised_BV, logits_BV)
-    if how.greedy:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    return jax.vmap(lambda logits_V, key: _draw(logits_V / how.temperature, key, how))(
-        logits_BV, keys_B
-    )
+    if rows.greedy == "all":
+        return _best(logits_BV)
+    drawn_B = jax.vmap(_draw)(logits_BV, keys_B, rows)
+    if rows.greedy == "none":
+        return drawn_B
+    return jnp.where(rows.greedy_B, _best(logits_BV), drawn_B)
 
 
-def distribution(logits: jax.Array, how: SamplingProgram) -> jax.Array:
-    """Log-probabilities that `sample` draws from, `[..., V]`; -inf for what the rules leave out.
+def distribution(logits_BTV: jax.Array, rows: SamplingRows) -> jax.Array:
+    """Log-probabilities that `sample` draws from, `[B, T, V]`; -inf for what the rules leave out.
 
-    The repetition penalty is not among them. Greedy choice leaves the logits as they are.
+    The repetition penalty is not among them. All of a greedy row's probability is at its best
+    token.
     """
-    if how.greedy:
+
+    def one(logits_V: jax.Array, row: SamplingRows) -> jax.Array:
+        lowest_V = jnp.full_like(logits_V, -jnp.inf)
+        log_p_V = lowest_V
+        if row.greedy != "all":
+            by_order = _by_order(logits_V / row.temperature_B, row)
+            log_p_V = _where_sorted(
+                row, *(jax.nn.log_softmax(lowest_V.at[ids].set(kept)) for kept, ids in by_order)
+            )
+        if row.greedy == "none":
+            return log_p_V
+        return jnp.where(row.greedy_B, lowest_V.at[_best(logits_V)].set(0), log_p_V)
+
+    return jax.vmap(jax.vmap(one, in_axes=(0, None)))(logits_BTV, rows)
+
+
+def _best(logits: jax.Array) -> jax.Array:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def _draw(logits_V: jax.Array, key: jax.Array, row: SamplingRows) -> jax.Array:
+    by_order = _by_order(logits_V / row.temperature_B, row)
+    drawn = [ids[jax.random.categorical(key, kept)].astype(jnp.int32) for kept, ids in by_order]
+    return _where_sorted(row, *drawn)
+
+
+def _by_order(logits_V: jax.Array, row: SamplingRows) -> list[tuple[jax.Array, jax.Array]]:
+    """Logits after the rules and the tokens they belong to: sorted, if any row needs them so, then
+    in the vocabulary's order, if any does not."""
+    orders = []
+    if row.sorted != "none":
+        orders.append(_top(*jax.lax.top_k(logits_V, row.candidates), row))
+    if row.sorted != "all":
+        orders.append((_likely(logits_V, row), jnp.arange(logits_V.size, dtype=jnp.int32)))
+    return orders
+
+
+def _where_sorted(row: SamplingRows, first: jax.Array, *second: jax.Array) -> jax.Array:
+    return jnp.where(row.sorted_B, first, second[0]) if second else first
+
+
+def _top(
+    logits: jax.Array, candidates: jax.Array, row: SamplingRows
+) -> tuple[jax.Array, jax.Array]:
+    """Top-k, top-p and min-p of candidates in descending order."""
+    logits = jnp.where(jnp.arange(logits.size) < row.top_k_B, logits, -jnp.inf)
+    if row.top_p:
+        probs = jax.nn.softmax(logits)
+        before = jnp.cumsum(probs) - probs
+        # Sums of all probabilities may be rounded to 1 before the last of them.
+        logits = jnp.where((before < row.top_p_B) | (row.top_p_B >= 1), logits, -jnp.inf)
+    return _likely(logits, row), candidates
+
+
+def _likely(logits: jax.Array, row: SamplingRows) -> jax.Array:
+    """Min-p."""
+    if not row.min_p:
         return logits
-
-    def one(logits_V: jax.Array) -> jax.Array:
-        kept, candidates = _rules(logits_V / how.temperature, how)
-        return jax.nn.log_softmax(jnp.full_like(logits_V, -jnp.inf).at[candidates].set(kept))
-
-    flat = jax.vmap(one)(logits.reshape(-1, logits.shape[-1]))
-    return flat.reshape(logits.shape)
-
-
-def _draw(logits_V: jax.Array, key: jax.Array, how: SamplingProgram) -> jax.Array:
-    logits, candidates = _rules(logits_V, how)
-    return candidates[jax.random.categorical(key, logits)].astype(jnp.int32)
-
-
-def _rules(logits_V: jax.Array, how: SamplingProgram) -> tuple[jax.Array, jax.Array]:
-    """Logits after top-k, top-p and min-p, and the tokens they belong to."""
-    # Only top-k and top-p need the candidates in descending order.
-    candidates = jnp.arange(logits_V.size, dtype=jnp.int32)
-    if how.top_k or how.use_top_p:
-        count = min(how.top_k or logits_V.size, logits_V.size)
-        logits_V, candidates = jax.lax.top_k(logits_V, count)
-    if how.use_top_p:
-        probs_V = jax.nn.softmax(logits_V)
-        before_V = jnp.cumsum(probs_V) - probs_V
-        logits_V = jnp.where(before_V < how.top_p, logits_V, -jnp.inf)
-    if how.use_min_p:
-        floor = jnp.max(logits_V) + jnp.log(how.min_p)
-        logits_V = jnp.where(logits_V >= floor, logits_V, -jnp.inf)
-    return logits_V, candidates
+    return jnp.where(logits >= jnp.max(logits) + jnp.log(row.min_p_B), logits, -jnp.inf)

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from gemma_jax.decoder.model import Gemma
-from gemma_jax.inference.decode import advance, empty_state
+from gemma_jax.inference.decode import Allow, Propose, advance, emptied, empty_state, rewound
 from gemma_jax.inference.prefill import Pass, Row, bucket, prefill_chunk
-from gemma_jax.inference.sampling import Sampling
+from gemma_jax.inference.sampling import Sampling, SamplingRows
 
 CHUNK = 1024  # longest stretch of prompt that one pass reads
 
@@ -18,21 +18,23 @@ class Session:
     """Keeps a batch of sequences in a cache, and extends them by prompts and by the model's tokens.
 
     Rows may differ in length. `read` takes text in, `write` makes the model continue; both may
-    alternate, so a conversation keeps its cache from turn to turn.
+    alternate, so a conversation keeps its cache from turn to turn. Rows may also come and go:
+    `clear` empties one, and a `read` with `None` for the others gives it another text.
 
     Args:
       model: The model to run.
       batch: Number of rows B.
       max_len: Longest sequence in tokens, prompt and continuation; rounded up to a bucket.
-      sampling: How to choose tokens.
+      sampling: How to choose tokens, for all rows or one per row.
       seeds: One integer for all rows, or one per row. Rows with the same seed and text continue
         alike, whatever the batch around them.
       stop_ids: Tokens that end a row.
       chunk: Longest stretch of prompt read in one pass; longer prompts take several.
-      slack: See `Cache`.
+      propose: Drafts tokens for the model to check, see `SpeculativeSession`.
+      allow: Says which tokens are legal, see `decode.Allow`.
 
     Raises:
-      ValueError: `max_len` exceeds the context of the model.
+      ValueError: `max_len` exceeds the context of the model, or a repetition penalty with drafts.
 
     Examples:
       >>> import gemma_jax as gj
@@ -49,11 +51,12 @@ class Session:
         batch: int,
         max_len: int,
         *,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling | Sequence[Sampling] = Sampling(),
         seeds: int | Sequence[int] = 0,
         stop_ids: Sequence[int] = (),
         chunk: int = CHUNK,
-        slack: int = 0,
+        propose: Propose | None = None,
+        allow: Allow | None = None,
     ):
         cfg = model.cfg
         if max_len > cfg.max_positions:
@@ -61,91 +64,84 @@ class Session:
                 f"{max_len} tokens asked for, but the context holds max_positions="
                 f"{cfg.max_positions}; shorten the prompt or ask for fewer new tokens"
             )
-        self.model, self.how, self.chunk = model, sampling.program(), chunk
-        self.stop_ids = tuple(int(i) for i in stop_ids)
+        self.model, self.chunk, self.propose, self.allow = model, chunk, propose, allow
         self.max_len = min(bucket(max_len), cfg.max_positions)
-        self.chosen: list[list[int]] = [[] for _ in range(batch)]  # since the last `read`
+        self.chosen: list[list[int]] = [[] for _ in range(batch)]  # since the row's last `read`
         self.log_probs: list[list[float]] = [[] for _ in range(batch)]
+        self.stop_ids = [tuple(int(i) for i in stop_ids)] * batch
         self._lengths = [0] * batch  # tokens read, and chosen before the last `read`
-        seed_B = [seeds] * batch if isinstance(seeds, int) else list(seeds)
-        if len(seed_B) != batch:
-            raise ValueError(
-                f"{len(seed_B)} seeds for {batch} prompts; give one, or one per prompt"
-            )
-        seed_B = np.array([seed % 2**32 for seed in seed_B], np.uint32)
+        self._limits = [0] * batch
+        self._sampling = _per_row(sampling, batch, "sampling values")
+        seed_B = [seed % 2**32 for seed in _per_row(seeds, batch, "seeds")]
         self._state = empty_state(
-            seed_B,
-            cfg,
-            model.layer_groups,
-            self.max_len,
-            model.runtime.kv_dtype,
-            self.how.use_penalty,
-            slack,
-            model.runtime.partition,
+            np.array(seed_B, np.uint32),
+            self._sampling_rows(),
+            _padded(self.stop_ids),
+            cfg=cfg,
+            layer_groups=model.layer_groups,
+            max_len=self.max_len,
+            dtype=model.runtime.kv_dtype,
+            slack=self._slack,
+            partition=model.runtime.partition,
         )
+        if propose is not None:
+            self._state = replace(self._state, drafts=propose.start(batch, self.max_len))
 
     def read(
         self,
-        rows: Sequence[Sequence[int]],
+        rows: Sequence[Sequence[int] | None],
         *,
         max_new_tokens: int,
         soft: Sequence[jax.Array | None] | None = None,
         run: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Appends tokens to every row and chooses the first new token of each.
+        """Appends tokens to rows and chooses the first new token of each.
 
         Args:
-          rows: Token ids per row, at least one each; in `[0, V)`, or placeholders of images.
+          rows: Token ids per row, at least one each; in `[0, V)`, or placeholders of images. `None`
+            leaves a row as it is.
           max_new_tokens: Room to make for new tokens until the next `read`.
           soft: Per row the soft tokens `[I, T, D]` of its images, in order, or `None`: as many as
             there are placeholders.
           run: Goes on in the same compiled program until `max_new_tokens` are chosen.
           progress: Called after each pass with tokens read so far and in total.
         """
-        # The last token chosen was never fed to the model: it goes in front of the new ones,
-        # unless it is a stop token, which ends a text and is not part of it.
-        pending = [[i for i in old[-1:] if i not in self.stop_ids] for old in self.chosen]
-        rows = [old + list(new) for old, new in zip(pending, rows, strict=True)]
-        starts = [n + max(len(old) - 1, 0) for n, old in zip(self._lengths, self.chosen)]
-        self._check(rows, starts, max_new_tokens)
-        prompts = [
-            Row.of(row, start, images, self.model.cfg.vision, written=len(old))
-            for row, start, old, images in zip(
-                rows, starts, pending, soft or [None] * len(rows), strict=True
-            )
-        ]
-        self._lengths = [start + len(row) for start, row in zip(starts, rows)]
-        self.chosen, self.log_probs = [[] for _ in rows], [[] for _ in rows]
-        shape = (len(rows), self._width(max_new_tokens))
-        self._state = replace(
-            self._state,
-            step=np.int32(0),
-            done_B=np.zeros(len(rows), bool),
-            tokens_BX=np.full(shape, -1, np.int32),
-            log_probs_BX=np.zeros(shape, np.float32),
-        )
-        cuts = [prompt.cuts(self.chunk) for prompt in prompts]
+        prompts = self._prompts(rows, soft or [None] * len(rows), max_new_tokens)
+        self._make_room(prompts, max_new_tokens)
+        for i, prompt in enumerate(prompts):
+            if prompt is not None:
+                self._lengths[i] = prompt.start + len(prompt.ids)
+                self.chosen[i], self.log_probs[i], self._limits[i] = [], [], 0
+        cuts = [[] if prompt is None else prompt.cuts(self.chunk) for prompt in prompts]
         passes = max(len(row_cuts) for row_cuts in cuts)
         for n in range(passes):
             # A row with fewer pieces than others waits at its end.
             parts = [row_cuts[n] if n < len(row_cuts) else None for row_cuts in cuts]
-            last = n == passes - 1
-            limit = max_new_tokens if run and last else 0
-            self._advance(limit, prefill_chunk(prompts, parts), loop=run)
+            if loop := run and n == passes - 1:
+                self._limit([max_new_tokens if p else old for p, old in zip(prompts, self._limits)])
+            self._advance(prefill_chunk(prompts, parts), loop=loop)
             if progress is not None:
-                read = [part.stop if part else len(row) for part, row in zip(parts, rows)]
-                progress(max(read), max(len(row) for row in rows))
+                done = [row_cuts[min(n, len(row_cuts) - 1)].stop for row_cuts in cuts if row_cuts]
+                progress(max(done), max(len(p.ids) for p in prompts if p is not None))
 
-    def write(self, limit: int) -> list[list[int]]:
-        """Continues until `limit` tokens are chosen since the last `read`, or all rows stopped.
+    def write(self, limit: int | Sequence[int]) -> list[list[int]]:
+        """Continues until `limit` tokens are chosen since a row's last `read`, or it stopped.
 
-        Returns the tokens chosen since the last `read`, per row, stop token included.
+        Args:
+          limit: For all rows, or one per row.
+
+        Returns:
+          The tokens chosen since the row's last `read`, per row, stop token included.
         """
-        if int(self._state.step) < limit:
-            self._advance(limit, None, loop=True)
+        self._limit(_per_row(limit, len(self.chosen), "limits"))
+        if np.any(
+            ~np.asarray(self._state.done_B) & (np.asarray(self._state.step_B) < self._limits)
+        ):
+            self._advance(None, loop=True)
+        # Drafts may have brought more; that waits for the next call.
+        counts = np.minimum(np.asarray(self._state.step_B), self._limits)
         tokens_BX, log_probs_BX = np.asarray(self._state.tokens_BX), self._state.log_probs_BX
-        counts = [int(np.sum(row >= 0)) for row in tokens_BX]
         self.chosen = [row[:n].tolist() for row, n in zip(tokens_BX, counts)]
         self.log_probs = [row[:n].tolist() for row, n in zip(np.asarray(log_probs_BX), counts)]
         return self.chosen
@@ -154,43 +150,140 @@ class Session:
         """Ends a row from outside, after a stop text for example."""
         self._state = replace(self._state, done_B=self._state.done_B.at[row].set(True))
 
+    def clear(
+        self,
+        row: int,
+        *,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        stop_ids: Sequence[int] | None = None,
+    ) -> None:
+        """Empties a row, for the next `read` to start another text in it.
+
+        Args:
+          sampling, stop_ids: Of that text; default: what the row had.
+          seed: Of that text.
+        """
+        empty_B = np.arange(len(self.chosen)) == row
+        self._state = emptied(
+            self._state,
+            empty_B,
+            np.where(empty_B, seed % 2**32, 0).astype(np.uint32),
+            partition=self.model.runtime.partition,
+        )
+        self.chosen[row], self.log_probs[row] = [], []
+        self._lengths[row] = self._limits[row] = 0
+        if stop_ids is not None:
+            self.stop_ids[row] = tuple(int(i) for i in stop_ids)
+            self._state = replace(self._state, stop_ids_BI=_padded(self.stop_ids))
+        if sampling is not None:
+            self._sampling[row] = sampling
+            self._state = replace(self._state, sampling=self._sampling_rows())
+            if self._state.sampling.penalty and self._state.seen_BV is None:
+                shape = len(self.chosen), self.model.cfg.vocab_size
+                self._state = replace(self._state, seen_BV=np.zeros(shape, bool))
+
     @property
     def done(self) -> list[bool]:
-        """Rows that met a stop id or were stopped."""
-        return np.asarray(self._state.done_B).tolist()
+        """Rows that met a stop id, were stopped, or are empty."""
+        within_B = np.asarray(self._state.step_B) <= self._limits
+        return (np.asarray(self._state.done_B) & within_B).tolist()
 
     @property
     def room(self) -> int:
         """Tokens that still fit into the longest row."""
         return self.max_len - max(n + len(new) for n, new in zip(self._lengths, self.chosen))
 
-    def _width(self, max_new_tokens: int) -> int:
-        """Columns for new tokens."""
-        return bucket(max_new_tokens)
+    @property
+    def _slack(self) -> int:
+        return 0 if self.propose is None else self.propose.count
 
-    def _advance(self, limit: int, prompt: Pass | None, *, loop: bool) -> None:
+    def _sampling_rows(self) -> SamplingRows:
+        rows = SamplingRows.of(self._sampling, self.model.cfg.vocab_size)
+        if rows.penalty and self.propose is not None:
+            raise ValueError("speculation knows no repetition penalty; leave one of the two out")
+        return rows
+
+    def _limit(self, limits: Sequence[int]) -> None:
+        self._limits = list(limits)
+        self._state = replace(self._state, limit_B=np.array(self._limits, np.int32))
+
+    def _advance(self, prompt: Pass | None, *, loop: bool) -> None:
         self._state = advance(
-            self.model,
-            self._state,
-            self.how,
-            np.int32(limit),
-            prompt,
-            stop_ids=self.stop_ids,
-            loop=loop,
+            self.model, self._state, prompt, loop=loop, propose=self.propose, allow=self.allow
         )
 
-    def _check(self, rows, starts, max_new_tokens):
-        vocab, vision = self.model.cfg.vocab_size, self.model.cfg.vision
-        allowed = set() if vision is None else {vision.image_token}
+    def _prompts(
+        self,
+        rows: Sequence[Sequence[int] | None],
+        soft: Sequence[jax.Array | None],
+        max_new_tokens: int,
+    ) -> list[Row | None]:
+        """What to read into each row, and from which position on."""
         if max_new_tokens < 1:
             raise ValueError(f"{max_new_tokens=} must be at least 1")
-        for i, (row, start) in enumerate(zip(rows, starts)):
-            if not row:
-                raise ValueError(f"prompt {i} is empty; give at least one token")
-            if min(row) < 0 or max(set(row) - allowed, default=0) >= vocab:
-                raise ValueError(f"prompt {i} has ids outside [0, {vocab}), the model's vocabulary")
-            if (need := start + len(row) + max_new_tokens) > self.max_len:
-                raise ValueError(
-                    f"{need} tokens needed ({start + len(row)} of text, {max_new_tokens} new), but "
-                    f"the session holds max_len={self.max_len}; shorten the text or make room"
-                )
+        if all(row is None for row in rows):
+            raise ValueError("no text for any row; give at least one")
+        prompts = []
+        for i, (row, soft_ITD, old) in enumerate(zip(rows, soft, self.chosen, strict=True)):
+            if row is None:
+                prompts.append(None)
+                continue
+            # The last token chosen was never fed to the model: it goes in front of the new ones,
+            # unless it is a stop token, which ends a text and is not part of it.
+            pending = [token for token in old[-1:] if token not in self.stop_ids[i]]
+            start = self._lengths[i] + max(len(old) - 1, 0)
+            ids = pending + list(row)
+            self._check(i, ids, start, max_new_tokens)
+            vision = self.model.cfg.vision
+            prompts.append(Row.of(ids, start, soft_ITD, vision, written=len(pending)))
+        return prompts
+
+    def _check(self, i: int, ids: list[int], start: int, max_new_tokens: int) -> None:
+        vocab, vision = self.model.cfg.vocab_size, self.model.cfg.vision
+        allowed = set() if vision is None else {vision.image_token}
+        if not ids:
+            raise ValueError(f"prompt {i} is empty; give at least one token")
+        if min(ids) < 0 or max(set(ids) - allowed, default=0) >= vocab:
+            raise ValueError(f"prompt {i} has ids outside [0, {vocab}), the model's vocabulary")
+        if (need := start + len(ids) + max_new_tokens) > self.max_len:
+            raise ValueError(
+                f"{need} tokens needed ({start + len(ids)} of text, {max_new_tokens} new), but "
+                f"the session holds max_len={self.max_len}; shorten the text or make room"
+            )
+
+    def _make_room(self, prompts: list[Row | None], max_new_tokens: int) -> None:
+        """Columns for new tokens; and caches that end where the prompts begin."""
+        state, batch = self._state, len(prompts)
+        width, old = bucket(max_new_tokens + self._slack), state.tokens_BX.shape[1]
+        tokens_BX = np.full((batch, width), -1, np.int32)
+        log_probs_BX = np.zeros((batch, width), np.float32)
+        if None in prompts:  # a row that goes on keeps what it has
+            width = max(width, old)
+            tokens_BX, log_probs_BX = (
+                np.pad(a, ((0, 0), (0, width - old)), constant_values=fill)
+                for a, fill in ((state.tokens_BX, -1), (state.log_probs_BX, 0))
+            )
+        self._state = replace(state, tokens_BX=tokens_BX, log_probs_BX=log_probs_BX)
+        if self.propose is not None:
+            # Drafts may have brought more than was asked for.
+            starts = [self.max_len if p is None else p.start for p in prompts]
+            partition = self.model.runtime.partition
+            self._state = rewound(self._state, np.array(starts, np.int32), partition=partition)
+
+
+def _per_row(value, batch: int, name: str) -> list:
+    """One value for all rows, or one per row, as one per row."""
+    if isinstance(value, (int, np.integer, Sampling)):
+        return [value] * batch
+    if len(value) != batch:
+        raise ValueError(f"{len(value)} {name} for {batch} prompts; give one, or one per prompt")
+    return list(value)
+
+
+def _padded(stop_ids: Sequence[Sequence[int]]) -> np.ndarray:
+    """`[B, I]` int32, filled up with -1; for the usual two or so ids the same shape."""
+    ids_BI = np.full((len(stop_ids), max(4, *map(len, stop_ids))), -1, np.int32)
+    for row, ids in zip(ids_BI, stop_ids):
+        row[: len(ids)] = ids
+    return ids_BI

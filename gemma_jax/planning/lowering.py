@@ -13,9 +13,9 @@ from gemma_jax.config import GemmaConfig
 from gemma_jax.decoder.cache import Cache, init_cache
 from gemma_jax.decoder.losses import loss
 from gemma_jax.decoder.model import Gemma, abstract_model
-from gemma_jax.inference.decode import State, advance
+from gemma_jax.inference.decode import advance, empty_state
 from gemma_jax.inference.prefill import Pass
-from gemma_jax.inference.sampling import Sampling
+from gemma_jax.inference.sampling import Sampling, SamplingRows
 from gemma_jax.inference.session import CHUNK
 from gemma_jax.quantise import store_weights
 from gemma_jax.runtime import Runtime
@@ -100,24 +100,25 @@ def lower(model: Gemma, work: Work, partition: Partition) -> jax.stages.Lowered:
 def _lower_generation(model: Gemma, work: Work, partition: Partition) -> jax.stages.Lowered:
     B, cfg = work.batch, model.cfg
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
-    state = State(
-        cache=abstract_cache(cfg, work, model, partition),
-        last_B=ints(B),
-        keys_B=jax.eval_shape(lambda: jax.random.split(jax.random.key(0), B)),
-        done_B=jax.ShapeDtypeStruct((B,), bool),
-        step=ints(),
-        tokens_BX=ints(B, CHUNK),
-        log_probs_BX=jax.ShapeDtypeStruct((B, CHUNK), jnp.float32),
-        seen_BV=None,
+    state = jax.eval_shape(
+        partial(
+            empty_state,
+            cfg=cfg,
+            layer_groups=model.layer_groups,
+            max_len=work.context,
+            dtype=jnp.dtype(work.cache_dtype or work.dtype),
+            new_tokens=CHUNK,
+        ),
+        jax.ShapeDtypeStruct((B,), jnp.uint32),
+        SamplingRows.of([Sampling()] * B, cfg.vocab_size),
+        ints(B, 4),
     )
     prompt = None
     if work.mode == "prefill":
         chunk = ints(B, work.chunk)
         prompt = Pass(chunk, chunk, None, jax.ShapeDtypeStruct((B,), bool))
-    how = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, Sampling().program()))
-    state, how, limit, prompt = placed((state, how, ints(), prompt), partition)
-    loop = prompt is None
-    return advance.lower(model, state, how, limit, prompt, stop_ids=(1, 106), loop=loop)
+    state, prompt = placed((state, prompt), partition)
+    return advance.lower(model, state, prompt, loop=prompt is None)
 
 
 def _lower_training(model: Gemma, work: Work, partition: Partition) -> jax.stages.Lowered:

@@ -81,7 +81,7 @@ def test_one_compilation_per_bucket(net):
     chex.clear_trace_counter()
     counted = jax.jit(
         chex.assert_max_traces(session_module.advance.__wrapped__, n=1),
-        static_argnames=("stop_ids", "loop"),
+        static_argnames=("loop",),
     )
     original, session_module.advance = session_module.advance, counted
     try:

@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 
 from gemma_jax import Sampling
-from gemma_jax.inference.sampling import sample
+from gemma_jax.inference.sampling import SamplingRows, distribution, sample
 
 PROBS = np.array([0.5, 0.25, 0.15, 0.07, 0.03])
 LOGITS = jnp.log(jnp.asarray(PROBS, jnp.float32))
 DRAWS = 4000
+
+
+def rows(count, vocab_size=len(PROBS), **fields):
+    return SamplingRows.of([Sampling(**fields)] * count, vocab_size)
 
 
 def draw(seen=None, **fields):
@@ -18,8 +22,8 @@ def draw(seen=None, **fields):
     keys = jax.random.split(jax.random.key(0), DRAWS)
     logits = jnp.tile(LOGITS, (DRAWS, 1))
     seen = None if seen is None else jnp.tile(jnp.asarray(seen), (DRAWS, 1))
-    how = Sampling(**{"temperature": 1.0, **fields}).program()
-    tokens = jax.jit(sample)(logits, keys, seen, how)
+    rules = rows(DRAWS, **{"temperature": 1.0, **fields})
+    tokens = jax.jit(sample)(logits, keys, seen, rules)
     return np.bincount(tokens, minlength=len(PROBS)) / DRAWS
 
 
@@ -61,25 +65,62 @@ def test_repetition_penalty():
 
 
 def test_repetition_penalty_divides_positive_logits():
-    how = Sampling(repetition_penalty=2.0).program()
+    rules = rows(1, repetition_penalty=2.0)
     logits = jnp.array([[3.0, 2.0, 1.0]])
     seen = jnp.array([[True, False, False]])
-    assert sample(logits, jax.random.split(jax.random.key(0), 1), seen, how).tolist() == [1]
+    assert sample(logits, jax.random.split(jax.random.key(0), 1), seen, rules).tolist() == [1]
 
 
 def test_greedy_takes_the_first_of_equals():
     logits = jnp.array([[0.0, 2.0, 2.0], [1.0, 0.0, -1.0]])
     keys = jax.random.split(jax.random.key(0), 2)
-    assert sample(logits, keys, None, Sampling().program()).tolist() == [1, 0]
+    assert sample(logits, keys, None, rows(2)).tolist() == [1, 0]
 
 
 def test_a_draw_depends_on_its_own_key_alone():
-    how = Sampling(temperature=1.0, top_p=0.9).program()
+    rules = dict(temperature=1.0, top_p=0.9)
     keys = jax.random.split(jax.random.key(3), 6)
     logits = jax.random.normal(jax.random.key(4), (6, 50))
-    together = sample(logits, keys, None, how)
-    alone = [sample(logits[i : i + 1], keys[i : i + 1], None, how)[0] for i in range(6)]
+    together = sample(logits, keys, None, rows(6, 50, **rules))
+    alone = [
+        sample(logits[i : i + 1], keys[i : i + 1], None, rows(1, 50, **rules))[0] for i in range(6)
+    ]
     assert together.tolist() == [int(token) for token in alone]
+
+
+RULES = [
+    dict(),
+    dict(temperature=0.7),
+    dict(temperature=1.0, top_k=3),
+    dict(temperature=1.0, top_k=40),
+    dict(temperature=1.3, top_p=0.8),
+    dict(temperature=1.3, min_p=0.05),
+    dict(temperature=1.0, top_k=20, top_p=0.9, min_p=0.02, repetition_penalty=1.5),
+    dict(repetition_penalty=3.0),
+]
+
+
+def test_rules_of_one_row_do_not_change_those_of_another():
+    """Also where the rows beside it make the program sort, or keep more candidates."""
+    logits_BV = 2 * jax.random.normal(jax.random.key(4), (len(RULES), 50))
+    seen_BV = jax.random.bernoulli(jax.random.key(5), 0.3, logits_BV.shape)
+    each = [Sampling(**fields) for fields in RULES]
+    together = SamplingRows.of(each, 50)
+    for seed in range(20):
+        keys_B = jax.random.split(jax.random.key(seed), len(RULES))
+        mixed_B = sample(logits_BV, keys_B, seen_BV, together).tolist()
+        for i, sampling in enumerate(each):
+            row = slice(i, i + 1)
+            alone = SamplingRows.of([sampling], 50)
+            assert mixed_B[i] == sample(logits_BV[row], keys_B[row], seen_BV[row], alone).item()
+
+
+def test_a_greedy_row_is_certain_among_rows_that_draw():
+    logits_BV = jnp.array([[1.0, 3.0, 2.0], [1.0, 3.0, 2.0]])
+    rules = SamplingRows.of([Sampling(), Sampling(temperature=1.0)], 3)
+    p_BV = np.exp(distribution(logits_BV[:, None], rules)[:, 0])
+    np.testing.assert_array_equal(p_BV[0], [0, 1, 0])
+    np.testing.assert_allclose(p_BV[1], jax.nn.softmax(logits_BV[1]), rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from marks import nightly
 from scipy import stats
 
 from gemma_jax import forward, generate
-from gemma_jax.inference.sampling import Sampling, distribution, sample
+from gemma_jax.inference.sampling import Sampling, SamplingRows, distribution, sample
 from gemma_jax.inference.session import Session
 from gemma_jax.inference.speculation import SpeculativeSession
 from gemma_jax.matformer import Slice, at, shares_cache
@@ -158,7 +158,9 @@ def test_sampled_text_is_distributed_as_the_models(rules, cfg, draft, sharper):
         firsts = np.arange(100)
         rows = np.array([[*prompt, first // 10, first % 10] for first in firsts], np.int32)
         logits = forward(model, rows).logits[:, 2:]
-        p = np.exp(distribution(logits, sampling.program()))  # after the prompt, one, two tokens
+        p = np.exp(
+            distribution(logits, SamplingRows.of([sampling] * 100, 10))
+        )  # after the prompt, one, two tokens
         first = p[0, 0]  # [V]
         second = p[::10, 1]  # [first, second]
         third = p[:, 2].reshape(10, 10, 10)  # [first, second, third]
@@ -180,11 +182,13 @@ def test_sampled_text_is_distributed_as_the_models(rules, cfg, draft, sharper):
 def test_distribution_is_what_sample_draws_from():
     logits_V = jax.random.normal(jax.random.key(0), (12,)) * 2
     for rules in RULES.values():
-        how = Sampling(**rules).program()
+        sampling = Sampling(**rules)
         keys_B = jax.random.split(jax.random.key(1), 4000)
-        drawn_B = sample(jnp.broadcast_to(logits_V, (4000, 12)), keys_B, None, how)
+        rows = SamplingRows.of([sampling] * 4000, 12)
+        drawn_B = sample(jnp.broadcast_to(logits_V, (4000, 12)), keys_B, None, rows)
         shares = np.bincount(drawn_B, minlength=12) / 4000
-        p_V = np.exp(distribution(logits_V, how))
+        one = SamplingRows.of([sampling], 12)
+        p_V = np.exp(distribution(logits_V[None, None], one)[0, 0])
         assert p_V.sum() == pytest.approx(1, abs=1e-5)
         np.testing.assert_allclose(shares, p_V, atol=0.03)
         assert not shares[p_V == 0].any()

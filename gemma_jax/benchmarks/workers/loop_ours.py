@@ -10,7 +10,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from protocol import serve
 from scopes import seconds_by_scope
@@ -63,8 +62,7 @@ class Loop:
         """Seconds of a token loop under the profiler, and where they go: by named scope."""
         session = Session(self._model, len(ids), len(ids[0]) + room + 1)
         session.read(ids, max_new_tokens=room + 1)
-        operands = (self._model, session._state, session.how, np.int32(0), None)
-        program = advance.lower(*operands, stop_ids=(), loop=True).compile()
+        program = advance.lower(self._model, session._state, None, loop=True).compile()
         start = time.perf_counter()
         found = seconds_by_scope(program, lambda: session.write(new_tokens + 1), SCOPES)
         return time.perf_counter() - start, found
