@@ -51,8 +51,8 @@ def steady_state(
 def prefill(model: Gemma, rows: Rows) -> tuple[float, list[list[int]]]:
     """Seconds from prompts to the choice of the first new tokens, and these tokens."""
     session = Session(model, len(rows), max(map(len, rows)) + 1)
-    seconds = _clock(session, lambda: session.read(rows, max_new_tokens=1))
-    return seconds, session.write(1)
+    seconds = _clock(session, lambda: session.prefill(rows, max_new_tokens=1))
+    return seconds, session.decode(1)
 
 
 def decode(
@@ -65,8 +65,8 @@ def decode(
     """
     room = max(room, new_tokens) + 1
     session = Session(model, len(rows), max(map(len, rows)) + room)
-    session.read(rows, max_new_tokens=room)
-    seconds = _clock(session, lambda: session.write(new_tokens + 1))
+    session.prefill(rows, max_new_tokens=room)
+    seconds = _clock(session, lambda: session.decode(new_tokens + 1))
     return seconds, session.chosen
 
 

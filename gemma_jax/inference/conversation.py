@@ -74,7 +74,7 @@ class Conversation:
             )
         new = min(max_new_tokens, room)
         soft = [encode_prompt_images(self.model, prompt)]
-        self._session.read([ids], soft=soft, max_new_tokens=new)
+        self._session.prefill([ids], soft=soft, max_new_tokens=new)
         writer = TextWriter(self.tokenizer, (), self._session.stop_ids[0])
         try:
             for chosen in steps(self._session, new, True):

@@ -18,7 +18,7 @@ from gemma_jax.vision.pan_and_scan import PanAndScan
 Progress = Callable[[int, int], None]  # tokens of prompt read so far, in total
 
 
-@dataclass
+@dataclass(frozen=True)
 class Completion:
     """Holds what a model wrote after one prompt; `str()` of it is the text.
 
@@ -61,7 +61,7 @@ def generate(
     images: Sequence | None = None,
     pan_and_scan: PanAndScan | None = None,
     max_new_tokens: int = 128,
-    sampling: Sampling | None = None,
+    sampling: Sampling | Sequence[Sampling] | None = None,
     seed: int | Sequence[int] = 0,
     stop: Sequence[str] = (),
     stop_ids: Sequence[int] | None = None,
@@ -83,8 +83,8 @@ def generate(
         it. Messages hold theirs in their content.
       pan_and_scan: Adds crops of elongated images; `None` for none.
       max_new_tokens: Bound on the continuation; the context of the model may end before.
-      sampling: How to choose tokens, or its fields directly (`temperature=0.7, top_k=64`).
-        Default: greedy.
+      sampling: How to choose tokens, one for all prompts or one per prompt; or its fields directly
+        (`temperature=0.7, top_k=64`). Default: greedy.
       seed: One integer, or one per prompt. The same seed and prompt give the same text, also
         inside a larger batch.
       stop: Texts that end the continuation; they are not part of it.
@@ -118,26 +118,20 @@ def generate(
     given = [prompt] if single else list(prompt)
     if not given:
         raise ValueError("no prompt given; give at least one")
-    read = PromptReader(tokenizer, model.cfg, pan_and_scan)
-    prompts = read.all(given, [images] if single else images)
-    rows = [p.token_ids for p in prompts]
-    if stop_ids is None:
-        stop_ids = tokenizer.stop_ids if tokenizer is not None else ()
     if stop and tokenizer is None:
         raise ValueError("stop texts need a tokenizer; give one, or stop_ids")
-    longest = max(len(row) for row in rows)
-    new = min(max_new_tokens, model.cfg.max_positions - longest)
-    if max_new_tokens > 0 and new < 1:
-        raise ValueError(
-            f"a prompt of {longest} tokens leaves no room in the model's context of "
-            f"{model.cfg.max_positions}; shorten it"
-        )
-    kind = Session
+    if stop_ids is None:
+        stop_ids = tokenizer.stop_ids if tokenizer is not None else ()
+    prompts = PromptReader(tokenizer, model.cfg, pan_and_scan).all(
+        given, [images] if single else images
+    )
+    longest, new = _lengths(model, prompts, max_new_tokens)
+    session_class = Session
     if draft is not None:
-        kind = partial(SpeculativeSession, draft=draft, draft_tokens=draft_tokens)
-    session = kind(
+        session_class = partial(SpeculativeSession, draft=draft, draft_tokens=draft_tokens)
+    session = session_class(
         model,
-        len(rows),
+        len(prompts),
         longest + new,
         sampling=_resolve(sampling, sampling_fields),
         seeds=seed,
@@ -145,33 +139,71 @@ def generate(
         chunk=chunk,
     )
     streaming = on_text is not None or bool(stop)
-    soft = [encode_prompt_images(model, p) for p in prompts]
-    session.read(rows, soft=soft, max_new_tokens=new, run=not streaming, progress=progress)
+    session.prefill(
+        [p.token_ids for p in prompts],
+        soft=[encode_prompt_images(model, p) for p in prompts],
+        max_new_tokens=new,
+        run=not streaming,
+        progress=progress,
+    )
     writers = [TextWriter(tokenizer, stop, ids) for ids in session.stop_ids]
-    for chosen in steps(session, new, streaming):
-        for i, (writer, ids) in enumerate(zip(writers, chosen)):
-            text = writer.extend(ids)
-            if text and on_text is not None:
-                on_text(i, text)
-            if writer.stopped:
-                session.stop(i)
-    done = session.done
-    for i, writer in enumerate(writers):
-        if (text := writer.close()) and on_text is not None:
-            on_text(i, text)
-    completions = [
-        Completion(w.text, ids[: w.count], row, "stop" if ended else "length", log_probs[: w.count])
-        for w, ids, row, ended, log_probs in zip(
-            writers, session.chosen, rows, done, session.log_probs
-        )
-    ]
-    if draft is not None:
-        for done, *done_drafts in zip(completions, session.proposed, session.accepted):
-            done.proposed_drafts, done.accepted_drafts = done_drafts
+    _write(session, writers, new, on_text, streaming)
+    completions = _completions(session, writers, prompts)
     return completions[0] if single else completions
 
 
-def _resolve(sampling: Sampling | None, fields: Mapping[str, float]) -> Sampling:
+def _lengths(model: Gemma, prompts: list[Prompt], max_new_tokens: int) -> tuple[int, int]:
+    """Tokens of the longest prompt, and how many new ones the context leaves room for."""
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    new = min(max_new_tokens, model.cfg.max_positions - longest)
+    if max_new_tokens > 0 and new < 1:
+        raise ValueError(
+            f"a prompt of {longest} tokens leaves no room in the model's context of "
+            f"{model.cfg.max_positions}; shorten it"
+        )
+    return longest, new
+
+
+def _write(
+    session: Session,
+    writers: list[TextWriter],
+    new_tokens: int,
+    on_text: Callable[[int, str], None] | None,
+    streaming: bool,
+) -> None:
+    """Runs the session to its end and tells `on_text` what each row says."""
+    for chosen in steps(session, new_tokens, streaming):
+        for i, (writer, ids) in enumerate(zip(writers, chosen)):
+            if (text := writer.extend(ids)) and on_text is not None:
+                on_text(i, text)
+            if writer.stopped:
+                session.stop(i)
+    for i, writer in enumerate(writers):
+        if (text := writer.close()) and on_text is not None:
+            on_text(i, text)
+
+
+def _completions(
+    session: Session, writers: list[TextWriter], prompts: list[Prompt]
+) -> list[Completion]:
+    ended, proposed, accepted = session.done, session.proposed, session.accepted
+    return [
+        Completion(
+            text=writer.text,
+            token_ids=session.chosen[i][: writer.count],
+            prompt_token_ids=prompt.token_ids,
+            finish_reason="stop" if ended[i] else "length",
+            log_probs=session.log_probs[i][: writer.count],
+            proposed_drafts=proposed[i],
+            accepted_drafts=accepted[i],
+        )
+        for i, (writer, prompt) in enumerate(zip(writers, prompts, strict=True))
+    ]
+
+
+def _resolve(
+    sampling: Sampling | Sequence[Sampling] | None, fields: Mapping[str, float]
+) -> Sampling | Sequence[Sampling]:
     if sampling is not None and fields:
         raise ValueError(f"give sampling, or its fields {sorted(fields)}, not both")
     return sampling or Sampling(**fields)

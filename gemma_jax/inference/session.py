@@ -17,9 +17,9 @@ CHUNK = 1024  # longest stretch of prompt that one pass reads
 class Session:
     """Keeps a batch of sequences in a cache, and extends them by prompts and by the model's tokens.
 
-    Rows may differ in length. `read` takes text in, `write` makes the model continue; both may
+    Rows may differ in length. `prefill` takes text in, `decode` makes the model continue; both may
     alternate, so a conversation keeps its cache from turn to turn. Rows may also come and go:
-    `clear` empties one, and a `read` with `None` for the others gives it another text.
+    `clear` empties one, and a `prefill` with `None` for the others gives it another text.
 
     Args:
       model: The model to run.
@@ -40,8 +40,8 @@ class Session:
       >>> import gemma_jax as gj
       >>> model, tok = gj.load("checkpoints/digits")
       >>> session = gj.Session(model, batch=1, max_len=64, stop_ids=tok.stop_ids)
-      >>> session.read([tok.encode("Which digit is left?", bos=True)], max_new_tokens=4)
-      >>> session.write(4)  # without a picture, the model has nothing to say
+      >>> session.prefill([tok.encode("Which digit is left?", bos=True)], max_new_tokens=4)
+      >>> session.decode(4)  # without a picture, the model has nothing to say
       [[1]]
     """
 
@@ -66,10 +66,10 @@ class Session:
             )
         self.model, self.chunk, self.propose, self.allow = model, chunk, propose, allow
         self.max_len = min(bucket(max_len), cfg.max_positions)
-        self.chosen: list[list[int]] = [[] for _ in range(batch)]  # since the row's last `read`
+        self.chosen: list[list[int]] = [[] for _ in range(batch)]  # since the row's last `prefill`
         self.log_probs: list[list[float]] = [[] for _ in range(batch)]
         self.stop_ids = [tuple(int(i) for i in stop_ids)] * batch
-        self._lengths = [0] * batch  # tokens read, and chosen before the last `read`
+        self._lengths = [0] * batch  # tokens read, and chosen before the last prompt
         self._limits = [0] * batch
         self._sampling = _per_row(sampling, batch, "sampling values")
         seed_B = [seed % 2**32 for seed in _per_row(seeds, batch, "seeds")]
@@ -87,7 +87,7 @@ class Session:
         if propose is not None:
             self._state = replace(self._state, drafts=propose.start(batch, self.max_len))
 
-    def read(
+    def prefill(
         self,
         rows: Sequence[Sequence[int] | None],
         *,
@@ -101,7 +101,7 @@ class Session:
         Args:
           rows: Token ids per row, at least one each; in `[0, V)`, or placeholders of images. `None`
             leaves a row as it is.
-          max_new_tokens: Room to make for new tokens until the next `read`.
+          max_new_tokens: Room to make for new tokens until the next `prefill`.
           soft: Per row the soft tokens `[I, T, D]` of its images, in order, or `None`: as many as
             there are placeholders.
           run: Goes on in the same compiled program until `max_new_tokens` are chosen.
@@ -125,14 +125,14 @@ class Session:
                 done = [row_cuts[min(n, len(row_cuts) - 1)].stop for row_cuts in cuts if row_cuts]
                 progress(max(done), max(len(p.ids) for p in prompts if p is not None))
 
-    def write(self, limit: int | Sequence[int]) -> list[list[int]]:
-        """Continues until `limit` tokens are chosen since a row's last `read`, or it stopped.
+    def decode(self, limit: int | Sequence[int]) -> list[list[int]]:
+        """Continues until `limit` tokens are chosen since a row's last `prefill`, or it stopped.
 
         Args:
           limit: For all rows, or one per row.
 
         Returns:
-          The tokens chosen since the row's last `read`, per row, stop token included.
+          The tokens chosen since the row's last `prefill`, per row, stop token included.
         """
         self._limit(_per_row(limit, len(self.chosen), "limits"))
         if np.any(
@@ -158,7 +158,7 @@ class Session:
         seed: int = 0,
         stop_ids: Sequence[int] | None = None,
     ) -> None:
-        """Empties a row, for the next `read` to start another text in it.
+        """Empties a row, for the next `prefill` to start another text in it.
 
         Args:
           sampling, stop_ids: Of that text; default: what the row had.
@@ -193,6 +193,16 @@ class Session:
     def room(self) -> int:
         """Tokens that still fit into the longest row."""
         return self.max_len - max(n + len(new) for n, new in zip(self._lengths, self.chosen))
+
+    @property
+    def proposed(self) -> list[int]:
+        """Drafts made since each row was empty; 0 without speculation."""
+        return [0] * len(self.chosen)
+
+    @property
+    def accepted(self) -> list[int]:
+        """Drafts kept since each row was empty; 0 without speculation."""
+        return [0] * len(self.chosen)
 
     @property
     def _slack(self) -> int:

@@ -153,7 +153,7 @@ class DraftModel:
 
 
 class SpeculativeSession(Session):
-    """A `Session` whose `write` drafts and checks.
+    """A `Session` whose `decode` drafts and checks.
 
     Args:
       draft: A slice of `model`, or any model with the same vocabulary.
@@ -185,12 +185,10 @@ class SpeculativeSession(Session):
 
     @property
     def proposed(self) -> list[int]:
-        """Drafts made so far, per row."""
         return np.asarray(self._state.drafts.proposed_B).tolist()
 
     @property
     def accepted(self) -> list[int]:
-        """Drafts kept so far, per row."""
         return np.asarray(self._state.drafts.accepted_B).tolist()
 
 

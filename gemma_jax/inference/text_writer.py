@@ -56,7 +56,7 @@ def steps(session: Session, limit: int, streaming: bool) -> Iterator[list[list[i
     step, burst = 1 if streaming else limit, 1
     while True:
         start = time.perf_counter()
-        yield session.write(step)
+        yield session.decode(step)
         if step >= limit or all(session.done):
             return
         if jax.process_count() > 1:

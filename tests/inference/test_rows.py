@@ -39,8 +39,8 @@ def session_class(model, draft):
 
 def alone(make, ids, new_tokens, *, seed=0, **options):
     session = make(1, seeds=[seed], **options)
-    session.read([ids], max_new_tokens=new_tokens, run=True)
-    return session.write(new_tokens)[0], session.log_probs[0]
+    session.prefill([ids], max_new_tokens=new_tokens, run=True)
+    return session.decode(new_tokens)[0], session.log_probs[0]
 
 
 def assert_row(session, row, expected):
@@ -61,16 +61,16 @@ def test_a_row_that_joins_late_says_what_it_says_alone(model, draft):
     expected = {name: alone(make, ids, n, **rest) for name, (ids, n, rest) in texts.items()}
 
     session = make(2, seeds=[1, 2])
-    session.read([texts["first"][0], None], max_new_tokens=20)
-    session.write([7, 0])
+    session.prefill([texts["first"][0], None], max_new_tokens=20)
+    session.decode([7, 0])
     assert session.done == [False, True] and session.chosen[1] == []
-    session.read([None, texts["second"][0]], max_new_tokens=12)  # while the first is on its way
-    session.write([10, 12])
+    session.prefill([None, texts["second"][0]], max_new_tokens=12)  # while the first is on its way
+    session.decode([10, 12])
     assert_row(session, 1, expected["second"])
     session.clear(1, sampling=warm, seed=3)
     assert session.chosen[1] == []
-    session.read([None, texts["third"][0]], max_new_tokens=9)
-    session.write([20, 9])
+    session.prefill([None, texts["third"][0]], max_new_tokens=9)
+    session.decode([20, 9])
     assert_row(session, 0, expected["first"])
     assert_row(session, 1, expected["third"])
 
@@ -85,8 +85,8 @@ def test_rows_with_rules_of_their_own(model):
         Sampling(temperature=1.2, min_p=0.02, repetition_penalty=1.4),
     ]
     session = make(4, sampling=rules, seeds=[5, 6, 7, 8])
-    session.read([prompt(n) for n in (3, 9, 14, 6)], max_new_tokens=14)
-    session.write(14)
+    session.prefill([prompt(n) for n in (3, 9, 14, 6)], max_new_tokens=14)
+    session.decode(14)
     for i, n in enumerate((3, 9, 14, 6)):
         assert_row(session, i, alone(make, prompt(n), 14, sampling=rules[i], seed=5 + i))
 
@@ -98,29 +98,29 @@ def test_limits_and_stop_ids_are_each_rows_own(model):
     session = make(3, stop_ids=[free[1][6]])
     session.clear(0, stop_ids=[free[0][4]])
     session.clear(2, stop_ids=[])
-    session.read(texts, max_new_tokens=12)
-    chosen = session.write([12, 12, 5])
+    session.prefill(texts, max_new_tokens=12)
+    chosen = session.decode([12, 12, 5])
     assert chosen[0] == free[0][: free[0].index(free[0][4]) + 1]
     assert chosen[1] == free[1][: free[1].index(free[1][6]) + 1]
     assert chosen[2] == free[2][:5]
     assert session.done == [True, True, False]
-    assert session.write(12)[2] == free[2]
+    assert session.decode(12)[2] == free[2]
 
 
 def test_a_penalty_may_come_with_a_later_text(model):
     make, penalised = session_class(model, None), Sampling(repetition_penalty=1.5)
     session = make(2)
-    session.read([prompt(5), prompt(9)], max_new_tokens=6, run=True)
+    session.prefill([prompt(5), prompt(9)], max_new_tokens=6, run=True)
     session.clear(1, sampling=penalised)
-    session.read([None, prompt(7)], max_new_tokens=6)
-    session.write(6)
+    session.prefill([None, prompt(7)], max_new_tokens=6)
+    session.decode(6)
     assert_row(session, 0, alone(make, prompt(5), 6))
     assert_row(session, 1, alone(make, prompt(7), 6, sampling=penalised))
 
 
 def test_clearing_a_row_forgets_it_and_nothing_else(model):
     session = Session(model, 2, 64)
-    session.read([prompt(20), prompt(20)], max_new_tokens=4, run=True)
+    session.prefill([prompt(20), prompt(20)], max_new_tokens=4, run=True)
     before = jax.tree.map(np.asarray, session._state.cache)
     session.clear(0)
     after = session._state.cache
@@ -137,8 +137,8 @@ def test_drafts_go_on_from_turn_to_turn(model, draft):
     sessions = [session_class(model, None)(1), session_class(model, draft)(1)]
     for ids, new_tokens in turns:
         for session in sessions:
-            session.read([ids], max_new_tokens=new_tokens)
-            session.write(new_tokens)
+            session.prefill([ids], max_new_tokens=new_tokens)
+            session.decode(new_tokens)
         assert_row(sessions[1], 0, (sessions[0].chosen[0], sessions[0].log_probs[0]))
 
 
@@ -162,8 +162,8 @@ def test_only_legal_tokens_are_chosen(model, draft):
         session = session_class(model, draft)(1)
         session.allow = Alternate()
     ids = prompt(6)
-    session.read([ids], max_new_tokens=15)
-    chosen = session.write(15)[0]
+    session.prefill([ids], max_new_tokens=15)
+    chosen = session.decode(15)[0]
     assert all(a % 2 != b % 2 for a, b in itertools.pairwise(chosen))
 
     logits_TV = forward(model, np.array([ids + chosen], np.int32)).logits[0, len(ids) - 1 :]
@@ -185,9 +185,9 @@ def test_wrong_numbers_of_things_for_rows(model):
             Session(model, 2, 32, **options)
     session = Session(model, 2, 32)
     with pytest.raises(ValueError, match="1 limits for 2 prompts"):
-        session.write([3])
+        session.decode([3])
     with pytest.raises(ValueError, match="no text for any row"):
-        session.read([None, None], max_new_tokens=3)
+        session.prefill([None, None], max_new_tokens=3)
     with pytest.raises(ValueError, match="no repetition penalty"):
         SpeculativeSession(
             model, 2, 32, draft=DRAFTS["own cache"],

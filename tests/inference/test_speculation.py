@@ -101,9 +101,9 @@ def test_token_by_token_is_all_at_once(small):
     sessions = []
     for steps in ([20], range(1, 21)):
         session = SpeculativeSession(small, 2, 48, draft=SHARED, sampling=sampling, seeds=[1, 2])
-        session.read(PROMPTS[:2], max_new_tokens=20)
+        session.prefill(PROMPTS[:2], max_new_tokens=20)
         for step in steps:
-            chosen = session.write(step)
+            chosen = session.decode(step)
             assert all(len(row) == step for row in chosen)
         sessions.append(chosen)
     assert sessions[0] == sessions[1]
@@ -148,8 +148,8 @@ def test_sampled_text_is_distributed_as_the_models(rules, cfg, draft, sharper):
         net, count, 16, draft=draft, draft_tokens=3, sampling=sampling,
         seeds=list(range(count)),
     )  # fmt: skip
-    session.read([prompt] * count, max_new_tokens=3)
-    texts = np.array(session.write(3))
+    session.prefill([prompt] * count, max_new_tokens=3)
+    texts = np.array(session.decode(3))
     seen = np.bincount(texts[:, 1] * 10 + texts[:, 2], minlength=100)
     assert 0.2 < sum(session.accepted) / sum(session.proposed) < 0.98
 

@@ -287,5 +287,5 @@ def test_slices_as_files(tmp_path):
 def test_a_session_of_a_view(net):
     """Views go wherever models go."""
     session = Session(at(net, SHORT), 1, 32)
-    session.read([[5, 6, 7]], max_new_tokens=4)
-    assert len(session.write(4)[0]) == 4
+    session.prefill([[5, 6, 7]], max_new_tokens=4)
+    assert len(session.decode(4)[0]) == 4

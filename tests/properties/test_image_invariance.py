@@ -138,8 +138,8 @@ def test_turns_over_a_cache_equal_the_whole_prompt(net):
     ids, pixels = [], []
     for turn in turns:
         soft_ITD, _ = encode_images(net, turn.pixels)
-        session.read([turn.token_ids], soft=[soft_ITD], max_new_tokens=4)
-        answer = list(session.write(4)[0])
+        session.prefill([turn.token_ids], soft=[soft_ITD], max_new_tokens=4)
+        answer = list(session.decode(4)[0])
         ids, pixels = ids + turn.token_ids, [*pixels, *turn.pixels]
         whole = generate(net, None, Prompt(ids, np.stack(pixels)), max_new_tokens=4)
         assert answer == whole.token_ids

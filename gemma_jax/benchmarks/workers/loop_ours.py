@@ -61,10 +61,10 @@ class Loop:
     def profile(self, ids, new_tokens, room):
         """Seconds of a token loop under the profiler, and where they go: by named scope."""
         session = Session(self._model, len(ids), len(ids[0]) + room + 1)
-        session.read(ids, max_new_tokens=room + 1)
+        session.prefill(ids, max_new_tokens=room + 1)
         program = advance.lower(self._model, session._state, None, loop=True).compile()
         start = time.perf_counter()
-        found = seconds_by_scope(program, lambda: session.write(new_tokens + 1), SCOPES)
+        found = seconds_by_scope(program, lambda: session.decode(new_tokens + 1), SCOPES)
         return time.perf_counter() - start, found
 
 
