@@ -251,8 +251,10 @@ def _append(state: State, chosen_BT: jax.Array, count_B: jax.Array, logits_BTV: 
     until_B = jnp.where(stop_BT.any(axis=1), jnp.argmax(stop_BT, axis=1) + 1, T)
     count_B = jnp.minimum(count_B, until_B)
     within_BT = jnp.arange(T) < count_B[:, None]
-    log_probs_BT = jnp.take_along_axis(logits_BTV, chosen_BT[..., None], axis=-1)[..., 0]
-    log_probs_BT -= jax.nn.logsumexp(logits_BTV, axis=-1)
+    # In two dimensions: XLA's CPU backend is slower with three.
+    logits_XV = logits_BTV.reshape(-1, logits_BTV.shape[-1])
+    log_probs_X = jnp.take_along_axis(logits_XV, chosen_BT.reshape(-1, 1), axis=1)[:, 0]
+    log_probs_BT = (log_probs_X - jax.nn.logsumexp(logits_XV, axis=1)).reshape(chosen_BT.shape)
     last_B = jnp.take_along_axis(chosen_BT, jnp.maximum(count_B - 1, 0)[:, None], axis=1)[:, 0]
 
     index_BX = jnp.arange(state.tokens_BX.shape[1]) - state.step_B[:, None]
