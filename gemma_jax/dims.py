@@ -1,28 +1,28 @@
-"""The one alphabet of array dimensions.
+"""The letters of array dimensions.
 
-Einsum strings use only these letters, and local arrays of rank two or more carry them as a
-suffix (`q_BTNH`). Weights are declared by equation, so the letters of a weight also drive its
-initial shape, its sharding, and the shape check of checkpoints.
+Einsum strings use only such letters, and local arrays of rank two or more carry them as a suffix
+(`q_BTNH`). Weights are declared by equation, so the letters of a weight also drive its initial
+shape, its sharding, and the shape check of checkpoints.
+
+These mean the same everywhere:
 
 | letter | meaning                         | letter | meaning                              |
 |--------|---------------------------------|--------|--------------------------------------|
-| B      | batch                           | F      | feed-forward width (of one layer)    |
-| T      | new (query) tokens              | V      | vocabulary                           |
-| S      | key slots                       | L      | layers                               |
-| D      | model width                     | A      | AltUp streams                        |
+| B      | batch                           | H      | head dimension                       |
+| T      | new (query) tokens              | F      | feed-forward width (of one layer)    |
+| S      | key slots                       | V      | vocabulary                           |
+| D      | model width                     | L      | layers                               |
 | N      | query heads                     | P      | per-layer-input width                |
-| K      | key/value heads                 | R      | low rank                             |
-| G      | query heads per kv head, N / K  | Q      | image patches                        |
-| H      | head dimension                  | C      | vision-tower width                   |
-| I      | images                          | U      | colour channels                      |
-| Y      | pixel rows (of a patch)         | X      | pixel columns (of a patch)           |
-| E      | outputs of a square map         | Z      | pairs of AltUp streams, A * A        |
+| K      | key/value heads                 | A      | AltUp streams                        |
+| G      | query heads per kv head, N / K  |        |                                      |
 
-In a tower an image is what a batch row is in the text: N, H, F and L are the tower's own there.
+A file that needs others explains them at the end of its docstring, behind `Local letters:`.
 Stacked parameters (see `layer_groups.py`) have one leading axis more, which carries no letter.
 """
 
-ALPHABET = frozenset("BTSDNKGHFVLAPRQCIUYXEZ")
+from string import ascii_uppercase
+
+CORE = frozenset("BTSDNKGHFVLPA")
 
 
 def weight_dims(equation: str) -> str:
@@ -33,8 +33,6 @@ def weight_dims(equation: str) -> str:
     """
     operands, arrow, _ = equation.partition("->")
     parts = operands.split(",")
-    if not arrow or len(parts) != 2 or not set(equation) <= ALPHABET | set(",->"):
-        raise ValueError(
-            f"{equation=} must read 'X,W->Y' in the letters {''.join(sorted(ALPHABET))}"
-        )
+    if not arrow or len(parts) != 2 or not set(equation) <= set(ascii_uppercase + ",->"):
+        raise ValueError(f"{equation=} must read 'X,W->Y', each a row of capital letters")
     return parts[1]

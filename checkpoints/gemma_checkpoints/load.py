@@ -38,7 +38,7 @@ TABLE: ParamPath = ("per_layer", "table")
 
 Placement = Callable[[ParamPath, str, tuple[int, ...]], jax.sharding.Sharding | None]
 Transform = Callable[[nnx.Param, jax.Array], Weight]
-T, R = TypeVar("T"), TypeVar("R")
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,9 @@ def _located(array: np.ndarray, piece: Piece) -> tuple[np.ndarray, tuple[int, ..
     return (array, index) if row is None else (array[None], (row, *index))
 
 
-def _in_threads(work: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
+def _in_threads(
+    work: Callable[[Item], Result], items: Iterable[Item]
+) -> Iterator[tuple[Item, Result]]:
     """`(item, work(item))` in order; a bounded number of items is begun ahead of the consumer."""
     threads = min(8, os.cpu_count() or 1)
     waiting: deque = deque()

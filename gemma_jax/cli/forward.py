@@ -1,4 +1,7 @@
-"""`gemma-jax forward`: run stored inputs through a model and write what comes out."""
+"""`gemma-jax forward`: run stored inputs through a model and write what comes out.
+
+Local letters: I items that soft tokens come in.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

@@ -1,4 +1,7 @@
-"""Embeddings that take the place of tokens."""
+"""Embeddings that take the place of tokens.
+
+Local letters: I items that soft tokens come in.
+"""
 
 from dataclasses import dataclass
 

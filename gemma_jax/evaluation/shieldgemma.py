@@ -2,6 +2,8 @@
 
 Source: ShieldGemma 2 (arXiv 2504.01081), section 5; the policies and the prompt are those of
 transformers (`models/shieldgemma2/`: processor, and chat template in the conversion script).
+
+Local letters: I images.
 """
 
 from collections.abc import Mapping, Sequence

@@ -6,6 +6,8 @@ per bucket and not once per prompt:
 
     tokens in a pass    16, 32, 64, ... 1024, then multiples of 1024
     images in a pass    1, 2, 4, 8, ...
+
+Local letters: I items that soft tokens come in.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,7 @@
-"""Keeps sequences in a cache on the host's side: what to read, how far to write, what came out."""
+"""Keeps sequences in a cache on the host's side: what to read, how far to write, what came out.
+
+Local letters: X tokens chosen; I stop ids, or items that soft tokens come in.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace

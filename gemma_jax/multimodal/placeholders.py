@@ -1,4 +1,7 @@
-"""Where soft tokens go in a text, and who sees whom there."""
+"""Where soft tokens go in a text, and who sees whom there.
+
+Local letters: I items that soft tokens come in.
+"""
 
 import jax
 import jax.numpy as jnp

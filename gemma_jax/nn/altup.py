@@ -1,6 +1,8 @@
 """Alternating updates: A residual streams, of which each layer computes one and predicts the rest.
 
 Baykal et al., "Alternating Updates for Efficient Transformers", 2023 (hf `Gemma3nTextAltUp`).
+
+Local letters: E outputs of a square map; Z pairs of streams, A * A.
 """
 
 import jax

@@ -1,4 +1,7 @@
-"""Token embedding, which is the output head as well; embeddings of ids for other modalities."""
+"""Token embedding, which is the output head as well; embeddings of ids for other modalities.
+
+Local letters: C width of the other modality's vectors.
+"""
 
 import math
 

@@ -1,4 +1,7 @@
-"""Learned augmented residual: a low-rank map beside attention."""
+"""Learned augmented residual: a low-rank map beside attention.
+
+Local letters: R low rank.
+"""
 
 import jax
 from flax import nnx

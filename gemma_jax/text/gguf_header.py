@@ -18,7 +18,7 @@ import numpy as np
 
 from .vocabulary import SPACE, Kind, Vocabulary
 
-T = TypeVar("T")
+Entry = TypeVar("Entry")
 
 MAGIC = b"GGUF"
 U32, U64 = struct.Struct("<I"), struct.Struct("<Q")
@@ -105,9 +105,9 @@ class Cursor:
     def metadata(self, count: int) -> dict[str, object]:
         return self.entries(count, self.value)
 
-    def entries(self, count: int, read: Callable[[], T]) -> dict[str, T]:
+    def entries(self, count: int, read: Callable[[], Entry]) -> dict[str, Entry]:
         """Names, each followed by what `read` reads; no name may occur twice."""
-        found: dict[str, T] = {}
+        found: dict[str, Entry] = {}
         # A lying count cannot make this long: every round moves on, and the file ends somewhere.
         for _ in range(count):
             name = self.string().decode()

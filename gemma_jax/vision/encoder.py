@@ -1,4 +1,7 @@
-"""From an image to the soft tokens that stand for it in a prompt: tower, pooling, projection."""
+"""From an image to the soft tokens that stand for it in a prompt: tower, pooling, projection.
+
+Local letters: I images; Q patches of an image; C width of the tower.
+"""
 
 import jax
 from flax import nnx

@@ -6,6 +6,10 @@ for each layer:  x = x + attention(layer_norm(x))
 layer_norm(x)
 
 Every patch sees every other one (hf `models/siglip/modeling_siglip.py`; no pooling head).
+
+Local letters: I images; Q patches of an image; C width of the tower; Y pixel rows of a patch; X
+pixel columns; U colour channels. N, H, F and L are the tower's own: an image is what a row of the
+batch is in the text.
 """
 
 from dataclasses import dataclass, field

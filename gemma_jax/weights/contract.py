@@ -1,4 +1,7 @@
-"""The product of activations with a weight, whatever stands in its place."""
+"""The product of activations with a weight, whatever stands in its place.
+
+Local letters: O outputs; I inputs of one product.
+"""
 
 import math
 from collections.abc import Callable

@@ -3,6 +3,8 @@
 Decoding on a CPU is bound by reading the weights, so half or a quarter of the bytes is close to
 twice or thrice the speed, if XLA never writes the widened weights back to memory. Which form of
 the product achieves that was measured (`gemma_jax/benchmarks`), hence the three ways of `contract`.
+
+Local letters: R rows; O outputs; I inputs of one product.
 """
 
 import math

@@ -1,4 +1,7 @@
-"""gemma-jax's SigLIP tower and projector. Variants: the dtype of the arithmetic."""
+"""gemma-jax's SigLIP tower and projector. Variants: the dtype of the arithmetic.
+
+Local letters: I images.
+"""
 
 import resource
 import time

@@ -8,6 +8,8 @@ About ten minutes on two CPU cores. Needs the extra `notebook` (scikit-learn, Pi
 Each row of a batch is one picture and three of the questions in random order, each with its answer;
 the loss is that of the answers. The same decoder is trained on the same rows without their pictures
 (`"blind"` in the results): what it reaches can be said without looking.
+
+Local letters: Q patches of an image.
 """
 
 import argparse

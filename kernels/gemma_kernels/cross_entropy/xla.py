@@ -18,6 +18,8 @@ compiler keeps a copy in bfloat16 beside.
 
 Every chunk takes its rows from `_groups(V)` equal parts of the table, so that a table whose
 vocabulary is split over up to so many devices is read by each of them where it lies.
+
+Local letters: G parts of the table; R rows of a chunk in each part.
 """
 
 import math

@@ -25,6 +25,8 @@ Shared memory of a thread block, in KB, with keys of a block:
     256  int8    64  32   2 * 32             64       64  = 224
     128  16 bit  64  16   2 * 2 * 32         -        32  = 176
     128  int8    64  16   2 * 2 * 16         32       32  = 144
+
+Local letters: R rows: query heads and new tokens of a key head; P splits.
 """
 
 from dataclasses import dataclass

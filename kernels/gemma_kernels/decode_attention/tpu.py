@@ -27,6 +27,9 @@ well, and finer than bfloat16.
 Memory of one core, in VMEM: two buffers of `items` items (`tpu_blocks.STEP_BYTES` each, keys
 and values together), queries and float32 sums of the whole batch. `_check` refuses what does not
 fit.
+
+Local letters: J key heads after folding; R rows: query heads and new tokens of one; W width of a
+row; I items.
 """
 
 import math

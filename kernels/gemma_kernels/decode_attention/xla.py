@@ -3,6 +3,8 @@
 Query heads and new tokens that share a key head are rows of one matrix, `[B, K, rows, H]`; heads
 and batch are batch dimensions of both products, as the cache has them, so nothing is transposed.
 Scales of an int8 cache act on the scores and on the weights, not on the cache.
+
+Local letters: R rows: query heads and new tokens of a key head.
 """
 
 import jax

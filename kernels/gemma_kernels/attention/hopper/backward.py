@@ -44,6 +44,8 @@ peak, 620 of 989 TFLOP/s; two thirds of that, as good kernels reach, are 400. No
 
 Only blocks at an edge of the mask use intervals and positions, so a mask known at compile time is
 written out as those, and costs no more. Lengths that are no multiple of a tile cost a padded copy.
+
+Local letters: I tiles of queries; J blocks of keys.
 """
 
 from collections.abc import Callable

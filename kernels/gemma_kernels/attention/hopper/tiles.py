@@ -16,6 +16,8 @@ and the kernels run through the blocks of a tile in three loops:
 Keys in any order give right results: dead and whole blocks outside of their run count as edges.
 Queries with an empty interval are of no concern here. They make no block live and no block an
 edge, so kernels must zero their rows.
+
+Local letters: I tiles of queries; J blocks of keys.
 """
 
 from typing import NamedTuple

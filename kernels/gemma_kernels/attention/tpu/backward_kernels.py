@@ -26,6 +26,8 @@ VMEM of the ring for heads of 256, window 1,024, tiles of 512: 3 slots of 512 ke
 bfloat16 and dk, dv in float32, 4.5 MB; tiles of q, dout, dq and of k, v, dk, dv, twice each for the
 pipeline, 5 MB for two query heads. A row takes 24 bytes per key and lane: 6 KB for heads of 256, so
 parts of rows are 8,192 keys long where a core has 128 MB, and 4,096 where it has 64 MB.
+
+Local letters: R queries of all heads of a group.
 """
 
 import itertools

@@ -1,4 +1,7 @@
-"""The two kernels of `tpu_forward.py`: a tile with all of its keys, and one with some of them."""
+"""The two kernels of `tpu_forward.py`: a tile with all of its keys, and one with some of them.
+
+Local letters: R rows of queries of a piece; L lanes.
+"""
 
 import math
 from dataclasses import dataclass
