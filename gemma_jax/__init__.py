@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names (tests/test_p
     from gemma_jax.inference.sampling import Sampling as Sampling
     from gemma_jax.inference.session import Session as Session
     from gemma_jax.loading import (
+        LoadOptions as LoadOptions,
         load as load,
         load_model as load_model,
         load_tokenizer as load_tokenizer,
@@ -57,7 +58,7 @@ _HOMES = {
     "gemma_jax.inference.generate": ("Completion", "generate"),
     "gemma_jax.inference.sampling": ("Sampling",),
     "gemma_jax.inference.session": ("Session",),
-    "gemma_jax.loading": ("load", "load_model", "load_tokenizer"),
+    "gemma_jax.loading": ("LoadOptions", "load", "load_model", "load_tokenizer"),
     "gemma_jax.multimodal.image_prompt": ("Prompt", "image_prompt"),
     "gemma_jax.numerics": ("Numerics",),
     "gemma_jax.presets": ("PRESETS", "preset"),

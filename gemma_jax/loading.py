@@ -1,6 +1,8 @@
 """The short way in: a model and its tokenizer from one name."""
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -16,45 +18,27 @@ from gemma_jax.text import Tokenizer
 from gemma_jax.weights.off_device import Place
 
 
-def load(source: str, **options) -> tuple[Gemma, Tokenizer]:
-    """Loads a model and its tokenizer from a name, a Hugging Face folder, a GGUF file or our Orbax.
+class LoadKeywords(TypedDict, total=False):
+    """The fields of `LoadOptions` as keyword arguments, for editors and type checkers."""
 
-    Args:
-      source: Name or path. Paths never touch the network; `gemma_checkpoints.catalog` lists names.
-      **options: As in `load_model`.
-
-    Raises:
-      ValueError: Unknown name, or a checkpoint that cannot be read; says all that is wrong.
-
-    Examples:
-      >>> import gemma_jax as gj
-      >>> model, tok = gj.load("checkpoints/digits")  # shipped with the repository
-      >>> len(model.cfg.layers), tok.vocab_size
-      (3, 359)
-    """
-    tokenizer = load_tokenizer(source)
-    return load_model(source, **options), tokenizer
+    modalities: Collection[str] | None
+    dtype: jax.typing.DTypeLike | None
+    vision_dtype: jax.typing.DTypeLike | None
+    weights: WeightStorage | None
+    cache_dtype: jax.typing.DTypeLike | None
+    numerics: str | Numerics
+    attention_impl: str
+    layout: Layout | None
+    per_layer_table: Place
+    mesh: Mesh | Mapping[str, int] | None
+    rules: Rules | None
 
 
-def load_model(
-    source: str,
-    *,
-    modalities: Collection[str] | None = None,
-    dtype: jax.typing.DTypeLike | None = None,
-    vision_dtype: jax.typing.DTypeLike | None = None,
-    weights: WeightStorage | None = None,
-    cache_dtype: jax.typing.DTypeLike | None = None,
-    numerics: str | Numerics = "hf",
-    attention_impl: str = "auto",
-    layout: Layout | None = None,
-    per_layer_table: Place = "device",
-    mesh: Mesh | Mapping[str, int] | None = None,
-    rules: Rules | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Gemma:
-    """Loads a model without its tokenizer.
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """Says how a model is loaded: parts, dtypes, whose numerics, and where its weights go.
 
-    Args:
+    Attributes:
       modalities: `("text",)` neither reads nor allocates the vision tower of a model that sees.
         Default: `"text"` and `"image"`, as far as the checkpoint has them.
       dtype: Dtype of activations. Default: float32 on CPU, bfloat16 elsewhere.
@@ -67,15 +51,86 @@ def load_model(
       numerics: `"hf"` or `"gdm"`; see `gemma_jax.numerics`.
       attention_impl: A name out of `gemma_kernels.attention.IMPLEMENTATIONS`, or `"auto"` for the
         best by platform and shape.
+      layout: `"scan"` compiles fast, `"unrolled"` decodes fast on CPU. Default: by platform.
       per_layer_table: Gemma 3n's table of per-layer embeddings, half of its parameters: on the
         `"device"`, in the memory of the `"host"`, or left in its file on `"disk"`. Rows of the
         current tokens are gathered there and sent to the device. With int8 weights, a table off the
         device is bfloat16.
-      layout: `"scan"` compiles fast, `"unrolled"` decodes fast on CPU. Default: by platform.
       mesh: Devices to spread the model over, or how many along each axis (`{"tensor": 8}`); see
         `gemma_jax.sharding`. Every tensor goes straight into its shards.
       rules: Which letters are split over which axes; default: what serves the mesh's axes.
+
+    Raises:
+      ValueError: Values that are unknown, or that do not go together.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> narrow = gj.LoadOptions(weights="int8", cache_dtype="int8")
+      >>> model, tok = gj.load("checkpoints/digits", narrow)
+      >>> model.runtime.kv_dtype
+      dtype('int8')
+    """
+
+    modalities: Collection[str] | None = None
+    dtype: jax.typing.DTypeLike | None = None
+    vision_dtype: jax.typing.DTypeLike | None = None
+    weights: WeightStorage | None = None
+    cache_dtype: jax.typing.DTypeLike | None = None
+    numerics: str | Numerics = "hf"
+    attention_impl: str = "auto"
+    layout: Layout | None = None
+    per_layer_table: Place = "device"
+    mesh: Mesh | Mapping[str, int] | None = None
+    rules: Rules | None = None
+
+    def __post_init__(self):
+        resolve_numerics(self.numerics)
+        if self.mesh is not None and self.per_layer_table != "device":
+            raise ValueError(
+                f"per_layer_table={self.per_layer_table!r} is for one device; on a mesh leave it "
+                "at 'device'"
+            )
+        if self.weights not in (None, *WEIGHT_STORAGES):
+            raise ValueError(f"weights={self.weights!r} must be {one_of(WEIGHT_STORAGES)}")
+
+
+def load(
+    source: str,
+    options: LoadOptions = LoadOptions(),
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    **changes: Unpack[LoadKeywords],
+) -> tuple[Gemma, Tokenizer]:
+    """Loads a model and its tokenizer from a name, a Hugging Face folder, a GGUF file or our Orbax.
+
+    Args:
+      source: Name or path. Paths never touch the network; `gemma_checkpoints.catalog` lists names.
+      options: How to load it.
       progress: Called with bytes read so far and in total.
+      **changes: Fields of `LoadOptions` by name, in place of those of `options`.
+
+    Raises:
+      ValueError: Unknown name, or a checkpoint that cannot be read; says all that is wrong.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> model, tok = gj.load("checkpoints/digits")  # shipped with the repository
+      >>> len(model.cfg.layers), tok.vocab_size
+      (3, 359)
+    """
+    options = replace(options, **changes)
+    tokenizer = load_tokenizer(source)
+    return load_model(source, options, progress=progress), tokenizer
+
+
+def load_model(
+    source: str,
+    options: LoadOptions = LoadOptions(),
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    **changes: Unpack[LoadKeywords],
+) -> Gemma:
+    """Loads a model without its tokenizer; the arguments are those of `load`.
 
     Examples:
       >>> import gemma_jax as gj
@@ -86,30 +141,28 @@ def load_model(
     from gemma_checkpoints import load_weights
     from gemma_jax.quantise import store_weights
 
+    how = replace(options, **changes)
     on_cpu = jax.default_backend() == "cpu"
-    dtype = jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16"))
-    partition = None if mesh is None else partition_for(source, mesh, rules)
-    if partition is not None and per_layer_table != "device":
-        raise ValueError(f"{per_layer_table=} is for one device; on a mesh leave it at 'device'")
-    if weights not in (None, *WEIGHT_STORAGES):
-        raise ValueError(f"{weights=} must be {one_of(WEIGHT_STORAGES)}")
+    dtype = jnp.dtype(how.dtype or ("float32" if on_cpu else "bfloat16"))
+    weights = how.weights
     narrower = weights is not None and BITS[weights] < 8 * dtype.itemsize
+    partition = None if how.mesh is None else partition_for(source, how.mesh, how.rules)
     return load_weights(
         source,
-        modalities=modalities,
+        modalities=how.modalities,
         dtype=jnp.dtype(weights) if weights is not None and not narrower else dtype,
         runtime=Runtime(
             dtype=dtype,
-            numerics=resolve_numerics(numerics),
-            attention_impl=attention_impl,
-            vision_dtype=None if vision_dtype is None else jnp.dtype(vision_dtype),
-            cache_dtype=None if cache_dtype is None else jnp.dtype(cache_dtype),
+            numerics=resolve_numerics(how.numerics),
+            attention_impl=how.attention_impl,
+            vision_dtype=None if how.vision_dtype is None else jnp.dtype(how.vision_dtype),
+            cache_dtype=None if how.cache_dtype is None else jnp.dtype(how.cache_dtype),
             partition=partition,
         ),
-        layout=layout or ("unrolled" if on_cpu else "scan"),
+        layout=how.layout or ("unrolled" if on_cpu else "scan"),
         transform=store_weights(weights) if narrower else None,
         placement=partition and partition.placement,
-        per_layer_table=per_layer_table,
+        per_layer_table=how.per_layer_table,
         per_layer_dtype=jnp.bfloat16 if narrower else None,
         progress=progress,
     )
@@ -118,7 +171,7 @@ def load_model(
 def partition_for(
     source: str, mesh: Mesh | Mapping[str, int], rules: Rules | None = None
 ) -> Partition:
-    """For the model of a checkpoint; see `load_model`."""
+    """For the model of a checkpoint; see `LoadOptions`."""
     from gemma_checkpoints import describe, resolve
 
     if not isinstance(mesh, Mesh):
