@@ -28,7 +28,7 @@ def join(
       RuntimeError: The processes did not meet in time.
     """
     given = {
-        "--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id
+        "coordinator": coordinator, "num_processes": num_processes, "process_id": process_id
     }  # fmt: skip
     missing = [name for name, value in given.items() if value is None]
     if missing and len(missing) < len(given):
@@ -36,12 +36,9 @@ def join(
     if coordinator is not None:
         host, colon, port = coordinator.rpartition(":")
         if not (host and colon and port.isdigit()):
-            raise ValueError(f"--coordinator {coordinator!r}: expected HOST:PORT")
+            raise ValueError(f"{coordinator=} must be HOST:PORT")
         if not 0 <= process_id < num_processes:  # pyright: ignore[reportOperatorIssue]
-            raise ValueError(
-                f"--process-id {process_id} must be at least 0 and below --num-processes "
-                f"{num_processes}"
-            )
+            raise ValueError(f"{process_id=} must be at least 0 and below {num_processes=}")
     try:
         jax.distributed.initialize(
             coordinator,

@@ -20,7 +20,7 @@ from gemma_jax.cli import (
     slice,
     tokenize,
 )
-from gemma_jax.cli.errors import is_input_error, one_line
+from gemma_jax.cli.errors import flags_for, is_input_error, one_line
 
 app = typer.Typer(
     add_completion=False,
@@ -91,5 +91,6 @@ def _join_processes(argv: list[str]) -> list[str]:
     from gemma_jax import distributed as multihost
 
     numbers = [int(numbers[name]) if name in numbers else None for name in PROCESSES[1:]]
-    multihost.join(found.get(PROCESSES[0]), *numbers)
+    with flags_for("coordinator", "num_processes", "process_id"):
+        multihost.join(found.get(PROCESSES[0]), *numbers)
     return rest

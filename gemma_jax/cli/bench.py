@@ -1,12 +1,15 @@
 """`gemma-jax bench`: how fast a model runs on this machine."""
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
 from gemma_jax.cli import common
+from gemma_jax.cli.model_options import ModelOptions, model_options
 
 
+@model_options()
 def command(
     ctx: typer.Context,
     model: common.Model = "gemma3-270m",
@@ -14,9 +17,8 @@ def command(
     new_tokens: Annotated[int, typer.Option(min=1, help="Length of the token loop.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each; medians count.")] = 3,
     batch: Annotated[int, typer.Option(min=1, help="Rows of prefill and token loop.")] = 1,
-    dtype: common.DTypeOption = None,
-    weights: common.WeightsOption = None,
-    cache_dtype: common.CacheDTypeOption = None,
+    *,
+    options: ModelOptions,
     as_json: common.Json = False,
 ) -> None:
     """Measure prefill, decoding, time to first token, peak memory and import time."""
@@ -27,16 +29,12 @@ def command(
     from gemma_jax.loading import load_tokenizer
 
     load_tokenizer(model)  # starts are measured with text; a bad source ends here, with one line
-    options = ["--model", model]
-    options += ["--dtype", dtype.value] if dtype else []
-    options += ["--weights", weights.value] if weights else []
-    options += ["--cache-dtype", cache_dtype.value] if cache_dtype else []
     with common.stderr.status("starting processes") as status:
         # Children come first: once this process holds an accelerator they could not have it.
-        outside = benchmark.starts(options, repeats)
+        outside = benchmark.starts(["--model", model, *options.words()], repeats)
         outside["import_s"] = benchmark.import_seconds(repeats)
         status.stop()
-        net = common.load_model(model, dtype=dtype, weights=weights, cache_dtype=cache_dtype)
+        net = options.load(model)
         status.update("reading and writing tokens")
         status.start()
         inside = benchmark.steady_state(
@@ -44,8 +42,9 @@ def command(
         )
     result = {
         "model": model,
+        **asdict(options),
         "dtype": str(net.runtime.dtype),
-        "weights": weights.value if weights else str(net.runtime.dtype),
+        "weights": options.weights or str(net.runtime.dtype),
         "cache_dtype": str(net.runtime.kv_dtype),
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,

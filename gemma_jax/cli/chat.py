@@ -10,6 +10,7 @@ import typer
 
 from gemma_jax.cli import common, progress
 from gemma_jax.cli.inputs import utf8
+from gemma_jax.cli.model_options import ModelOptions, model_options
 
 if TYPE_CHECKING:
     from gemma_jax.decoder.model import Gemma
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from gemma_jax.vision.images import Image
 
 
+@model_options()
 def command(
     model: common.Model = "gemma3-270m",
     system: Annotated[str | None, typer.Option(help="System text.")] = None,
@@ -29,12 +31,8 @@ def command(
     top_p: common.TopP = 0.95,
     min_p: common.MinP = 0.0,
     seed: common.Seed = 0,
-    dtype: common.DTypeOption = None,
-    weights: common.WeightsOption = None,
-    cache_dtype: common.CacheDTypeOption = None,
-    slice_name: common.SliceOption = None,
-    per_layer_table: common.PerLayerTableOption = common.Place.device,
-    mesh: common.MeshOption = None,
+    *,
+    options: ModelOptions,
     pan_and_scan: common.PanAndScanOption = False,
 ) -> None:
     """Chat with a model; the cache is kept between turns.
@@ -52,15 +50,7 @@ def command(
     from gemma_jax.loading import load_tokenizer
 
     tokenizer = load_tokenizer(model)
-    net = common.load_model(
-        model,
-        dtype=dtype,
-        weights=weights,
-        cache_dtype=cache_dtype,
-        slice_name=slice_name,
-        per_layer_table=per_layer_table,
-        mesh=mesh,
-    )
+    net = options.load(model)
 
     def start() -> Conversation:
         return Conversation(

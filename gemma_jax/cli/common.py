@@ -1,17 +1,16 @@
-"""What several commands share: options, the set-up of JAX, loading, JSON."""
+"""What several commands share: options, the set-up of JAX, slices, JSON.
+
+The options of a model that runs are in `model_options.py`.
+"""
 
 import json
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-
-from gemma_jax.cli import progress
-from gemma_jax.storages import CACHE_STORAGES, WEIGHT_STORAGES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,56 +19,13 @@ if TYPE_CHECKING:
     from gemma_jax.config import GemmaConfig
     from gemma_jax.decoder.model import Gemma
     from gemma_jax.matformer import Slice
-    from gemma_jax.nn.layer_groups import Layout
     from gemma_jax.vision.images import Image
     from gemma_jax.vision.pan_and_scan import PanAndScan
 
 stderr = Console(stderr=True)
 
-
-class DType(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class NumericsName(StrEnum):
-    hf = "hf"
-    gdm = "gdm"
-
-
-class Place(StrEnum):
-    device = "device"
-    host = "host"
-    disk = "disk"
-
-
-WeightStorage = StrEnum("WeightStorage", {name: name for name in WEIGHT_STORAGES})
-CacheStorage = StrEnum("CacheStorage", {name: name for name in CACHE_STORAGES})
-
-
 Model = Annotated[
     str, typer.Option("--model", "-m", metavar="SRC", help="Catalog name, folder or file.")
-]
-DTypeOption = Annotated[
-    DType | None,
-    typer.Option(help="Dtype of the arithmetic. Default: float32 on CPU, else bfloat16."),
-]
-WeightsOption = Annotated[
-    WeightStorage | None,
-    typer.Option(help="Dtype the weights are stored in. Default: that of the arithmetic."),
-]
-CacheDTypeOption = Annotated[
-    CacheStorage | None,
-    typer.Option(help="Dtype of cached keys and values. Default: that of the arithmetic."),
-]
-NumericsOption = Annotated[
-    NumericsName, typer.Option(help="Whose roundings to follow: transformers' or DeepMind's.")
-]
-AttentionOption = Annotated[
-    str, typer.Option("--attention-impl", help="Attention implementation, by name.")
-]
-VisionDTypeOption = Annotated[
-    DType | None, typer.Option(help="Dtype inside the vision tower. Default: as --dtype.")
 ]
 Images = Annotated[
     list[Path] | None,
@@ -77,21 +33,6 @@ Images = Annotated[
 ]
 PanAndScanOption = Annotated[
     bool, typer.Option("--pan-and-scan", help="Add crops of elongated images.")
-]
-PerLayerTableOption = Annotated[
-    Place, typer.Option(help="Where Gemma 3n's per-layer table lies; rows are fetched from there.")
-]
-SliceOption = Annotated[
-    str | None,
-    typer.Option(
-        "--slice", metavar="NAME|FILE", help="Run a slice of the model: e2b, ..., or a JSON file."
-    ),
-]
-MeshOption = Annotated[
-    str | None,
-    typer.Option(
-        "--mesh", metavar="AXIS=N,...", help="Spread over devices along data, sequence, tensor."
-    ),
 ]
 Temperature = Annotated[float, typer.Option(help="0 takes the most probable token.")]
 TopK = Annotated[int, typer.Option(help="Keep the k most probable tokens; 0 keeps all.")]
@@ -113,43 +54,6 @@ def set_up_jax() -> None:
         jax.config.update("jax_compilation_cache_dir", str(home / "gemma-jax" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-
-
-def load_model(
-    source: str,
-    *,
-    dtype: DType | None,
-    weights: WeightStorage | None = None,
-    cache_dtype: CacheStorage | None = None,
-    numerics: NumericsName = NumericsName.hf,
-    attention_impl: str = "auto",
-    vision_dtype: DType | None = None,
-    slice_name: str | None = None,
-    per_layer_table: Place = Place.device,
-    layout: "Layout | None" = None,
-    mesh: str | None = None,
-) -> "Gemma":
-    """`gemma_jax.load` without the tokenizer, under a progress bar; or a slice of it."""
-    set_up_jax()
-    from gemma_jax.loading import load_model as load
-
-    axes = None if mesh is None else parse_mesh(mesh)
-    cut = find_slice(slice_name, source)
-    with progress.loading() as bar:
-        net = load(
-            source,
-            dtype=dtype and dtype.value,
-            weights=weights and weights.value,
-            cache_dtype=cache_dtype and cache_dtype.value,
-            numerics=numerics.value,
-            attention_impl=attention_impl,
-            vision_dtype=vision_dtype and vision_dtype.value,
-            per_layer_table=per_layer_table.value,
-            layout=layout if cut is None else "unrolled",
-            mesh=axes,
-            progress=bar,
-        )
-    return view(net, cut)
 
 
 def parse_mesh(text: str) -> dict[str, int]:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from gemma_jax.cli import common, progress
+from gemma_jax.cli.model_options import DType, MeshOption, all_but, refuse_options
 
 
 class Format(StrEnum):
@@ -14,17 +15,18 @@ class Format(StrEnum):
     orbax = "orbax"
 
 
+@refuse_options(all_but("dtype", "mesh", because="convert runs no model"))
 def command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Catalog name or path.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="New folder.")],
     to: Annotated[Format, typer.Option(help="Hugging Face folder, or Orbax folder of ours.")],
     dtype: Annotated[
-        common.DType | None, typer.Option(help="Dtype to store. Default: as in the source.")
+        DType | None, typer.Option(help="Dtype to store. Default: as in the source.")
     ] = None,
     text_only: Annotated[
         bool, typer.Option("--text-only", help="Leave the vision tower behind.")
     ] = False,
-    mesh: common.MeshOption = None,
+    mesh: MeshOption = None,
 ) -> None:
     """Convert a checkpoint; DST appears whole or not at all.
 

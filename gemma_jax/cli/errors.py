@@ -1,5 +1,9 @@
 """Errors as one line for people, and whose fault they are."""
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 # Paths that a user got wrong; every other OSError is a failure of the machine.
 WRONG_PATH = (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError)
 
@@ -12,6 +16,23 @@ def is_input_error(error: Exception) -> bool:
     if isinstance(error.__cause__, OSError):  # such as a disk that is full
         error = error.__cause__
     return _is_usage_error(error) or isinstance(error, (ValueError, ImportError, *WRONG_PATH))
+
+
+@contextmanager
+def flags_for(*names: str) -> Iterator[None]:
+    """Lets errors of the library name options of a command in the place of arguments.
+
+    `process_id=2` becomes `--process-id 2`, and `allow_irregular=True` `--allow-irregular`.
+    """
+
+    def flag(found: re.Match) -> str:
+        return "--" + found[1].replace("_", "-") + (" " if found[2] == "=" else "")
+
+    try:
+        yield
+    except ValueError as error:
+        text = re.sub(rf"\b({'|'.join(names)})\b(=True\b|=)?", flag, str(error))
+        raise ValueError(text) from error
 
 
 def one_line(error: Exception) -> str:

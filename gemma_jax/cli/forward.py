@@ -10,6 +10,7 @@ import typer
 
 from gemma_jax.cli import common, progress
 from gemma_jax.cli.inputs import check_for_model, read_inputs, real_tokens
+from gemma_jax.cli.model_options import DType, ModelOptions, model_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from gemma_jax.decoder.model import Gemma
 
 
+@model_options(dtype=DType.float32, refused={"cache_dtype": "forward keeps no cache"})
 def command(
     model: common.Model,
     inputs: Annotated[
@@ -29,14 +31,8 @@ def command(
         Path, typer.Option(dir_okay=False, help="Safetensors file to write, float32.")
     ],
     capture: Annotated[str, typer.Option(help="Further outputs, by name, comma-separated.")] = "",
-    dtype: common.DTypeOption = common.DType.float32,
-    weights: common.WeightsOption = None,
-    slice_name: common.SliceOption = None,
-    per_layer_table: common.PerLayerTableOption = common.Place.device,
-    numerics: common.NumericsOption = common.NumericsName.hf,
-    attention_impl: common.AttentionOption = "auto",
-    mesh: common.MeshOption = None,
-    vision_dtype: common.VisionDTypeOption = None,
+    *,
+    options: ModelOptions,
 ) -> None:
     """Run stored inputs and write what comes out.
 
@@ -55,17 +51,7 @@ def command(
     ids, positions, rope = arrays["input_ids"], *_positions(arrays, inputs)
     names = _captures(capture)
     with replacing(output) as path:  # entered first: a wrong path should not cost a model's loading
-        net = common.load_model(
-            model,
-            dtype=dtype,
-            weights=weights,
-            numerics=numerics,
-            attention_impl=attention_impl,
-            mesh=mesh,
-            vision_dtype=vision_dtype,
-            slice_name=slice_name,
-            per_layer_table=per_layer_table,
-        )
+        net = options.load(model)
         check_for_model(arrays, net.cfg, inputs)
         if net.cfg.vision is None and (asked := [n for n in names if n in encoder.CAPTURES]):
             raise ValueError(f"this model has no vision tower to capture {', '.join(asked)} from")

@@ -9,6 +9,7 @@ import typer
 
 from gemma_jax.cli import common, progress
 from gemma_jax.cli.inputs import check_for_model, read_inputs, real_tokens, utf8
+from gemma_jax.cli.model_options import ModelOptions, model_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from gemma_jax.multimodal.image_prompt import Prompt
 
 
+@model_options()
 def command(
     prompt: Annotated[
         str | None, typer.Argument(help="Text to continue; '-' reads it from stdin, as it is.")
@@ -46,19 +48,13 @@ def command(
     chat: Annotated[
         bool, typer.Option("--chat/--raw", help="Put the prompt into the chat template, or not.")
     ] = False,
-    dtype: common.DTypeOption = None,
-    weights: common.WeightsOption = None,
-    cache_dtype: common.CacheDTypeOption = None,
-    slice_name: common.SliceOption = None,
-    per_layer_table: common.PerLayerTableOption = common.Place.device,
+    *,
+    options: ModelOptions,
     speculative: Annotated[
         str | None,
         typer.Option(metavar="NAME|FILE", help="Let this slice of the model draft tokens for it."),
     ] = None,
     draft_tokens: Annotated[int, typer.Option(min=1, help="Drafts per pass.")] = 4,
-    numerics: common.NumericsOption = common.NumericsName.hf,
-    attention_impl: common.AttentionOption = "auto",
-    mesh: common.MeshOption = None,
     as_json: common.Json = False,
 ) -> None:
     """Continue PROMPT and stream the text to stdout."""
@@ -87,19 +83,9 @@ def command(
 
     images = common.open_images(image, model)
     tokenizer = load_tokenizer(model) if prompt is not None or has_tokenizer(model) else None
-    cut = common.find_slice(slice_name, model)
+    cut = common.find_slice(options.slice, model)
     draft = common.find_slice(speculative, model)
-    whole = common.load_model(
-        model,
-        dtype=dtype,
-        weights=weights,
-        cache_dtype=cache_dtype,
-        numerics=numerics,
-        attention_impl=attention_impl,
-        mesh=mesh,
-        per_layer_table=per_layer_table,
-        layout="unrolled" if cut or draft else None,
-    )
+    whole = options.load_whole(model, layout="unrolled" if cut or draft else None)
     net = common.view(whole, cut)
     loaded = time.perf_counter()
     if arrays is None:

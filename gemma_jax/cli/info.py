@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gemma_jax.cli import common
+from gemma_jax.cli.model_options import SliceOption, all_but, refuse_options
 
 if TYPE_CHECKING:
     from gemma_jax.config import GemmaConfig, VisionConfig
@@ -12,13 +13,14 @@ if TYPE_CHECKING:
 CONTEXTS = (1_024, 8_192, 32_768, 131_072)
 
 
+@refuse_options(all_but("slice", because="info reads no weights"))
 def command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Preset, catalog name or path.")],
     placement: Annotated[
         bool,
         typer.Option("--placement", help="Bytes on device, host and disk by place of the table."),
     ] = False,
-    slice_name: common.SliceOption = None,
+    slice_name: SliceOption = None,
     as_json: common.Json = False,
 ) -> None:
     """Show what a model is and what it needs.

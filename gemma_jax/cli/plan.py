@@ -8,6 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gemma_jax.cli import common
+from gemma_jax.cli.model_options import (
+    AttentionOption,
+    CacheDTypeOption,
+    DType,
+    SliceOption,
+    refuse_options,
+)
 from gemma_jax.storages import BITS, WEIGHT_STORAGES
 
 if TYPE_CHECKING:
@@ -29,6 +36,14 @@ class Fit(StrEnum):
 Quant = StrEnum("Quant", {name: name for name in WEIGHT_STORAGES if BITS[name] < 16})
 
 
+@refuse_options(
+    {
+        "weights": "plan has --quant for it",
+        "vision_dtype": "plan is about text",
+        "numerics": "plan follows the roundings of transformers",
+        "per_layer_table": "plan puts all weights on the devices",
+    }
+)
 def command(
     source: Annotated[str, typer.Argument(metavar="MODEL", help="Preset, catalog name or path.")],
     topology: Annotated[
@@ -36,10 +51,8 @@ def command(
     ],
     context: Annotated[int, typer.Option(help="Tokens in the caches; when training, in a row.")],
     batch: Annotated[int, typer.Option(help="Rows.")] = 1,
-    dtype: Annotated[
-        common.DType, typer.Option(help="Of activations and weights.")
-    ] = common.DType.bfloat16,
-    cache_dtype: common.CacheDTypeOption = None,
+    dtype: Annotated[DType, typer.Option(help="Of activations and weights.")] = DType.bfloat16,
+    cache_dtype: CacheDTypeOption = None,
     quant: Annotated[Quant | None, typer.Option(help="Dtype that matrices are stored in.")] = None,
     mode: Annotated[
         Mode, typer.Option(help="A token for every row, a chunk of prompt, or a training step.")
@@ -48,8 +61,8 @@ def command(
         str | None,
         typer.Option(metavar="AXIS=N,...", help="Devices along data, fsdp, sequence, tensor."),
     ] = None,
-    slice_name: common.SliceOption = None,
-    attention_impl: common.AttentionOption = "auto",
+    slice_name: SliceOption = None,
+    attention_impl: AttentionOption = "auto",
     search: Annotated[
         bool, typer.Option("--search", help="Try the meshes of the topology and rank them.")
     ] = False,

@@ -9,8 +9,10 @@ import typer
 
 from gemma_jax.cli import common, progress
 from gemma_jax.cli.inputs import utf8
+from gemma_jax.cli.model_options import ModelOptions, model_options
 
 
+@model_options()
 def command(
     model: common.Model = "gemma3-270m",
     text_file: Annotated[
@@ -21,14 +23,8 @@ def command(
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="JSON list of token ids, taken as it is."),
     ] = None,
-    dtype: common.DTypeOption = None,
-    weights: common.WeightsOption = None,
-    cache_dtype: common.CacheDTypeOption = None,
-    slice_name: common.SliceOption = None,
-    per_layer_table: common.PerLayerTableOption = common.Place.device,
-    numerics: common.NumericsOption = common.NumericsName.hf,
-    attention_impl: common.AttentionOption = "auto",
-    mesh: common.MeshOption = None,
+    *,
+    options: ModelOptions,
     as_json: common.Json = False,
 ) -> None:
     """Measure how probable a text is.
@@ -45,17 +41,7 @@ def command(
 
     if ids is None:
         ids = load_tokenizer(model).encode(text, bos=True)
-    net = common.load_model(
-        model,
-        dtype=dtype,
-        weights=weights,
-        cache_dtype=cache_dtype,
-        numerics=numerics,
-        attention_impl=attention_impl,
-        mesh=mesh,
-        slice_name=slice_name,
-        per_layer_table=per_layer_table,
-    )
+    net = options.load(model)
     with progress.reading() as bar:
         log_probs = score(net, ids, progress=bar)
     mean = float(log_probs.mean())

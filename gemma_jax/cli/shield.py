@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 
 from gemma_jax.cli import common, progress
+from gemma_jax.cli.model_options import ModelOptions, model_options
 
 
+@model_options()
 def command(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="Image file to judge.")],
     model: common.Model,
@@ -16,8 +18,8 @@ def command(
         list[str] | None,
         typer.Option(help="dangerous, sexual or violence; may be repeated. Default: all."),
     ] = None,
-    dtype: common.DTypeOption = None,
-    weights: common.WeightsOption = None,
+    *,
+    options: ModelOptions,
     as_json: common.Json = False,
 ) -> None:
     """Judge an image by safety policies, with ShieldGemma 2.
@@ -31,7 +33,7 @@ def command(
     definitions = definitions_of(policy or POLICIES)
     (picture,) = common.open_images([image], model)
     tokenizer = load_tokenizer(model)
-    net = common.load_model(model, dtype=dtype, weights=weights)
+    net = options.load(model)
     with progress.compiling():
         verdicts = shield(net, tokenizer, picture, definitions)
     if as_json:

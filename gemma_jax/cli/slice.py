@@ -6,8 +6,11 @@ from typing import Annotated
 import typer
 
 from gemma_jax.cli import common, progress
+from gemma_jax.cli.errors import flags_for
+from gemma_jax.cli.model_options import DType, all_but, refuse_options
 
 
+@refuse_options(all_but("dtype", because="slice runs no model"))
 def command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Catalog name or path.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="New Hugging Face folder.")],
@@ -27,7 +30,7 @@ def command(
         typer.Option("--allow-irregular", help="Let single layers be skipped, not only blocks."),
     ] = False,
     dtype: Annotated[
-        common.DType | None, typer.Option(help="Dtype to store. Default: as in the source.")
+        DType | None, typer.Option(help="Dtype to store. Default: as in the source.")
     ] = None,
 ) -> None:
     """Write a slice as a Hugging Face folder of its own; DST appears whole or not at all.
@@ -51,7 +54,8 @@ def command(
             spec.d_ff for i, spec in enumerate(cfg.layers) if i not in skipped
         )  # fmt: skip
         cut = Slice(ffn_widths=widths, skip_layers=skipped)
-    slice_config(cfg, cut, allow_irregular=allow_irregular)  # before any weight is read
+    with flags_for("allow_irregular"):
+        slice_config(cfg, cut, allow_irregular=allow_irregular)  # before any weight is read
     common.set_up_jax()
     from gemma_checkpoints import load_weights, save_hf
 

@@ -6,8 +6,10 @@ import typer
 
 from gemma_jax.cli import common
 from gemma_jax.cli.inputs import utf8
+from gemma_jax.cli.model_options import all_but, refuse_options
 
 
+@refuse_options(all_but(because="tokenize reads no weights"))
 def command(
     text: Annotated[str, typer.Argument(help="Text to encode.")],
     model: common.Model = "gemma3-270m",

@@ -132,7 +132,7 @@ def _problems(cfg: GemmaConfig, cut: Slice, allow_irregular: bool) -> list[str]:
     if not allow_irregular and (broken := _broken_blocks(layers, skipped)):
         problems.append(
             f"{broken}; only whole blocks can be skipped without changing the local/global "
-            "pattern (--allow-irregular, allow_irregular=True, lets single layers through)"
+            "pattern; allow_irregular=True lets single layers through"
         )
     return problems
 

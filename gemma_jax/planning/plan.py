@@ -167,7 +167,7 @@ def default_axes(cfg: GemmaConfig, count: int, work: Work) -> dict[str, int]:
     if not legal:
         raise ValueError(
             f"{count} devices cannot share the model's heads and {work.batch} rows evenly; give "
-            "another batch, or --mesh"
+            "another batch, or a mesh"
         )
     first = ("fsdp", "tensor") if work.mode == "train" else ("tensor", "data")
     return max(legal, key=lambda axes: [axes.get(axis, 1) for axis in first])

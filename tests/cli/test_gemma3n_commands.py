@@ -131,6 +131,7 @@ def test_slices_keep_tokenizer_and_dtype(cli, tmp_path):
         (("--ffn-widths", "64,64"), "2 ffn_widths for 20 kept layers"),
         (("--skip-layers", "3"), "of the block of layers 0 to 4 only [3] are skipped"),
         (("--skip-layers", "5,6,7,8,9"), "layer 8 cannot be skipped: later local layers share"),
+        (("--skip-layers", "3"), "pattern; --allow-irregular lets single layers through"),
         (("--skip-layers", "9", "--allow-irregular"), "layer 9 cannot be skipped"),
     ],
 )

@@ -184,8 +184,14 @@ def test_a_process_that_dies_ends_the_others():
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--coordinator", "127.0.0.1:1"], "--num-processes, --process-id missing: give all of"),
-        (["--coordinator=here", "--num-processes=2", "--process-id=0"], "expected HOST:PORT"),
+        (
+            ["--coordinator", "127.0.0.1:1"],
+            "--num-processes, --process-id missing: give all of --coor",
+        ),
+        (
+            ["--coordinator=here", "--num-processes=2", "--process-id=0"],
+            "--coordinator 'here' must be HOST:PORT",
+        ),
         (["--coordinator=a:1", "--num-processes=2", "--process-id=2"], "below --num-processes 2"),
         (["--coordinator=a:1", "--num-processes=two", "--process-id=0"], "expected a number"),
     ],
