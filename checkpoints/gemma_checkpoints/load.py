@@ -142,8 +142,8 @@ def _on_disk(source: Source, move: Move, dtype: jax.typing.DTypeLike | None) -> 
     if not hasattr(source, "mapped"):
         raise CheckpointError(
             source.path,
-            f"the per-layer table of a {source.format} checkpoint cannot stay on disk; convert it "
-            "with `gemma-jax convert --to hf`",
+            f"the per-layer table of a {source.format} checkpoint cannot stay on disk; save it as "
+            "a Hugging Face folder first",
         )
     mapped = source.mapped(move.row.theirs)
     return DiskTable.of(mapped, move.slot.shape[1:], jnp.dtype(dtype or mapped.dtype))

@@ -1,0 +1,179 @@
+"""Every command that runs a model takes the same options, or says in one line why not."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+
+import pytest
+import typer
+
+import gemma_jax as gj
+from gemma_jax import matformer
+from gemma_jax.benchmarks import speed
+from gemma_jax.cli.app import app
+from gemma_jax.cli.model_options import ModelOptions, flag
+
+FIELDS = tuple(ModelOptions.__dataclass_fields__)
+NO_MODEL = {
+    "encode-image": "reads what any model would",
+    "bench kernels": "compiles attention alone",
+}
+RUNS = ("generate", "chat", "score", "forward", "shield", "bench")
+
+
+def all_but(*taken: str, because: str) -> dict[str, str]:
+    return {name: because for name in FIELDS if name not in taken}
+
+
+REFUSED = {
+    **{name: {} for name in RUNS},
+    "forward": {"cache_dtype": "forward keeps no cache"},
+    "convert": all_but("dtype", "mesh", because="convert runs no model"),
+    "slice": all_but("dtype", because="slice runs no model"),
+    "info": all_but("slice", because="info reads no weights"),
+    "tokenize": all_but(because="tokenize reads no weights"),
+    "plan": {
+        "weights": "plan has --quant for it",
+        "vision_dtype": "plan is about text",
+        "numerics": "plan follows the roundings of transformers",
+        "per_layer_table": "plan puts all weights on the devices",
+    },
+}
+# What a command must be told besides, so that the option alone is wrong.
+NEEDED = {
+    "forward": ("--model", "x", "--inputs", __file__, "--output", "x"),
+    "convert": ("x", "y", "--to", "hf"),
+    "slice": ("x", "y"),
+    "info": ("x",),
+    "tokenize": ("x",),
+    "plan": ("x", "--topology", "v5e:4x4", "--context", "16"),
+}
+
+
+def commands(command=None, name: str = "") -> Iterator[tuple[str, object]]:
+    """Name -> every command of the application, and of the groups in it."""
+    command = command or typer.main.get_command(app)
+    if name:
+        yield name, command
+    for inner, found in getattr(command, "commands", {}).items():
+        yield from commands(found, f"{name} {inner}".strip())
+
+
+@pytest.mark.parametrize("name, command", [(n, c) for n, c in commands() if n not in NO_MODEL])
+def test_every_option_is_taken_or_refused(name, command):
+    hidden = {flag: param.hidden for param in command.params for flag in param.opts
+              if param.param_type_name == "option"}  # fmt: skip
+    assert {flag(field) for field in FIELDS} <= hidden.keys()
+    assert {field for field in FIELDS if hidden[flag(field)]} == REFUSED[name].keys()
+
+
+@pytest.mark.parametrize("name", [name for name, reasons in REFUSED.items() if reasons])
+def test_a_refusal_is_one_line(refused, name):
+    for field, reason in REFUSED[name].items():
+        said = refused(name, *NEEDED[name], flag(field), "x")
+        assert said == f"{flag(field)}: {reason}; leave it out"
+
+
+@pytest.mark.parametrize("name", NO_MODEL)
+def test_commands_without_a_model_know_no_such_option(refused, name):
+    assert "No such option: --weights" in refused(*name.split(), "--weights", "int8")
+
+
+@pytest.fixture
+def half(tmp_path):
+    """A file with the slice of `seer`, whose one layer has 48 channels, that keeps 24."""
+    matformer.Slice(ffn_widths=(24,)).write(tmp_path / "half.json")
+    return tmp_path / "half.json"
+
+
+@pytest.fixture
+def call(cli, seer, picture, stored, tmp_path, monkeypatch):
+    """`call(name, *options)` runs a command on `seer`; benchmarks start no other processes."""
+    (tmp_path / "text.txt").write_text("Hi")
+    monkeypatch.setattr(speed, "starts", lambda words, repeats: {"started": words})
+    monkeypatch.setattr(speed, "import_seconds", lambda repeats: {})
+    needed = {
+        "generate": ("Hi",),
+        "chat": ("--temperature", 0, "--max-new-tokens", 4),
+        "score": ("--text-file", tmp_path / "text.txt"),
+        "forward": ("--inputs", stored(input_ids=[[2, 5, 6]]), "--output", tmp_path / "out"),
+        "shield": (picture("grey.png", level=90), "--policy", "violence", "--json"),
+        "bench": ("--prompt-tokens", 8, "--new-tokens", 4, "--repeats", 1, "--json"),
+    }
+
+    def run(name: str, *options, stdin: bytes = b"Hi\n"):
+        return cli(name, *needed[name], "--model", seer, *options, stdin=stdin)
+
+    return run
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Every `LoadOptions` that a command asks for; no model comes of it."""
+    options = []
+
+    def load_model(source, how, *, progress):
+        options.append(how)
+        raise ValueError("as far as this goes")
+
+    monkeypatch.setattr("gemma_jax.loading.load_model", load_model)
+    return options
+
+
+ALL = ("--dtype=bfloat16", "--weights=int8", "--vision-dtype=float32", "--numerics=gdm",
+       "--attention-impl=xla")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_is_typed_arrives(name, call, asked, half):
+    cache = () if name == "forward" else ("--cache-dtype=int8",)
+    for more in (("--mesh", "data=2,tensor=4"), ("--per-layer-table=host", "--slice", half)):
+        ran = call(name, *ALL, *cache, *more)
+        assert ran.error == "as far as this goes"
+    wanted = gj.LoadOptions(
+        dtype="bfloat16",
+        weights="int8",
+        vision_dtype="float32",
+        cache_dtype="int8" if cache else None,
+        numerics="gdm",
+        attention_impl="xla",
+    )
+    assert asked == [
+        replace(wanted, mesh={"data": 2, "tensor": 4}),
+        replace(wanted, per_layer_table="host", layout="unrolled"),
+    ]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_defaults_are_those_of_the_library(name, call, asked):
+    call(name)
+    assert asked == [gj.LoadOptions(dtype="float32" if name == "forward" else None)]
+
+
+def test_chat_as_in_python(call, seer):
+    how = {"dtype": "bfloat16", "numerics": "gdm", "attention_impl": "reference"}
+    words = [f"{flag(name)}={value}" for name, value in how.items()]
+    ran = call("chat", *words)
+    assert (ran.code, ran.err) == (0, "")
+    conversation = gj.Conversation(*gj.load(seer, **how), sampling=gj.Sampling())
+    assert ran.out.rstrip("\n") == "".join(conversation.stream("Hi", max_new_tokens=4)).rstrip("\n")
+
+
+def test_shield_sees_in_a_dtype_of_its_own_and_judges_with_a_slice(call, seer, half, tmp_path):
+    ran = call("shield", "--slice", half, "--vision-dtype", "bfloat16")
+    assert (ran.code, ran.err) == (0, "")
+    model, tok = gj.load(seer, layout="unrolled", vision_dtype="bfloat16")
+    view = matformer.at(model, matformer.Slice.read(half))
+    verdicts = gj.shield(view, tok, tmp_path / "grey.png", ["violence"])
+    assert json.loads(ran.out) == {name: asdict(verdict) for name, verdict in verdicts.items()}
+
+
+def test_bench_measures_a_slice_on_a_mesh(call, half):
+    options = ("--cache-dtype", "int8", "--slice", str(half), "--mesh", "sequence=4,tensor=2")
+    ran = call("bench", *options)
+    assert (ran.code, ran.err) == (0, "")
+    result = json.loads(ran.out)
+    assert result["started"][2:] == list(options)
+    assert (result["slice"], result["mesh"]) == (str(half), "sequence=4,tensor=2")
+    assert (result["dtype"], result["cache_dtype"]) == ("float32", "int8")
+    assert result["decode_tokens_per_s"]["median"] > 0

@@ -1,0 +1,40 @@
+"""How a model is loaded is one value, given as it is or field by field."""
+
+import dataclasses
+import inspect
+import typing
+
+import jax.numpy as jnp
+import pytest
+from test_imports import ROOT
+
+import gemma_jax as gj
+from gemma_jax.loading import LoadKeywords
+
+DIGITS = str(ROOT / "checkpoints" / "digits")
+
+
+def test_editors_see_the_fields_as_keywords():
+    keywords = typing.get_type_hints(LoadKeywords)
+    fields = {field.name: field.type for field in dataclasses.fields(gj.LoadOptions)}
+    assert keywords == fields
+    for function in (gj.load, gj.load_model):
+        annotation = inspect.signature(function).parameters["changes"].annotation
+        assert annotation == typing.Unpack[LoadKeywords]
+
+
+def test_keywords_change_what_the_options_say():
+    options = gj.LoadOptions(dtype="bfloat16", cache_dtype="int8", modalities=("text",))
+    runtime = gj.load_model(DIGITS, options, dtype="float32").runtime
+    assert (runtime.dtype, runtime.kv_dtype) == (jnp.float32, jnp.int8)
+
+
+def test_nothing_is_read_for_options_that_do_not_go_together():
+    with pytest.raises(ValueError, match="weights='int3' must be 'float32', 'bfloat16' or 'int8'"):
+        gj.load("nothing", weights="int3")
+    with pytest.raises(ValueError, match="numerics='tf' must be one of: hf, gdm"):
+        gj.load("nothing", numerics="tf")
+    with pytest.raises(ValueError, match="per_layer_table='host' is for one device"):
+        gj.load("nothing", per_layer_table="host", mesh={"tensor": 8})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'wieghts'"):
+        gj.load("nothing", wieghts="int8")
