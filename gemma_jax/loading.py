@@ -144,13 +144,13 @@ def load_model(
     how = replace(options, **changes)
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.dtype(how.dtype or ("float32" if on_cpu else "bfloat16"))
-    weights = how.weights
-    narrower = weights is not None and BITS[weights] < 8 * dtype.itemsize
+    stored = how.weights
+    narrower = stored if stored is not None and BITS[stored] < 8 * dtype.itemsize else None
     partition = None if how.mesh is None else partition_for(source, how.mesh, how.rules)
     return load_weights(
         source,
         modalities=how.modalities,
-        dtype=jnp.dtype(weights) if weights is not None and not narrower else dtype,
+        dtype=dtype if stored is None or narrower else jnp.dtype(stored),
         runtime=Runtime(
             dtype=dtype,
             numerics=resolve_numerics(how.numerics),
@@ -160,7 +160,7 @@ def load_model(
             partition=partition,
         ),
         layout=how.layout or ("unrolled" if on_cpu else "scan"),
-        transform=store_weights(weights) if narrower else None,
+        transform=store_weights(narrower) if narrower else None,
         placement=partition and partition.placement,
         per_layer_table=how.per_layer_table,
         per_layer_dtype=jnp.bfloat16 if narrower else None,
@@ -175,7 +175,7 @@ def partition_for(
     from gemma_checkpoints import describe, resolve
 
     if not isinstance(mesh, Mesh):
-        mesh = make_mesh(describe(resolve(source)).config, **mesh)
+        mesh = make_mesh(describe(resolve(source)).config, None, **mesh)
     return Partition.of(mesh, rules)
 
 

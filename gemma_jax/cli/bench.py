@@ -69,6 +69,7 @@ def _print_table(result: dict[str, Any]) -> None:
         f"{result['model']}, {result['dtype']} arithmetic, {result['weights']} weights, "
         f"{result['cache_dtype']} caches"
     )
+    what += "".join(f", {name} {result[name]}" for name in ("slice", "mesh") if result[name])
     where = f"{machine['cpu']}, {machine['cores']} cores, jax {machine['jax']} on "
     table = Table(title=what, caption=where + f"{machine['devices']} x {machine['device']}")
     table.add_column("")
