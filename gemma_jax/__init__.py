@@ -35,7 +35,8 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names (tests/test_p
         load_model as load_model,
         load_tokenizer as load_tokenizer,
     )
-    from gemma_jax.multimodal.image_prompt import Prompt as Prompt, image_prompt as image_prompt
+    from gemma_jax.multimodal.image_prompt import image_prompt as image_prompt
+    from gemma_jax.multimodal.prompts import Prompt as Prompt
     from gemma_jax.numerics import Numerics as Numerics
     from gemma_jax.presets import PRESETS as PRESETS, preset as preset
     from gemma_jax.runtime import Runtime as Runtime
@@ -59,7 +60,8 @@ _HOMES = {
     "gemma_jax.inference.sampling": ("Sampling",),
     "gemma_jax.inference.session": ("Session",),
     "gemma_jax.loading": ("LoadOptions", "load", "load_model", "load_tokenizer"),
-    "gemma_jax.multimodal.image_prompt": ("Prompt", "image_prompt"),
+    "gemma_jax.multimodal.image_prompt": ("image_prompt",),
+    "gemma_jax.multimodal.prompts": ("Prompt",),
     "gemma_jax.numerics": ("Numerics",),
     "gemma_jax.presets": ("PRESETS", "preset"),
     "gemma_jax.runtime": ("Runtime",),

@@ -102,7 +102,8 @@ def _see(net: "Gemma", arrays: dict[str, "np.ndarray"], capture: tuple[str, ...]
     an image one after the other.
     """
     from gemma_jax.decoder.soft_tokens import SoftTokens
-    from gemma_jax.multimodal.encode import encode_images
+    from gemma_jax.multimodal.encode_images import encode_images
+    from gemma_jax.multimodal.image_prompt import image_modality
     from gemma_jax.multimodal.placeholders import locate, runs
 
     if "pixel_values" not in arrays:
@@ -110,7 +111,7 @@ def _see(net: "Gemma", arrays: dict[str, "np.ndarray"], capture: tuple[str, ...]
             raise ValueError(f"no pixel_values in the inputs to capture {', '.join(capture)} from")
         return None, {}
     embeddings_ITD, captured = encode_images(net, arrays["pixel_values"], capture=capture)
-    index_BT, _ = locate(arrays["input_ids"], net.cfg.vision)
+    index_BT, _ = locate(arrays["input_ids"], image_modality(net.cfg.vision))
     block_BT = runs(arrays["token_type_ids"] == 1) if "token_type_ids" in arrays else None
     soft = SoftTokens(embeddings_ITD=embeddings_ITD, index_BT=index_BT, block_BT=block_BT)
     return soft, captured

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from gemma_jax.decoder.model import Gemma
     from gemma_jax.inference.generate import Completion
-    from gemma_jax.multimodal.image_prompt import Prompt
+    from gemma_jax.multimodal.prompts import Prompt
 
 
 @model_options()
@@ -142,7 +142,7 @@ def _prompts_of(arrays: dict[str, "np.ndarray"], net: "Gemma", path: Path) -> "l
     """One prompt per row: its real tokens, and the images that its placeholders stand for."""
     import numpy as np
 
-    from gemma_jax.multimodal.image_prompt import Prompt
+    from gemma_jax.multimodal.prompts import Prompt
 
     check_for_model(arrays, net.cfg, path)
     rows = [row[keep] for row, keep in zip(arrays["input_ids"], real_tokens(arrays, path))]

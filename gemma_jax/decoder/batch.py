@@ -21,7 +21,7 @@ class Batch:
       documents_BT: int32, ascending along each row: the number of the document that a token belongs
         to, for several texts packed in one row. No token sees another document. For passes without
         a cache.
-      soft: Images in the place of some tokens. A pass holds an image whole.
+      soft: Embeddings in the place of some tokens. A pass holds a bidirectional block whole.
       ffn_widths_L: int32; feed-forward channels per layer: computes as a MatFormer slice of these
         widths would, with one program for all widths. All channels are still computed, then masked:
         use it for training and for searching slices; for speed use `matformer.at`.

@@ -23,8 +23,8 @@ class Context:
       intervals: window (0 for global) -> `(lo_BT, hi_BT)`, the key positions each query sees.
       tables: `(theta, scale)` -> rope table.
       slots: cache capacity -> where new tokens go; empty without a cache.
-      causal: Whether no query sees a key after its own; images within the new tokens do.
-      whole: Whether rows are whole texts without padding or images, so that masks are known at
+      causal: Whether no query sees a key after its own; bidirectional blocks do.
+      whole: Whether rows are whole texts without padding or soft tokens, so that masks are known at
         compile time.
       capture: Names of intermediate results to return.
       lent: kind of layer -> keys and values that later layers of the kind read.

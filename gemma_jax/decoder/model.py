@@ -1,6 +1,6 @@
 """The decoder: blocks, the stack of them, and one forward pass.
 
-x = embed(tokens) * sqrt(D), or soft tokens in the place of images
+x = embed(tokens) * sqrt(D), or soft tokens in the place of some
 for each layer:  x = x + post_norm(attention(pre_norm(x)))
                  x = x + post_norm(ffn(pre_norm(x)))
 logits = embed.T(final_norm(x))

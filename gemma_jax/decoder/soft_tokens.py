@@ -15,7 +15,7 @@ class SoftTokens:
     """Embeddings that take the place of some of the new tokens of one pass.
 
     Attributes:
-      embeddings_ITD: Soft tokens of all images in the pass, whatever row they are in.
+      embeddings_ITD: Soft tokens of all items in the pass, whatever row they are in.
       index_BT: int32; which of the `I * T` soft tokens stands at a place, -1 for a token of text.
       block_BT: int32; tokens with the same number above 0 see each other both ways. `None`: the
         mask stays causal.

@@ -18,8 +18,9 @@ from gemma_jax.decoder.forward import forward
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.decoder.soft_tokens import SoftTokens
 from gemma_jax.inference.prefill import bucket
-from gemma_jax.multimodal.encode import encode_images
-from gemma_jax.multimodal.image_prompt import expand, place_markers, require_vision
+from gemma_jax.multimodal.encode_images import encode_images
+from gemma_jax.multimodal.image_prompt import expand, image_modality, require_vision
+from gemma_jax.multimodal.markers import place_markers
 from gemma_jax.multimodal.placeholders import locate
 from gemma_jax.text import Tokenizer
 from gemma_jax.vision.images import Image, preprocess
@@ -97,9 +98,10 @@ def shield(
       {'violence': Verdict(yes=0.01, no=0.99)}
     """
     vision = require_vision(model.cfg.vision)
+    modality = image_modality(vision)
     definitions = definitions_of(policies)
     prompts = [PROMPT.format(definition=text) for text in definitions.values()]
-    rows = [expand(tokenizer, place_markers(text, 1), [0], vision) for text in prompts]
+    rows = [expand(tokenizer, place_markers(text, modality, 1), [0], vision) for text in prompts]
     answers = jnp.array([tokenizer.id_of("Yes"), tokenizer.id_of("No")])
     pixels = preprocess(Image(image), vision.image_size)
     probabilities = jax.nn.softmax(_last_logits(model, rows, pixels)[:, answers], axis=-1)
@@ -132,7 +134,7 @@ def _last_logits(model: Gemma, rows: list[list[int]], pixels: np.ndarray) -> jax
         tokens_BT[i, : len(row)] = row
         positions_BT[i, : len(row)] = np.arange(len(row))
     embeddings_ITD, _ = encode_images(model, pixels)
-    index_BT, block_BT = locate(tokens_BT, model.cfg.vision)
+    index_BT, block_BT = locate(tokens_BT, image_modality(model.cfg.vision))
     one_image_BT = jnp.where(index_BT < 0, -1, index_BT % model.cfg.vision.num_soft_tokens)
     soft = SoftTokens(embeddings_ITD=embeddings_ITD, index_BT=one_image_BT, block_BT=block_BT)
     return forward(model, Batch(tokens_BT, positions_BT, soft=soft), logits="last").logits[:, 0]

@@ -6,8 +6,9 @@ from gemma_jax.decoder.model import Gemma
 from gemma_jax.inference.sampling import Sampling
 from gemma_jax.inference.session import Session
 from gemma_jax.inference.text_writer import TextWriter, steps
-from gemma_jax.multimodal.prompts import PromptReader, encode_prompt_images
-from gemma_jax.text import Tokenizer, images_of, render_next
+from gemma_jax.multimodal.modality import modalities_of
+from gemma_jax.multimodal.prompts import PromptReader, encode_prompt
+from gemma_jax.text import Tokenizer, render_next
 from gemma_jax.vision.pan_and_scan import PanAndScan
 
 
@@ -44,7 +45,7 @@ class Conversation:
     ):
         self.model, self.tokenizer, self.system = model, tokenizer, system
         self.messages: list[Mapping[str, object]] = []
-        self._read = PromptReader(tokenizer, model.cfg, pan_and_scan)
+        self._read = PromptReader(tokenizer, modalities_of(model.cfg, pan_and_scan=pan_and_scan))
         self._session = Session(
             model,
             1,
@@ -55,16 +56,16 @@ class Conversation:
         )
 
     def stream(self, content: str | Sequence, *, max_new_tokens: int = 1024) -> Iterator[str]:
-        """Says `content`, text or a list of texts and images, and yields the answer as it comes.
+        """Says `content`, text or a list of texts and media, and yields the answer as it comes.
 
         Raises:
-          ValueError: The conversation has outgrown `max_len`, or an image cannot be read.
+          ValueError: The conversation has outgrown `max_len`, or an item cannot be read.
         """
         first = not self.messages
         message = {"role": "user", "content": content}
         system = {"role": "system", "content": self.system} if first and self.system else None
-        text = render_next(message, first=first, system=system)
-        prompt = self._read.text(text, images_of([message]), bos=False)
+        text = render_next(message, first=first, system=system, media=self._read.markers)
+        prompt = self._read.text(text, self._read.media_of([message]), bos=False)
         ids = prompt.token_ids
         room = self._session.room - len(ids) - 1
         if room < 1:
@@ -73,7 +74,7 @@ class Conversation:
                 "one, or give a larger max_len"
             )
         new = min(max_new_tokens, room)
-        soft = [encode_prompt_images(self.model, prompt)]
+        soft = [encode_prompt(self.model, prompt)]
         self._session.prefill([ids], soft=soft, max_new_tokens=new)
         writer = TextWriter(self.tokenizer, (), self._session.stop_ids[0])
         try:

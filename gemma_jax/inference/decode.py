@@ -25,7 +25,7 @@ from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.cache import Cache, init_cache
 from gemma_jax.decoder.forward import forward
 from gemma_jax.decoder.model import Gemma
-from gemma_jax.inference.prefill import Pass
+from gemma_jax.inference.prefill import PrefillChunk
 from gemma_jax.inference.sampling import SamplingRows, sample
 from gemma_jax.inference.verification import verify
 from gemma_jax.nn.layer_groups import LayerGroup
@@ -106,7 +106,7 @@ class Propose(Protocol):
         """`State.drafts` of empty rows."""
         ...
 
-    def prefill(self, drafts: Any, prompt: Pass) -> Any:
+    def prefill(self, drafts: Any, prompt: PrefillChunk) -> Any:
         """`State.drafts` after a chunk of prompt."""
         ...
 
@@ -139,7 +139,7 @@ class Allow(Protocol):
 def advance(
     model: Gemma,
     state: State,
-    prompt: Pass | None,
+    prompt: PrefillChunk | None,
     *,
     loop: bool,
     propose: Propose | None = None,
@@ -173,16 +173,16 @@ def placed(tree: Tree, partition: Partition | None) -> Tree:
 
 
 def _prefill(
-    model: Gemma, state: State, prompt: Pass, propose: Propose | None, allow: Allow | None
+    model: Gemma, state: State, prompt: PrefillChunk, propose: Propose | None, allow: Allow | None
 ) -> State:
     """Reads the chunk and chooses the first token of the rows that end in it."""
     out = forward(
         model,
-        Batch(prompt.tokens_BT, prompt.positions_BT, soft=prompt.soft),
+        prompt.batch,
         cache=state.cache,
         logits="last",
     )
-    real_BT = jnp.where(prompt.positions_BT >= 0, prompt.tokens_BT, -1)
+    real_BT = jnp.where(prompt.batch.positions_BT >= 0, prompt.batch.tokens_BT, -1)
     ends_B1 = prompt.ends_B[:, None]
     state = replace(
         state,

@@ -10,8 +10,8 @@ from gemma_jax.inference.session import CHUNK, Session
 from gemma_jax.inference.speculation import DRAFT_TOKENS, SpeculativeSession
 from gemma_jax.inference.text_writer import TextWriter, steps
 from gemma_jax.matformer import Slice
-from gemma_jax.multimodal.image_prompt import Prompt
-from gemma_jax.multimodal.prompts import Messages, PromptReader, encode_prompt_images, is_chat
+from gemma_jax.multimodal.modality import modalities_of
+from gemma_jax.multimodal.prompts import Messages, Prompt, PromptReader, encode_prompt, is_chat
 from gemma_jax.text import Tokenizer
 from gemma_jax.vision.pan_and_scan import PanAndScan
 
@@ -35,8 +35,8 @@ class Completion:
     Examples:
       >>> import gemma_jax as gj
       >>> model, tok = gj.load("checkpoints/digits")
-      >>> image = "checkpoints/digits/three.png"
-      >>> done = gj.generate(model, tok, "Read the digits.", images=[image])
+      >>> picture = "checkpoints/digits/three.png"
+      >>> done = gj.generate(model, tok, "Read the digits.", images=[picture])
       >>> done.text, done.finish_reason, len(done.token_ids), len(done.log_probs)
       ('964', 'stop', 4, 4)
     """
@@ -79,9 +79,9 @@ def generate(
         `gemma_jax.text.chat`) or `Prompt`; or a list of these, or of lists of token ids, which are
         taken as they are and need no tokenizer.
       images: Images of one text, or one list of images per text of a batch: files, arrays, or
-        whatever else `Image` takes. They go where the text says `<start_of_image>`, or in front of
-        it. Messages hold theirs in their content.
-      pan_and_scan: Adds crops of elongated images; `None` for none.
+        whatever else `Image` takes. They go where the text says `<start_of_image>`, or come
+        first. Messages hold theirs in their content.
+      pan_and_scan: Adds crops of elongated pictures; `None` for none.
       max_new_tokens: Bound on the continuation; the context of the model may end before.
       sampling: How to choose tokens, one for all prompts or one per prompt; or its fields directly
         (`temperature=0.7, top_k=64`). Default: greedy.
@@ -102,16 +102,16 @@ def generate(
 
     Raises:
       ValueError: Empty prompt, ids outside the vocabulary, a prompt that leaves no room in the
-        context, impossible sampling values, images that cannot be read or do not fit the text.
+        context, impossible sampling values, items that cannot be read or do not fit the text.
 
     Examples:
       >>> import gemma_jax as gj
       >>> model, tok = gj.load("checkpoints/digits")
-      >>> image = "checkpoints/digits/three.png"
-      >>> print(gj.generate(model, tok, "How many digits?", images=[image]))
+      >>> picture = "checkpoints/digits/three.png"
+      >>> print(gj.generate(model, tok, "How many digits?", images=[picture]))
       3
       >>> texts = ["Which digit is left?", "Which digit is right?"]
-      >>> [str(done) for done in gj.generate(model, tok, texts, images=[[image], [image]])]
+      >>> [str(done) for done in gj.generate(model, tok, texts, images=2 * [[picture]])]
       ['9', '4']
     """
     single = isinstance(prompt, (str, Prompt)) or is_chat(prompt)
@@ -122,9 +122,8 @@ def generate(
         raise ValueError("stop texts need a tokenizer; give one, or stop_ids")
     if stop_ids is None:
         stop_ids = tokenizer.stop_ids if tokenizer is not None else ()
-    prompts = PromptReader(tokenizer, model.cfg, pan_and_scan).all(
-        given, [images] if single else images
-    )
+    reader = PromptReader(tokenizer, modalities_of(model.cfg, pan_and_scan=pan_and_scan))
+    prompts = reader.all(given, {"image": [images] if single else images})
     longest, new = _lengths(model, prompts, max_new_tokens)
     session_class = Session
     if draft is not None:
@@ -141,7 +140,7 @@ def generate(
     streaming = on_text is not None or bool(stop)
     session.prefill(
         [p.token_ids for p in prompts],
-        soft=[encode_prompt_images(model, p) for p in prompts],
+        soft=[encode_prompt(model, p) for p in prompts],
         max_new_tokens=new,
         run=not streaming,
         progress=progress,

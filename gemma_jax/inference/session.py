@@ -11,8 +11,9 @@ import numpy as np
 
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.inference.decode import Allow, Propose, advance, emptied, empty_state, rewound
-from gemma_jax.inference.prefill import Pass, Row, bucket, prefill_chunk
+from gemma_jax.inference.prefill import PrefillChunk, PromptRow, bucket, prefill_chunk
 from gemma_jax.inference.sampling import Sampling, SamplingRows
+from gemma_jax.multimodal.modality import modalities_of
 
 CHUNK = 1024  # longest stretch of prompt that one pass reads
 
@@ -68,6 +69,7 @@ class Session:
                 f"{cfg.max_positions}; shorten the prompt or ask for fewer new tokens"
             )
         self.model, self.chunk, self.propose, self.allow = model, chunk, propose, allow
+        self._modalities = modalities_of(cfg)
         self.max_len = min(bucket(max_len), cfg.max_positions)
         self.chosen: list[list[int]] = [[] for _ in range(batch)]  # since the row's last `prefill`
         self.log_probs: list[list[float]] = [[] for _ in range(batch)]
@@ -95,18 +97,18 @@ class Session:
         rows: Sequence[Sequence[int] | None],
         *,
         max_new_tokens: int,
-        soft: Sequence[jax.Array | None] | None = None,
+        soft: Sequence[Sequence[jax.Array] | jax.Array | None] | None = None,
         run: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Appends tokens to rows and chooses the first new token of each.
 
         Args:
-          rows: Token ids per row, at least one each; in `[0, V)`, or placeholders of images. `None`
+          rows: Token ids per row, at least one each; in `[0, V)`, or placeholders. `None`
             leaves a row as it is.
           max_new_tokens: Room to make for new tokens until the next `prefill`.
-          soft: Per row the soft tokens `[I, T, D]` of its images, in order, or `None`: as many as
-            there are placeholders.
+          soft: Per row the soft tokens `[T, D]` of each of its items, in the order of the text, or
+            `None`: as many as there are placeholders.
           run: Goes on in the same compiled program until `max_new_tokens` are chosen.
           progress: Called after each pass with tokens read so far and in total.
         """
@@ -221,7 +223,7 @@ class Session:
         self._limits = list(limits)
         self._state = replace(self._state, limit_B=np.array(self._limits, np.int32))
 
-    def _advance(self, prompt: Pass | None, *, loop: bool) -> None:
+    def _advance(self, prompt: PrefillChunk | None, *, loop: bool) -> None:
         self._state = advance(
             self.model, self._state, prompt, loop=loop, propose=self.propose, allow=self.allow
         )
@@ -229,16 +231,16 @@ class Session:
     def _prompts(
         self,
         rows: Sequence[Sequence[int] | None],
-        soft: Sequence[jax.Array | None],
+        soft: Sequence[Sequence[jax.Array] | jax.Array | None],
         max_new_tokens: int,
-    ) -> list[Row | None]:
+    ) -> list[PromptRow | None]:
         """What to read into each row, and from which position on."""
         if max_new_tokens < 1:
             raise ValueError(f"{max_new_tokens=} must be at least 1")
         if all(row is None for row in rows):
             raise ValueError("no text for any row; give at least one")
         prompts = []
-        for i, (row, soft_ITD, old) in enumerate(zip(rows, soft, self.chosen, strict=True)):
+        for i, (row, items, old) in enumerate(zip(rows, soft, self.chosen, strict=True)):
             if row is None:
                 prompts.append(None)
                 continue
@@ -248,13 +250,12 @@ class Session:
             start = self._lengths[i] + max(len(old) - 1, 0)
             ids = pending + list(row)
             self._check(i, ids, start, max_new_tokens)
-            vision = self.model.cfg.vision
-            prompts.append(Row.of(ids, start, soft_ITD, vision, written=len(pending)))
+            prompts.append(PromptRow.of(ids, start, items, self._modalities, written=len(pending)))
         return prompts
 
     def _check(self, i: int, ids: list[int], start: int, max_new_tokens: int) -> None:
-        vocab, vision = self.model.cfg.vocab_size, self.model.cfg.vision
-        allowed = set() if vision is None else {vision.image_token}
+        vocab = self.model.cfg.vocab_size
+        allowed = {modality.placeholder for modality in self._modalities}
         if not ids:
             raise ValueError(f"prompt {i} is empty; give at least one token")
         if min(ids) < 0 or max(set(ids) - allowed, default=0) >= vocab:
@@ -265,7 +266,7 @@ class Session:
                 f"the session holds max_len={self.max_len}; shorten the text or make room"
             )
 
-    def _make_room(self, prompts: list[Row | None], max_new_tokens: int) -> None:
+    def _make_room(self, prompts: list[PromptRow | None], max_new_tokens: int) -> None:
         """Columns for new tokens; and caches that end where the prompts begin."""
         state, batch = self._state, len(prompts)
         width, old = bucket(max_new_tokens + self._slack), state.tokens_BX.shape[1]

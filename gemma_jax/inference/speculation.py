@@ -21,7 +21,7 @@ from gemma_jax.decoder.cache import Cache
 from gemma_jax.decoder.forward import forward
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.inference.decode import Proposal, State
-from gemma_jax.inference.prefill import Pass
+from gemma_jax.inference.prefill import PrefillChunk
 from gemma_jax.inference.sampling import Sampling, distribution
 from gemma_jax.inference.session import CHUNK, Session
 from gemma_jax.inference.verification import draft_keys, draw
@@ -99,11 +99,10 @@ class DraftModel:
         cache = empty_cache(self.model, batch, max_len, self.count) if own else None
         return Drafts(cache, none_B, none_B)
 
-    def prefill(self, drafts: Drafts, prompt: Pass) -> Drafts:
+    def prefill(self, drafts: Drafts, prompt: PrefillChunk) -> Drafts:
         if drafts.cache is None:
             return drafts
-        batch = Batch(prompt.tokens_BT, prompt.positions_BT, soft=prompt.soft)
-        out = forward(self.model, batch, cache=drafts.cache, logits="none")
+        out = forward(self.model, prompt.batch, cache=drafts.cache, logits="none")
         return replace(drafts, cache=out.cache)
 
     def __call__(self, state: State, active_B: jax.Array) -> Proposal:

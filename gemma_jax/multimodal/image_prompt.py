@@ -9,15 +9,19 @@ and, with pan and scan, into a sentence that shows the whole image first and the
 text: the newlines join those of their neighbours into longer pieces.
 """
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from functools import partial
 
+import jax
 import numpy as np
 
 from gemma_jax.config import VisionConfig
+from gemma_jax.decoder.model import Gemma
+from gemma_jax.multimodal.encode_images import encode_images
+from gemma_jax.multimodal.markers import expand_markers
+from gemma_jax.multimodal.modality import Item, Modality, modality_of
+from gemma_jax.multimodal.prompts import Prompt, build_prompt
 from gemma_jax.text import GEMMA3_MEDIA, Tokenizer
-from gemma_jax.text.chat import BOS
 from gemma_jax.vision.images import Image, preprocess
 from gemma_jax.vision.pan_and_scan import PanAndScan
 
@@ -26,23 +30,27 @@ PLACEHOLDER = "<image_soft_token>"
 _VIEW = f"\n\n{MARKER}\n\n"  # one view of an image: whole, or a crop
 
 
-@dataclass(frozen=True, eq=False)
-class Prompt:
-    """Holds what a model is given: a text with images, as token ids and pixels.
+@modality_of.register
+def image_modality(
+    vision: VisionConfig, *, pan_and_scan: PanAndScan | None = None, **_: object
+) -> Modality:
+    """How images enter the text of a Gemma 3.
 
-    Attributes:
-      token_ids: Ids of the whole prompt, soft-token placeholders included.
-      pixels: float32 `[I, 3, size, size]` in [-1, 1], one entry per run of placeholders: each image
-        whole, followed by its crops. Default: none.
-
-    Examples:
-      >>> import gemma_jax as gj
-      >>> gj.Prompt([2, 10, 20]).pixels.shape  # a text alone
-      (0, 3, 0, 0)
+    Args:
+      pan_and_scan: How to add crops of images that are far from square; default: not at all.
     """
-
-    token_ids: list[int]
-    pixels: np.ndarray = field(default_factory=lambda: np.zeros((0, 3, 0, 0), np.float32))
+    return Modality(
+        name="image",
+        marker=MARKER,
+        placeholder=vision.image_token,
+        begin=vision.start_token,
+        end=vision.end_token,
+        tokens_per_item=vision.num_soft_tokens,
+        bidirectional=True,
+        prepare=partial(_prepare, vision=vision, pan_and_scan=pan_and_scan),
+        encode=_encode,
+        placeholder_text=PLACEHOLDER,
+    )
 
 
 def image_prompt(
@@ -76,14 +84,10 @@ def image_prompt(
       >>> prompt.pixels.shape, prompt.token_ids.count(model.cfg.vision.image_token)
       ((1, 3, 32, 32), 16)
     """
-    vision = require_vision(vision)
-    marked = place_markers(text, len(images))
-    pictures = [Image(image) for image in images]
-    crops = [_boxes(picture, pan_and_scan) for picture in pictures]
-    ids = expand(tokenizer, marked, [len(boxes) for boxes in crops], vision, bos=bos)
-    size = vision.image_size
-    pixels = [preprocess(picture, size, boxes) for picture, boxes in zip(pictures, crops)]
-    return Prompt(ids, np.concatenate([np.zeros((0, 3, size, size), np.float32), *pixels]))
+    modality = image_modality(require_vision(vision), pan_and_scan=pan_and_scan)
+    prompt = build_prompt(tokenizer, text, (modality,), {modality.name: images}, bos=bos)
+    pixels = np.array(prompt.media.get(modality.name, ()), np.float32)
+    return Prompt(prompt.token_ids, pixels.reshape(-1, 3, vision.image_size, vision.image_size))
 
 
 def require_vision(vision: VisionConfig | None) -> VisionConfig:
@@ -95,29 +99,6 @@ def require_vision(vision: VisionConfig | None) -> VisionConfig:
     return vision
 
 
-def place_markers(text: str, count: int) -> str:
-    """`text` with one marker per image: its own, or `count` of them in front.
-
-    Raises:
-      ValueError: The text has markers of its own, but another number; or a placeholder.
-    """
-    if PLACEHOLDER in text:
-        raise ValueError(
-            f"the text holds {PLACEHOLDER}, which would take the place of an image; mark images "
-            f"by {MARKER}"
-        )
-    found = text.count(MARKER)
-    if found == count:
-        return text
-    if found:
-        raise ValueError(
-            f"places for images in the text ({MARKER}): {found}, images given: {count}; "
-            "give as many images as places"
-        )
-    start = BOS if text.startswith(BOS) else ""
-    return start + MARKER * count + text.removeprefix(start)
-
-
 def expand(
     tokenizer: Tokenizer,
     marked: str,
@@ -126,18 +107,24 @@ def expand(
     *,
     bos: bool = True,
 ) -> list[int]:
-    """Ids of a text with one marker per image, with room for every image and its crops.
+    """Ids of a text with one marker per image, with room for every image and its crops."""
+    modality = image_modality(vision)
+    items = {modality.name: [_item(crops, vision) for crops in num_crops]}
+    return expand_markers(tokenizer, marked, (modality,), items, bos=bos)
 
-    The ids of an image's tokens come from `vision`: a `tokenizer.model` has no piece for them.
-    """
-    crops = iter(num_crops)
-    text = re.sub(MARKER, lambda _: _views(next(crops)), marked)
-    head, *tail = text.split(MARKER)
-    span = [vision.start_token, *[vision.image_token] * vision.num_soft_tokens, vision.end_token]
-    ids = tokenizer.encode(head, bos=bos)
-    for part in tail:
-        ids += span + tokenizer.encode(part)
-    return ids
+
+def _prepare(source: object, *, vision: VisionConfig, pan_and_scan: PanAndScan | None) -> Item:
+    image = Image(source)
+    boxes = pan_and_scan.boxes(image.width, image.height) if pan_and_scan else ()
+    return _item(len(boxes), vision, preprocess(image, vision.image_size, boxes))
+
+
+def _item(crops: int, vision: VisionConfig, pixels: Sequence[np.ndarray] = ()) -> Item:
+    return Item(_views(crops), [vision.num_soft_tokens] * (1 + crops), pixels)
+
+
+def _encode(model: Gemma, pixels: jax.Array) -> jax.Array:
+    return encode_images(model, pixels)[0]
 
 
 def _views(crops: int) -> str:
@@ -148,7 +135,3 @@ def _views(crops: int) -> str:
         f"Here is the original image {_VIEW} and here are some crops to help you see better "
         + " ".join([_VIEW] * crops)
     )
-
-
-def _boxes(image: Image, pan_and_scan: PanAndScan | None) -> tuple:
-    return pan_and_scan.boxes(image.width, image.height) if pan_and_scan else ()

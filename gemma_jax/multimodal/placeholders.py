@@ -3,41 +3,92 @@
 Local letters: I items that soft tokens come in.
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
-from gemma_jax.config import VisionConfig
+from gemma_jax.decoder.model import Gemma
 from gemma_jax.decoder.soft_tokens import SoftTokens
-from gemma_jax.multimodal.encode import encode_images
+from gemma_jax.multimodal.modality import Modality, check_media, modalities_of
 
 
-def soft_tokens(model, tokens_BT: jax.Array, pixels: jax.Array) -> SoftTokens:
-    """Images for the placeholders in `tokens_BT`, in order, row by row; differentiable.
+def soft_tokens(
+    model: Gemma, tokens_BT: jax.Array, inputs: jax.Array | Mapping[str, jax.Array]
+) -> SoftTokens:
+    """Soft tokens for the placeholders in `tokens_BT`, in order, row by row; differentiable.
 
     Args:
-      model: A `Gemma` with a vision tower.
-      tokens_BT: int32 ids; every image has its run of `num_soft_tokens` placeholders.
-      pixels: float `[I, 3, size, size]` in [-1, 1].
+      tokens_BT: int32 ids; every item has its run of placeholders.
+      inputs: Name of a modality -> what its encoder reads, `[I, ...]`; or the array alone for the
+        first of the model (float `[I, 3, size, size]` in [-1, 1] for Gemma 3).
     """
-    embeddings_ITD, _ = encode_images(model, pixels)
-    index_BT, block_BT = locate(tokens_BT, model.cfg.vision)
-    return SoftTokens(embeddings_ITD=embeddings_ITD, index_BT=index_BT, block_BT=block_BT)
+    modalities = modalities_of(model.cfg)
+    if not isinstance(inputs, Mapping):
+        inputs = {modalities[0].name if modalities else "soft token": inputs}
+    check_media(inputs, modalities)
+    used = [modality for modality in modalities if modality.name in inputs]
+    encoded = [modality.encode(model, inputs[modality.name]) for modality in used]
+    width = max(soft_ITD.shape[1] for soft_ITD in encoded)
+    index_BT = jnp.full(tokens_BT.shape, -1, jnp.int32)
+    block_BT = jnp.zeros(tokens_BT.shape, jnp.int32)
+    first = 0
+    for modality, soft_ITD in zip(used, encoded):
+        item_BT, offset_BT = _items(tokens_BT, modality)
+        is_soft_BT, item_BT = item_BT >= 0, item_BT + first
+        index_BT = jnp.where(is_soft_BT, item_BT * width + offset_BT, index_BT)
+        if modality.bidirectional:
+            block_BT = jnp.where(is_soft_BT, item_BT + 1, block_BT)
+        first += len(soft_ITD)
+    same = [jnp.pad(a, ((0, 0), (0, width - a.shape[1]), (0, 0))) for a in encoded]
+    return SoftTokens(
+        embeddings_ITD=jnp.concatenate(same) if len(same) > 1 else encoded[0],
+        index_BT=index_BT,
+        block_BT=block_BT if any(modality.bidirectional for modality in used) else None,
+    )
 
 
-def locate(tokens_BT: jax.Array, cfg: VisionConfig) -> tuple[jax.Array, jax.Array]:
-    """`index_BT` and `block_BT` of `SoftTokens`, from the placeholders; one block per image."""
-    is_soft_BT = jnp.asarray(tokens_BT) == cfg.image_token
-    count_BT = jnp.cumsum(is_soft_BT.ravel()).reshape(is_soft_BT.shape)
-    index_BT = jnp.where(is_soft_BT, count_BT - 1, -1).astype(jnp.int32)
-    block_BT = jnp.where(is_soft_BT, index_BT // cfg.num_soft_tokens + 1, 0)
+def locate(tokens_BT: jax.Array, modality: Modality) -> tuple[jax.Array, jax.Array | None]:
+    """`index_BT` and `block_BT` of `SoftTokens` for one modality with a fixed number of tokens."""
+    item_BT, offset_BT = _items(tokens_BT, modality)
+    index_BT = jnp.where(item_BT >= 0, item_BT * modality.tokens_per_item + offset_BT, -1)
+    block_BT = jnp.where(item_BT >= 0, item_BT + 1, 0) if modality.bidirectional else None
     return index_BT, block_BT
 
 
-def runs(is_image_BT: jax.Array) -> jax.Array:
+def runs(is_soft_BT: jax.Array) -> jax.Array:
     """int32 `[B, T]`: each run of True in a row is one block, numbered from 1; 0 elsewhere.
 
-    How transformers finds the images in `token_type_ids` (hf `get_block_sequence_ids_for_mask`).
+    How transformers finds blocks in `token_type_ids` (hf `get_block_sequence_ids_for_mask`).
     """
-    is_image_BT = jnp.asarray(is_image_BT)
-    starts_BT = is_image_BT & ~jnp.pad(is_image_BT[:, :-1], ((0, 0), (1, 0)))
-    return jnp.where(is_image_BT, jnp.cumsum(starts_BT, axis=1), 0).astype(jnp.int32)
+    is_soft_BT = jnp.asarray(is_soft_BT)
+    return jnp.where(is_soft_BT, jnp.cumsum(_starts(is_soft_BT), axis=1), 0).astype(jnp.int32)
+
+
+def check_places(places: int, given: int) -> None:
+    """Raises `ValueError` if there are not as many soft tokens as places for them."""
+    if places != given:
+        raise ValueError(
+            f"{places} placeholders of soft tokens in the prompt, {given} soft tokens given; "
+            "every item needs its run of placeholders"
+        )
+
+
+def _items(tokens_BT: jax.Array, modality: Modality) -> tuple[jax.Array, jax.Array]:
+    """Number of the item at each place through all rows, -1 in text; and the place inside it."""
+    is_soft_BT = jnp.asarray(tokens_BT) == modality.placeholder
+    count_BT = jnp.cumsum(is_soft_BT.ravel()).reshape(is_soft_BT.shape) - 1
+    if (size := modality.tokens_per_item) is not None:
+        item_BT, offset_BT = count_BT // size, count_BT % size
+    else:  # runs are apart: each has its begin and its end
+        starts_BT = _starts(is_soft_BT)
+        item_BT = jnp.cumsum(starts_BT.ravel()).reshape(starts_BT.shape) - 1
+        begun = jax.lax.cummax(jnp.where(starts_BT, count_BT, 0).ravel())
+        offset_BT = count_BT - begun.reshape(starts_BT.shape)
+    item_BT = jnp.where(is_soft_BT, item_BT, -1).astype(jnp.int32)
+    return item_BT, jnp.where(is_soft_BT, offset_BT, 0).astype(jnp.int32)
+
+
+def _starts(is_soft_BT: jax.Array) -> jax.Array:
+    """Where a run begins."""
+    return is_soft_BT & ~jnp.pad(is_soft_BT[:, :-1], ((0, 0), (1, 0)))

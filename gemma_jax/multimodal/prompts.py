@@ -1,20 +1,50 @@
-"""What callers give, in any form, as token ids and pixels."""
+"""What callers give, in any form, as token ids and what the encoders read."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from gemma_jax.config import GemmaConfig
 from gemma_jax.decoder.model import Gemma
-from gemma_jax.multimodal.encode import encode_images
-from gemma_jax.multimodal.image_prompt import Prompt, image_prompt
-from gemma_jax.text import Tokenizer, images_of, render
-from gemma_jax.vision.pan_and_scan import PanAndScan
+from gemma_jax.multimodal.markers import expand_markers, place_markers
+from gemma_jax.multimodal.modality import Modality, check_media, modalities_of
+from gemma_jax.multimodal.placeholders import check_places
+from gemma_jax.text import GEMMA3_MEDIA, Tokenizer, items_of, render
 
 Messages = Sequence[Mapping[str, object]]
+_NOTHING: Mapping[str, Sequence] = MappingProxyType({})
+
+
+class Prompt:
+    """Holds what a model is given: token ids, and what their placeholders stand for.
+
+    Attributes:
+      token_ids: Ids of the whole prompt, soft-token placeholders included.
+      media: Name of a modality -> what its encoder reads, one entry per run of placeholders.
+      pixels: float32 `[I, 3, size, size]` in [-1, 1]: those of the pictures, each one whole,
+        followed by its crops. Default: none.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> gj.Prompt([2, 10, 20]).pixels.shape  # a text alone
+      (0, 3, 0, 0)
+    """
+
+    def __init__(
+        self,
+        token_ids: list[int],
+        pixels: np.ndarray | None = None,
+        *,
+        media: Mapping[str, Sequence[np.ndarray]] = _NOTHING,
+    ):
+        self.token_ids = token_ids
+        self.media = dict(media) if pixels is None else {**media, "image": pixels}
+
+    @property
+    def pixels(self) -> np.ndarray:
+        return np.asarray(self.media.get("image", np.zeros((0, 3, 0, 0), np.float32)))
 
 
 def is_chat(prompt: object) -> bool:
@@ -26,64 +56,118 @@ def is_chat(prompt: object) -> bool:
     )
 
 
+def build_prompt(
+    tokenizer: Tokenizer,
+    text: str,
+    modalities: Sequence[Modality],
+    media: Mapping[str, Sequence],
+    *,
+    bos: bool = True,
+) -> Prompt:
+    """The prompt of a text and its items.
+
+    Args:
+      text: With one marker per item; items of a modality without a single marker come in front.
+      modalities: What the model reads.
+      media: Name of a modality -> items in the order of its markers.
+
+    Raises:
+      ValueError: Items that the model cannot read, another number of markers than of items, a
+        placeholder in the text, or an item that cannot be read.
+    """
+    check_media(media, modalities)
+    for modality in reversed(modalities):
+        text = place_markers(text, modality, len(media.get(modality.name, ())))
+    items = {m.name: [m.prepare(one) for one in media.get(m.name, ())] for m in modalities}
+    ids = expand_markers(tokenizer, text, modalities, items, bos=bos)
+    return Prompt(
+        ids,
+        media={
+            name: [i for item in own for i in item.inputs] for name, own in items.items() if own
+        },
+    )
+
+
 @dataclass(frozen=True)
 class PromptReader:
     """Turns texts, messages and token ids into what one model reads.
 
     Attributes:
       tokenizer: `None` if only token ids will come.
-      cfg: Of the model.
-      pan_and_scan: How to crop images, or `None`.
+      modalities: What the model reads beside text, from `modalities_of`.
     """
 
     tokenizer: Tokenizer | None
-    cfg: GemmaConfig
-    pan_and_scan: PanAndScan | None = None
+    modalities: Sequence[Modality] = ()
 
-    def all(self, prompts: Sequence, images: Sequence | None) -> list[Prompt]:
-        """One `Prompt` each; `images` holds a list of images per prompt, or is `None`.
+    def all(
+        self, prompts: Sequence, media: Mapping[str, Sequence[Sequence | None] | None] = _NOTHING
+    ) -> list[Prompt]:
+        """One `Prompt` each.
+
+        Args:
+          media: Name of a modality -> a list of items per prompt, or `None`.
 
         Raises:
-          ValueError: A prompt that is empty, or whose images do not fit it or this model.
+          ValueError: A prompt that is empty, or whose items do not fit it or this model.
         """
-        images = [None] * len(prompts) if images is None else list(images)
-        if len(images) != len(prompts):
-            raise ValueError(
-                f"{len(images)} lists of images for {len(prompts)} prompts; give one list for each"
-            )
-        return [self._one(prompt, own) for prompt, own in zip(prompts, images)]
+        given = {name: list(lists) for name, lists in media.items() if lists is not None}
+        for name, lists in given.items():
+            if len(lists) != len(prompts):
+                raise ValueError(
+                    f"{len(lists)} lists of {name}s for {len(prompts)} prompts; give one list for "
+                    "each"
+                )
+        return [
+            self._one(prompt, {name: lists[i] or () for name, lists in given.items()})
+            for i, prompt in enumerate(prompts)
+        ]
 
-    def text(self, text: str, images: Sequence, *, bos: bool = True) -> Prompt:
-        """A text with its images."""
+    def text(self, text: str, media: Mapping[str, Sequence] = _NOTHING, *, bos=True) -> Prompt:
+        """A text with its items: name of a modality -> items in the order of its markers."""
         if self.tokenizer is None:
             raise ValueError("a text prompt needs a tokenizer; give one, or token ids")
         if not text:
             raise ValueError("the prompt is empty; give at least one character")
-        if self.cfg.vision is None and not images:
-            return Prompt(self.tokenizer.encode(text, bos=bos))
-        return image_prompt(
-            self.tokenizer, text, images, self.cfg.vision, pan_and_scan=self.pan_and_scan, bos=bos
-        )
+        return build_prompt(self.tokenizer, text, self.modalities, media, bos=bos)
 
-    def _one(self, prompt: object, images: Sequence | None) -> Prompt:
+    @property
+    def markers(self) -> Mapping[str, str]:
+        """Type of an item in a message -> what marks its place in the text."""
+        return {**GEMMA3_MEDIA, **{m.name: m.marker for m in self.modalities}}
+
+    def media_of(self, messages: Messages) -> Mapping[str, Sequence]:
+        """The items in messages: name of a modality -> items in the order of its markers."""
+        return {name: items_of(messages, name) for name in self.markers}
+
+    def _one(self, prompt: object, media: Mapping[str, Sequence]) -> Prompt:
         if isinstance(prompt, str):
-            return self.text(prompt, images or ())
-        if images:
-            raise ValueError("images go with a text; messages and Prompts hold their own")
+            return self.text(prompt, media)
+        if given := [name for name, items in media.items() if len(items)]:
+            raise ValueError(f"{given[0]}s go with a text; messages and Prompts hold their own")
         if isinstance(prompt, Prompt):
             return prompt
         if is_chat(prompt):
-            return self.text(render(prompt), images_of(prompt))
+            return self.text(render(prompt, media=self.markers), self.media_of(prompt))
         return Prompt([int(i) for i in prompt])
 
 
-def encode_prompt_images(model: Gemma, prompt: Prompt) -> jax.Array | None:
-    """Soft tokens `[I, T, D]` of the images of a prompt, `None` if it has none.
+def encode_prompt(model: Gemma, prompt: Prompt) -> list[jax.Array]:
+    """Soft tokens `[T, D]` of each run of placeholders in a prompt, in the order of the text.
 
-    One image at a time: the program is compiled once, and memory is bounded by one image.
+    One run at a time: a program is compiled once, and memory is bounded by one item.
+
+    Raises:
+      ValueError: Another number of placeholders than of soft tokens.
     """
-    if not len(prompt.pixels):
-        return None
-    return jnp.concatenate(
-        [encode_images(model, np.asarray(one)[None])[0] for one in prompt.pixels]
-    )
+    modalities = modalities_of(model.cfg)
+    check_media(prompt.media, modalities)
+    ids, runs = np.array(prompt.token_ids), []
+    for modality in modalities:
+        inputs = prompt.media.get(modality.name, ())
+        soft = [modality.encode(model, np.asarray(one)[None])[0] for one in inputs]
+        places = np.flatnonzero(ids == modality.placeholder)
+        ends = np.cumsum([len(one) for one in soft], dtype=int)
+        check_places(len(places), ends[-1] if len(ends) else 0)
+        runs += [(places[end - len(one)], one) for end, one in zip(ends, soft) if len(one)]
+    return [one for _, one in sorted(runs, key=lambda run: run[0])]

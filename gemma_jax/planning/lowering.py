@@ -10,11 +10,12 @@ import optax
 from flax import nnx
 
 from gemma_jax.config import GemmaConfig
+from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.cache import Cache, init_cache
 from gemma_jax.decoder.losses import loss
 from gemma_jax.decoder.model import Gemma, abstract_model
 from gemma_jax.inference.decode import advance, empty_state
-from gemma_jax.inference.prefill import Pass
+from gemma_jax.inference.prefill import PrefillChunk
 from gemma_jax.inference.sampling import Sampling, SamplingRows
 from gemma_jax.inference.session import CHUNK
 from gemma_jax.quantise import store_weights
@@ -116,7 +117,7 @@ def _lower_generation(model: Gemma, work: Work, partition: Partition) -> jax.sta
     prompt = None
     if work.mode == "prefill":
         chunk = ints(B, work.chunk)
-        prompt = Pass(chunk, chunk, None, jax.ShapeDtypeStruct((B,), bool))
+        prompt = PrefillChunk(Batch(chunk, chunk), jax.ShapeDtypeStruct((B,), bool))
     state, prompt = placed((state, prompt), partition)
     return advance.lower(model, state, prompt, loop=prompt is None)
 

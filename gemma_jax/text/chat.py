@@ -36,7 +36,7 @@ GEMMA3N_MEDIA: Mapping[str, str] = {"image": "<image_soft_token>", "audio": "<au
 
 Message = Mapping[str, object]
 _ROLES = {"user": "user", "assistant": "model", "model": "model"}
-_SOURCES = ("image", "path", "url")  # where an image item may name its image
+_SOURCES = ("path", "url")  # where an item may name what it holds, beside its own type
 
 
 def render(
@@ -143,8 +143,20 @@ def images_of(messages: Sequence[Message]) -> list[object]:
     Raises:
       ValueError: an item of type "image" that names no image.
     """
+    return items_of(messages, "image")
+
+
+def items_of(messages: Sequence[Message], kind: str) -> list[object]:
+    """The items of one type in a conversation, in the order of their markers in `render(messages)`.
+
+    Returns:
+      What the messages hold in their places.
+
+    Raises:
+      ValueError: An item of this type that names nothing.
+    """
     items = (item for message in messages for item in _items(message))
-    return [_source(item) for item in items if item.get("type") == "image"]
+    return [_source(item) for item in items if item.get("type") == kind]
 
 
 def _role(message: object) -> str:
@@ -218,10 +230,12 @@ def _is_image(part: object) -> bool:
 
 
 def _source(item: Mapping[str, object]) -> object:
-    found = next((item[key] for key in _SOURCES if item.get(key) is not None), None)
+    kind = item["type"]
+    keys = [kind, *_SOURCES]
+    found = next((item[key] for key in keys if item.get(key) is not None), None)
     if found is None:
         raise ValueError(
-            f"expected an image item with one of {list(_SOURCES)}, got {item!r:.200}; "
-            "{'type': 'image'} alone is a placeholder"
+            f"expected an {kind} item with one of {keys}, got {item!r:.200}; "
+            f"{{'type': {kind!r}}} alone is a placeholder"
         )
     return found

@@ -15,7 +15,8 @@ from gemma_checkpoints import load_weights, save_hf
 from gemma_jax import Prompt, Runtime, forward, generate
 from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.soft_tokens import SoftTokens
-from gemma_jax.multimodal.encode import encode_images
+from gemma_jax.multimodal.encode_images import encode_images
+from gemma_jax.multimodal.modality import modalities_of
 from gemma_jax.multimodal.placeholders import locate, runs, soft_tokens
 from gemma_jax.vision.encoder import CAPTURES
 
@@ -55,7 +56,7 @@ def test_logits_and_every_layer(implementation):
 def test_blocks_are_those_of_token_type_ids(model):
     given, _, _ = case("g3_mm", "forward")
     ids = given["input_ids"].astype(np.int32)
-    _, block_BT = locate(ids, model.cfg.vision)
+    _, block_BT = locate(ids, *modalities_of(model.cfg))
     np.testing.assert_array_equal(block_BT, runs(given["token_type_ids"] == 1))
     assert block_BT.max() == 2
 

@@ -7,9 +7,10 @@ import tiny
 
 from gemma_jax import Prompt, forward, generate, init_cache
 from gemma_jax.decoder.batch import Batch
-from gemma_jax.inference.prefill import Row, prefill_chunk
+from gemma_jax.inference.prefill import PromptRow, prefill_chunk
 from gemma_jax.inference.session import Session
-from gemma_jax.multimodal.encode import encode_images
+from gemma_jax.multimodal.encode_images import encode_images
+from gemma_jax.multimodal.modality import modalities_of
 from gemma_jax.multimodal.placeholders import soft_tokens
 
 ATOL = 2e-5  # as in test_invariance.py
@@ -57,12 +58,12 @@ def logits(net, one: Prompt) -> np.ndarray:
 def in_pieces(net, one: Prompt, width: int) -> np.ndarray:
     """Logits of passes of at most `width` tokens over one cache, cut as a session cuts them."""
     soft_ITD, _ = encode_images(net, one.pixels)
-    row = Row.of(one.token_ids, 0, soft_ITD, net.cfg.vision)
+    row = PromptRow.of(one.token_ids, 0, soft_ITD, modalities_of(net.cfg))
     cache = init_cache(net.cfg, net.layer_groups, 1, 64, jnp.float32)
     parts = []
     for piece in row.cuts(width):
         part = prefill_chunk([row], [piece])
-        out = forward(net, Batch(part.tokens_BT, part.positions_BT, soft=part.soft), cache=cache)
+        out = forward(net, part.batch, cache=cache)
         cache = out.cache
         parts.append(np.asarray(out.logits)[0, : piece.stop - piece.start])
     return np.concatenate(parts)
@@ -76,13 +77,13 @@ def test_pieces_equal_one_pass(net, two, width):
 
 def test_cuts_keep_images_whole(net, two):
     soft_ITD, _ = encode_images(net, two.pixels)
-    row = Row.of(two.token_ids, 0, soft_ITD, net.cfg.vision)
+    row = PromptRow.of(two.token_ids, 0, soft_ITD, modalities_of(net.cfg))
     for width in range(1, len(two.token_ids) + 1):
         pieces = row.cuts(width)
         assert [p.start for p in pieces] == [0, *(p.stop for p in pieces[:-1])]
         assert pieces[-1].stop == len(two.token_ids)
         for piece in pieces[:-1]:
-            before, after = row.image[piece.stop - 1], row.image[piece.stop]
+            before, after = row.block[piece.stop - 1], row.block[piece.stop]
             assert before < 0 or before != after
         assert all(p.stop - p.start <= max(width, VISION.num_soft_tokens) for p in pieces)
 

@@ -1,4 +1,4 @@
-"""Soft tokens of images."""
+"""Pixels of images become soft tokens."""
 
 from functools import partial
 
