@@ -1,6 +1,6 @@
 """Keeps sequences in a cache on the host's side: what to read, how far to write, what came out.
 
-Local letters: X tokens chosen; I stop ids, or items that soft tokens come in.
+Local letters: X tokens chosen; I stop ids.
 """
 
 from collections.abc import Callable, Sequence
