@@ -22,6 +22,7 @@ from gemma_jax.decoder.cache import LayerCache
 from gemma_jax.decoder.context import Context
 from gemma_jax.nn.altup import AltUp, Streams
 from gemma_jax.nn.embed import Embedder, ModalityEmbedder
+from gemma_jax.nn.encoders import encoders_of
 from gemma_jax.nn.ffn import FeedForward
 from gemma_jax.nn.laurel import Laurel
 from gemma_jax.nn.layer_groups import Layout, group_layers
@@ -134,6 +135,8 @@ class Gemma(nnx.Module):
       ((4, 32, 64), 'NHD')
     """
 
+    vision: VisionEncoder | None = None
+
     def __init__(
         self,
         cfg: GemmaConfig,
@@ -154,7 +157,8 @@ class Gemma(nnx.Module):
         self.per_layer = PerLayerEmbedder(cfg, rngs=rngs) if cfg.per_layer else None
         self.streams = Streams(cfg, rngs=rngs) if cfg.altup else None
         self.final_norm = RMSNorm("D", cfg.d_model, cfg.norm_eps, plus_one=cfg.scale_plus_one)
-        self.vision = VisionEncoder(cfg, rngs=rngs, layout=layout) if cfg.vision else None
+        for name, encoder in encoders_of(cfg, rngs=rngs, layout=layout).items():
+            setattr(self, name, encoder)  # `vision`, say
 
     @property
     def soft_cap(self) -> float | None:

@@ -27,6 +27,8 @@ def soft_tokens(
     if not isinstance(inputs, Mapping):
         inputs = {modalities[0].name if modalities else "soft token": inputs}
     check_media(inputs, modalities)
+    if not inputs:
+        raise ValueError("no inputs given; a text alone needs no soft tokens")
     used = [modality for modality in modalities if modality.name in inputs]
     encoded = [modality.encode(model, inputs[modality.name]) for modality in used]
     width = max(soft_ITD.shape[1] for soft_ITD in encoded)

@@ -31,8 +31,8 @@ class Embedder(nnx.Module):
         """Rows of the table times sqrt(D), `[B, T, D]` in `dtype`.
 
         The scalar is rounded to `dtype` first (hf `Gemma3TextScaledWordEmbedding`): in bfloat16
-        sqrt(640) is 25.25. Text only: soft tokens are not scaled. Ids beyond
-        the table, as their placeholders may be, read row 0 (hf `Gemma3Model.forward`).
+        sqrt(640) is 25.25. Text only: soft tokens are not scaled. Ids beyond the table, as their
+        placeholders may be, read row 0 (hf `Gemma3Model.forward`).
         """
         table = self.table.get_value()
         inside_BT = jnp.where(tokens_BT < self.vocab_size, tokens_BT, 0)

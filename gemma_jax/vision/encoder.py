@@ -6,8 +6,9 @@ Local letters: I images; Q patches of an image; C width of the tower.
 import jax
 from flax import nnx
 
-from gemma_jax.config import GemmaConfig
+from gemma_jax.config import GemmaConfig, VisionConfig
 from gemma_jax.nn.einsum import Einsum
+from gemma_jax.nn.encoders import encoder_of
 from gemma_jax.nn.layer_groups import Layout
 from gemma_jax.nn.norm import RMSNorm
 from gemma_jax.runtime import Runtime
@@ -55,3 +56,11 @@ class VisionEncoder(nnx.Module):
             soft_ITD = self.projector(x_IQC, runtime)
         taps |= {"tower": x_IQC, "soft_tokens": soft_ITD}
         return soft_ITD, {name: taps[name.removeprefix(_PREFIX)] for name in capture}
+
+
+@encoder_of.register
+def siglip_encoder(
+    vision: VisionConfig, cfg: GemmaConfig, *, rngs: nnx.Rngs, layout: Layout
+) -> VisionEncoder:
+    """The encoder of `cfg.vision`."""
+    return VisionEncoder(cfg, rngs=rngs, layout=layout)

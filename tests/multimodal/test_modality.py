@@ -22,6 +22,9 @@ from gemma_jax.multimodal.image_prompt import MARKER
 from gemma_jax.multimodal.modality import Item, Modality, modalities_of, modality_of
 from gemma_jax.multimodal.placeholders import locate, soft_tokens
 from gemma_jax.multimodal.prompts import PromptReader, encode_prompt
+from gemma_jax.nn.einsum import Einsum
+from gemma_jax.nn.encoders import encoder_of
+from gemma_jax.vision.encoder import VisionEncoder
 
 ATOL = 2e-5  # as in test_invariance.py
 SOUND = "<sound>"
@@ -44,12 +47,16 @@ class HearingConfig(GemmaConfig):
 
 
 class SoundEncoder(nnx.Module):
-    def __init__(self, width: int):
-        random = np.random.default_rng(0)
-        self.proj = nnx.Param(jnp.asarray(random.standard_normal((5, width)), jnp.float32))
+    def __init__(self, width: int, rngs: nnx.Rngs):
+        self.proj = Einsum("ITC,DC->ITD", {"C": 5, "D": width}, rngs=rngs)
 
-    def __call__(self, frames_ITF: jax.Array) -> jax.Array:
-        return jnp.tanh(frames_ITF @ self.proj.get_value())
+    def __call__(self, frames_ITC: jax.Array) -> jax.Array:
+        return jnp.tanh(self.proj(frames_ITC))
+
+
+@encoder_of.register
+def sound_encoder(config: SoundConfig, cfg: GemmaConfig, *, rngs: nnx.Rngs, **_: object):
+    return SoundEncoder(cfg.d_model, rngs)
 
 
 @modality_of.register
@@ -63,7 +70,7 @@ def sounds(config: SoundConfig, **_: object) -> Modality:
         tokens_per_item=config.num_tokens,
         bidirectional=False,
         prepare=lambda frames: Item(SOUND, [len(frames)], [np.asarray(frames, np.float32)]),
-        encode=lambda model, frames_ITF: model.sound(frames_ITF),
+        encode=lambda model, frames_ITC: model.sound(frames_ITC),
     )
 
 
@@ -72,11 +79,9 @@ def run(length: int) -> list[int]:
 
 
 def hearing(vision: VisionConfig | None = VISION, **sound):
-    net = tiny.model(cfg := tiny.gemma3(layers=3, window=3, vision=vision))
+    cfg = tiny.gemma3(layers=3, window=3, vision=vision)
     old = {field.name: getattr(cfg, field.name) for field in fields(cfg)}
-    net.cfg = HearingConfig(**old, sound=SoundConfig(**sound))
-    net.sound = SoundEncoder(cfg.d_model)
-    return net
+    return tiny.model(HearingConfig(**old, sound=SoundConfig(**sound)))
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +136,12 @@ def test_modalities_are_chosen_by_the_types_in_a_config(net, listener):
     assert [m.name for m in modalities_of(net.cfg)] == ["image", "sound"]
     assert [m.name for m in modalities_of(listener.cfg)] == ["sound"]
     assert modalities_of(tiny.gemma3()) == ()
+
+
+def test_encoders_are_chosen_by_the_types_in_a_config(net, listener):
+    assert isinstance(net.sound, SoundEncoder) and isinstance(net.vision, VisionEncoder)
+    assert isinstance(listener.sound, SoundEncoder) and listener.vision is None
+    assert not hasattr(tiny.model(tiny.gemma3()), "sound")
 
 
 def test_markers_of_both_in_one_text(net):
@@ -289,7 +300,7 @@ def test_gradients_reach_the_encoder(net, both):
         return gemma_jax.loss(net, Batch(ids, soft=soft_tokens(net, ids, media)))
 
     gradients = jax.grad(loss)(net)
-    assert np.abs(gradients.sound.proj.get_value()).max() > 1e-4
+    assert np.abs(gradients.sound.proj.w.get_value()).max() > 1e-4
 
 
 # The keyword `images=` of `generate` and `pixels` of `Prompt` are for users: what is said of them
