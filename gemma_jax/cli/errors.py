@@ -31,7 +31,7 @@ def flags_for(*names: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        text = re.sub(rf"\b({'|'.join(names)})\b(=True\b|=)?", flag, str(error))
+        text = re.sub(rf"(?<!['\w])({'|'.join(names)})\b(=True\b|=)?", flag, str(error))
         raise ValueError(text) from error
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemma_jax.cli import common, progress
+from gemma_jax.cli.errors import flags_for
 from gemma_jax.storages import CACHE_STORAGES, WEIGHT_STORAGES
 
 if TYPE_CHECKING:
@@ -114,7 +115,8 @@ class ModelOptions:
 
         values = {name: _plain(value) for name, value in asdict(self).items() if name != "slice"}
         mesh = None if self.mesh is None else common.parse_mesh(self.mesh)
-        return LoadOptions(**values | {"mesh": mesh, "layout": layout})
+        with flags_for(*values):
+            return LoadOptions(**values | {"mesh": mesh, "layout": layout})
 
     def words(self) -> list[str]:
         """The options that are not at their defaults, as one would type them."""

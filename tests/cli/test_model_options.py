@@ -1,11 +1,14 @@
 """Every command that runs a model takes the same options, or says in one line why not."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import typer
+from test_imports import ROOT
 
 import gemma_jax as gj
 from gemma_jax import matformer
@@ -72,6 +75,16 @@ def test_a_refusal_is_one_line(refused, name):
     for field, reason in REFUSED[name].items():
         said = refused(name, *NEEDED[name], flag(field), "x")
         assert said == f"{flag(field)}: {reason}; leave it out"
+
+
+def test_the_page_names_every_option():
+    page = (ROOT / "docs" / "cli.md").read_text()
+    assert {flag(field) for field in FIELDS} <= set(re.findall(r"^\| `(--[\w-]+)", page, re.M))
+
+
+def test_values_that_do_not_go_together_are_named_as_they_are_typed(call):
+    ran = call("score", "--per-layer-table=host", "--mesh=tensor=2")
+    assert ran.error.startswith("--per-layer-table 'host' is for one device")
 
 
 @pytest.mark.parametrize("name", NO_MODEL)
@@ -160,20 +173,30 @@ def test_chat_as_in_python(call, seer):
 
 
 def test_shield_sees_in_a_dtype_of_its_own_and_judges_with_a_slice(call, seer, half, tmp_path):
-    ran = call("shield", "--slice", half, "--vision-dtype", "bfloat16")
+    ran = call("shield", "--slice", half, "--vision-dtype", "bfloat16", "--cache-dtype", "int8")
     assert (ran.code, ran.err) == (0, "")
-    model, tok = gj.load(seer, layout="unrolled", vision_dtype="bfloat16")
+    model, tok = gj.load(seer, layout="unrolled", vision_dtype="bfloat16", cache_dtype="int8")
     view = matformer.at(model, matformer.Slice.read(half))
     verdicts = gj.shield(view, tok, tmp_path / "grey.png", ["violence"])
     assert json.loads(ran.out) == {name: asdict(verdict) for name, verdict in verdicts.items()}
 
 
 def test_bench_measures_a_slice_on_a_mesh(call, half):
-    options = ("--cache-dtype", "int8", "--slice", str(half), "--mesh", "sequence=4,tensor=2")
+    mesh = "sequence=4,tensor=2"
+    options = ("--cache-dtype", "int8", "--numerics", "gdm", "--slice", str(half), "--mesh", mesh)
     ran = call("bench", *options)
     assert (ran.code, ran.err) == (0, "")
     result = json.loads(ran.out)
     assert result["started"][2:] == list(options)
-    assert (result["slice"], result["mesh"]) == (str(half), "sequence=4,tensor=2")
+    assert (result["slice"], result["mesh"]) == (str(half), mesh)
+    assert result["numerics"] == "gdm"
     assert (result["dtype"], result["cache_dtype"]) == ("float32", "int8")
     assert result["decode_tokens_per_s"]["median"] > 0
+
+
+def test_generate_sees_in_a_dtype_of_its_own(call, picture):
+    words = ("--image", picture("seen.png", level=30), "--max-new-tokens", 1, "--json")
+    runs = [call("generate", *words, "--vision-dtype", d).out for d in ("float32", "bfloat16")]
+    wide, narrow = (json.loads(out)["log_probs"] for out in runs)
+    np.testing.assert_allclose(narrow, wide, rtol=0.05)
+    assert narrow != wide
