@@ -41,6 +41,15 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names (tests/test_p
     from gemma_jax.presets import PRESETS as PRESETS, preset as preset
     from gemma_jax.runtime import Runtime as Runtime
     from gemma_jax.text import Tokenizer as Tokenizer, encode_chat as encode_chat
+    from gemma_jax.training.objectives import (
+        TrainBatch as TrainBatch,
+        elastic as elastic,
+        next_token as next_token,
+    )
+    from gemma_jax.training.optimizers import muon as muon
+    from gemma_jax.training.state import TrainState as TrainState
+    from gemma_jax.training.step import make_step as make_step
+    from gemma_jax.training.trainable import trainable as trainable
     from gemma_jax.vision.images import Image as Image
     from gemma_jax.vision.pan_and_scan import PanAndScan as PanAndScan
     from . import matformer as matformer, viz as viz
@@ -66,6 +75,11 @@ _HOMES = {
     "gemma_jax.presets": ("PRESETS", "preset"),
     "gemma_jax.runtime": ("Runtime",),
     "gemma_jax.text": ("Tokenizer", "encode_chat"),
+    "gemma_jax.training.objectives": ("TrainBatch", "elastic", "next_token"),
+    "gemma_jax.training.optimizers": ("muon",),
+    "gemma_jax.training.state": ("TrainState",),
+    "gemma_jax.training.step": ("make_step",),
+    "gemma_jax.training.trainable": ("trainable",),
     "gemma_jax.vision.images": ("Image",),
     "gemma_jax.vision.pan_and_scan": ("PanAndScan",),
 }

@@ -42,6 +42,21 @@ def loss(
       >>> print(f"{loss:.2f}")
       6.74
     """
+    return loss_and_weight(
+        model, batch, targets_BT=targets_BT, weights_BT=weights_BT, z_loss=z_loss
+    )[0]
+
+
+@partial(jax.jit, static_argnames=("z_loss",))
+def loss_and_weight(
+    model: Gemma,
+    batch: Batch | jax.Array,
+    *,
+    targets_BT: jax.Array | None = None,
+    weights_BT: jax.Array | None = None,
+    z_loss: float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Computes `loss`, and the weight of all targets together, over which it is the mean."""
     batch = Batch.of(batch)
     if targets_BT is None:
         targets_BT = _following(batch)
@@ -52,7 +67,7 @@ def loss(
     )
     counts_BT = (targets_BT >= 0) & (targets_BT < model.cfg.vocab_size)
     total = jnp.sum(counts_BT if weights_BT is None else counts_BT * weights_BT)
-    return jnp.sum(losses_BT) / jnp.where(total == 0, 1, total)
+    return jnp.sum(losses_BT) / jnp.where(total == 0, 1, total), total
 
 
 def token_losses(

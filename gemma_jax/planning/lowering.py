@@ -1,6 +1,6 @@
 """The programs that a plan compiles: real ones, with shapes in the place of arrays."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -12,7 +12,6 @@ from flax import nnx
 from gemma_jax.config import GemmaConfig
 from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.cache import Cache, init_cache
-from gemma_jax.decoder.losses import loss
 from gemma_jax.decoder.model import Gemma, abstract_model
 from gemma_jax.inference.decode import advance, empty_state
 from gemma_jax.inference.prefill import PrefillChunk
@@ -21,7 +20,9 @@ from gemma_jax.inference.session import CHUNK
 from gemma_jax.quantise import store_weights
 from gemma_jax.runtime import Runtime
 from gemma_jax.sharding import Partition
-from gemma_jax.training.params import trainable
+from gemma_jax.training.objectives import next_token
+from gemma_jax.training.step import make_step
+from gemma_jax.training.trainable import trainable
 from gemma_jax.weights.protocol import Weight
 from gemma_jax.weights.tree import map_params
 
@@ -123,26 +124,20 @@ def _lower_generation(model: Gemma, work: Work, partition: Partition) -> jax.sta
 
 
 def _lower_training(model: Gemma, work: Work, partition: Partition) -> jax.stages.Lowered:
-    params, rebuild = trainable(model)
+    trained, frozen, join = trainable(model)
     adam = optax.adam(1e-4)
-
-    def step(params, moments, tokens_BT):
-        value, gradients = jax.value_and_grad(lambda p: loss(rebuild(p), tokens_BT))(params)
-        updates, moments = adam.update(gradients, moments, params)
-        return optax.apply_updates(params, updates), moments, value
-
-    shardings = jax.tree.map(lambda a: a.sharding, params)
-    moments = jax.tree.map(
-        lambda a: a if a.sharding else a.update(sharding=partition.whole),
-        optax.tree_utils.tree_map_params(
-            adam,
-            lambda a, sharding: a.update(sharding=sharding),
-            jax.eval_shape(adam.init, params),
-            shardings,
-        ),
+    init, step = make_step(next_token, adam, join)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.tree.map(
+        lambda a: a.update(sharding=partition.whole), jax.eval_shape(init, trained, key)
     )
+    # Moments lie where their parameters do.
+    moments = optax.tree_utils.tree_map_params(
+        adam, lambda a, param: a.update(sharding=param.sharding), state.moments, trained
+    )
+    state = replace(state, trained=trained, moments=moments)
     tokens_BT = jax.ShapeDtypeStruct((work.batch, work.context), jnp.int32)
     tokens_BT = tokens_BT.update(sharding=partition.sharding("BT", tokens_BT.shape))
-    outputs = (shardings, jax.tree.map(lambda a: a.sharding, moments), partition.whole)
-    program = jax.jit(step, donate_argnums=(0, 1), out_shardings=outputs)
-    return program.lower(params, moments, tokens_BT)
+    outputs = (jax.tree.map(lambda a: a.sharding, state), partition.whole)
+    program = jax.jit(step, donate_argnums=0, out_shardings=outputs)
+    return program.lower(state, frozen, tokens_BT)

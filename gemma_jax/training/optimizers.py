@@ -8,12 +8,22 @@ from gemma_jax.weights.tree import flat_params
 
 
 def muon(model: Gemma, rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    """Muon on the linear maps of a model, Adam on all else, for what `trainable` returns."""
+    """Makes Muon for the linear maps of a model and Adam for all else.
+
+    Args:
+      model: What `trainable` is asked about; any part of it may be trained.
+      rate: Of both.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> model = gj.load_model("checkpoints/digits")
+      >>> trained, frozen, join = gj.trainable(model, lambda path, param: "attn" in path)
+      >>> moments = gj.muon(model, 1e-3).init(trained)
+    """
+    matrices = {path: _matrix(param) for path, param in flat_params(model).items()}
     return optax.contrib.muon(
         rate,
-        muon_weight_dimension_numbers={
-            path: _matrix(param) for path, param in flat_params(model).items()
-        },
+        muon_weight_dimension_numbers=lambda trained: {path: matrices[path] for path in trained},
         weight_decay=0.01,
         adam_weight_decay=0.01,
     )

@@ -15,7 +15,7 @@ import gemma_jax as gj
 from gemma_jax import forward, init_cache
 from gemma_jax.decoder.cache import cache_bytes
 from gemma_jax.numerics import NUMERICS
-from gemma_jax.training.params import trainable
+from gemma_jax.training.trainable import trainable
 from gemma_jax.weights.tree import with_attributes
 
 CFG = tiny.gemma3n()
@@ -26,14 +26,14 @@ def with_runtime(net, **changes):
 
 
 def gradients(net, tokens):
-    params, rebuild = trainable(net)
+    trained, frozen, join = trainable(net)
 
-    def loss(params):
-        logits = forward(rebuild(params), tokens).logits[:, :-1]
+    def loss(trained):
+        logits = forward(join(trained, frozen), tokens).logits[:, :-1]
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
     step = jax.jit(jax.grad(loss))
-    return step(params), step.lower(params).compile().memory_analysis().temp_size_in_bytes
+    return step(trained), step.lower(trained).compile().memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.parametrize("layout, layers", [("unrolled", 6), *nightly(("scan", 9))])

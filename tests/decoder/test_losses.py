@@ -12,7 +12,7 @@ import gemma_jax as gj
 from gemma_jax.multimodal.placeholders import soft_tokens
 from gemma_jax.numerics import NUMERICS
 from gemma_jax.quantise import quantise
-from gemma_jax.training.params import trainable
+from gemma_jax.training.trainable import trainable
 from gemma_kernels.cross_entropy import xla
 
 
@@ -41,10 +41,10 @@ def test_values(family):
 def test_gradients():
     """With a soft cap, and a table that is read and written at both ends of the model."""
     cfg = tiny.gemma2()
-    params, rebuild = trainable(tiny.model(cfg))
+    trained, frozen, join = trainable(tiny.model(cfg))
     tokens = tiny.tokens(cfg, 2, 11)
     ours, theirs = (
-        jax.jit(jax.grad(lambda params, f=f: f(rebuild(params), tokens)))(params)
+        jax.jit(jax.grad(lambda trained, f=f: f(join(trained, frozen), tokens)))(trained)
         for f in (gj.loss, plain)
     )
     for path, gradient in ours.items():

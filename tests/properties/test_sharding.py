@@ -15,7 +15,7 @@ from gemma_jax.multimodal.encode_images import encode_images
 from gemma_jax.placement import shard, with_partition
 from gemma_jax.quantise import quantise
 from gemma_jax.sharding import INFERENCE, LONG_CONTEXT, TRAINING, Partition, make_mesh
-from gemma_jax.training.params import trainable
+from gemma_jax.training.trainable import trainable
 
 LENGTH = 4 * tiny.WINDOW + 3
 ATOL = 2e-5  # ten times the rounding of float32 sums in another order; mistakes show at 0.1
@@ -76,8 +76,8 @@ def test_gradients(net, name):
     ids = tiny.tokens(net.cfg, 4, LENGTH)
 
     def gradients(model):
-        params, rebuild = trainable(model)
-        return jax.jit(jax.grad(lambda p: loss(rebuild(p), ids)))(params)
+        trained, frozen, join = trainable(model)
+        return jax.jit(jax.grad(lambda p: loss(join(p, frozen), ids)))(trained)
 
     whole, parts = gradients(net), gradients(split)
     for path, expected in whole.items():

@@ -17,7 +17,6 @@ import dataclasses
 import io
 import json
 import time
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -35,8 +34,10 @@ from gemma_jax.experiments.digits.scenes import QUESTIONS, SIDE, Scene, draw
 from gemma_jax.multimodal.image_prompt import MARKER, PLACEHOLDER, expand
 from gemma_jax.multimodal.placeholders import soft_tokens
 from gemma_jax.text import Tokenizer
+from gemma_jax.training.objectives import TrainBatch, next_token
 from gemma_jax.training.optimizers import muon
-from gemma_jax.training.params import trainable
+from gemma_jax.training.step import make_step
+from gemma_jax.training.trainable import trainable
 
 STEPS, BATCH, TURNS, LENGTH = 1200, 64, 3, 56
 END_OF_IMAGE = "<end_of_image>"
@@ -134,35 +135,33 @@ def _conversation(questions, scene: Scene, tokenizer: Tokenizer, cfg: GemmaConfi
     return ids, answers
 
 
+def answers(model: gj.Gemma, batch: tuple[jax.Array, ...], key: jax.Array):
+    """The objective: next tokens of answers, of a model that sees the pictures if it can."""
+    tokens, positions, weights, pixels = batch
+    soft = None if model.cfg.vision is None else soft_tokens(model, tokens, pixels)
+    read = gj.Batch(tokens, positions, soft=soft)
+    return next_token(model, TrainBatch(read, weights_BT=weights), key)
+
+
 def train(tokenizer: Tokenizer, cfg: GemmaConfig, steps: int, seed: int) -> gj.Gemma:
     """Muon on matrices, Adam on the rest; single digits first, then up to three."""
     model = gj.Gemma(cfg, rngs=nnx.Rngs(seed), layout="unrolled")
     if cfg.vision is not None:
         patches = model.vision.tower.patches
         patches.positions[...] = sincos_positions(cfg.vision.grid, cfg.vision.d_tower)
-    params, rebuild = trainable(model)
     rate = optax.warmup_cosine_decay_schedule(0, 4e-3, steps // 20, steps, 4e-5)
-    optimizer = muon(model, rate)
+    trained, frozen, join = trainable(model)
+    init, step = make_step(answers, muon(model, rate), join)
+    state, step = init(trained, jax.random.key(seed)), jax.jit(step, donate_argnums=0)
 
-    def loss(params, tokens, positions, weights, pixels):
-        model = rebuild(params)
-        soft = None if cfg.vision is None else soft_tokens(model, tokens, pixels)
-        return gj.loss(model, gj.Batch(tokens, positions, soft=soft), weights_BT=weights)
-
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, *batch):
-        value, gradients = jax.value_and_grad(loss)(params, *batch)
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, value
-
-    state, random, start = optimizer.init(params), np.random.default_rng(seed), time.perf_counter()
+    random, start = np.random.default_rng(seed), time.perf_counter()
     for i in range(steps):
         at_most = 1 if i < steps // 8 else 3
-        params, state, value = step(params, state, *rows(random, tokenizer, cfg, at_most))
+        state, metrics = step(state, frozen, rows(random, tokenizer, cfg, at_most))
         if i % 100 == 99:
             seconds = time.perf_counter() - start
-            print(f"step {i + 1}: loss {value:.3f}, {seconds:.0f} s", flush=True)
-    return rebuild(params)
+            print(f"step {i + 1}: loss {metrics['loss']:.3f}, {seconds:.0f} s", flush=True)
+    return join(state.trained, frozen)
 
 
 def accuracy(

@@ -33,8 +33,10 @@ from gemma_jax.config import AltUpConfig, GemmaConfig, LayerSpec, PerLayerConfig
 from gemma_jax.experiments.elastic.corpus import digest, documents, split
 from gemma_jax.matformer import Slice, at, slice_config, slice_model
 from gemma_jax.text import Tokenizer
+from gemma_jax.training.objectives import elastic
 from gemma_jax.training.optimizers import muon
-from gemma_jax.training.params import trainable
+from gemma_jax.training.step import make_step
+from gemma_jax.training.trainable import trainable
 
 STEPS, BATCH, LENGTH, RATE = 500, 4, 256, 1e-2
 LAYERS, D_FF = 10, 256
@@ -130,38 +132,25 @@ def train(
         # Scores are not divided by anything: sharp ones are for training to find.
         norm = block.attn.q_norm
         norm.scale[...] = norm.scale[...] * cfg.head_dim**-0.5
-    params, rebuild = trainable(model)
     rate = optax.warmup_cosine_decay_schedule(0, RATE, steps // 20, steps, RATE / 100)
-    optimizer = muon(model, rate)
+    trained, frozen, join = trainable(model)
+    objective = partial(elastic, cuts=() if nested is None else (nested,))
+    init, step = make_step(objective, muon(model, rate), join)
+    state, step = init(trained, jax.random.key(seed)), jax.jit(step, donate_argnums=0)
 
-    def loss(params, tokens_BT, widths_L):
-        model = rebuild(params)
-        losses = [gj.loss(model, tokens_BT)]
-        if nested is not None:
-            losses += [
-                gj.loss(at(model, nested), tokens_BT),
-                gj.loss(model, gj.Batch(tokens_BT, ffn_widths_L=widths_L)),
-            ]
-        return sum(losses) / len(losses), losses[0]
-
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, *batch):
-        gradients, value = jax.grad(loss, has_aux=True)(params, *batch)
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, value
-
-    state, random, start = optimizer.init(params), np.random.default_rng(seed), time.perf_counter()
+    random, start = np.random.default_rng(seed), time.perf_counter()
     full_L = np.array([spec.d_ff for spec in cfg.layers])
     for i in range(steps):
         first_B1 = random.integers(0, len(ids) - LENGTH + 2, (BATCH, 1))
         tokens_BT = np.full((BATCH, LENGTH), tokenizer.bos_id, np.int32)
         tokens_BT[:, 1:] = ids[first_B1 + np.arange(LENGTH - 1)]
         widths_L = full_L // (random.choice([1, 2, 4], len(full_L)) if i % 2 else 2)
-        params, state, value = step(params, state, tokens_BT, widths_L)
+        batch = gj.Batch(tokens_BT, ffn_widths_L=None if nested is None else widths_L)
+        state, metrics = step(state, frozen, batch)
         if i % 50 == 49:
             seconds = time.perf_counter() - start
-            print(f"step {i + 1}: loss {value:.3f}, {seconds:.0f} s", flush=True)
-    return rebuild(params)
+            print(f"step {i + 1}: loss {metrics['whole']:.3f}, {seconds:.0f} s", flush=True)
+    return join(state.trained, frozen)
 
 
 def measure(
@@ -216,9 +205,9 @@ def main() -> None:
     held_out_BT = rows(tokenizer, encode(tokenizer, held_out))
     print(f"{len(ids):,} tokens to train on, {held_out_BT.size:,} held out")
     start = time.perf_counter()
-    elastic = train(tokenizer, cfg, ids, args.steps, args.seed, nested=SLICES["e2b"])
+    nested = train(tokenizer, cfg, ids, args.steps, args.seed, nested=SLICES["e2b"])
     seconds = time.perf_counter() - start
-    save_hf(elastic, args.out, dtype=jnp.bfloat16)
+    save_hf(nested, args.out, dtype=jnp.bfloat16)
     (args.out / "tokenizer.model").write_bytes(vocabulary)
     (args.out / "held_out.txt").write_text("\n\n".join(held_out), "utf-8")
 
