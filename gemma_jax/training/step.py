@@ -60,6 +60,8 @@ def make_step(
       ...     state, metrics = step(state, frozen, tokens)
       ...     print(f"{metrics['loss']:.2f}")
       6.74
+      5.44
+      4.27
       >>> model = join(state.trained, frozen)
     """
 

@@ -1,15 +1,14 @@
 """`gemma-jax bench` on a tiny model. What it measures is checked, how fast it is never."""
 
-import io
 import json
 
 import pytest
-import sentencepiece
 import tiny
 
 from gemma_checkpoints import save_hf
 from gemma_jax.benchmarks import speed as benchmark
 from gemma_jax.cli.app import run
+from gemma_jax.text.train_vocabulary import train_vocabulary
 
 SPEEDS = ("prefill_tokens_per_s", "decode_tokens_per_s")
 STARTS = ("cold_start", "warm_start")
@@ -18,23 +17,11 @@ STARTS = ("cold_start", "warm_start")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny model with a tokenizer, as a Hugging Face folder."""
-    path, vocabulary = tmp_path_factory.mktemp("bench") / "hf", io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["The capital of France is Paris."] * 3),
-        model_writer=vocabulary,
-        model_type="bpe",
-        vocab_size=300,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        user_defined_symbols=["<start_of_turn>", "<end_of_turn>"],
-        **{"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3, "minloglevel": 2},
-        **{"pad_piece": "<pad>", "eos_piece": "<eos>", "bos_piece": "<bos>", "unk_piece": "<unk>"},
-    )
+    path = tmp_path_factory.mktemp("bench") / "hf"
+    lines, symbols = ["The capital of France is Paris."] * 3, ["<start_of_turn>", "<end_of_turn>"]
+    vocabulary = train_vocabulary(lines, 300, symbols, hard_vocab_limit=False)
     save_hf(tiny.model(tiny.gemma3(layers=3, vocab_size=300)), path)
-    (path / "tokenizer.model").write_bytes(vocabulary.getvalue())
+    (path / "tokenizer.model").write_bytes(vocabulary)
     return path
 
 

@@ -1,6 +1,5 @@
 """Vocabularies to test with: a tiny one in three file formats, and Gemma's own where installed."""
 
-import io
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +8,7 @@ import sentencepiece
 from text_samples import hf_tokenizer_json, write_gguf
 
 from gemma_jax.text import Tokenizer, gguf_header
+from gemma_jax.text.train_vocabulary import train_vocabulary
 from gemma_jax.text.vocabulary import Kind
 
 TINY_RUNS = [c * n for c in ("\n", "\u2581", "\t") for n in range(1 if c != "\u2581" else 2, 32)]
@@ -26,22 +26,9 @@ There is nothing either good or bad, but thinking makes it so; the resting of th
 def tiny(tmp_path_factory) -> SimpleNamespace:
     """A trained vocabulary of a few hundred pieces: paths `.model`, `.json`, `.gguf`, and `.table`
     (pieces, scores, kinds) as SentencePiece itself reports them."""
-    folder, model = tmp_path_factory.mktemp("tiny"), io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TINY_TEXT.splitlines() * 3),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=520,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        user_defined_symbols=TINY_DEFINED,
-        **{"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3, "minloglevel": 2},
-        **{"pad_piece": "<pad>", "eos_piece": "<eos>", "bos_piece": "<bos>", "unk_piece": "<unk>"},
-    )
-    engine = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    folder = tmp_path_factory.mktemp("tiny")
+    model = train_vocabulary(TINY_TEXT.splitlines() * 3, 520, TINY_DEFINED, hard_vocab_limit=False)
+    engine = sentencepiece.SentencePieceProcessor(model_proto=model)
     ids = range(engine.get_piece_size())
     pieces = [engine.id_to_piece(i) for i in ids]
     scores = [engine.get_score(i) for i in ids]
@@ -53,7 +40,7 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
             kinds[i] = Kind.CONTROL if engine.is_control(i) else Kind.BYTE
     assert kinds.count(Kind.NORMAL) > 100
     paths = [folder / f"tokenizer.{suffix}" for suffix in ("model", "json", "gguf")]
-    paths[0].write_bytes(model.getvalue())
+    paths[0].write_bytes(model)
     paths[1].write_text(hf_tokenizer_json(pieces, scores, kinds), encoding="utf-8")
     write_gguf(paths[2], pieces, scores, kinds)
     table = pieces, scores, kinds

@@ -14,7 +14,6 @@ Local letters: Q patches of an image.
 
 import argparse
 import dataclasses
-import io
 import json
 import time
 from pathlib import Path
@@ -24,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import PIL.Image
-import sentencepiece
 from flax import nnx
 
 import gemma_jax as gj
@@ -34,6 +32,7 @@ from gemma_jax.experiments.digits.scenes import QUESTIONS, SIDE, Scene, draw
 from gemma_jax.multimodal.image_prompt import MARKER, PLACEHOLDER, expand
 from gemma_jax.multimodal.placeholders import soft_tokens
 from gemma_jax.text import Tokenizer
+from gemma_jax.text.train_vocabulary import train_vocabulary
 from gemma_jax.training.objectives import TrainBatch, next_token
 from gemma_jax.training.optimizers import muon
 from gemma_jax.training.step import make_step
@@ -45,22 +44,9 @@ END_OF_IMAGE = "<end_of_image>"
 
 def train_tokenizer() -> bytes:
     """The content of a `tokenizer.model`: 256 bytes, the words of the questions, and the digits."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([f"{question}\n" for question in QUESTIONS] * 30),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=360,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        user_defined_symbols=[MARKER, END_OF_IMAGE, PLACEHOLDER, "\n", *"0123456789"],
-        **{"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3, "minloglevel": 2},
-        **{"pad_piece": "<pad>", "eos_piece": "<eos>", "bos_piece": "<bos>", "unk_piece": "<unk>"},
-    )
-    return model.getvalue()
+    lines = [f"{question}\n" for question in QUESTIONS] * 30
+    symbols = [MARKER, END_OF_IMAGE, PLACEHOLDER, "\n", *"0123456789"]
+    return train_vocabulary(lines, 360, symbols, hard_vocab_limit=False)
 
 
 def config(tokenizer: Tokenizer) -> GemmaConfig:

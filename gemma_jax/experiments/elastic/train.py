@@ -13,7 +13,6 @@ random. Two of the slices are trained on their own as well, on the same rows for
 """
 
 import argparse
-import io
 import json
 import platform
 import time
@@ -24,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import sentencepiece
 from flax import nnx
 
 import gemma_jax as gj
@@ -33,6 +31,7 @@ from gemma_jax.config import AltUpConfig, GemmaConfig, LayerSpec, PerLayerConfig
 from gemma_jax.experiments.elastic.corpus import digest, documents, split
 from gemma_jax.matformer import Slice, at, slice_config, slice_model
 from gemma_jax.text import Tokenizer
+from gemma_jax.text.train_vocabulary import train_vocabulary
 from gemma_jax.training.objectives import elastic
 from gemma_jax.training.optimizers import muon
 from gemma_jax.training.step import make_step
@@ -51,23 +50,9 @@ SLICES = {
 
 def train_tokenizer(texts: list[str]) -> bytes:
     """The content of a `tokenizer.model`: 256 bytes, and the commonest pieces of the text."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(line for text in texts for line in text.splitlines() if line),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=1024,
-        byte_fallback=True,
-        character_coverage=0.999,
-        normalization_rule_name="identity",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        user_defined_symbols=["\n"],
-        **{"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3, "minloglevel": 2},
-        **{"pad_piece": "<pad>", "eos_piece": "<eos>", "bos_piece": "<bos>", "unk_piece": "<unk>"},
-    )
-    return model.getvalue()
+    lines = (line for text in texts for line in text.splitlines() if line)
+    options = {"character_coverage": 0.999, "allow_whitespace_only_pieces": True}
+    return train_vocabulary(lines, 1024, ["\n"], **options)
 
 
 def config(tokenizer: Tokenizer) -> GemmaConfig:
