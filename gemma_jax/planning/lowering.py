@@ -66,10 +66,13 @@ def placed_model(cfg: GemmaConfig, work: Work, partition: Partition) -> Gemma:
         remat=training,
         partition=partition,
     )
-    store = store_weights(work.weights) if work.weights else lambda param, array: array
+    # What is trained are arrays: stored weights have no gradients.
+    stored = work.weights if not training else None
+    store = store_weights(stored) if stored else lambda param, array: array
+    dtype = work.weights or work.dtype if training else work.dtype
 
     def narrow(param: nnx.Param) -> Weight:
-        return store(param, param.get_value().astype(work.dtype))
+        return store(param, param.get_value().astype(dtype))
 
     model = abstract_model(cfg, runtime=runtime)
     return placed(jax.eval_shape(lambda model: map_params(model, narrow), model), partition)
