@@ -1,10 +1,13 @@
 """What differs between the versions of JAX that are supported (0.10.2 to 0.12)."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import compute_on
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from gemma_kernels.platform import target_platform
 
@@ -27,3 +30,20 @@ def fuses_matrix_vector() -> bool:
     loop serially. Other backends have no need of it.
     """
     return jax.__version_info__ < (0, 12) and target_platform() == "cpu"
+
+
+def indices(count: int) -> tuple[jax.Array, ...]:
+    """`0, 1, ..., count - 1` as int32 scalars that XLA's CPU backend reads from memory.
+
+    It compiles equal loops once. Loops that pick their part of one array are not equal if the part's
+    number is written in them: twenty layers that read a row each were twenty loops. As the result of
+    a function that is not inlined (both attributes are XLA's) the numbers are unknown to it. A
+    version without these attributes compiles longer, and computes the same.
+    """
+    numbers = _indices(count)
+    return set_xla_metadata(numbers, inlineable="false", xla_cpu_small_call="true")
+
+
+@partial(jax.jit, static_argnums=0)
+def _indices(count: int) -> tuple[jax.Array, ...]:
+    return tuple(jnp.int32(i) for i in range(count))

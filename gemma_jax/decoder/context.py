@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from gemma_jax.config import GemmaConfig, LayerSpec
 from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.cache import KeysValues, Slots
+from gemma_jax.nn.ffn import deviations_below
 from gemma_jax.nn.rope import RopeTable, rope_table
 from gemma_jax.runtime import Runtime
 from gemma_kernels.attention import causal_interval, first_of_document, last_of_block
@@ -22,6 +23,7 @@ class Context:
       pos_BT: Positions of the new tokens, -1 for padding.
       intervals: window (0 for global) -> `(lo_BT, hi_BT)`, the key positions each query sees.
       tables: `(theta, scale)` -> rope table.
+      deviations: sparsity -> where the threshold of a sparse layer lies.
       slots: cache capacity -> where new tokens go; empty without a cache.
       causal: Whether no query sees a key after its own; bidirectional blocks do.
       whole: Whether rows are whole texts without padding or soft tokens, so that masks are known at
@@ -34,6 +36,7 @@ class Context:
     pos_BT: jax.Array
     intervals: dict[int, tuple[jax.Array, jax.Array]]
     tables: dict[tuple[float, float], RopeTable]
+    deviations: dict[float, jax.Array]
     slots: dict[int, Slots]
     causal: bool = field(metadata={"static": True})
     whole: bool = field(metadata={"static": True})
@@ -80,12 +83,14 @@ def make_context(
         first_BT = jnp.take_along_axis(pos_BT, first_of_document(batch.documents_BT), axis=1)
         rope_pos_BT = pos_BT - first_BT if rope_pos_BT is None else rope_pos_BT
     rope_pos_BT = pos_BT if rope_pos_BT is None else rope_pos_BT
+    sparsities = {spec.sparsity for spec in cfg.layers if spec.sparsity}
     windows = {spec.window for spec in cfg.layers}
     ropes = {(spec.rope_theta, spec.rope_scale) for spec in cfg.layers}
     return Context(
         runtime=runtime,
         pos_BT=pos_BT,
         intervals={w or 0: causal_interval(pos_BT, w, last_BT, first_BT) for w in windows},
+        deviations={s: deviations_below(s) for s in sparsities},
         tables={r: rope_table(rope_pos_BT, cfg.head_dim, *r, runtime.numerics) for r in ropes},
         slots=slots,
         causal=block_BT is None,

@@ -23,17 +23,21 @@ class FeedForward(nnx.Module):
         self.down = Einsum("BTF,DF->BTD", sizes, rngs=rngs)
 
     def __call__(
-        self, x_BTD: jax.Array, width: jax.Array | None = None
+        self,
+        x_BTD: jax.Array,
+        width: jax.Array | None = None,
+        deviations: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """`[B, T, D]`, and captured intermediates.
 
         Args:
           width: Scalar; computes as if there were only so many first channels.
+          deviations: Scalar, for a sparse layer: see `gaussian_top`.
         """
         gate_BTF, taps = self.gate(x_BTD), {}
         keep_F = None if width is None else jnp.arange(gate_BTF.shape[-1]) < width
         if self.sparsity:
-            gate_BTF = gaussian_top(gate_BTF, self.sparsity, keep_F)
+            gate_BTF = gaussian_top(gate_BTF, deviations, keep_F)
             taps["sparsity_masks"] = gate_BTF > 0
         hidden_BTF = jax.nn.gelu(gate_BTF, approximate=True) * self.up(x_BTD)
         if keep_F is not None:
@@ -41,13 +45,19 @@ class FeedForward(nnx.Module):
         return self.down(hidden_BTF), taps
 
 
-def gaussian_top(x: jax.Array, sparsity: float, keep: jax.Array | None = None) -> jax.Array:
-    """`relu(x - threshold)`: about `1 - sparsity` of the last axis would pass if it were normal.
+def deviations_below(share: float) -> jax.Array:
+    """How many standard deviations above its mean a normal distribution reaches a share."""
+    return norm.ppf(jnp.float32(share))
 
-    The threshold is `mean + std * icdf(sparsity)`, with the population's standard deviation: that
-    of the entries in `keep`, by default of all.
+
+def gaussian_top(
+    x: jax.Array, deviations: jax.Array, keep: jax.Array | None = None
+) -> jax.Array:
+    """`relu(x - (mean + std * deviations))`: the top of the last axis.
+
+    The standard deviation is the population's: that of the entries in `keep`, by default of all.
+    With `deviations_below(share)` about `1 - share` of them would pass if they were normal.
     """
-    deviations = norm.ppf(jnp.float32(sparsity)).astype(x.dtype)
     mean = jnp.mean(x, axis=-1, keepdims=True, where=keep)
     std = jnp.std(x, axis=-1, keepdims=True, where=keep)
-    return jax.nn.relu(x - (mean + std * deviations))
+    return jax.nn.relu(x - (mean + std * deviations.astype(x.dtype)))

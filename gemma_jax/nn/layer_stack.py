@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gemma_jax.compat import indices
 from gemma_jax.config import LayerSpec
 from gemma_jax.nn.layer_groups import LayerGroup
 
@@ -110,6 +111,12 @@ def _run_block(
 def _by_position(inputs: Any, group: LayerGroup) -> tuple[Any, ...]:
     """The group's part of per-layer inputs: for each position, those of all repeats."""
     length = len(group.period)
+    if group.repeats == 1:
+        at = partial(jax.lax.dynamic_slice_in_dim, slice_size=1)
+        return tuple(
+            jax.tree.map(lambda a, i=i: at(a, i), inputs)
+            for i in indices(group.start + length)[group.start :]
+        )
     end = group.start + length * group.repeats
     return tuple(
         jax.tree.map(lambda a, p=p: a[group.start + p : end : length], inputs)
