@@ -1,11 +1,9 @@
 """What differs between the versions of JAX that are supported (0.10.2 to 0.12)."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import compute_on
 from jax.experimental.xla_metadata import set_xla_metadata
 
@@ -32,18 +30,12 @@ def fuses_matrix_vector() -> bool:
     return jax.__version_info__ < (0, 12) and target_platform() == "cpu"
 
 
-def indices(count: int) -> tuple[jax.Array, ...]:
-    """`0, 1, ..., count - 1` as int32 scalars that XLA's CPU backend reads from memory.
+def read_from_memory(make: Callable[[], Any]) -> Any:
+    """The scalars that a function makes, as numbers that XLA's CPU backend reads from memory.
 
-    It compiles equal loops once. Loops that pick their part of one array are not equal if the part's
-    number is written in them: twenty layers that read a row each were twenty loops. As the result of
-    a function that is not inlined (both attributes are XLA's) the numbers are unknown to it. A
-    version without these attributes compiles longer, and computes the same.
+    It compiles equal loops once. Loops are not equal if a number that tells them apart is written in
+    them: twenty layers that take a row each out of one array were twenty loops. The results of a
+    function that is not inlined (both attributes are XLA's) are unknown to the loops. A version
+    without these attributes compiles longer, and computes the same.
     """
-    numbers = _indices(count)
-    return set_xla_metadata(numbers, inlineable="false", xla_cpu_small_call="true")
-
-
-@partial(jax.jit, static_argnums=0)
-def _indices(count: int) -> tuple[jax.Array, ...]:
-    return tuple(jnp.int32(i) for i in range(count))
+    return set_xla_metadata(jax.jit(make)(), inlineable="false", xla_cpu_small_call="true")

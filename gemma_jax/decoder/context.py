@@ -1,10 +1,12 @@
 """What all layers of one forward pass share: computed once, read by every block."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from gemma_jax.compat import read_from_memory
 from gemma_jax.config import GemmaConfig, LayerSpec
 from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.cache import KeysValues, Slots
@@ -83,14 +85,14 @@ def make_context(
         first_BT = jnp.take_along_axis(pos_BT, first_of_document(batch.documents_BT), axis=1)
         rope_pos_BT = pos_BT - first_BT if rope_pos_BT is None else rope_pos_BT
     rope_pos_BT = pos_BT if rope_pos_BT is None else rope_pos_BT
-    sparsities = {spec.sparsity for spec in cfg.layers if spec.sparsity}
+    sparsities = sorted({spec.sparsity for spec in cfg.layers if spec.sparsity})
     windows = {spec.window for spec in cfg.layers}
     ropes = {(spec.rope_theta, spec.rope_scale) for spec in cfg.layers}
     return Context(
         runtime=runtime,
         pos_BT=pos_BT,
         intervals={w or 0: causal_interval(pos_BT, w, last_BT, first_BT) for w in windows},
-        deviations={s: deviations_below(s) for s in sparsities},
+        deviations=dict(zip(sparsities, read_from_memory(partial(deviations_below, sparsities)))),
         tables={r: rope_table(rope_pos_BT, cfg.head_dim, *r, runtime.numerics) for r in ropes},
         slots=slots,
         causal=block_BT is None,

@@ -1,5 +1,7 @@
 """Gated feed-forward network."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -45,9 +47,9 @@ class FeedForward(nnx.Module):
         return self.down(hidden_BTF), taps
 
 
-def deviations_below(share: float) -> jax.Array:
-    """How many standard deviations above its mean a normal distribution reaches a share."""
-    return norm.ppf(jnp.float32(share))
+def deviations_below(shares: Sequence[float]) -> tuple[jax.Array, ...]:
+    """How many standard deviations above its mean a normal distribution reaches each share."""
+    return tuple(norm.ppf(jnp.array(shares, jnp.float32)))
 
 
 def gaussian_top(
@@ -56,7 +58,7 @@ def gaussian_top(
     """`relu(x - (mean + std * deviations))`: the top of the last axis.
 
     The standard deviation is the population's: that of the entries in `keep`, by default of all.
-    With `deviations_below(share)` about `1 - share` of them would pass if they were normal.
+    At `deviations_below([share])` about `1 - share` of them would pass if they were normal.
     """
     mean = jnp.mean(x, axis=-1, keepdims=True, where=keep)
     std = jnp.std(x, axis=-1, keepdims=True, where=keep)

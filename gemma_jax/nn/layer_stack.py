@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gemma_jax.compat import indices
+from gemma_jax.compat import read_from_memory
 from gemma_jax.config import LayerSpec
 from gemma_jax.nn.layer_groups import LayerGroup
 
@@ -83,10 +83,11 @@ def run_layers(
             taps.append({name: out.taps[name] for name in out.taps.keys() & ctx.capture})
         return x, tuple(news), (tuple(taps), lent)
 
+    numbers = read_from_memory(lambda: tuple(jnp.arange(sum(len(g.period) * g.repeats for g in layer_groups), dtype=jnp.uint32)))
     new_caches, by_layer = [], {}
     for i, group in enumerate(layer_groups):
         old = (None,) * len(group.period) if caches is None else caches[i]
-        extra = () if inputs is None else (_by_position(inputs, group),)
+        extra = () if inputs is None else (_by_position(inputs, group, numbers),)
         body = partial(run_period, ctx)
         x, news, (taps, lent) = _repeat(body, x, old, (tuple(blocks[i]), extra), group.repeats)
         if lent:  # such a group is not repeated: a kind of layer lends once
@@ -108,15 +109,13 @@ def _run_block(
     return block(x, ctx, cache, *extra)
 
 
-def _by_position(inputs: Any, group: LayerGroup) -> tuple[Any, ...]:
+def _by_position(inputs: Any, group: LayerGroup, numbers) -> tuple[Any, ...]:
     """The group's part of per-layer inputs: for each position, those of all repeats."""
     length = len(group.period)
     if group.repeats == 1:
         at = partial(jax.lax.dynamic_slice_in_dim, slice_size=1)
-        return tuple(
-            jax.tree.map(lambda a, i=i: at(a, i), inputs)
-            for i in indices(group.start + length)[group.start :]
-        )
+        own = numbers[group.start : group.start + length]
+        return tuple(jax.tree.map(lambda a, i=i: at(a, i), inputs) for i in own)
     end = group.start + length * group.repeats
     return tuple(
         jax.tree.map(lambda a, p=p: a[group.start + p : end : length], inputs)
@@ -131,9 +130,9 @@ def _repeat(body, x, caches, weights, repeats: int):
     there would be two of each, even of one that is donated.
     """
     if repeats == 1:
-        blocks, extra = jax.tree.map(lambda a: a[0], weights)
-        x, *results = body(x, blocks, jax.tree.map(lambda a: a[0], caches), extra)
-        return x, *jax.tree.map(lambda a: a[None], results)
+        caches, (blocks, extra) = jax.tree.map(lambda a: jax.lax.squeeze(a, (0,)), (caches, weights))
+        x, *results = body(x, blocks, caches, extra)
+        return x, *jax.tree.map(lambda a: jax.lax.expand_dims(a, (0,)), results)
 
     def step(carry, xs):
         x, caches = carry
