@@ -9,7 +9,7 @@ per-layer embeddings; its last layers share keys and values, its first ones are 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 
@@ -226,6 +226,8 @@ class GemmaConfig:
       qk_norm: RMSNorm over each query and key head (Gemma 3).
       post_norms: RMSNorm after attention and feed-forward, before the residual sum (Gemma 2, 3).
       attn_soft_cap, final_soft_cap: `cap * tanh(x / cap)` on scores / logits (Gemma 2).
+      optional_final_cap: The final cap is one that the numerics may leave out (Gemma 3n; see
+        `Numerics.optional_final_cap`).
       scale_plus_one: RMSNorm multiplies by one plus its stored scale (Gemma 1 to 3), or by the
         scale itself (Gemma 3n).
       v_norm: RMSNorm without a scale over each value head (Gemma 3n).
@@ -234,6 +236,8 @@ class GemmaConfig:
       per_layer: Per-layer embeddings (Gemma 3n).
       modality_vocabularies: Ids with embeddings of their own: of images, then of sounds (Gemma 3n).
       vision: The tower of models that read images (Gemma 3 from 4B on); `None` for text alone.
+      origin: The name of the architecture in the file that this was read from. It says what else
+        such files hold, and is never used for arithmetic: two configs that differ in it are equal.
 
     Examples:
       >>> import gemma_jax as gj
@@ -259,6 +263,7 @@ class GemmaConfig:
     post_norms: bool = False
     attn_soft_cap: float | None = None
     final_soft_cap: float | None = None
+    optional_final_cap: bool = False
     scale_plus_one: bool = True
     v_norm: bool = False
     altup: AltUpConfig | None = None
@@ -266,6 +271,7 @@ class GemmaConfig:
     per_layer: PerLayerConfig | None = None
     modality_vocabularies: tuple[ModalityVocabulary, ...] = ()
     vision: VisionConfig | None = None
+    origin: str | None = field(default=None, compare=False)
 
     def __post_init__(self):
         _check_positive(

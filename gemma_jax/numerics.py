@@ -22,7 +22,8 @@ class Numerics:
       scale_queries: The attention scale multiplies the queries (gdm), or the scores (hf).
       clip_altup: AltUp's coefficient weights are clipped in every pass (gdm `_altup.py`), or not
         at all outside of training (hf `Gemma3nTextAltUp`).
-      cap_gemma3n: The final soft cap of Gemma 3n applies (hf), or not (gdm `_gemma3n.py` has none).
+      optional_final_cap: The final soft cap applies also where a config calls it optional (hf), or
+        not (gdm `_gemma3n.py` has none).
       softmax_in_float32: Scores go through the softmax in float32 (hf), or in the activation
         dtype (gdm).
 
@@ -38,7 +39,7 @@ class Numerics:
     scale_queries: bool
     softmax_in_float32: bool
     clip_altup: bool
-    cap_gemma3n: bool
+    optional_final_cap: bool
 
 
 NUMERICS = {
@@ -49,7 +50,7 @@ NUMERICS = {
         scale_queries=False,
         softmax_in_float32=True,
         clip_altup=False,
-        cap_gemma3n=True,
+        optional_final_cap=True,
     ),
     "gdm": Numerics(
         norm_in_float32=False,
@@ -58,7 +59,7 @@ NUMERICS = {
         scale_queries=True,
         softmax_in_float32=False,
         clip_altup=True,
-        cap_gemma3n=False,
+        optional_final_cap=False,
     ),
 }
 

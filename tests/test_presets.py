@@ -192,7 +192,9 @@ def test_every_config_field_matters():
         modality_vocabularies=(ModalityVocabulary(first_id=90, vocab_size=4, width=5),),
     )  # fmt: skip
     fields = {f.name for f in dataclasses.fields(GemmaConfig)}
-    assert fields == changes.keys() | {"max_positions"}  # bounds sequences; see test_generation
+    # The first bounds sequences (test_generation), the second is for other numerics (test_gemma3n),
+    # the third for files.
+    assert fields == changes.keys() | {"max_positions", "optional_final_cap", "origin"}
     check(partial(dataclasses.replace, base), changes)
 
     def with_layer(**change):

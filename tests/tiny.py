@@ -100,6 +100,8 @@ def gemma3n(layers: int = 9, num_shared: int = 3) -> GemmaConfig:
         query_pre_attn_scalar=1,
         layers=share_kv(specs, num_shared),
         final_soft_cap=3.0,
+        optional_final_cap=True,
+        origin="gemma3n_text",
         scale_plus_one=False,
         v_norm=True,
         altup=AltUpConfig(num_streams=3),

@@ -62,6 +62,7 @@ def config() -> GemmaConfig:
         qk_norm=True,
         post_norms=True,
         final_soft_cap=30.0,
+        optional_final_cap=True,
         scale_plus_one=False,
         v_norm=True,
         altup=AltUpConfig(),

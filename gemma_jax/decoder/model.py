@@ -164,9 +164,9 @@ class Gemma(nnx.Module):
     @property
     def soft_cap(self) -> float | None:
         """Cap on the logits, under the numerics in use."""
-        if self.cfg.altup is not None and not self.runtime.numerics.cap_gemma3n:
-            return None
-        return self.cfg.final_soft_cap
+        cfg, numerics = self.cfg, self.runtime.numerics
+        left_out = cfg.optional_final_cap and not numerics.optional_final_cap
+        return None if left_out else cfg.final_soft_cap
 
 
 @lru_cache(maxsize=32)  # tracing takes a while, and many callers want the same one

@@ -57,6 +57,15 @@ def test_gdm_has_no_final_cap_for_gemma_3n():
     assert np.abs(gdm - hf).max() > 0.01
 
 
+def test_the_cap_does_not_depend_on_other_parts():
+    """An experiment without AltUp keeps the cap of its config, under either numerics."""
+    without = replace(CFG, altup=None, optional_final_cap=False)
+    for name in NUMERICS:
+        assert tiny.model(without, numerics=NUMERICS[name]).soft_cap == CFG.final_soft_cap
+    gdm = tiny.model(replace(CFG, altup=None), numerics=NUMERICS["gdm"])
+    assert gdm.soft_cap is None, "left out because the config calls it optional, not for AltUp"
+
+
 def test_gdm_clips_altup_in_every_pass():
     clipped = replace(CFG, altup=replace(CFG.altup, coef_clip=0.01))
     net, tokens = tiny.model(clipped), tiny.tokens(CFG, 1, 5)

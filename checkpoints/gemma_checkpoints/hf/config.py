@@ -165,6 +165,8 @@ def config_from_hf(raw: Json) -> GemmaConfig:
         # Gemma3Attention never applies attn_logit_softcapping, whatever its config says.
         attn_soft_cap=_cap(text, "attn_logit_softcapping") if family == "gemma2" else None,
         final_soft_cap=None if family == "gemma" else _cap(text, "final_logit_softcapping"),
+        optional_final_cap=gemma3n,
+        origin=family,
         vision=vision_from_hf(raw) if raw["model_type"] in MULTIMODAL else None,
         modality_vocabularies=_vocabularies(raw) if raw["model_type"] == DECODER_ONLY else (),
         **_gemma3n_parts(text) if gemma3n else {},

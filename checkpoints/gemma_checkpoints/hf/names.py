@@ -134,7 +134,8 @@ def hf_table(cfg: GemmaConfig) -> Table:
         + (_altup(cfg.altup) if cfg.altup else ())
         + (VISION if cfg.vision else ())
         + TIED
-        + (UNREAD + _modalities(cfg) if cfg.altup else ())
+        + _modalities(cfg)
+        + (_unread(cfg) if cfg.origin == "gemma3n_text" else ())
         + unused(cfg)
     )
 
@@ -161,7 +162,7 @@ def _altup(altup: AltUpConfig) -> Table:
 def _modalities(cfg: GemmaConfig) -> Table:
     """The vocabularies of images and sounds."""
     if not cfg.modality_vocabularies:
-        return tuple(Row(None, part + ".*", why="of no use to text") for part in _MODALITIES)
+        return ()
     return tuple(
         Row(f"modalities.{i}.{ours}", f"{part}.{theirs}.weight")
         for i, part in enumerate(_MODALITIES)
@@ -171,6 +172,13 @@ def _modalities(cfg: GemmaConfig) -> Table:
             ("proj.w", "embedding_projection"),
         )
     )
+
+
+def _unread(cfg: GemmaConfig) -> Table:
+    """What files of Gemma 3n hold besides, whatever of it the model has."""
+    if cfg.modality_vocabularies:
+        return UNREAD
+    return UNREAD + tuple(Row(None, part + ".*", why="of no use to text") for part in _MODALITIES)
 
 
 def unused(cfg: GemmaConfig) -> Table:
