@@ -52,9 +52,7 @@ def deviations_below(shares: Sequence[float]) -> tuple[jax.Array, ...]:
     return tuple(norm.ppf(jnp.array(shares, jnp.float32)))
 
 
-def gaussian_top(
-    x: jax.Array, deviations: jax.Array, keep: jax.Array | None = None
-) -> jax.Array:
+def gaussian_top(x: jax.Array, deviations: jax.Array, keep: jax.Array | None = None) -> jax.Array:
     """`relu(x - (mean + std * deviations))`: the top of the last axis.
 
     The standard deviation is the population's: that of the entries in `keep`, by default of all.

@@ -83,7 +83,11 @@ def run_layers(
             taps.append({name: out.taps[name] for name in out.taps.keys() & ctx.capture})
         return x, tuple(news), (tuple(taps), lent)
 
-    numbers = read_from_memory(lambda: tuple(jnp.arange(sum(len(g.period) * g.repeats for g in layer_groups), dtype=jnp.uint32)))
+    numbers = read_from_memory(
+        lambda: tuple(
+            jnp.arange(sum(len(g.period) * g.repeats for g in layer_groups), dtype=jnp.uint32)
+        )
+    )
     new_caches, by_layer = [], {}
     for i, group in enumerate(layer_groups):
         old = (None,) * len(group.period) if caches is None else caches[i]
@@ -130,7 +134,9 @@ def _repeat(body, x, caches, weights, repeats: int):
     there would be two of each, even of one that is donated.
     """
     if repeats == 1:
-        caches, (blocks, extra) = jax.tree.map(lambda a: jax.lax.squeeze(a, (0,)), (caches, weights))
+        caches, (blocks, extra) = jax.tree.map(
+            lambda a: jax.lax.squeeze(a, (0,)), (caches, weights)
+        )
         x, *results = body(x, blocks, caches, extra)
         return x, *jax.tree.map(lambda a: jax.lax.expand_dims(a, (0,)), results)
 
