@@ -33,8 +33,8 @@ def fuses_matrix_vector() -> bool:
 def read_from_memory(make: Callable[[], Any]) -> Any:
     """The scalars that a function makes, as numbers that XLA's CPU backend reads from memory.
 
-    It compiles equal loops once. Loops are not equal if a number that tells them apart is written in
-    them: twenty layers that take a row each out of one array were twenty loops. The results of a
+    It compiles equal loops once. Loops are not equal if a number that tells them apart is written
+    in them: twenty layers that take a row each out of one array were twenty loops. The results of a
     function that is not inlined (both attributes are XLA's) are unknown to the loops. A version
     without these attributes compiles longer, and computes the same. For other platforms they are
     the constants that they are.

@@ -323,7 +323,7 @@ def _check_sharing(layers: tuple[LayerSpec, ...]) -> None:
             lent.add(spec.kind)
 
 
-def _check_positive(owner, *fields: str) -> None:
-    for field in fields:
-        if not getattr(owner, field) > 0:
-            raise ValueError(f"{field}={getattr(owner, field)} must be positive")
+def _check_positive(owner, *names: str) -> None:
+    for name in names:
+        if not getattr(owner, name) > 0:
+            raise ValueError(f"{name}={getattr(owner, name)} must be positive")

@@ -119,7 +119,8 @@ class Block(nnx.Module):
                 taps["laurel"] = self.laurel(normed_BTD, numerics)
                 x_BTD = (x_BTD + taps["laurel"]) / math.sqrt(2)
         with jax.named_scope("ffn"):
-            deviations = ctx.deviations.get(self.spec.sparsity)
+            sparsity = self.spec.sparsity
+            deviations = ctx.deviations[sparsity] if sparsity else None
             y_BTD, masks = self.ffn(self.pre_ffn_norm(x_BTD, numerics), width, deviations)
             x_BTD += y_BTD if self.post_ffn_norm is None else self.post_ffn_norm(y_BTD, numerics)
         return x_BTD, cache, kv, taps | masks

@@ -19,7 +19,6 @@ class FeedForward(nnx.Module):
 
     def __init__(self, cfg: GemmaConfig, spec: LayerSpec, *, rngs: nnx.Rngs):
         sizes = {**cfg.sizes, "F": spec.d_ff}
-        self.sparsity = spec.sparsity
         self.gate = Einsum("BTD,FD->BTF", sizes, rngs=rngs)
         self.up = Einsum("BTD,FD->BTF", sizes, rngs=rngs)
         self.down = Einsum("BTF,DF->BTD", sizes, rngs=rngs)
@@ -34,11 +33,11 @@ class FeedForward(nnx.Module):
 
         Args:
           width: Scalar; computes as if there were only so many first channels.
-          deviations: Scalar, for a sparse layer: see `gaussian_top`.
+          deviations: Scalar, for a layer that keeps the top of the gate alone: see `gaussian_top`.
         """
         gate_BTF, taps = self.gate(x_BTD), {}
         keep_F = None if width is None else jnp.arange(gate_BTF.shape[-1]) < width
-        if self.sparsity:
+        if deviations is not None:
             gate_BTF = gaussian_top(gate_BTF, deviations, keep_F)
             taps["sparsity_masks"] = gate_BTF > 0
         hidden_BTF = jax.nn.gelu(gate_BTF, approximate=True) * self.up(x_BTD)
