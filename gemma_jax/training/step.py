@@ -1,12 +1,14 @@
 """The step of training, whatever the objective, the optimizer and the trained part are.
 
-trained, frozen, join = trainable(model)
-init, step = make_step(next_token, optax.adamw(1e-4), join)
-step = jax.jit(step, donate_argnums=0)
-state = init(trained, jax.random.key(0))
-for batch in data:
-    state, metrics = step(state, frozen, batch)
-model = join(state.trained, frozen)
+    trained, frozen, join = trainable(model)
+    init, step = make_step(next_token, optax.adamw(1e-4), join)
+    step = jax.jit(step, donate_argnums=0)
+    state = init(trained, jax.random.key(0))
+    for batch in data:
+        state, metrics = step(state, frozen, batch)
+    model = join(state.trained, frozen)
+
+Whoever compiles it chooses shardings and what to donate; the planner compiles this same step.
 """
 
 from collections.abc import Callable

@@ -23,9 +23,10 @@ from gemma_jax.planning import (
 from gemma_jax.planning import (
     hlo_text as hlo,
 )
-from gemma_jax.planning.lowering import placed_model
+from gemma_jax.planning.lowering import lower, placed_model
 from gemma_jax.planning.plan import fit, link_seconds, search
 from gemma_jax.sharding import Partition, make_mesh
+from gemma_jax.training.state import TrainState
 from gemma_kernels.compilers import hopper_sass as sass
 
 needs_libtpu = pytest.mark.skipif(
@@ -208,6 +209,18 @@ def test_a_loop_of_a_real_program():
     _, text = hlo.compiled(jax.jit(lambda m, i: forward(m, i).logits).lower(model, ids))
     count = hlo.collectives(text)["all-reduce"]["count"]
     assert count in range(18, 22)  # two per layer, one for the embedding
+
+
+def test_training_lowers_the_librarys_step():
+    """With `weights`, arrays of that dtype: stored ones have no gradients."""
+    cfg = tiny.gemma3(layers=3)
+    partition = Partition.of(make_mesh(cfg, jax.devices()[:1], tensor=1))
+    work = Work("train", 2, 16, "float32", weights="bfloat16", attention_impl="reference")
+    model = placed_model(cfg, work, partition)
+    state, frozen, tokens = lower(model, work, partition).args_info[0]
+    assert isinstance(state, TrainState) and not frozen
+    assert all(leaf.donated for leaf in jax.tree.leaves(state)) and not tokens.donated
+    assert {leaf.dtype for leaf in state.trained.values()} == {jnp.dtype("bfloat16")}
 
 
 def test_operations_are_those_that_xla_counts():
