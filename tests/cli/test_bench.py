@@ -31,6 +31,7 @@ def bench(folder, capsys, *options: str) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.nightly
 def test_json_holds_every_figure(folder, capsys):
     result = json.loads(bench(folder, capsys, "--repeats", "1", "--json"))
     figures = [result[name] for name in (*SPEEDS, "import_s")]

@@ -185,6 +185,7 @@ def test_tpu_kernel_has_no_races(case):
     np.testing.assert_allclose(out, run("reference", case, arrays, mask), atol=2e-6)
 
 
+@pytest.mark.nightly
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_tpu_kernel_on_drawn_calls(data):

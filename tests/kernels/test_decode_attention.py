@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
+from marks import nightly
 
 from gemma_kernels.attention import AttentionSpec, attention, causal_interval
 from gemma_kernels.decode_attention import IMPLEMENTATIONS, decode_attention
@@ -26,6 +27,9 @@ CUTS = {
 }
 FAST = [("xla", None), *(("tpu", cut) for cut in CUTS)]
 FEW = [case for case in CASES if case.name in ("3n, local", "27B, heads of 128", "rows of nothing")]
+# Sizes of further models, with no feature that others have not.
+REST = [case for case in CASES if case.name in ("12B, local", "three heads of 128", "4B, global")]
+BY_DAY = [case for case in CASES if case not in REST]
 RING = Case(name="ring", lengths=(1,), S=128, N=2, H=128, window=128)
 
 
@@ -91,7 +95,7 @@ def test_reference_by_hand():
 
 
 @pytest.mark.parametrize("name, cut", FAST[:2])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*BY_DAY, *nightly(*REST)], ids=lambda case: case.name)
 def test_forward(name, cut, case):
     arrays, mask = operands(case)
     out = run(name, case, arrays, mask, cut)
@@ -100,7 +104,7 @@ def test_forward(name, cut, case):
 
 
 @pytest.mark.parametrize("name, cut", FAST)
-@pytest.mark.parametrize("case", FEW, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [FEW[0], *nightly(*FEW[1:])], ids=lambda case: case.name)
 def test_log_sum_exp_and_other_cuts(name, cut, case):
     out, lse = run(name, case, *operands(case), cut, return_lse=True)
     np.testing.assert_allclose(out, expected(case)[0], atol=2e-6)
@@ -132,7 +136,7 @@ def test_rings_at_every_phase_are_as_good_as_full_caches(name, cut, end):
         ("tpu", jnp.int8, True, True),
     ],
 )
-@pytest.mark.parametrize("case", FEW[:2], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [FEW[0], *nightly(FEW[1])], ids=lambda case: case.name)
 def test_bfloat16_errs_no_more_than_plain_code(name, cache_dtype, integers, uneven, case):
     """Error against float32 on the same cache, at most twice that of a plain bfloat16 softmax; also
     where some tokens' values are a thousand times those of others. Products of integers err no more
@@ -316,7 +320,7 @@ def test_a_named_implementation_never_becomes_another(monkeypatch):
 
 @pytest.mark.parametrize("cache_dtype", [None, jnp.int8])
 @pytest.mark.parametrize("name, cut", [("xla", None), ("tpu", "blocks of 128")])
-@pytest.mark.parametrize("case", FEW[:2], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [FEW[0], *nightly(FEW[1])], ids=lambda case: case.name)
 def test_a_layer_of_a_stack(case, name, cut, cache_dtype):
     """Read where it lies, it gives what it gives alone."""
     (q, k, v), mask = operands(case, cache_dtype=cache_dtype)

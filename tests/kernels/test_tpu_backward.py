@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
+from marks import nightly
 
 from gemma_kernels.attention import AttentionSpec, causal_interval, last_of_block
 from gemma_kernels.attention.cases import CASES, Case
@@ -86,12 +87,18 @@ def check(case: Case, blocks=SMALL, interpret=True, spec=None, shift=0):
 MANY_TILES = [case for case in CASES if case.soft_cap or case.lengths or case.images]
 
 
-@pytest.mark.parametrize("case", MANY_TILES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [MANY_TILES[0], *nightly(*MANY_TILES[1:])], ids=lambda case: case.name
+)
 def test_gradients(case):
     check(case)
 
 
-@pytest.mark.parametrize("case, blocks", WINDOWS, ids=lambda x: getattr(x, "name", ""))
+@pytest.mark.parametrize(
+    "case, blocks",
+    [WINDOWS[0], WINDOWS[5], *nightly(*WINDOWS[1:5], *WINDOWS[6:])],
+    ids=lambda x: getattr(x, "name", ""),
+)
 def test_windows(case, blocks):
     shift = 100_000 if case.name == "far away" else 0
     check(case, blocks if blocks is SMALL else BackwardBlocks(*blocks), shift=shift)
@@ -108,7 +115,7 @@ def test_a_window_too_wide_for_a_ring(monkeypatch):
     check(Case(name="wide", T=300, S=300, K=1, window=200))
 
 
-@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("window", [100, *nightly(None)])
 def test_a_mask_that_the_spec_states(window):
     case = Case(name="causal", T=300, S=300, K=1, window=window)
     arrays, mask, cotangents = operands(case)
@@ -130,7 +137,7 @@ def test_keys_in_any_order():
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-@pytest.mark.parametrize("window", [None, 150])
+@pytest.mark.parametrize("window", [150, *nightly(None)])
 def test_bfloat16_errs_no_more_than_plain_code(window):
     """Error against float32 at most twice that of the gradient of plain bfloat16 attention."""
     case = Case(name="bfloat16", T=300, S=300, window=window, H=128)
@@ -157,13 +164,14 @@ def test_bfloat16_errs_no_more_than_plain_code(window):
         assert errors[0] <= 2 * errors[1]
 
 
-@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("window", [100, *nightly(None)])
 def test_no_races(window):
     """Under the interpreter that imitates a TPU's memories and copies."""
     case = Case(name="races", T=300, S=300, K=1, window=window)
     check(case, interpret=pltpu.InterpretParams(detect_races=True))
 
 
+@pytest.mark.nightly
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_drawn_calls(data):

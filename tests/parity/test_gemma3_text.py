@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import nightly
 from parity.goldens import DATA, assert_close, assert_gradient, case, loss_gradient
 
 from gemma_checkpoints import load_weights
@@ -19,7 +20,7 @@ from gemma_jax.numerics import NUMERICS
 CAPTURES = ("embeddings", "layer_outputs", "final_norm")
 
 
-@pytest.fixture(scope="module", params=["scan", "unrolled"])
+@pytest.fixture(scope="module", params=["unrolled", *nightly("scan")])
 def model(request):
     return load_weights(DATA / "g3_text", dtype="float32", layout=request.param)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import nightly
 from parity.goldens import DATA, assert_close, case, next_token_loss
 from safetensors.numpy import load_file
 
@@ -28,7 +29,7 @@ THEIRS = {
 }
 
 
-@pytest.fixture(scope="module", params=["scan", "unrolled"])
+@pytest.fixture(scope="module", params=["unrolled", *nightly("scan")])
 def model(request):
     return load_weights(DATA / "g3_mm", dtype="float32", layout=request.param)
 

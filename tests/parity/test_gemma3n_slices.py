@@ -10,13 +10,13 @@ import re
 import jax
 import numpy as np
 import pytest
+from marks import nightly
 from parity.goldens import DATA, assert_close, case
 from safetensors.numpy import load_file, save_file
 
 from gemma_checkpoints import load_weights, save_hf
 from gemma_jax import forward, generate
 
-SLICES = ("g3n_e2b_like", "g3n_mixed_widths", "g3n_off_pattern")
 LAYER = re.compile(r"(model\.layers\.)(\d+)(\..*)")
 
 
@@ -46,7 +46,9 @@ def cut(folder: str) -> dict[str, np.ndarray]:
     return tensors
 
 
-@pytest.fixture(scope="module", params=SLICES)
+@pytest.fixture(
+    scope="module", params=["g3n_off_pattern", *nightly("g3n_e2b_like", "g3n_mixed_widths")]
+)
 def sliced(request, tmp_path_factory):
     """`(name, model)`."""
     folder = tmp_path_factory.mktemp(request.param)

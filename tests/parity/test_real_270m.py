@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from marks import nightly
 
 import gemma_jax as gj
 
@@ -42,7 +43,9 @@ def test_token_ids(tokenizer, name):
     assert tokenizer.encode(PROMPTS[name]["text"], bos=True) == PROMPTS[name]["ids"]
 
 
-@pytest.mark.parametrize("name", PROMPTS)
+@pytest.mark.parametrize(
+    "name", [*SHORT, *nightly(*(name for name in PROMPTS if name not in SHORT))]
+)
 def test_log_probs(model, name):
     actual = gj.score(model, PROMPTS[name]["ids"])
     np.testing.assert_allclose(actual, PROMPTS[name]["token_logprobs"], rtol=0, atol=1e-3)

@@ -101,6 +101,7 @@ def test_rows_of_a_long_batch_are_decoded_where_they_lie():
     assert plan.compiled.collectives["all-reduce"]["count"] in range(2 * layers, 2 * layers + 8)
 
 
+@pytest.mark.nightly
 @needs_libtpu
 def test_a_training_step():
     cfg = preset("gemma3-270m")

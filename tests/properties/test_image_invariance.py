@@ -21,7 +21,7 @@ SPAN = [VISION.start_token, *[VISION.image_token] * VISION.num_soft_tokens, VISI
 @pytest.fixture(scope="module")
 def net():
     """Its window of 3 is narrower than the 4 soft tokens of an image."""
-    return tiny.model(tiny.gemma3(window=3, vision=VISION))
+    return tiny.model(tiny.gemma3(3, window=3, vision=VISION))
 
 
 def text(length: int, seed: int) -> list[int]:

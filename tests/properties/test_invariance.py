@@ -1,5 +1,7 @@
 """What must not change a result: how the tokens reach the model, and how the model is laid out."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -34,6 +36,17 @@ def in_chunks(net, ids, cuts, positions=None, slack=0):
         cache = out.cache
         parts.append(np.asarray(out.logits))
     return np.concatenate(parts, axis=1)
+
+
+def test_families_by_day_have_every_feature():
+    """Every field and every kind of layer that sets a family apart is in Gemma 2 or in Gemma 3n."""
+
+    def features(*families):
+        cfgs = [tiny.FAMILIES[family]() for family in families]
+        fields = {(f.name, bool(getattr(c, f.name))) for c in cfgs for f in dataclasses.fields(c)}
+        return fields | {(s.kind, s.kv, bool(s.sparsity)) for c in cfgs for s in c.layers}
+
+    assert features("gemma2", "gemma3n") >= features(*tiny.FAMILIES)
 
 
 def test_shapes(net):
@@ -130,25 +143,39 @@ def test_gradients_do_not_depend_on_the_layout():
         np.testing.assert_allclose(a, b, atol=ATOL * largest)
 
 
-def test_generation_is_the_same_alone_batched_chunked_and_streamed():
-    cfg = tiny.gemma3()
-    net = tiny.model(cfg)
-    prompts = [tiny.tokens(cfg, 1, n, seed=n)[0].tolist() for n in (3, 40, 17)]
+GENERATION = tiny.gemma3(3)
+PROMPTS = [tiny.tokens(GENERATION, 1, n, seed=n)[0].tolist() for n in (3, 40, 17)]
+
+
+def written(net, prompts, **options):
+    return [done.token_ids for done in generate(net, None, prompts, max_new_tokens=20, **options)]
+
+
+def test_sampled_text_is_the_same_alone_and_batched():
+    net = tiny.model(GENERATION)
     sampled = dict(temperature=1.0, top_k=20, top_p=0.9, min_p=0.01, seed=5)
-    for options, ways in (
-        ({}, ({"chunk": 16}, {"on_text": lambda row, text: None})),
-        (sampled, ()),
-    ):
-        together = [c.token_ids for c in generate(net, None, prompts, max_new_tokens=20, **options)]
-        alone = [generate(net, None, [p], max_new_tokens=20, **options)[0] for p in prompts]
-        assert together == [c.token_ids for c in alone]
-        for way in ways:
-            done = generate(net, None, prompts, max_new_tokens=20, **way, **options)
-            assert together == [c.token_ids for c in done]
+    alone = [written(net, [prompt], **sampled)[0] for prompt in PROMPTS]
+    assert written(net, PROMPTS, **sampled) == alone
+
+
+@pytest.mark.parametrize(
+    "way",
+    [{"chunk": 16}, *nightly({"on_text": lambda row, text: None})],
+    ids=["chunked", "streamed"],
+)
+def test_greedy_text_is_the_same_chunked_and_streamed(way):
+    net = tiny.model(GENERATION)
+    assert written(net, PROMPTS, **way) == written(net, PROMPTS)
+
+
+@pytest.mark.nightly
+def test_greedy_text_is_the_same_alone_and_batched():
+    net = tiny.model(GENERATION)
+    assert written(net, PROMPTS) == [written(net, [prompt])[0] for prompt in PROMPTS]
 
 
 def test_generated_tokens_are_the_argmax_of_a_full_pass():
-    cfg = tiny.gemma3()
+    cfg = GENERATION
     net = tiny.model(cfg)
     prompt = tiny.tokens(cfg, 1, 11)[0].tolist()
     done = generate(net, None, [prompt], max_new_tokens=30)[0]
