@@ -18,7 +18,6 @@ from gemma_jax import GemmaConfig, Image
 from gemma_jax.cli.app import run
 from gemma_jax.decoder.model import abstract_model
 
-DATA = Path(__file__).parent.parent / "parity" / "data"
 VOCABULARY = 320
 
 

@@ -8,8 +8,8 @@ import tempfile
 
 import numpy as np
 import pytest
-from conftest import DATA
 from marks import nightly
+from parity.goldens import DATA
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 

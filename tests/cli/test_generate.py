@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from conftest import DATA
 from marks import nightly
+from parity.goldens import DATA
 from safetensors.numpy import load_file
 
 FEW = ("--max-new-tokens", 6)

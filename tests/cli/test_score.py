@@ -6,7 +6,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from conftest import DATA
+from parity.goldens import DATA
 from safetensors.numpy import load_file
 
 

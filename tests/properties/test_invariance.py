@@ -39,11 +39,11 @@ def in_chunks(net, ids, cuts, positions=None, slack=0):
 
 
 def test_families_by_day_have_every_feature():
-    """Every field and every kind of layer that sets a family apart is in Gemma 2 or in Gemma 3n."""
+    """Whatever a family switches on, and every kind of layer, is in Gemma 2 or in Gemma 3n."""
 
     def features(*families):
         cfgs = [tiny.FAMILIES[family]() for family in families]
-        fields = {(f.name, bool(getattr(c, f.name))) for c in cfgs for f in dataclasses.fields(c)}
+        fields = {f.name for c in cfgs for f in dataclasses.fields(c) if getattr(c, f.name)}
         return fields | {(s.kind, s.kv, bool(s.sparsity)) for c in cfgs for s in c.layers}
 
     assert features("gemma2", "gemma3n") >= features(*tiny.FAMILIES)
