@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_vocabulary
+from parity.goldens import DATA
 from safetensors.numpy import save_file
 
 from gemma_checkpoints import save_hf
