@@ -180,17 +180,19 @@ class Partition:
         self,
         function: Callable,
         result: str,
-        *operands: tuple[str, jax.Array],
+        *operands: tuple[Any, Any],
         whole: str = "",
     ) -> jax.Array:
         """`function(*arrays)`, on every device for its part of them.
 
         Args:
           result: Letters of what comes out.
-          *operands: Letters and array, in pairs.
+          *operands: Letters and array, in pairs; or a tree of letters and one of arrays.
           whole: Letters that are not split, whatever the rules.
         """
-        sizes = {x: n for dims, array in operands for x, n in zip(dims, array.shape, strict=True)}
+        letters, arrays = zip(*operands)
+        sizes: dict[str, int] = {}
+        jax.tree.map(lambda dims, a: sizes.update(zip(dims, a.shape, strict=True)), letters, arrays)
 
         def spec(dims: str) -> PartitionSpec:
             kept = "".join("_" if letter in whole else letter for letter in dims)
@@ -199,10 +201,10 @@ class Partition:
         return jax.shard_map(
             function,
             mesh=self.mesh,
-            in_specs=tuple(spec(dims) for dims, _ in operands),
+            in_specs=jax.tree.map(spec, letters),
             out_specs=spec(result),
             check_vma=False,
-        )(*(array for _, array in operands))
+        )(*arrays)
 
 
 def make_mesh(cfg: GemmaConfig, devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:

@@ -9,13 +9,15 @@ from gemma_jax.decoder.cache import KeysValues, LayerCache
 from gemma_jax.runtime import Runtime
 from gemma_jax.sharding import Partition
 from gemma_kernels import decode_attention as decoding
-from gemma_kernels.attention import IMPLEMENTATIONS, AttentionSpec, attention
+from gemma_kernels.attention import IMPLEMENTATIONS, AttentionSpec, Mask, attention
+
+MASK_DIMS = Mask("BT", "BT", "BS")
 
 
 def attend(
     q_BTNH: jax.Array,
     kv: KeysValues,
-    mask: dict[str, jax.Array],
+    mask: Mask | None,
     spec: AttentionSpec,
     runtime: Runtime,
     *,
@@ -24,7 +26,11 @@ def attend(
     """The kernels for decoding if there are few queries and a cache, else those for prefill.
 
     A name that only the latter know (a library's) leaves the choice to the former. On a mesh every
-    device attends with its own rows and heads; `full` says that the slots of keys may be split too.
+    device attends with its own rows and heads.
+
+    Args:
+      mask: `None` where the spec states it.
+      full: Whether the slots of keys may be split over devices, too.
     """
     decodes = not kv.in_order and q_BTNH.shape[1] <= decoding.MOST_TOKENS
     name, partition = runtime.attention_impl, runtime.partition
@@ -33,47 +39,57 @@ def attend(
     across = partition is not None and full and partition.splits("S")
     if across and name == "auto":
         name = "xla"  # sums over the slots of other devices are for the compiler to arrange
+    run = partial(_decode if decodes else _prefill, spec=spec, implementation=name)
     # Only kernels for decoding take a layer out of a stack, and int8.
     cache = kv.kv if decodes else LayerCache(*kv.kv.of_layer().widened(q_BTNH.dtype))
-    stack = "" if cache.layer is None else "L"
-    # All by their names, whose endings are their letters.
-    dims = {name: stack + name.rpartition("_")[2] for name in cache.arrays}
-    dims |= {name: name.rpartition("_")[2] for name in mask}
-    dims |= {"layer": ""} if stack else {}
-    arrays = cache.arrays | mask | ({"layer": cache.layer} if stack else {})
-
-    def run(q_BTNH, *rest):
-        operands = dict(zip(arrays, rest))
-        keys_values = [operands.pop(x) for x in ("k_BKSH", "v_BKSH")]
-        how = operands | dict(spec=spec, implementation=name)
-        if decodes:
-            return decoding.decode_attention(q_BTNH, *keys_values, **how)
-        return attention(q_BTNH, *(jnp.moveaxis(x, 1, 2) for x in keys_values), **how)
-
-    def run_part(q_BTNH, *rest):
-        own = partial(_heads_of, partition, groups, q_BTNH)
-        return run(
-            q_BTNH,
-            *(own(x, d.index("K")) if "K" in d else x for d, x in zip(dims.values(), rest)),
-        )
-
+    masks = () if mask is None else (mask,)
     if partition is None or across:
-        return run(q_BTNH, *arrays.values())
+        return run(q_BTNH, cache, *masks)
     groups = q_BTNH.shape[2] // cache.k_BKSH.shape[-3]
-    operands = [("BTNH", q_BTNH), *((dims[x], array) for x, array in arrays.items())]
+
+    def run_part(q_BTNH: jax.Array, cache: LayerCache, *masks: Mask) -> jax.Array:
+        return run(q_BTNH, _own_heads(partition, groups, q_BTNH, cache), *masks)
+
+    operands = [("BTNH", q_BTNH), (cache.dims, cache), *((MASK_DIMS, mask) for mask in masks)]
     return partition.run(run_part, "BTNH", *operands, whole="S")
 
 
-def _heads_of(
-    partition: Partition, groups: int, q_BTNH: jax.Array, x: jax.Array, axis: int
+def _decode(q_BTNH: jax.Array, cache: LayerCache, mask: Mask, **options) -> jax.Array:
+    return decoding.decode_attention(
+        q_BTNH,
+        cache.k_BKSH,
+        cache.v_BKSH,
+        **mask._asdict(),
+        k_scale_BKS=cache.k_scale_BKS,
+        v_scale_BKS=cache.v_scale_BKS,
+        layer=cache.layer,
+        **options,
+    )
+
+
+def _prefill(
+    q_BTNH: jax.Array, cache: LayerCache, mask: Mask | None = None, **options
 ) -> jax.Array:
-    """Of the key heads on this device, along an axis, those that its query heads read.
+    k_BSKH, v_BSKH = (jnp.moveaxis(x_BKSH, 1, 2) for x_BKSH in (cache.k_BKSH, cache.v_BKSH))
+    return attention(q_BTNH, k_BSKH, v_BSKH, **mask._asdict() if mask else {}, **options)
+
+
+def _own_heads(
+    partition: Partition, groups: int, q_BTNH: jax.Array, cache: LayerCache
+) -> LayerCache:
+    """Of the key heads on this device those that its query heads read.
 
     They are all of them, unless key heads are too few to be split as query heads are.
     """
-    N, K = q_BTNH.shape[2], x.shape[axis]
+    N, K = q_BTNH.shape[2], cache.k_BKSH.shape[-3]
     count = max(1, N // groups)
     if count == K:
-        return x
+        return cache
     first = partition.index("N") * N // groups
-    return jax.lax.dynamic_slice_in_dim(x, first, count, axis)
+
+    def own(dims: str, x: jax.Array) -> jax.Array:
+        if "K" not in dims:
+            return x
+        return jax.lax.dynamic_slice_in_dim(x, first, count, dims.index("K"))
+
+    return jax.tree.map(own, cache.dims, cache)

@@ -13,7 +13,7 @@ from gemma_jax.decoder.context import Context
 from gemma_jax.nn.einsum import Einsum
 from gemma_jax.nn.norm import RMSNorm, rms_norm
 from gemma_jax.nn.rope import rotate
-from gemma_kernels.attention import AttentionSpec, attention_weights
+from gemma_kernels.attention import AttentionSpec, Mask, attention_weights
 
 
 class Attention(nnx.Module):
@@ -65,19 +65,20 @@ class Attention(nnx.Module):
             window=self.spec.window if kv.in_order and ctx.causal else None,
             softmax_in_float32=numerics.softmax_in_float32,
         )
-        lo_BT, hi_BT = ctx.interval(self.spec)
-        mask = dict(lo_BT=lo_BT, hi_BT=hi_BT, kv_pos_BS=kv.kv_pos_BS)
+        mask = Mask(*ctx.interval(self.spec), kv.kv_pos_BS)
         full = self.spec.window is None and not kv.in_order
-        if ctx.whole:
+        if ctx.static_mask:
             stated = replace(spec, causal=True)
-            out_BTNH = attend(q_BTNH, kv, {}, stated, ctx.runtime, full=full)
+            out_BTNH = attend(q_BTNH, kv, None, stated, ctx.runtime, full=full)
         else:
             out_BTNH = attend(q_BTNH, kv, mask, spec, ctx.runtime, full=full)
         taps = {}
         if "attention_weights" in ctx.capture:
             k_BKSH, _ = kv.kv.of_layer().widened(q_BTNH.dtype)
             k_BSKH = jnp.moveaxis(k_BKSH, 1, 2)
-            taps["attention_weights"] = attention_weights(q_BTNH, k_BSKH, **mask, spec=spec)
+            taps["attention_weights"] = attention_weights(
+                q_BTNH, k_BSKH, **mask._asdict(), spec=spec
+            )
         return self.o(out_BTNH), cache, kv, taps
 
     def _keys_values(

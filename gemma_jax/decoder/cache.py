@@ -59,6 +59,13 @@ class LayerCache:
         named = {name: getattr(self, name) for name in ARRAYS}
         return {name: array for name, array in named.items() if array is not None}
 
+    @property
+    def dims(self) -> "LayerCache":
+        """The same with the letters of each array in its place."""
+        stack = "" if self.layer is None else "L"
+        letters = {name: stack + name.rpartition("_")[2] for name in self.arrays}
+        return LayerCache(**letters, layer=None if self.layer is None else "")
+
     def of_layer(self) -> "LayerCache":
         """Keys and values of the layer alone."""
         if self.layer is None:

@@ -28,8 +28,8 @@ class Context:
       deviations: sparsity -> where the threshold of a sparse layer lies.
       slots: cache capacity -> where new tokens go; empty without a cache.
       causal: Whether no query sees a key after its own; bidirectional blocks do.
-      whole: Whether rows are whole texts without padding or soft tokens, so that masks are known at
-        compile time.
+      static_mask: Whether rows are whole texts without padding or soft tokens, so that masks are
+        known at compile time.
       capture: Names of intermediate results to return.
       lent: kind of layer -> keys and values that later layers of the kind read.
     """
@@ -41,7 +41,7 @@ class Context:
     deviations: dict[float, jax.Array]
     slots: dict[int, Slots]
     causal: bool = field(metadata={"static": True})
-    whole: bool = field(metadata={"static": True})
+    static_mask: bool = field(metadata={"static": True})
     capture: frozenset[str] = field(metadata={"static": True})
     lent: dict[str, KeysValues] = field(default_factory=dict)
 
@@ -66,7 +66,7 @@ def make_context(
     runtime: Runtime,
     batch: Batch,
     *,
-    whole: bool,
+    static_mask: bool,
     slots: dict[int, Slots],
     capture: frozenset[str],
 ) -> Context:
@@ -96,6 +96,6 @@ def make_context(
         tables={r: rope_table(rope_pos_BT, cfg.head_dim, *r, runtime.numerics) for r in ropes},
         slots=slots,
         causal=block_BT is None,
-        whole=whole,
+        static_mask=static_mask,
         capture=capture,
     )

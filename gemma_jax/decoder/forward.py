@@ -98,7 +98,7 @@ def forward(
         model.cfg,
         model.runtime,
         replace(batch, positions_BT=positions_BT),
-        whole=cache is None
+        static_mask=cache is None
         and all(x is None for x in (batch.positions_BT, batch.documents_BT, batch.soft)),
         slots=slots,
         capture=frozenset(capture),

@@ -2,6 +2,7 @@
 
 from gemma_kernels.attention.dispatch import IMPLEMENTATIONS, attention
 from gemma_kernels.attention.mask import (
+    Mask,
     causal_interval,
     first_of_document,
     last_of_block,
@@ -13,6 +14,7 @@ from gemma_kernels.attention.spec import AttentionSpec
 __all__ = [
     "IMPLEMENTATIONS",
     "AttentionSpec",
+    "Mask",
     "attention",
     "attention_weights",
     "causal_interval",

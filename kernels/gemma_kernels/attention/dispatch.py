@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 
 from gemma_kernels.attention.cudnn import attention_cudnn
-from gemma_kernels.attention.mask import causal_rows, everything
+from gemma_kernels.attention.mask import Mask, causal_rows, everything
 from gemma_kernels.attention.reference import attention_reference
 from gemma_kernels.attention.spec import AttentionSpec, check_operands
 from gemma_kernels.attention.xla import attention_xla
@@ -36,7 +36,7 @@ def _with_mask(implementation: Callable) -> Callable:
             B, T, S = *q_BTNH.shape[:2], k_BSKH.shape[1]
             mask = causal_rows(B, T, S, spec.window) if spec.causal else everything(B, T, S)
         else:
-            mask = (lo_BT, hi_BT, kv_pos_BS)
+            mask = Mask(lo_BT, hi_BT, kv_pos_BS)
         return implementation(q_BTNH, k_BSKH, v_BSKH, *mask, spec, **options)
 
     return attention

@@ -18,8 +18,30 @@ What would not be an interval: two images that see each other but not the text b
 documents whose tokens alternate. No Gemma has either; `causal_interval` cannot say them.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+
+
+class Mask(NamedTuple):
+    """Which keys each query sees: those with a position in its interval.
+
+    Attributes:
+      lo_BT, hi_BT: int32; query `t` sees the keys with position in `[lo, hi)`.
+      kv_pos_BS: int32 positions of the keys, -1 for slots that no query may see.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> pos_BT = jnp.arange(8)[None]
+      >>> mask = Mask(*causal_interval(pos_BT, window=4), pos_BT)
+      >>> visible(*mask).sum()
+      Array(26, dtype=int32)
+    """
+
+    lo_BT: jax.Array
+    hi_BT: jax.Array
+    kv_pos_BS: jax.Array
 
 
 def causal_interval(
@@ -59,17 +81,17 @@ def two_sided_interval(
     return lo_BT, jnp.where(pos_BT < 0, 0, hi_BT)
 
 
-def causal_rows(B: int, T: int, S: int, window: int | None) -> tuple[jax.Array, ...]:
-    """`lo_BT, hi_BT, kv_pos_BS` of what `AttentionSpec.causal` states."""
+def causal_rows(B: int, T: int, S: int, window: int | None) -> Mask:
+    """The mask of what `AttentionSpec.causal` states."""
     pos_BT = jnp.broadcast_to(jnp.arange(S - T, S, dtype=jnp.int32), (B, T))
     kv_pos_BS = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
-    return *causal_interval(pos_BT, window), kv_pos_BS
+    return Mask(*causal_interval(pos_BT, window), kv_pos_BS)
 
 
-def everything(B: int, T: int, S: int) -> tuple[jax.Array, ...]:
-    """`lo_BT, hi_BT, kv_pos_BS` where every query sees every key."""
+def everything(B: int, T: int, S: int) -> Mask:
+    """The mask under which every query sees every key."""
     kv_pos_BS = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
-    return jnp.zeros((B, T), jnp.int32), jnp.full((B, T), S, jnp.int32), kv_pos_BS
+    return Mask(jnp.zeros((B, T), jnp.int32), jnp.full((B, T), S, jnp.int32), kv_pos_BS)
 
 
 def first_of_document(document_BT: jax.Array) -> jax.Array:
