@@ -32,7 +32,7 @@ class Attention(nnx.Module):
         def norm() -> RMSNorm | None:
             if not cfg.qk_norm:
                 return None
-            return RMSNorm("H", cfg.head_dim, cfg.norm_eps, plus_one=cfg.scale_plus_one)
+            return RMSNorm(cfg, "H")
 
         self.q = Einsum("BTD,NHD->BTNH", cfg.sizes, rngs=rngs)
         self.o = Einsum("BTNH,DNH->BTD", cfg.sizes, rngs=rngs)
@@ -55,7 +55,7 @@ class Attention(nnx.Module):
         if numerics.scale_queries:
             q_BTNH = q_BTNH * self.scale
         if self.spec.kv == "shared":
-            kv = ctx.lent[self.spec.kind]
+            kv = ctx.shared_kv[self.spec.kind]
         else:
             kv, cache = self._keys_values(x_BTD, ctx, cache)
 
@@ -72,14 +72,14 @@ class Attention(nnx.Module):
             out_BTNH = attend(q_BTNH, kv, None, stated, ctx.runtime, full=full)
         else:
             out_BTNH = attend(q_BTNH, kv, mask, spec, ctx.runtime, full=full)
-        taps = {}
+        captured = {}
         if "attention_weights" in ctx.capture:
             k_BKSH, _ = kv.kv.of_layer().widened(q_BTNH.dtype)
             k_BSKH = jnp.moveaxis(k_BKSH, 1, 2)
-            taps["attention_weights"] = attention_weights(
+            captured["attention_weights"] = attention_weights(
                 q_BTNH, k_BSKH, **mask._asdict(), spec=spec
             )
-        return self.o(out_BTNH), cache, kv, taps
+        return self.o(out_BTNH), cache, kv, captured
 
     def _keys_values(
         self, x_BTD: jax.Array, ctx: Context, cache: LayerCache | None

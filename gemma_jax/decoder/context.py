@@ -31,7 +31,7 @@ class Context:
       static_mask: Whether rows are whole texts without padding or soft tokens, so that masks are
         known at compile time.
       capture: Names of intermediate results to return.
-      lent: kind of layer -> keys and values that later layers of the kind read.
+      shared_kv: kind of layer -> keys and values that later layers of the kind read.
     """
 
     runtime: Runtime = field(metadata={"static": True})
@@ -43,10 +43,11 @@ class Context:
     causal: bool = field(metadata={"static": True})
     static_mask: bool = field(metadata={"static": True})
     capture: frozenset[str] = field(metadata={"static": True})
-    lent: dict[str, KeysValues] = field(default_factory=dict)
+    shared_kv: dict[str, KeysValues] = field(default_factory=dict)
 
-    def lend(self, lent: dict[str, KeysValues]) -> "Context":
-        return replace(self, lent=self.lent | lent)
+    def share(self, shared_kv: dict[str, KeysValues]) -> "Context":
+        """The context with keys and values that later layers read."""
+        return replace(self, shared_kv=self.shared_kv | shared_kv)
 
     def place(self, x: jax.Array) -> jax.Array:
         """A residual stream `[B, T, D]`, or streams `[A, B, T, D]`, where the mesh has it."""

@@ -117,10 +117,10 @@ def forward(
         inputs = replace(inputs, vector_BTP=jnp.moveaxis(per_layer_BTLP, 2, 0))
     x = x_BTD if model.streams is None else model.streams.spread(x_BTD)
     layers = cache.layers if cache is not None else None
-    x, layers, taps = run_layers(model.blocks, model.layer_groups, x, ctx, layers, inputs)
+    x, layers, by_layer = run_layers(model.blocks, model.layer_groups, x, ctx, layers, inputs)
     x_BTD = x if model.streams is None else model.streams.merge(x)
     x_BTD = model.final_norm(x_BTD, model.runtime.numerics)
-    captured |= taps | {"final_norm": x_BTD}
+    captured |= by_layer | {"final_norm": x_BTD}
     if absent := [name for name in capture if name not in captured]:
         raise ValueError(f"this model has no part to capture {', '.join(absent)} from")
     return Output(

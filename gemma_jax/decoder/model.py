@@ -56,7 +56,7 @@ class Block(nnx.Module):
 
     def __init__(self, cfg: GemmaConfig, spec: LayerSpec, *, rngs: nnx.Rngs):
         def norm():
-            return RMSNorm("D", cfg.d_model, cfg.norm_eps, plus_one=cfg.scale_plus_one)
+            return RMSNorm(cfg, "D")
 
         self.spec = spec
         self.altup = AltUp(cfg, rngs=rngs) if cfg.altup else None
@@ -82,7 +82,7 @@ class Block(nnx.Module):
             with jax.named_scope("altup"):
                 x, extra["altup_mixtures"] = self.altup.predict(x, numerics)
                 extra["altup_predictions"] = x
-        y_BTD, cache, kv, taps = self._compute(
+        y_BTD, cache, kv, captured = self._compute(
             x if self.altup is None else x[self.altup.active], ctx, cache, inputs.width
         )
         if self.altup is None:
@@ -97,9 +97,9 @@ class Block(nnx.Module):
                 extra |= gates
                 # The first stream is left alone, whichever one is active.
                 x = x + y_BTD if self.altup is None else x.at[1:].add(y_BTD)
-        lent = {self.spec.kind: kv} if self.spec.kv == "lent" else {}
-        taps = taps | extra | {"layer_outputs": x}
-        return LayerOutput(x=x, cache=cache, taps=taps, lent=lent)
+        shared_kv = {self.spec.kind: kv} if self.spec.kv == "lent" else {}
+        captured |= extra | {"layer_outputs": x}
+        return LayerOutput(x=x, cache=cache, captured=captured, shared_kv=shared_kv)
 
     def _compute(
         self,
@@ -112,18 +112,18 @@ class Block(nnx.Module):
         numerics = ctx.runtime.numerics
         normed_BTD = self.pre_attn_norm(x_BTD, numerics)
         with jax.named_scope("attention"):
-            y_BTD, cache, kv, taps = self.attn(normed_BTD, ctx, cache)
+            y_BTD, cache, kv, captured = self.attn(normed_BTD, ctx, cache)
             x_BTD += y_BTD if self.post_attn_norm is None else self.post_attn_norm(y_BTD, numerics)
         if self.laurel is not None:
             with jax.named_scope("laurel"):
-                taps["laurel"] = self.laurel(normed_BTD, numerics)
-                x_BTD = (x_BTD + taps["laurel"]) / math.sqrt(2)
+                captured["laurel"] = self.laurel(normed_BTD, numerics)
+                x_BTD = (x_BTD + captured["laurel"]) / math.sqrt(2)
         with jax.named_scope("ffn"):
             sparsity = self.spec.sparsity
             deviations = ctx.deviations[sparsity] if sparsity else None
             y_BTD, masks = self.ffn(self.pre_ffn_norm(x_BTD, numerics), width, deviations)
             x_BTD += y_BTD if self.post_ffn_norm is None else self.post_ffn_norm(y_BTD, numerics)
-        return x_BTD, cache, kv, taps | masks
+        return x_BTD, cache, kv, captured | masks
 
 
 class Gemma(nnx.Module):
@@ -158,7 +158,7 @@ class Gemma(nnx.Module):
         )
         self.per_layer = PerLayerEmbedder(cfg, rngs=rngs) if cfg.per_layer else None
         self.streams = Streams(cfg, rngs=rngs) if cfg.altup else None
-        self.final_norm = RMSNorm("D", cfg.d_model, cfg.norm_eps, plus_one=cfg.scale_plus_one)
+        self.final_norm = RMSNorm(cfg, "D")
         for name, encoder in encoders_of(cfg, rngs=rngs, layout=layout).items():
             setattr(self, name, encoder)  # `vision`, say
 

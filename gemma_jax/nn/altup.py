@@ -29,7 +29,7 @@ class AltUp(nnx.Module):
         streams = cfg.altup.num_streams
         self.active, self.clip = cfg.altup.active, cfg.altup.coef_clip
         sizes = {**cfg.sizes, "E": streams, "Z": streams**2}
-        self.router_norm = RMSNorm("D", cfg.d_model, cfg.norm_eps, plus_one=cfg.scale_plus_one)
+        self.router_norm = RMSNorm(cfg, "D")
         self.router = Einsum("BTD,AD->BTA", sizes, rngs=rngs)
         self.predictor = Einsum("BTA,ZA->BTZ", sizes, rngs=rngs)
         self.corrector = Einsum("BTA,EA->BTE", sizes, rngs=rngs)

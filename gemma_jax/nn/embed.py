@@ -60,7 +60,7 @@ class ModalityEmbedder(nnx.Module):
         self.vocabulary = vocabulary
         V, C = vocabulary.vocab_size, vocabulary.width
         self.table = nnx.Param(rngs.normal((V, C)), dims="VC", inputs="C")
-        self.norm = RMSNorm("C", C, vocabulary.norm_eps, plus_one=cfg.scale_plus_one)
+        self.norm = RMSNorm(cfg, "C", size=C, eps=vocabulary.norm_eps)
         self.proj = Einsum("BTC,DC->BTD", {"C": C, "D": cfg.d_model}, rngs=rngs)
 
     def insert(self, tokens_BT: jax.Array, x_BTD: jax.Array, numerics: Numerics) -> jax.Array:

@@ -35,15 +35,15 @@ class FeedForward(nnx.Module):
           width: Scalar; computes as if there were only so many first channels.
           deviations: Scalar, for a layer that keeps the top of the gate alone: see `gaussian_top`.
         """
-        gate_BTF, taps = self.gate(x_BTD), {}
+        gate_BTF, captured = self.gate(x_BTD), {}
         keep_F = None if width is None else jnp.arange(gate_BTF.shape[-1]) < width
         if deviations is not None:
             gate_BTF = gaussian_top(gate_BTF, deviations, keep_F)
-            taps["sparsity_masks"] = gate_BTF > 0
+            captured["sparsity_masks"] = gate_BTF > 0
         hidden_BTF = jax.nn.gelu(gate_BTF, approximate=True) * self.up(x_BTD)
         if keep_F is not None:
             hidden_BTF = jnp.where(keep_F, hidden_BTF, 0)
-        return self.down(hidden_BTF), taps
+        return self.down(hidden_BTF), captured
 
 
 def deviations_below(shares: Sequence[float]) -> tuple[jax.Array, ...]:

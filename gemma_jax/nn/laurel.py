@@ -18,7 +18,7 @@ class Laurel(nnx.Module):
     def __init__(self, cfg: GemmaConfig, *, rngs: nnx.Rngs):
         self.left = Einsum("BTD,RD->BTR", cfg.sizes, rngs=rngs)
         self.right = Einsum("BTR,DR->BTD", cfg.sizes, rngs=rngs)
-        self.norm = RMSNorm("D", cfg.d_model, cfg.norm_eps, plus_one=cfg.scale_plus_one)
+        self.norm = RMSNorm(cfg, "D")
 
     def __call__(self, x_BTD: jax.Array, numerics: Numerics) -> jax.Array:
         return x_BTD + self.norm(self.right(self.left(x_BTD)), numerics)

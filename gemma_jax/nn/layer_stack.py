@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,36 @@ from flax import nnx
 from gemma_jax.compat import read_from_memory
 from gemma_jax.config import LayerSpec
 from gemma_jax.nn.layer_groups import LayerGroup
+from gemma_jax.runtime import Runtime
 
-# What blocks hand on through the stack is theirs to define; the stack only carries it.
-Context = Any  # all that a pass knows: positions, masks, what earlier layers lend
-LayerCache = Any  # a dataclass whose field `layer` says which of stacked caches is meant
-KeysValues = Any
+KeysValues = Any  # what a layer shares with later ones is theirs to define
+
+
+class LayerCache(Protocol):
+    """The cache of a layer, or a stack of them of which `layer` is meant."""
+
+    @property
+    def layer(self) -> jax.Array | None: ...
+
+
+class Context(Protocol):
+    """What a pass knows, as far as the stack must: a pytree that blocks read more of."""
+
+    @property
+    def runtime(self) -> Runtime: ...
+
+    @property
+    def capture(self) -> frozenset[str]: ...
+
+    def place(self, x: jax.Array) -> jax.Array:
+        """The residual stream where the mesh has it."""
+        ...
+
+    def share(self, shared_kv: dict[str, KeysValues]) -> Self:
+        """The context with keys and values that later layers read."""
+        ...
+
+
 Caches = tuple[tuple[LayerCache | None, ...], ...]
 
 
@@ -28,14 +53,14 @@ class LayerOutput:
     Attributes:
       x: The residual stream, or streams.
       cache: The layer's cache after this pass.
-      taps: Captured intermediates by name.
-      lent: Kind of layer -> keys and values for later layers of the kind.
+      captured: Intermediates by name.
+      shared_kv: Kind of layer -> keys and values for later layers of the kind.
     """
 
     x: jax.Array
     cache: LayerCache | None = None
-    taps: dict[str, jax.Array] = field(default_factory=dict)
-    lent: dict[str, KeysValues] = field(default_factory=dict)
+    captured: dict[str, jax.Array] = field(default_factory=dict)
+    shared_kv: dict[str, KeysValues] = field(default_factory=dict)
 
 
 def stack_layers(
@@ -74,31 +99,31 @@ def run_layers(
     run_block = jax.checkpoint(_run_block) if ctx.runtime.remat else _run_block
 
     def run_period(ctx, x, blocks, old_caches, inputs):
-        news, taps, lent = [], [], {}
+        news, captured, shared = [], [], {}
         for block, old, *extra in zip(blocks, old_caches, *inputs):
             out = run_block(block, ctx.place(x), ctx, old, *extra)
-            x, lent = out.x, lent | out.lent
-            ctx = ctx.lend(out.lent) if out.lent else ctx
+            x, shared = out.x, shared | out.shared_kv
+            ctx = ctx.share(out.shared_kv) if out.shared_kv else ctx
             news.append(out.cache)
-            taps.append({name: out.taps[name] for name in out.taps.keys() & ctx.capture})
-        return x, tuple(news), (tuple(taps), lent)
+            wanted = out.captured.keys() & ctx.capture
+            captured.append({name: out.captured[name] for name in wanted})
+        return x, tuple(news), (tuple(captured), shared)
 
-    numbers = read_from_memory(
-        lambda: tuple(
-            jnp.arange(sum(len(g.period) * g.repeats for g in layer_groups), dtype=jnp.uint32)
-        )
-    )
+    depth = sum(len(group.period) * group.repeats for group in layer_groups)
+    numbers = ()
+    if jax.tree.leaves(inputs):
+        numbers = read_from_memory(lambda: tuple(jnp.arange(depth, dtype=jnp.uint32)))
     new_caches, by_layer = [], {}
     for i, group in enumerate(layer_groups):
         old = (None,) * len(group.period) if caches is None else caches[i]
         extra = () if inputs is None else (_by_position(inputs, group, numbers),)
         body = partial(run_period, ctx)
-        x, news, (taps, lent) = _repeat(body, x, old, (tuple(blocks[i]), extra), group.repeats)
-        if lent:  # such a group is not repeated: a kind of layer lends once
-            ctx = ctx.lend(jax.tree.map(lambda a: a[0], lent))
+        x, news, (found, shared) = _repeat(body, x, old, (tuple(blocks[i]), extra), group.repeats)
+        if shared:  # such a group is not repeated: a kind of layer lends once
+            ctx = ctx.share(jax.tree.map(lambda a: a[0], shared))
         new_caches.append(news)
-        for position, tap in enumerate(taps):
-            for name, values in tap.items():
+        for position, by_name in enumerate(found):
+            for name, values in by_name.items():
                 rows = {group.layer_index(position, r): values[r] for r in range(group.repeats)}
                 by_layer[name] = by_layer.get(name, {}) | rows
     captured = {name: _stack([rows[i] for i in sorted(rows)]) for name, rows in by_layer.items()}
@@ -113,13 +138,19 @@ def _run_block(
     return block(x, ctx, cache, *extra)
 
 
-def _by_position(inputs: Any, group: LayerGroup, numbers) -> tuple[Any, ...]:
-    """The group's part of per-layer inputs: for each position, those of all repeats."""
+def _by_position(inputs: Any, group: LayerGroup, numbers: tuple[jax.Array, ...]) -> tuple[Any, ...]:
+    """The group's part of per-layer inputs: for each position, those of all repeats.
+
+    Args:
+      numbers: Of all layers; see `read_from_memory`.
+    """
     length = len(group.period)
     if group.repeats == 1:
         at = partial(jax.lax.dynamic_slice_in_dim, slice_size=1)
-        own = numbers[group.start : group.start + length]
-        return tuple(jax.tree.map(lambda a, i=i: at(a, i), inputs) for i in own)
+        return tuple(
+            jax.tree.map(lambda a, i=i: at(a, numbers[i]), inputs)
+            for i in range(group.start, group.start + length)
+        )
     end = group.start + length * group.repeats
     return tuple(
         jax.tree.map(lambda a, p=p: a[group.start + p : end : length], inputs)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gemma_jax.config import GemmaConfig
 from gemma_jax.numerics import Numerics
 
 
@@ -11,12 +12,19 @@ class RMSNorm(nnx.Module):
     """`x / sqrt(mean(x^2) + eps) * (1 + scale)` over the last axis (hf `Gemma3RMSNorm`).
 
     The scale is stored raw, as in checkpoints: folding the one in would round in bfloat16.
-    Gemma 3n multiplies by the scale itself (`plus_one=False`; hf `Gemma3nRMSNorm`).
+    Gemma 3n multiplies by the scale itself (`cfg.scale_plus_one=False`; hf `Gemma3nRMSNorm`).
+
+    Args:
+      letter: Of the axis.
+      size, eps: Default: those of `cfg`.
     """
 
-    def __init__(self, dims: str, size: int, eps: float, *, plus_one: bool = True):
-        self.eps, self.plus_one = eps, plus_one
-        self.scale = nnx.Param(jnp.zeros(size) if plus_one else jnp.ones(size), dims=dims)
+    def __init__(
+        self, cfg: GemmaConfig, letter: str, *, size: int | None = None, eps: float | None = None
+    ):
+        size = cfg.sizes[letter] if size is None else size
+        self.eps, self.plus_one = cfg.norm_eps if eps is None else eps, cfg.scale_plus_one
+        self.scale = nnx.Param(jnp.zeros(size) if self.plus_one else jnp.ones(size), dims=letter)
 
     def __call__(self, x: jax.Array, numerics: Numerics) -> jax.Array:
         unit = _unit(x, self.eps, numerics)

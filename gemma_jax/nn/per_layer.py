@@ -29,7 +29,7 @@ class PerLayerEmbedder(nnx.Module):
         scale = cfg.per_layer.width**-0.5
         self.table = nnx.Param(rngs.normal(shape) * scale, dims="VLP", inputs="P")
         self.proj = Einsum("BTD,LPD->BTLP", cfg.sizes, rngs=rngs)
-        self.norm = RMSNorm("P", cfg.per_layer.width, cfg.norm_eps, plus_one=cfg.scale_plus_one)
+        self.norm = RMSNorm(cfg, "P")
 
     def __call__(self, tokens_BT: jax.Array, x_BTD: jax.Array, numerics: Numerics) -> jax.Array:
         dtype = x_BTD.dtype
@@ -50,7 +50,7 @@ class PerLayerInput(nnx.Module):
     def __init__(self, cfg: GemmaConfig, *, rngs: nnx.Rngs):
         self.gate = Einsum("BTD,PD->BTP", cfg.sizes, rngs=rngs)
         self.proj = Einsum("BTP,DP->BTD", cfg.sizes, rngs=rngs)
-        self.norm = RMSNorm("D", cfg.d_model, cfg.norm_eps, plus_one=cfg.scale_plus_one)
+        self.norm = RMSNorm(cfg, "D")
 
     def __call__(
         self, x_BTD: jax.Array, vector_BTP: jax.Array, numerics: Numerics

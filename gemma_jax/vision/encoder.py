@@ -27,7 +27,7 @@ class Projector(nnx.Module):
     def __init__(self, cfg: GemmaConfig, *, rngs: nnx.Rngs):
         vision = cfg.vision
         self.pooled = vision.pooled
-        self.norm = RMSNorm("C", vision.d_tower, vision.norm_eps)
+        self.norm = RMSNorm(cfg, "C", size=vision.d_tower, eps=vision.norm_eps)
         self.proj = Einsum("ITC,DC->ITD", {**cfg.sizes, **vision.sizes}, rngs=rngs)
 
     def __call__(self, x_IQC: jax.Array, runtime: Runtime) -> jax.Array:

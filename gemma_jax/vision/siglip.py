@@ -109,7 +109,7 @@ class TowerBlock(nnx.Module):
             x_IQC += self.attn(self.pre_attn_norm(x_IQC), ctx)
         with jax.named_scope("ffn"):
             x_IQC += self.ffn(self.pre_ffn_norm(x_IQC))
-        return LayerOutput(x=x_IQC, taps={"layer_outputs": x_IQC})
+        return LayerOutput(x=x_IQC, captured={"layer_outputs": x_IQC})
 
 
 class Tower(nnx.Module):
@@ -127,5 +127,5 @@ class Tower(nnx.Module):
         self, pixels: jax.Array, ctx: TowerContext
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         x_IQC = self.patches(pixels)
-        x_IQC, _, taps = run_layers(self.blocks, self.layer_groups, x_IQC, ctx, None)
-        return self.final_norm(x_IQC), taps
+        x_IQC, _, captured = run_layers(self.blocks, self.layer_groups, x_IQC, ctx, None)
+        return self.final_norm(x_IQC), captured
