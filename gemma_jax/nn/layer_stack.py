@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,9 @@ KeysValues = Any  # what a layer shares with later ones is theirs to define
 
 
 class LayerCache(Protocol):
-    """The cache of a layer, or a stack of them of which `layer` is meant."""
+    """The cache of a layer, or a stack of them of which `layer` is meant; a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def layer(self) -> jax.Array | None: ...
