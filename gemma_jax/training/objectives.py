@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax
+import jax.numpy as jnp
 
 from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.losses import loss_and_weight
@@ -106,13 +107,13 @@ def elastic(
       ['slice_0', 'tokens', 'whole']
     """
     batch = TrainBatch.of(batch)
-    plain = replace(batch, batch=replace(batch.batch, ffn_widths_L=None))
+    read = Batch.of(batch.batch)
+    plain = replace(batch, batch=replace(read, ffn_widths_L=None))
     inside = {"whole": (model, plain)}
     inside |= {f"slice_{i}": (at(model, cut), plain) for i, cut in enumerate(cuts)}
-    if batch.batch.ffn_widths_L is not None:
+    if read.ffn_widths_L is not None:
         inside["narrow"] = (model, batch)
-    parts, tokens = {}, None
-    for name, (net, rows) in inside.items():
-        parts[name], said = next_token(net, rows, key, z_loss=z_loss)
-        tokens = said["tokens"] if tokens is None else tokens
-    return sum(parts.values()) / len(parts), parts | {"tokens": tokens}
+    said = {name: next_token(net, rows, key, z_loss=z_loss) for name, (net, rows) in inside.items()}
+    losses = {name: value for name, (value, _) in said.items()}
+    _, metrics = said["whole"]
+    return jnp.asarray(sum(losses.values()) / len(losses)), losses | metrics

@@ -1,10 +1,12 @@
 """Optimizers that know which parameters are linear maps."""
 
+from typing import Any
+
 import optax
 from flax import nnx
 
 from gemma_jax.decoder.model import Gemma
-from gemma_jax.weights.tree import flat_params
+from gemma_jax.weights.tree import ParamPath, flat_params
 
 
 def muon(model: Gemma, rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
@@ -21,9 +23,13 @@ def muon(model: Gemma, rate: optax.ScalarOrSchedule) -> optax.GradientTransforma
       >>> moments = gj.muon(model, 1e-3).init(trained)
     """
     matrices = {path: _matrix(param) for path, param in flat_params(model).items()}
+
+    def of_what_is_trained(trained: Any) -> dict[ParamPath, Any]:
+        return {path: matrices[path] for path in trained}
+
     return optax.contrib.muon(
         rate,
-        muon_weight_dimension_numbers=lambda trained: {path: matrices[path] for path in trained},
+        muon_weight_dimension_numbers=of_what_is_trained,
         weight_decay=0.01,
         adam_weight_decay=0.01,
     )
