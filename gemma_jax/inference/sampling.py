@@ -102,9 +102,9 @@ class SamplingRows:
           ('some', 8, [100, 5])
         """
         sampled = [row for row in rows if row.temperature > 0]
-        sorts = [row for row in sampled if row.top_k or row.top_p < 1]
+        sorts = [row.temperature > 0 and (row.top_k > 0 or row.top_p < 1) for row in rows]
         top_ks = [min(row.top_k or vocab_size, vocab_size) for row in rows]
-        widest = max([k for row, k in zip(rows, top_ks) if row in sorts], default=0)
+        widest = max([k for k, sorted_ in zip(top_ks, sorts) if sorted_], default=0)
         return cls(
             temperature_B=_floats(row.temperature or 1 for row in rows),
             top_k_B=np.array(top_ks, np.int32),
@@ -112,9 +112,9 @@ class SamplingRows:
             min_p_B=_floats(row.min_p for row in rows),
             repetition_penalty_B=_floats(row.repetition_penalty for row in rows),
             greedy_B=np.array([row.temperature == 0 for row in rows]),
-            sorted_B=np.array([row in sorts for row in rows]),
+            sorted_B=np.array(sorts),
             greedy=_among(len(rows) - len(sampled), len(rows)),
-            sorted=_among(len(sorts), len(sampled)),
+            sorted=_among(sum(sorts), len(sampled)),
             # The next power of two: a program serves all top-k up to it.
             candidates=min(1 << (widest - 1).bit_length(), vocab_size) if widest else 0,
             top_p=any(row.top_p < 1 for row in sampled),

@@ -279,8 +279,8 @@ class Session:
                 for a, fill in ((state.tokens_BX, -1), (state.log_probs_BX, 0))
             )
         self._state = replace(state, tokens_BX=tokens_BX, log_probs_BX=log_probs_BX)
-        if self.propose is not None:
-            # Drafts may have brought more than was asked for.
+        if self.propose is not None and any(p is not None and p.start for p in prompts):
+            # In the turn before, drafts may have brought more than was asked for.
             starts = [self.max_len if p is None else p.start for p in prompts]
             partition = self.model.runtime.partition
             self._state = rewound(self._state, np.array(starts, np.int32), partition=partition)

@@ -46,7 +46,8 @@ def make_step(
       `init(trained, key, data_position=None) -> state`, with copies of its arrays, so that a state
       may be donated; and `step(state, frozen, batch) -> (state, metrics)`, not compiled: a caller
       adds shardings as it needs them. Its metrics are those of the objective, `loss`, and
-      `grad_norm`, the norm of the gradients of all that is trained, before the optimizer.
+      `grad_norm`, the norm of the gradients of all that is trained, before the optimizer; an
+      objective with metrics by these two names is refused.
 
     Examples:
       >>> import gemma_jax as gj
@@ -79,6 +80,8 @@ def make_step(
             return objective(join(trained, frozen), batch, key)
 
         (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.trained)
+        if taken := sorted(metrics.keys() & {"loss", "grad_norm"}):
+            raise ValueError(f"the objective's metrics {taken} are the step's own; rename them")
         updates, moments = optimizer.update(gradients, state.moments, state.trained)
         trained = optax.apply_updates(state.trained, updates)
         state = replace(state, step=state.step + 1, trained=trained, moments=moments)

@@ -257,3 +257,13 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device():
     np.testing.assert_allclose(sums["grad_norm"], metrics["grad_norm"], rtol=1e-5)
     for path, moment in state.moments[0].mu.items():
         assert moment.sharding.is_equivalent_to(state.trained[path].sharding, moment.ndim)
+
+
+def test_a_metric_by_the_name_of_the_steps_own_is_refused():
+    def objective(model, batch, key):
+        value, metrics = next_token(model, batch)
+        return value, metrics | {"loss": value}
+
+    with pytest.raises(ValueError, match=r"metrics \['loss'\] are the step's own; rename them"):
+        model = tiny.model(CFG)
+        run(model, optax.sgd(0.1), [tiny.tokens(CFG, 1, 5)], objective=objective)
