@@ -30,14 +30,15 @@ def fuses_matrix_vector() -> bool:
     return jax.__version_info__ < (0, 12) and target_platform() == "cpu"
 
 
-def read_from_memory(make: Callable[[], Any]) -> Any:
-    """The scalars that a function makes, as numbers that XLA's CPU backend reads from memory.
+def computed_once(make: Callable[[], Any]) -> Any:
+    """The arrays that a function makes, written to memory before XLA's CPU backend reads them.
 
-    It compiles equal loops once. Loops are not equal if a number that tells them apart is written
-    in them: twenty layers that take a row each out of one array were twenty loops. The results of a
-    function that is not inlined (both attributes are XLA's) are unknown to the loops. A version
-    without these attributes compiles longer, and computes the same. For other platforms they are
-    the constants that they are.
+    It would rather compute what is cheap again in every loop that needs it: cosines and sines in
+    each layer. And it compiles equal loops once, but loops are not equal if a number that tells
+    them apart is written in them: twenty layers that take a row each out of one array were twenty
+    loops. The results of a function that is not inlined (both attributes are XLA's) are unknown to
+    the loops. A version without these attributes compiles longer, and computes the same. Other
+    platforms inline the function.
     """
     if target_platform() != "cpu":
         return make()

@@ -1,12 +1,12 @@
 """What all layers of one forward pass share: computed once, read by every block."""
 
 from dataclasses import dataclass, field, replace
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from gemma_jax.compat import read_from_memory
+from gemma_jax.compat import computed_once
 from gemma_jax.config import GemmaConfig, LayerSpec
 from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.cache import KeysValues, Slots
@@ -76,6 +76,7 @@ def make_context(
     Args:
       batch: With positions.
     """
+    numerics = runtime.numerics
     pos_BT, rope_pos_BT = batch.positions_BT, batch.rope_positions_BT
     block_BT = None if batch.soft is None else batch.soft.block_BT
     last_BT = None if block_BT is None else last_of_block(pos_BT, block_BT)
@@ -89,12 +90,18 @@ def make_context(
     sparsities = sorted({spec.sparsity for spec in cfg.layers if spec.sparsity})
     windows = {spec.window for spec in cfg.layers}
     ropes = {(spec.rope_theta, spec.rope_scale) for spec in cfg.layers}
+
+    def read_by_layers() -> dict[str, Any]:
+        return {
+            "intervals": {w or 0: causal_interval(pos_BT, w, last_BT, first_BT) for w in windows},
+            "tables": {r: rope_table(rope_pos_BT, cfg.head_dim, *r, numerics) for r in ropes},
+            "deviations": dict(zip(sparsities, deviations_below(sparsities))),
+        }
+
     return Context(
         runtime=runtime,
         pos_BT=pos_BT,
-        intervals={w or 0: causal_interval(pos_BT, w, last_BT, first_BT) for w in windows},
-        deviations=dict(zip(sparsities, read_from_memory(partial(deviations_below, sparsities)))),
-        tables={r: rope_table(rope_pos_BT, cfg.head_dim, *r, runtime.numerics) for r in ropes},
+        **computed_once(read_by_layers),
         slots=slots,
         causal=block_BT is None,
         static_mask=static_mask,

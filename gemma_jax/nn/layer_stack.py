@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gemma_jax.compat import read_from_memory
+from gemma_jax.compat import computed_once
 from gemma_jax.config import LayerSpec
 from gemma_jax.nn.layer_groups import LayerGroup
 from gemma_jax.runtime import Runtime
@@ -114,7 +114,7 @@ def run_layers(
     depth = sum(len(group.period) * group.repeats for group in layer_groups)
     numbers = ()
     if jax.tree.leaves(inputs):
-        numbers = read_from_memory(lambda: tuple(jnp.arange(depth, dtype=jnp.uint32)))
+        numbers = computed_once(lambda: tuple(jnp.uint32(i) for i in range(depth)))
     new_caches, by_layer = [], {}
     for i, group in enumerate(layer_groups):
         old = (None,) * len(group.period) if caches is None else caches[i]
@@ -144,7 +144,7 @@ def _by_position(inputs: Any, group: LayerGroup, numbers: tuple[jax.Array, ...])
     """The group's part of per-layer inputs: for each position, those of all repeats.
 
     Args:
-      numbers: Of all layers; see `read_from_memory`.
+      numbers: Of all layers; see `computed_once`.
     """
     length = len(group.period)
     if group.repeats == 1:
