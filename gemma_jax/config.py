@@ -235,6 +235,8 @@ class GemmaConfig:
       laurel_rank: R of the low-rank residual beside attention (Gemma 3n).
       per_layer: Per-layer embeddings (Gemma 3n).
       modality_vocabularies: Ids with embeddings of their own: of images, then of sounds (Gemma 3n).
+      tied_head: Logits come from the embedding table (all published models), or from a head of
+        its own.
       vision: The tower of models that read images (Gemma 3 from 4B on); `None` for text alone.
       origin: The name of the architecture in the file that this was read from. It says what else
         such files hold, and is never used for arithmetic: two configs that differ in it are equal.
@@ -270,6 +272,7 @@ class GemmaConfig:
     laurel_rank: int | None = None
     per_layer: PerLayerConfig | None = None
     modality_vocabularies: tuple[ModalityVocabulary, ...] = ()
+    tied_head: bool = True
     vision: VisionConfig | None = None
     origin: str | None = field(default=None, compare=False)
 

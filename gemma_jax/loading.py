@@ -146,7 +146,9 @@ def load_model(
     dtype = jnp.dtype(how.dtype or ("float32" if on_cpu else "bfloat16"))
     stored = how.weights
     narrower = stored if stored is not None and BITS[stored] < 8 * dtype.itemsize else None
-    partition = None if how.mesh is None else partition_for(source, how.mesh, how.rules)
+    partition = (
+        None if how.mesh is None else partition_for(source, how.mesh, how.rules, how.modalities)
+    )
     return load_weights(
         source,
         modalities=how.modalities,
@@ -169,13 +171,16 @@ def load_model(
 
 
 def partition_for(
-    source: str, mesh: Mesh | Mapping[str, int], rules: Rules | None = None
+    source: str,
+    mesh: Mesh | Mapping[str, int],
+    rules: Rules | None = None,
+    modalities: Collection[str] | None = None,
 ) -> Partition:
     """For the model of a checkpoint; see `LoadOptions`."""
     from gemma_checkpoints import describe, resolve
 
     if not isinstance(mesh, Mesh):
-        mesh = make_mesh(describe(resolve(source)).config, None, **mesh)
+        mesh = make_mesh(describe(resolve(source), modalities=modalities).config, None, **mesh)
     return Partition.of(mesh, rules)
 
 

@@ -1,7 +1,7 @@
 """What a checkpoint holds, without reading its weights."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from gemma_jax.decoder.model import abstract_model
 from .formats import open_source
 from .matching import match
 from .params import named_slots, params_by_part
+from .select_parts import config_for
 from .tokenizers import find_tokenizer
 
 
@@ -44,8 +45,13 @@ class Description:
         return sum(self.params_by_part.values())
 
 
-def describe(path: str | Path) -> Description:
-    """Describes a checkpoint by its headers: config, parameters, bytes. Reads no weights.
+def describe(path: str | Path, *, modalities: Collection[str] | None = None) -> Description:
+    """Describes a checkpoint by its headers: config, parameters, bytes.
+
+    Of weights it reads a stored output head and the embedding, to tell whether they are one.
+
+    Args:
+      modalities: As in `load_weights`: what is left out is not described, and may be absent.
 
     Raises:
       CheckpointError: with everything that would keep it from loading, except the weights' values.
@@ -56,15 +62,16 @@ def describe(path: str | Path) -> Description:
       8
     """
     source = open_source(path)
-    moves = match(source, named_slots(abstract_model(source.config, layout="scan")))
+    cfg = config_for(source, modalities)
+    moves = match(source, named_slots(abstract_model(cfg, layout="scan")))
     by_encoding = Counter()
     for move in moves:
         by_encoding[move.info.encoding] += move.info.nbytes
     return Description(
         path=source.path,
         format=source.format,
-        config=source.config,
-        params_by_part=params_by_part(source.config),
+        config=cfg,
+        params_by_part=params_by_part(cfg),
         tensor_bytes=dict(by_encoding),
         tokenizer=find_tokenizer(source.path),
     )

@@ -22,7 +22,7 @@ from .hf.config import config_from_hf, text_config
 from .hf.config_out import config_to_hf
 from .hf.folder import CONFIG, INDEX, SINGLE, HFFolder, read_json
 from .hf.names import hf_table, published_name, unused
-from .json_values import Json
+from .json_values import Json, flag
 from .name_table import Row, dropped, expand
 from .params import Slot, depths, named_slots
 from .rearrange import shape as side_shape
@@ -262,10 +262,25 @@ def _from_source(source: Path | None, cfg: GemmaConfig) -> tuple[Json | None, HF
         return None, None
     raw = read_json(source / CONFIG)
     text = text_config(raw)
-    if config_from_hf(raw) == cfg and (cfg.vision is not None or text == raw):
+    if _describes(raw, cfg) and (cfg.vision is not None or text == raw):
         has_weights = (source / SINGLE).exists() or (source / INDEX).exists()
-        return raw, HFFolder(source) if has_weights else None
-    return text if config_from_hf(text) == cfg else None, None
+        return _with_head(raw, cfg), HFFolder(source) if has_weights else None
+    return _with_head(text, cfg) if _describes(text, cfg) else None, None
+
+
+def _describes(raw: Json, cfg: GemmaConfig) -> bool:
+    """Whether a config is that of the model, but for its head: what is stored decides on that."""
+    declared = config_from_hf(raw, images=cfg.vision is not None)
+    return replace(declared, tied_head=cfg.tied_head) == cfg
+
+
+def _with_head(config: Json, cfg: GemmaConfig) -> Json:
+    """`config` with the truth about the head: transformers before 5 asks the inner config too."""
+    if flag(config, "tie_word_embeddings", default=True) == cfg.tied_head:
+        return config
+    inner = config.get("text_config")
+    tied = {"tie_word_embeddings": cfg.tied_head}
+    return config | tied | ({} if inner is None else {"text_config": inner | tied})
 
 
 def _write_config(path: Path, config: Json, dtype: np.dtype, source: Path | None) -> None:

@@ -30,6 +30,14 @@ def positive(values: Json, key: str) -> float:
     return value
 
 
+def flag(values: Json, key: str, *, default: bool) -> bool:
+    """A switch; missing or null is the default."""
+    value = values.get(key)
+    if not isinstance(value, bool | None):
+        raise ValueError(f"{key} must be true or false, got {value!r}")
+    return default if value is None else value
+
+
 def depth(values: Json, key: str) -> int:
     """A number of layers."""
     value = whole(values, key)

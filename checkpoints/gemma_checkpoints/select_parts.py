@@ -22,7 +22,7 @@ def config_for(source: Source, modalities: Collection[str] | None) -> GemmaConfi
       ValueError: unknown names, or no `"text"`.
     """
     if modalities is None:
-        return source.config
+        return _with_images(source)
     wanted = {modalities} if isinstance(modalities, str) else set(modalities)
     if unknown := sorted(map(str, wanted - set(MODALITIES))):
         raise ValueError(
@@ -34,8 +34,21 @@ def config_for(source: Source, modalities: Collection[str] | None) -> GemmaConfi
         )
     if "image" not in wanted:
         return replace(source.config, vision=None, modality_vocabularies=())
-    if source.config.vision is None:
+    if _with_images(source).vision is None:
         raise CheckpointError(source.path, _no_images(source))
+    return source.config
+
+
+def _with_images(source: Source) -> GemmaConfig:
+    """All that the source has.
+
+    Raises:
+      CheckpointError: it ought to have images, and says nothing sound of them.
+    """
+    if "image" in source.spoilt:
+        raise CheckpointError(
+            source.path, f'{source.spoilt["image"]}; modalities=("text",) does without'
+        )
     return source.config
 
 

@@ -38,6 +38,7 @@ class Source(Protocol):
       config: The architecture that the checkpoint declares.
       table: Which of its tensors is which parameter.
       tensors: Name as in `table` -> what is known of it.
+      spoilt: Modality (`"image"`) that it declares and that cannot be read -> why.
       reads_rows: Whether some rows of a tensor can be had without reading all of it.
 
     Examples:
@@ -52,6 +53,7 @@ class Source(Protocol):
     config: GemmaConfig
     table: Table
     tensors: Mapping[str, TensorInfo]
+    spoilt: Mapping[str, str]
     reads_rows: bool
 
     def read(

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from .gguf.header import MAGIC, copy_metadata
+from .gguf.parts import first_part
 
 # Preferred first. The last is what exports of a GGUF file carry: its metadata without the weights.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tokenizer.gguf")
@@ -21,7 +22,7 @@ PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # of images
 def find_tokenizer(path: Path) -> Path | None:
     """The vocabulary of a checkpoint: in a GGUF file it is the file itself."""
     if path.is_file():
-        return path if is_gguf(path) else None
+        return first_part(path) if is_gguf(path) else None
     return next((path / name for name in VOCABULARIES if (path / name).is_file()), None)
 
 
@@ -31,7 +32,7 @@ def copy_companions(source: Path, folder: Path, *, images: bool) -> None:
     That is the tokenizer, and with `images` the settings of their processor.
     """
     if source.is_file() and is_gguf(source):
-        copy_metadata(source, folder / VOCABULARIES[-1])
+        copy_metadata(first_part(source), folder / VOCABULARIES[-1])
         return
     for name in (*VOCABULARIES, *COMPANIONS, *(PROCESSORS if images else ())):
         if (source / name).is_file():

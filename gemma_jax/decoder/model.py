@@ -3,7 +3,7 @@
 x = embed(tokens) * sqrt(D), or soft tokens in the place of some
 for each layer:  x = x + post_norm(attention(pre_norm(x)))
                  x = x + post_norm(ffn(pre_norm(x)))
-logits = embed.T(final_norm(x))
+logits = embed.T(final_norm(x)), or head.T(...) of a model with a head of its own
 
 Gemma 3n puts this into the middle of several streams: a layer predicts them all, computes one, and
 corrects them all by its result.

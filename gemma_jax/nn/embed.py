@@ -1,4 +1,4 @@
-"""Token embedding, which is the output head as well; embeddings of ids for other modalities.
+"""Token embedding, and the output head; embeddings of ids for other modalities.
 
 Local letters: C width of the other modality's vectors.
 """
@@ -20,12 +20,22 @@ from gemma_kernels.cross_entropy import cross_entropy
 
 
 class Embedder(nnx.Module):
-    """One table `[V, D]` in two roles (tied head)."""
+    """One table `[V, D]` in two roles, unless the config unties the head: then it has its own."""
 
     def __init__(self, cfg: GemmaConfig, *, rngs: nnx.Rngs):
         self.vocab_size = cfg.vocab_size
         shape = (cfg.vocab_size, cfg.d_model)
-        self.table = nnx.Param(rngs.normal(shape) * cfg.d_model**-0.5, dims="VD", inputs="D")
+
+        def table() -> nnx.Param:
+            return nnx.Param(rngs.normal(shape) * cfg.d_model**-0.5, dims="VD", inputs="D")
+
+        self.table = table()
+        self.head = None if cfg.tied_head else table()
+
+    @property
+    def output(self) -> nnx.Param:
+        """The table that logits are computed with."""
+        return self.table if self.head is None else self.head
 
     def encode(self, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """Rows of the table times sqrt(D), `[B, T, D]` in `dtype`.
@@ -40,12 +50,12 @@ class Embedder(nnx.Module):
         return x_BTD * jnp.asarray(math.sqrt(x_BTD.shape[-1]), dtype)
 
     def decode(self, x_BTD: jax.Array) -> jax.Array:
-        """Logits `[B, T, V]`, with the unscaled table."""
-        return contract("BTD,VD->BTV", x_BTD, self.table.get_value())
+        """Logits `[B, T, V]`, with the unscaled table or the head."""
+        return contract("BTD,VD->BTV", x_BTD, self.output.get_value())
 
     def cross_entropy(self, x_BTD: jax.Array, labels_BT: jax.Array, **options) -> jax.Array:
         """Losses of the labels, with the logits in chunks; see `gemma_kernels.cross_entropy`."""
-        table_VD, scale_V = scaled_rows(self.table.get_value())
+        table_VD, scale_V = scaled_rows(self.output.get_value())
         losses_BT = cross_entropy(x_BTD, table_VD, labels_BT, scale_V=scale_V, **options)
         return losses_BT  # pyright: ignore[reportReturnType]
 

@@ -25,6 +25,7 @@ def weight_bytes(model: Gemma) -> dict[str, int]:
     vision = 0 if model.vision is None else local_bytes(model.vision)
     tables = [] if model.per_layer is None else [model.per_layer.table]
     tables += [modality.table for modality in model.modalities]
+    tables += [] if model.embed.head is None else [model.embed.table]
     total = local_bytes(model)
     return {"all": total, "vision": vision, "read": total - vision - local_bytes(tables)}
 

@@ -98,7 +98,9 @@ def test_the_27b_scale_is_not_in_the_file():
 
 
 def test_old_gemma_2_files_lack_keys():
-    keys = {"rope.freq_base": None, "rope.scaling.type": None, "attention.sliding_window": None}
+    keys = dict.fromkeys(
+        ("rope.freq_base", "rope.scaling.type", "rope.scaling.factor", "attention.sliding_window")
+    )
     sizes = {
         "block_count": 26, "embedding_length": 2304, "feed_forward_length": 9216,
         "attention.head_count": 8, "attention.head_count_kv": 4, "attention.key_length": 256,
@@ -185,10 +187,15 @@ def test_a_missing_package_is_named(gguf_file, monkeypatch):
         gc.open_source(gguf_file)
 
 
-def test_two_scales_do_not_share_a_head_dim():
-    """Heads of 128 are the mark of the 27B files; anything else scales by the head dim."""
-    keys = {"attention.key_length": 64, "attention.value_length": 64}
-    assert config_from_gguf(_metadata("gemma3", **keys), 8).query_pre_attn_scalar == 64
+@pytest.mark.parametrize(
+    ("arch", "layers", "expected"),
+    [("gemma3", 62, 168), ("gemma3", 32, 128), ("gemma2", 46, 168), ("gemma2", 62, 128)],
+)
+def test_the_scale_goes_by_the_number_of_layers(arch, layers, expected):
+    """`LLM_TYPE_27B` of llama.cpp's `src/models/gemma{2,3}.cpp`; heads of 128 are no mark of it:
+    Rnj-1, a gemma3 of 32 layers, has them too."""
+    cfg = config_from_gguf(_metadata(arch, block_count=layers), 8)
+    assert cfg.query_pre_attn_scalar == expected
 
 
 def test_the_config_survives_a_rename(gguf_file):

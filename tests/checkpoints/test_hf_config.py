@@ -182,7 +182,7 @@ def test_broken_ways_into_the_text_are_refused(changes, message):
         ({"attention_bias": True}, "attention_bias is set"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention is set"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is set"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings is false"),
+        ({"tie_word_embeddings": 0}, "tie_word_embeddings must be true or false, got 0"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope_type 'default' or 'linear'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor must be a positive number, got None"),
         ({"rope_scaling": 8}, "rope_scaling must be an object"),

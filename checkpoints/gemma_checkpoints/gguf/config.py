@@ -1,7 +1,8 @@
-"""Metadata of a GGUF file -> `GemmaConfig`.
+"""Metadata of a GGUF file -> `GemmaConfig`, by the rules and with the defaults of llama.cpp.
 
-The format leaves facts out that llama.cpp knows by the architecture's name (`src/llama-model.cpp`,
-`load_hparams` of `LLM_ARCH_GEMMA{,2,3}`). They are the constants of this file.
+The format leaves facts out that llama.cpp knows by the architecture's name: `load_hparams` of
+`src/llama-model.cpp` and `load_arch_hparams` of `src/models/gemma{,2,3}.cpp` (November 2026). They
+are the constants of this file; `config_keys.py` says what becomes of every key.
 """
 
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from gemma_jax.config import GemmaConfig, LayerSpec
 
 from ..json_values import MAX_LAYERS
+from .config_keys import HEAD_DIM, WIDTH, refuse_unknown_keys
 
 
 @dataclass(frozen=True)
@@ -17,39 +19,39 @@ class _Family:
     """What the name of an architecture implies.
 
     Attributes:
-      pattern: Layers of a period, of which the last is global.
-      defaults: Of keys that older files lack.
+      period: Layers of a period, of which the last is global, in files that do not say it.
+      window: Of local layers, in files that do not say it; `None`: all layers are global then.
+      local_theta: Base of their rope in files that do not say it; `None`: that of global layers,
+        which they then share with its scaling.
+      attn_cap, final_cap: Soft caps in files that do not say them.
+      layers_of_27b: Number of layers of the size whose scores are scaled in another way.
     """
 
-    pattern: int
-    defaults: Mapping[str, float | None]
+    period: int = 1
+    window: int | None = None
+    local_theta: float | None = None
+    attn_cap: float | None = None
+    final_cap: float | None = None
+    layers_of_27b: int | None = None
     qk_norm: bool = False
     post_norms: bool = True
 
 
-LOCAL_THETA = 10_000.0
 FAMILIES = {
-    "gemma": _Family(1, {"rope.freq_base": 10_000.0}, post_norms=False),
-    "gemma2": _Family(
-        2,
-        {
-            "rope.freq_base": 10_000.0,
-            "attention.sliding_window": 4_096,
-            "attn_logit_softcapping": 50.0,
-            "final_logit_softcapping": 30.0,
-        },
-    ),
-    "gemma3": _Family(
-        6, {"rope.freq_base": 1_000_000.0, "final_logit_softcapping": None}, qk_norm=True
-    ),
+    "gemma": _Family(post_norms=False),
+    "gemma2": _Family(period=2, window=4_096, attn_cap=50.0, final_cap=30.0, layers_of_27b=46),
+    "gemma3": _Family(period=6, local_theta=10_000.0, layers_of_27b=62, qk_norm=True),
 }
+THETA = 10_000.0
 
 
 def config_from_gguf(metadata: Mapping[str, object], vocab_size: int) -> GemmaConfig:
     """The architecture of a file whose embedding has `vocab_size` rows.
 
+    Whether the head is tied is not in the metadata: the tensors say it.
+
     Raises:
-      ValueError: another architecture, a missing or impossible value, an unknown rope scaling.
+      ValueError: another architecture, a key that is unknown, a missing or impossible value.
     """
     name = metadata.get("general.architecture")
     if not isinstance(name, str) or name not in FAMILIES:
@@ -57,79 +59,127 @@ def config_from_gguf(metadata: Mapping[str, object], vocab_size: int) -> GemmaCo
             f"general.architecture {name!r} is not supported; "
             f"expected one of: {', '.join(FAMILIES)}"
         )
-    family, read = FAMILIES[name], _Reader(metadata, f"{name}.", FAMILIES[name].defaults)
-    num_layers, num_heads = read.whole("block_count"), read.whole("attention.head_count")
+    family, read = FAMILIES[name], _Reader(metadata, f"{name}.")
+    num_layers = read.whole("block_count")
     if num_layers > MAX_LAYERS:
         raise ValueError(f"{name}.block_count {num_layers} is beyond {MAX_LAYERS}")
-    d_model, head_dim = read.whole("embedding_length"), read.whole("attention.key_length")
-    if read.whole("attention.value_length") != head_dim:
+    d_model = read.whole("embedding_length")
+    num_heads = read.same_for_all("attention.head_count", num_layers)
+    head_dim = read.whole("attention.key_length", d_model // num_heads)
+    refuse_unknown_keys(metadata, name, {HEAD_DIM: head_dim, WIDTH: d_model})
+    if read.whole("attention.value_length", d_model // num_heads) != head_dim:
         raise ValueError(f"{name}.attention.value_length differs from key_length {head_dim}")
+    is_27b = num_layers == family.layers_of_27b  # GGUF does not store the scale
     return GemmaConfig(
         vocab_size=vocab_size,
         d_model=d_model,
         num_heads=num_heads,
-        num_kv_heads=read.whole("attention.head_count_kv"),
+        num_kv_heads=read.same_for_all("attention.head_count_kv", num_layers, num_heads),
         head_dim=head_dim,
-        query_pre_attn_scalar=_query_scalar(d_model, num_heads, head_dim),
+        query_pre_attn_scalar=d_model // num_heads if is_27b else head_dim,
         layers=_layers(read, family, num_layers),
         max_positions=read.whole("context_length"),
         norm_eps=round(read.number("attention.layer_norm_rms_epsilon"), 12),  # stored as float32
         qk_norm=family.qk_norm,
         post_norms=family.post_norms,
-        attn_soft_cap=read.cap("attn_logit_softcapping"),
-        final_soft_cap=read.cap("final_logit_softcapping"),
+        attn_soft_cap=read.cap("attn_logit_softcapping", family.attn_cap),
+        final_soft_cap=read.cap("final_logit_softcapping", family.final_cap),
     )
-
-
-def _query_scalar(d_model: int, num_heads: int, head_dim: int) -> float:
-    """GGUF does not store it. The two released sizes with heads of 128, Gemma 2 and 3 27B, scale
-    by `d_model / num_heads` (144, 168), all others by the head dimension. llama.cpp goes by the
-    number of layers (`LLM_TYPE_27B`), which says the same."""
-    return d_model / num_heads if head_dim == 128 else head_dim
 
 
 def _layers(read: "_Reader", family: _Family, num_layers: int) -> tuple[LayerSpec, ...]:
-    theta, scale = read.number("rope.freq_base"), read.rope_scale()
-    d_ff, local_rope = read.whole("feed_forward_length"), (theta, scale)
-    if family.qk_norm:  # Gemma 3: local layers have their own base, and are never scaled
-        local_rope = (LOCAL_THETA, 1.0)
-    wide = LayerSpec(kind="global", rope_theta=theta, rope_scale=scale, d_ff=d_ff)
-    if family.pattern == 1:
-        return (wide,) * num_layers
-    local = LayerSpec(
-        kind="local",
-        window=read.whole("attention.sliding_window"),
-        rope_theta=local_rope[0],
-        rope_scale=local_rope[1],
-        d_ff=d_ff,
+    theta, scale = read.number("rope.freq_base", THETA), read.rope_scale()
+    widths = read.for_each("feed_forward_length", num_layers)
+    own_rope = family.local_theta is not None  # then local layers are never scaled
+    local_theta = read.number("rope.freq_base_swa", family.local_theta or theta)
+    window = read.whole_or_none("attention.sliding_window", family.window)
+    is_local = read.is_local(family.period, num_layers) if window else [False] * num_layers
+    return tuple(
+        LayerSpec(
+            kind="local" if local else "global",
+            window=window if local else None,
+            rope_theta=local_theta if local else theta,
+            rope_scale=1.0 if local and own_rope else scale,
+            d_ff=d_ff,
+        )
+        for local, d_ff in zip(is_local, widths, strict=True)
     )
-    return tuple(local if (i + 1) % family.pattern else wide for i in range(num_layers))
 
 
 class _Reader:
     """Typed access to the keys of one architecture."""
 
-    def __init__(self, metadata: Mapping[str, object], prefix: str, defaults: Mapping):
-        self.metadata, self.prefix, self.defaults = metadata, prefix, defaults
+    def __init__(self, metadata: Mapping[str, object], prefix: str):
+        self.metadata, self.prefix = metadata, prefix
 
-    def number(self, key: str) -> float:
-        value = self.metadata.get(self.prefix + key, self.defaults.get(key))
+    def get(self, key: str, default: object = None) -> object:
+        return self.metadata.get(self.prefix + key, default)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        return self._number(key, self.get(key, default))
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        return self._whole(key, self.get(key, default))
+
+    def whole_or_none(self, key: str, default: int | None) -> int | None:
+        """0 says that there is none, and so do files without the key and a default."""
+        return self._whole(key, value) if (value := self.get(key, default)) else None
+
+    def for_each(self, key: str, num_layers: int, default: object = None) -> list[int]:
+        """One number for all layers, or a list of them."""
+        value = self.get(key, default)
+        if not isinstance(value, list):
+            return [self._whole(key, value)] * num_layers
+        if len(value) != num_layers:
+            raise ValueError(
+                f"{self.prefix}{key} lists {len(value)} values for {num_layers} layers"
+            )
+        return [self._whole(key, one) for one in value]
+
+    def same_for_all(self, key: str, num_layers: int, default: object = None) -> int:
+        first, *others = self.for_each(key, num_layers, default)
+        if set(others) - {first}:
+            raise ValueError(f"{self.prefix}{key} differs from layer to layer; expected one value")
+        return first
+
+    def cap(self, key: str, default: float | None) -> float | None:
+        """0 says that there is none."""
+        return self.number(key, default) if self.get(key, default) else None
+
+    def has(self, key: str) -> bool:
+        return self.prefix + key in self.metadata
+
+    def is_local(self, period: int, num_layers: int) -> list[bool]:
+        """A switch for each layer, or a period whose last layer is global; a period of 0 has none
+        (`load_swa_pattern`)."""
+        key = "attention.sliding_window_pattern"
+        value = self.get(key, period)
+        if isinstance(value, list):
+            if len(value) != num_layers or not all(one in (0, 1) for one in value):
+                raise ValueError(
+                    f"{self.prefix}{key} must hold 0 or 1 for each of {num_layers} layers"
+                )
+            return [bool(one) for one in value]
+        period = self._whole(key, value) if value != 0 or isinstance(value, bool) else 0
+        return [period == 0 or i % period < period - 1 for i in range(num_layers)]
+
+    def rope_scale(self) -> float:
+        """llama.cpp takes the kind for linear where a file does not say it, and 0 for no factor."""
+        kind = self.get("rope.scaling.type", "linear")
+        if kind not in ("none", "linear"):
+            raise ValueError(f"{self.prefix}rope.scaling.type {kind!r} is not 'none' or 'linear'")
+        key = "rope.scaling.factor" if self.has("rope.scaling.factor") else "rope.scale_linear"
+        scale = self.number(key) if self.get(key, 0) != 0 else 1.0
+        if kind == "none" and scale != 1:
+            raise ValueError(f"{self.prefix}{key} is {scale}, but rope.scaling.type is 'none'")
+        return scale
+
+    def _number(self, key: str, value: object) -> float:
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
             raise ValueError(f"{self.prefix}{key} must be a positive number, got {value!r}")
         return value
 
-    def whole(self, key: str) -> int:
-        value = self.number(key)
-        if not isinstance(value, int):
+    def _whole(self, key: str, value: object) -> int:
+        if not isinstance(self._number(key, value), int):
             raise ValueError(f"{self.prefix}{key} must be a whole number, got {value!r}")
-        return value
-
-    def cap(self, key: str) -> float | None:
-        stored = self.metadata.get(self.prefix + key, self.defaults.get(key))
-        return self.number(key) if stored else None
-
-    def rope_scale(self) -> float:
-        kind = self.metadata.get(self.prefix + "rope.scaling.type", "none")
-        if kind not in ("none", "linear"):
-            raise ValueError(f"{self.prefix}rope.scaling.type {kind!r} is not 'none' or 'linear'")
-        return self.number("rope.scaling.factor") if kind == "linear" else 1.0
+        return value  # pyright: ignore[reportReturnType]

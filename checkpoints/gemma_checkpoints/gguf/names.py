@@ -30,9 +30,12 @@ POST_NORMS: Table = (
     Row("blocks.{i}.post_attn_norm.scale", "blk.{i}.post_attention_norm.weight", plus_one=True),
     Row("blocks.{i}.post_ffn_norm.scale", "blk.{i}.post_ffw_norm.weight", plus_one=True),
 )
-TIED: Table = (Row(None, "output.weight", why="the output head is the embedding table"),)
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+TIED = Row(None, HEAD, why="it equals the embedding table")
+OWN_HEAD = Row("embed.head", HEAD)
 
 
 def gguf_table(cfg: GemmaConfig) -> Table:
     """The rows that a decoder with the features of `cfg` has."""
-    return CORE + (POST_NORMS if cfg.post_norms else ()) + (QK_NORM if cfg.qk_norm else ()) + TIED
+    norms = (POST_NORMS if cfg.post_norms else ()) + (QK_NORM if cfg.qk_norm else ())
+    return (*CORE, *norms, TIED if cfg.tied_head else OWN_HEAD)

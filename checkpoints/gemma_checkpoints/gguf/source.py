@@ -1,7 +1,7 @@
-"""A GGUF file as a source: quantised tensors are decoded to float32 as they are read."""
+"""A GGUF file as a source, in parts or not: quantised tensors are decoded to float32 when read."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -10,13 +10,15 @@ import numpy as np
 from gemma_jax.config import GemmaConfig
 
 from ..errors import CheckpointError
+from ..heads import is_tied
 from ..name_table import Table
 from ..safetensors_file import DTYPES, read_at
 from ..source import TensorInfo
 from .config import config_from_gguf
 from .decode import decode
-from .header import GGUFHeader, GGUFTensor, read_gguf_header
-from .names import gguf_table
+from .header import GGUFHeader, GGUFTensor
+from .names import EMBEDDING, HEAD, gguf_table
+from .parts import read_parts
 
 PLAIN = DTYPES  # the formats agree on these names
 
@@ -29,19 +31,26 @@ class GGUFFile:
     config: GemmaConfig = field(init=False)
     table: Table = field(init=False)
     tensors: dict[str, TensorInfo] = field(init=False)
+    spoilt: dict[str, str] = field(init=False, default_factory=dict)
     format = "GGUF"
     reads_rows = True
 
     def __post_init__(self):
-        header = read_gguf_header(self.path)
-        self.tensors = self._describe(header)
-        embedding = self.tensors.get("token_embd.weight")
+        headers = read_parts(self.path)
+        self.tensors, self._places = {}, {}
+        problems = [p for path, header in headers.items() for p in self._describe(path, header)]
+        if problems:
+            raise CheckpointError(self.path, problems)
+        embedding = self.tensors.get(EMBEDDING)
         if embedding is None:
-            raise CheckpointError(self.path, "token_embd.weight is missing: not a language model")
+            raise CheckpointError(self.path, f"{EMBEDDING} is missing: not a language model")
+        metadata = next(iter(headers.values())).metadata
         try:
-            self.config = config_from_gguf(header.metadata, embedding.shape[0])
+            config = config_from_gguf(metadata, embedding.shape[0])
         except ValueError as error:
             raise CheckpointError(self.path, str(error)) from None
+        tied = is_tied(self.read, self.tensors, EMBEDDING, HEAD)
+        self.config = replace(config, tied_head=tied)
         self.table = gguf_table(self.config)
 
     def read(
@@ -51,21 +60,21 @@ class GGUFFile:
         return array if array.ndim < 2 else array[:, columns]
 
     def _rows(self, name: str, rows: slice) -> np.ndarray:
-        info, first_byte = self.tensors[name], self._offsets[name]
+        info, (path, first_byte) = self.tensors[name], self._places[name]
         first, last, _ = rows.indices(info.shape[0])
         row_bytes = info.nbytes // info.shape[0]
         plain = PLAIN.get(info.encoding)
         shape = (last - first, *info.shape[1:])
         raw = np.empty((last - first) * row_bytes, np.uint8)
-        read_at(self.path, first_byte + first * row_bytes, raw)
+        read_at(path, first_byte + first * row_bytes, raw)
         if plain is not None:
             return raw.view(plain).reshape(shape)
         block_size, block_bytes = _block(info.encoding)
         return decode(raw.reshape(-1, block_bytes), info.encoding, block_size).reshape(shape)
 
-    def _describe(self, header: GGUFHeader) -> dict[str, TensorInfo]:
+    def _describe(self, path: Path, header: GGUFHeader) -> list[str]:
+        """Adds the tensors of one file; what is wrong with them."""
         infos, problems = {}, []
-        self._offsets = {name: tensor.offset for name, tensor in header.tensors.items()}
         for name, tensor in header.tensors.items():
             try:
                 infos[name] = _info(tensor)
@@ -77,9 +86,9 @@ class GGUFFile:
                 problems.append(f"{name} ends at byte {end}, the file is cut off at {header.size}")
         if not problems and sum(info.nbytes for info in infos.values()) > header.size:
             problems.append("tensors overlap: together they are larger than the file")
-        if problems:
-            raise CheckpointError(self.path, problems)
-        return infos
+        self.tensors |= infos
+        self._places |= {name: (path, header.tensors[name].offset) for name in infos}
+        return problems
 
 
 def _info(tensor: GGUFTensor) -> TensorInfo:

@@ -1,4 +1,4 @@
-"""`config.json` of Hugging Face -> `GemmaConfig`; `hf_config_out.py` is the way back.
+"""`config.json` of Hugging Face -> `GemmaConfig`; `config_out.py` is the way back.
 
 Two spellings are in the wild and both are read: published files (`rope_theta`,
 `rope_local_base_freq`, `rope_scaling`, `sliding_window_pattern`) and those that transformers 5
@@ -19,15 +19,14 @@ from gemma_jax.config import (
     share_kv,
 )
 
-from ..json_values import Json, depth, nested, positive, whole
+from ..json_values import Json, depth, flag, nested, positive, whole
+from .config_keys import refuse_unknown_keys
 from .vision_config import vision_from_hf
 
 _COMMON = {
     "head_dim": 256,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": True,
-    "attention_bias": False,
-    "use_bidirectional_attention": False,
 }
 DEFAULTS: Mapping[str, Json] = {
     "gemma": _COMMON
@@ -125,14 +124,27 @@ def text_config(raw: Json) -> Json:
     inner = nested(raw, "text_config")
     if (kind := inner.get("model_type", family)) != family:
         raise ValueError(f"model_type {kind!r} of text_config is not {family!r}")
-    tied = {"tie_word_embeddings": raw.get("tie_word_embeddings", True)}
+    tied = {"tie_word_embeddings": _is_tied(raw, inner)}
     fixed = {"model_type": family, "architectures": [ARCHITECTURES[family]]}
     uncapped = {} if family == "gemma3n_text" else {"final_logit_softcapping": None}
     return inner | tied | fixed | uncapped
 
 
-def config_from_hf(raw: Json) -> GemmaConfig:
+def _is_tied(raw: Json, inner: Json) -> bool:
+    """What a config with a text config says of the head: the outer one counts, except that
+    ShieldGemma 2 takes the inner one's word for it (`ShieldGemma2Config.__post_init__`)."""
+    tied = flag(raw, "tie_word_embeddings", default=raw["model_type"] != "shieldgemma2")
+    inner_counts = raw["model_type"] == "shieldgemma2"
+    return tied or (inner_counts and flag(inner, "tie_word_embeddings", default=True))
+
+
+def config_from_hf(raw: Json, *, images: bool = True) -> GemmaConfig:
     """The architecture that a `config.json` declares.
+
+    Whether a head is tied is what the config says; the files have the last word (`heads.py`).
+
+    Args:
+      images: Without, what it says of images is not read, and may be absent.
 
     Raises:
       ValueError: a model type, activation, rope type or switch that this library does not have, or
@@ -145,7 +157,8 @@ def config_from_hf(raw: Json) -> GemmaConfig:
             f"model_type {raw.get('model_type')!r} is not supported; "
             f"expected one of: {', '.join([*DEFAULTS, *MULTIMODAL, DECODER_ONLY])}"
         )
-    _refuse_unsupported(text)
+    refuse_unknown_keys(raw, images=images)
+    _refuse_activations(text)
     text = DEFAULTS[family] | text
     layers = depth(text, "num_hidden_layers")
     gemma3n = family == "gemma3n_text"
@@ -167,7 +180,8 @@ def config_from_hf(raw: Json) -> GemmaConfig:
         final_soft_cap=None if family == "gemma" else _cap(text, "final_logit_softcapping"),
         optional_final_cap=gemma3n,
         origin=family,
-        vision=vision_from_hf(raw) if raw["model_type"] in MULTIMODAL else None,
+        tied_head=flag(text, "tie_word_embeddings", default=True),
+        vision=vision_from_hf(raw) if images and raw["model_type"] in MULTIMODAL else None,
         modality_vocabularies=_vocabularies(raw) if raw["model_type"] == DECODER_ONLY else (),
         **_gemma3n_parts(text) if gemma3n else {},
     )
@@ -215,17 +229,12 @@ def _gemma3n_parts(text: Json) -> Json:
     )
 
 
-def _refuse_unsupported(text: Json) -> None:
+def _refuse_activations(text: Json) -> None:
     for key in ("hidden_activation", "hidden_act"):
         # Gemma 1's published configs say "gelu", and mean the tanh approximation.
         allowed = (None, "gelu_pytorch_tanh", *(["gelu"] if text["model_type"] == "gemma" else []))
         if text.get(key) not in allowed:
             raise ValueError(f"{key} {text[key]!r} is not supported; expected 'gelu_pytorch_tanh'")
-    for key in ("attention_bias", "use_bidirectional_attention", "quantization_config"):
-        if text.get(key):
-            raise ValueError(f"{key} is set; only models without it are supported")
-    if not text.get("tie_word_embeddings", True):
-        raise ValueError("tie_word_embeddings is false; only a head tied to the embedding exists")
 
 
 def _kinds(text: Json, layers: int) -> list[Kind]:
@@ -273,8 +282,9 @@ def _per_layer(text: Json, key: str, layers: int) -> list:
 def _sparsities(text: Json, layers: int) -> list[float]:
     if text["model_type"] != "gemma3n_text":
         return [0.0] * layers
-    # The default of Gemma3nTextConfig: the first ten layers.
-    default = [0.95] * min(10, layers) + [0.0] * (layers - 10)
+    # The default of Gemma3nTextConfig (transformers 5.24): the first ten layers, if there are more.
+    num_sparse = 10 if layers > 10 else 0
+    default = [0.95] * num_sparse + [0.0] * (layers - num_sparse)
     pattern = text.get("activation_sparsity_pattern")
     values = default if pattern is None else pattern
     values = values if isinstance(values, list) else [values] * layers

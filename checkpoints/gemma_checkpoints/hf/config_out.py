@@ -28,7 +28,7 @@ def config_to_hf(cfg: GemmaConfig) -> Json:
     return {
         "architectures": ["Gemma3ForConditionalGeneration"],
         "model_type": "gemma3",
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": cfg.tied_head,
         "text_config": text,
     } | vision_to_hf(cfg.vision)
 
@@ -55,7 +55,7 @@ def _text_to_hf(cfg: GemmaConfig) -> Json:
         "max_position_embeddings": cfg.max_positions,
         "rms_norm_eps": cfg.norm_eps,
         "attention_bias": False,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": cfg.tied_head,
         "hidden_act": "gelu_pytorch_tanh",
         "hidden_activation": "gelu_pytorch_tanh",
         "bos_token_id": 2,

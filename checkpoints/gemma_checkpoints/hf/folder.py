@@ -1,8 +1,8 @@
 """A Hugging Face folder as a source: `config.json` and one or more safetensors files."""
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +10,12 @@ import numpy as np
 from gemma_jax.config import GemmaConfig
 
 from ..errors import CheckpointError
+from ..heads import is_tied
 from ..name_table import Table
 from ..safetensors_file import SafetensorsFile
 from ..source import TensorInfo
 from .config import config_from_hf
-from .names import hf_table, short_name
+from .names import EMBEDDING, HEAD, UNREAD_TOWER, hf_table, short_name
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -25,6 +26,7 @@ class HFFolder:
 
     Attributes:
       raw_config: `config.json` as it is.
+      spoilt: `"image"` -> why, where the config says nothing sound of images.
     """
 
     path: Path
@@ -32,17 +34,23 @@ class HFFolder:
     config: GemmaConfig = field(init=False)
     table: Table = field(init=False)
     tensors: dict[str, TensorInfo] = field(init=False)
+    spoilt: dict[str, str] = field(init=False)
     format = "Hugging Face"
     reads_rows = True
 
     def __post_init__(self):
         self.raw_config = read_json(self.path / CONFIG)
         try:
-            self.config = config_from_hf(self.raw_config)
+            self.config, self.spoilt = config_from_hf(self.raw_config, images=False), {}
         except ValueError as error:
             raise CheckpointError(self.path / CONFIG, str(error)) from None
-        self.table = hf_table(self.config)
+        try:
+            self.config = config_from_hf(self.raw_config)
+        except ValueError as error:  # of what it says of images, which may not be wanted
+            self.spoilt = {"image": f"{CONFIG}: {error}"}
         self._open(self._files())
+        self.config = replace(self.config, tied_head=self._has_tied_head())
+        self.table = hf_table(self.config) + (UNREAD_TOWER if self.spoilt else ())
 
     def read(
         self, name: str, rows: slice = slice(None), columns: slice = slice(None)
@@ -60,33 +68,58 @@ class HFFolder:
         """Name as in the table -> name in the files."""
         return {name: theirs for name, (_, theirs) in self._where.items()}
 
-    def _files(self) -> Mapping[str, Iterable[str] | None]:
-        """File -> names that the index expects in it; `None` without an index."""
-        if not (self.path / INDEX).exists():
-            return {SINGLE: None}
-        files: dict[str, list[str]] = {}
+    def _has_tied_head(self) -> bool:
+        """What is stored says it; see `heads`. One table under the name of either serves as both
+        (`tie_weights` of transformers does the same)."""
+        declared = self.config.tied_head
+        if HEAD in self.tensors and EMBEDDING not in self.tensors and declared:
+            self.tensors[EMBEDDING], self._where[EMBEDDING] = (
+                self.tensors.pop(HEAD), self._where.pop(HEAD)
+            )  # fmt: skip
+        if HEAD in self.tensors or declared:
+            return is_tied(self.read, self.tensors, EMBEDDING, HEAD)
+        raise CheckpointError(
+            self.path,
+            f"tie_word_embeddings is false, but no file holds {HEAD}: add it, or set "
+            f"tie_word_embeddings to true in {CONFIG} if the embedding is the head",
+        )
+
+    def _files(self) -> Iterable[str]:
+        """As transformers (5.24, `modeling_utils._get_resolved_checkpoint_files`) chooses them: the
+        single file, else those that the index names. The names of tensors in the index count for
+        nothing: it may list a tied head that no file has."""
+        if (self.path / SINGLE).is_file():
+            return [SINGLE]
+        if not (self.path / INDEX).is_file():
+            raise CheckpointError(self.path, self._without_weights())
         index = read_json(self.path / INDEX).get("weight_map")
         if not isinstance(index, dict) or not index:
             raise CheckpointError(self.path / INDEX, "expected a weight_map from names to files")
         for name, file in index.items():
             if not isinstance(file, str) or Path(file).name != file:
                 raise CheckpointError(self.path / INDEX, f"{name}: {file!r} is not a file name")
-            files.setdefault(file, []).append(name)
-        return files
+        return dict.fromkeys(index.values())
 
-    def _open(self, files: Mapping[str, Iterable[str] | None]) -> None:
+    def _without_weights(self) -> str:
+        found = sorted(
+            path.name
+            for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth")
+            for path in self.path.glob(pattern)
+        )
+        beside = f"; {', '.join(found[:3])} is not read without an index" if found else ""
+        return f"{SINGLE} is missing; expected it or {INDEX} beside {CONFIG}{beside}"
+
+    def _open(self, files: Iterable[str]) -> None:
         problems, self.tensors, self._where = [], {}, {}
-        for file_name, expected in files.items():
+        for file_name in files:
             if not (self.path / file_name).is_file():
-                problems.append(f"{file_name} is missing; expected safetensors beside {CONFIG}")
+                problems.append(f"{file_name} is missing: {INDEX} names it")
                 continue
             try:
                 file = SafetensorsFile(self.path / file_name)
             except CheckpointError as error:
                 problems += [f"{file_name}: {problem}" for problem in error.problems]
                 continue
-            missing = sorted(set(expected or ()) - set(file.tensors))
-            problems += [f"{name}: in the index, but not in {file_name}" for name in missing]
             problems += self._add(file)
         if problems:
             raise CheckpointError(self.path, problems)

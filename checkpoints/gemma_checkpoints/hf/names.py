@@ -10,8 +10,10 @@ What transformers has put in front of them over the years:
 | decoder with a tower | `language_model.model.`      | `model.language_model.`              |
 | tower                | `vision_tower.vision_model.` | `model.vision_tower.[vision_model.]` |
 | projector            | `multi_modal_projector.`     | `model.multi_modal_projector.`       |
+| head with a tower    | `language_model.`            | none                                 |
 
-ShieldGemma 2 puts one or two `model.` more in front of these. Bare decoders have no prefix.
+ShieldGemma 2 puts one or two `model.` more in front of these. Bare decoders have no prefix,
+and neither has the head of a decoder alone.
 """
 
 import re
@@ -89,9 +91,26 @@ UNREAD: Table = tuple(
     )
 )
 
-TIED: Table = (
-    Row(None, "lm_head.weight", why="the output head is the embedding table"),
-    Row(None, "layers.*.self_attn.rotary_emb.inv_freq", why="computed from the config"),
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+TIED = Row(None, HEAD, why="it equals the embedding table")
+OWN_HEAD = Row("embed.head", HEAD)
+
+# Buffers that transformers computes from the config. Releases differ in which of them they store,
+# and in where they hang: on every layer (4.3x), on the model, one per kind of layer (5.x).
+BUFFERS: Table = tuple(
+    Row(None, name, why="computed from the config")
+    for name in (
+        "*rotary_emb*inv_freq",
+        "*rotary_emb*_cached",
+        "*embed_scale",
+        "*embeddings.position_ids",
+        "per_layer_projection_scale",
+        "per_layer_input_scale",
+        "layers.*.altup.router_input_scale",
+        "layers.*.self_attn.v_norm.weight",
+        "embed_vision.embedding_post_projection_norm.weight",
+        "embed_audio.embedding_post_projection_norm.weight",
+    )
 )
 
 VISION: Table = (
@@ -133,7 +152,8 @@ def hf_table(cfg: GemmaConfig) -> Table:
         + (PER_LAYER if cfg.per_layer else ())
         + (_altup(cfg.altup) if cfg.altup else ())
         + (VISION if cfg.vision else ())
-        + TIED
+        + (TIED if cfg.tied_head else OWN_HEAD,)
+        + BUFFERS
         + _modalities(cfg)
         + (_unread(cfg) if cfg.origin == "gemma3n_text" else ())
         + unused(cfg)
@@ -194,6 +214,12 @@ def unused(cfg: GemmaConfig) -> Table:
     return shared + ((scales,) if unscaled else ())
 
 
+# A tower whose config is absent or broken; the decoder can be had without it.
+UNREAD_TOWER: Table = tuple(
+    Row(None, part + "*", why="only the decoder is read") for part in (_TOWER, _PROJECTOR)
+)
+
+
 def short_name(name: str) -> str:
     """The name of a tensor as the tables have it, whatever was put in front of it."""
     prefix = _PREFIX.match(name)
@@ -206,4 +232,6 @@ def published_name(short: str, cfg: GemmaConfig) -> str:
         return short
     if short.startswith(_TOWER):
         return short.replace(_TOWER, _TOWER + "vision_model.", 1)
+    if short == HEAD:
+        return HEAD if cfg.vision is None else "language_model." + HEAD
     return ("model." if cfg.vision is None else "language_model.model.") + short

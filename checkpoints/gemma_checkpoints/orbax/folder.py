@@ -95,6 +95,7 @@ class OrbaxFolder:
     config: GemmaConfig = field(init=False)
     table: Table = field(init=False)
     tensors: dict[str, TensorInfo] = field(init=False)
+    spoilt: dict[str, str] = field(init=False, default_factory=dict)
     format = "Orbax"
     reads_rows = False
 
