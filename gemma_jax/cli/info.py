@@ -81,6 +81,7 @@ def _facts(source: str, slice_name: str | None) -> dict:
         "parameters": parameters,
         **({} if cfg.vision is None else _by_part(parts)),
         "embedding_parameters": cfg.vocab_size * cfg.d_model,
+        **({} if cfg.tied_head else {"head_parameters": cfg.vocab_size * cfg.d_model}),
         **({} if cfg.per_layer is None else _gemma3n(cfg, parameters)),
         **stored,
         "layers": len(cfg.layers),
