@@ -214,3 +214,53 @@ def test_only_what_transformers_has_is_exported():
     wider = (replace(cfg.layers[0], d_ff=8), *cfg.layers[1:])
     with pytest.raises(ValueError, match="differ"):
         config_to_hf(replace(cfg, layers=wider))
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [(1, [0.0]), (10, [0.0] * 10), (11, [0.95] * 10 + [0.0]), (35, [0.95] * 10 + [0.0] * 25)],
+)
+@pytest.mark.parametrize("given", [{}, {"activation_sparsity_pattern": None}])
+def test_gemma_3n_is_sparse_by_default_if_it_has_more_than_ten_layers(layers, expected, given):
+    """`Gemma3nTextConfig.__post_init__` of transformers 5.24."""
+    raw = {"model_type": "gemma3n_text", "num_hidden_layers": layers, "num_kv_shared_layers": 0}
+    assert [spec.sparsity for spec in config_from_hf(raw | given).layers] == expected
+    inside = {"model_type": "gemma3n", "text_config": raw | given}
+    assert [spec.sparsity for spec in config_from_hf(inside).layers] == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("gemma", ["global"] * 6),
+        ("gemma2", ["local", "global"] * 3),
+        ("gemma3_text", ["local"] * 5 + ["global"]),
+        ("gemma3n_text", ["local"] * 4 + ["global", "local"]),
+    ],
+)
+def test_defaults_hold_at_any_depth(family, expected):
+    """`layer_types` of the classes of transformers 5.24 for six layers; a depth alone is enough."""
+    raw = {"model_type": family, "num_hidden_layers": 6, "num_kv_shared_layers": 0}
+    raw = raw if family == "gemma3n_text" else raw | {"num_kv_shared_layers": ...}
+    cfg = config_from_hf({key: value for key, value in raw.items() if value is not ...})
+    assert [spec.kind for spec in cfg.layers] == expected
+    thetas = {spec.kind: spec.rope_theta for spec in cfg.layers}
+    wide = 1e6 if "3" in family else 1e4
+    assert thetas == {"global": wide} | ({"local": 1e4} if "local" in expected else {})
+
+
+def test_what_is_not_wanted_may_be_absent():
+    """Of images, that is: the decoder stands in `text_config`, or has the class's defaults."""
+    text = PUBLISHED["gemma3-4b"]["text_config"]
+    bare = {"model_type": "gemma3", "text_config": text}
+    decoder = replace(preset("gemma3-4b"), vision=None)
+    assert config_from_hf(bare, images=False) == decoder
+    assert config_from_hf(bare | {"vision_config": {"model_type": "clip"}}, images=False) == decoder
+    with pytest.raises(ValueError, match="vision_config is missing"):
+        config_from_hf(bare)
+
+
+def test_the_reader_is_found_by_its_old_name():
+    from gemma_checkpoints import hf_config
+
+    assert hf_config.config_from_hf is config_from_hf

@@ -52,8 +52,8 @@ UNREAD: Mapping[str, str] = {
         "model_type and the tensors say it": "architectures",
         "the files say how their tensors are stored": "dtype torch_dtype use_bfloat16",
         "where the file comes from": """
-            _name_or_path _commit_hash transformers_version unsloth_version unsloth_fixed
-            model_name""",
+            _name_or_path name_or_path _commit_hash transformers_version unsloth_version
+            unsloth_fixed model_name""",
         "how transformers runs a model, not what it computes": """
             use_cache cache_implementation return_dict use_return_dict output_attentions
             _output_attentions output_hidden_states torchscript chunk_size_feed_forward
@@ -90,6 +90,7 @@ UNREAD_OF: Mapping[str, Mapping[str, str]] = {
         "attn_logit_softcapping": "Gemma3nTextAttention never applies it",
         "query_pre_attn_scalar": "Gemma3nTextAttention leaves the scale to its norms",
     },
+    "siglip_vision_model": {"tie_word_embeddings": "a tower has no words"},
     "gemma3n": dict.fromkeys(
         """
         audio_soft_tokens_per_image vision_soft_tokens_per_image audio_token_id boa_token_id
