@@ -48,10 +48,13 @@ def by_name(model: Gemma) -> dict[str, np.ndarray]:
     return {name: host_array(params[s.path], s.row) for name, s in named_slots(model).items()}
 
 
-def write_gguf(path: Path, model: Gemma, arch: str, encode, **extra) -> Path:
-    """`model` as llama.cpp would write it; `encode(name, array) -> (bytes or array, type)`."""
+def write_gguf(path: Path, model: Gemma, arch: str, encode, *, split: int = 0, **extra) -> Path:
+    """`model` as llama.cpp would write it; `encode(name, array) -> (bytes or array, type)`.
+
+    With `split`, in parts of as many tensors.
+    """
     gguf = pytest.importorskip("gguf")
-    cfg, writer = model.cfg, gguf.GGUFWriter(path, arch)
+    cfg, writer = model.cfg, gguf.GGUFWriter(path, arch, split_max_tensors=split)
     spec, wide = cfg.layers[0], next(s for s in cfg.layers if s.kind == "global")
     writer.add_block_count(len(cfg.layers))
     writer.add_context_length(cfg.max_positions)
