@@ -191,6 +191,7 @@ def test_broken_ways_into_the_text_are_refused(changes, message):
         ({"layer_types": ["chunked"] * 26}, "layer_types must hold"),
         ({"sliding_window": None}, "sliding_window must be a positive whole number"),
         ({"sliding_window_pattern": 0}, "sliding_window_pattern must be"),
+        ({"_sliding_window_pattern": 3}, "_sliding_window_pattern 3 has no effect in transformers"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000 is beyond"),
         ({"hidden_size": "big"}, "hidden_size must be"),
         ({"head_dim": True}, "head_dim must be"),

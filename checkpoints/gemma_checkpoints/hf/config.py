@@ -240,9 +240,15 @@ def _refuse_activations(text: Json) -> None:
 def _kinds(text: Json, layers: int) -> list[Kind]:
     names = text.get("layer_types")
     if names is None:
-        period = text.get("sliding_window_pattern", text.get("_sliding_window_pattern"))
+        period = text.get("sliding_window_pattern")
         period = PATTERN[text["model_type"]] if period is None else period
         period = whole({"sliding_window_pattern": period}, "sliding_window_pattern")
+        # transformers writes this beside layer_types, and does not read it.
+        if (other := text.get("_sliding_window_pattern", period)) != period:
+            raise ValueError(
+                f"_sliding_window_pattern {other!r} has no effect in transformers; write "
+                "sliding_window_pattern or layer_types"
+            )
         return ["local" if (i + 1) % period else "global" for i in range(layers)]
     known = isinstance(names, list) and all(name in tuple(KINDS) for name in names)
     if not known or len(names) != layers:
