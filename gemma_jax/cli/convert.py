@@ -37,12 +37,17 @@ def command(
     from gemma_jax.loading import partition_for
 
     path = resolve(source)
-    partition = None if mesh is None else partition_for(path, common.parse_mesh(mesh))
+    modalities = ("text",) if text_only else None
+    partition = (
+        None
+        if mesh is None
+        else partition_for(path, common.parse_mesh(mesh), modalities=modalities)
+    )
     with progress.loading() as bar:
         model = load_weights(
             path,
             dtype=dtype and dtype.value,
-            modalities=("text",) if text_only else None,
+            modalities=modalities,
             placement=partition and partition.placement,
             progress=bar,
         )
