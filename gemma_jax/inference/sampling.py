@@ -8,6 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# Beyond these, float32 no longer tells logits apart: divided by less they overflow, divided by more
+# they all become zero, and the first tokens of the vocabulary would win.
+SMALLEST, LARGEST = 1e-20, 1e20
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -17,7 +21,8 @@ class Sampling:
     top-k, top-p, min-p.
 
     Attributes:
-      temperature: Logits are divided by it; 0 takes the most probable token.
+      temperature: Logits are divided by it; 0 takes the most probable token, and so does anything
+        below 1e-20.
       top_k: Keep the `k` most probable tokens; 0 keeps all.
       top_p: Keep the fewest tokens whose probabilities sum to at least `top_p`.
       min_p: Keep tokens at least `min_p` times as probable as the most probable one.
@@ -41,18 +46,23 @@ class Sampling:
 
     def __post_init__(self):
         checks = {
-            "temperature": (0 <= self.temperature < float("inf"), "a finite number, 0 or more"),
+            "temperature": (0 <= self.temperature <= LARGEST, f"between 0 and {LARGEST:g}"),
             "top_k": (self.top_k >= 0 and self.top_k == int(self.top_k), "an integer, 0 or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
             "repetition_penalty": (
-                0 < self.repetition_penalty < float("inf"),
-                "a finite number above 0",
+                SMALLEST <= self.repetition_penalty <= LARGEST,
+                f"between {SMALLEST:g} and {LARGEST:g}",
             ),
         }
         for name, (fine, wanted) in checks.items():
             if not fine:
                 raise ValueError(f"{name}={getattr(self, name)} must be {wanted}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is taken."""
+        return self.temperature < SMALLEST
 
 
 Among = Literal["none", "some", "all"]  # rows of a batch
@@ -101,17 +111,17 @@ class SamplingRows:
           >>> rows.greedy, rows.candidates, rows.top_k_B.tolist()
           ('some', 8, [100, 5])
         """
-        sampled = [row for row in rows if row.temperature > 0]
-        sorts = [row.temperature > 0 and (row.top_k > 0 or row.top_p < 1) for row in rows]
+        sampled = [row for row in rows if not row.greedy]
+        sorts = [not row.greedy and (row.top_k > 0 or row.top_p < 1) for row in rows]
         top_ks = [min(row.top_k or vocab_size, vocab_size) for row in rows]
         widest = max([k for k, sorted_ in zip(top_ks, sorts) if sorted_], default=0)
         return cls(
-            temperature_B=_floats(row.temperature or 1 for row in rows),
+            temperature_B=_floats(1 if row.greedy else row.temperature for row in rows),
             top_k_B=np.array(top_ks, np.int32),
-            top_p_B=_floats(row.top_p for row in rows),
+            top_p_B=_floats(max(row.top_p, SMALLEST) for row in rows),
             min_p_B=_floats(row.min_p for row in rows),
             repetition_penalty_B=_floats(row.repetition_penalty for row in rows),
-            greedy_B=np.array([row.temperature == 0 for row in rows]),
+            greedy_B=np.array([row.greedy for row in rows]),
             sorted_B=np.array(sorts),
             greedy=_among(len(rows) - len(sampled), len(rows)),
             sorted=_among(sum(sorts), len(sampled)),

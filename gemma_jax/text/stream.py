@@ -20,7 +20,7 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(UTF8_ERRORS)
 
     def push(self, ids: Iterable[int]) -> str:
-        """The characters that these ids complete; ValueError for an id that names no piece."""
+        """The characters that these ids complete; an id without a piece adds none."""
         return self._utf8.decode(self._tokenizer.decode_bytes(ids, skip_special=self._skip_special))
 
     def flush(self) -> str:

@@ -16,6 +16,7 @@ import sentencepiece
 from . import gguf_header, hf_json, sentencepiece_proto
 from .vocabulary import SPACE, Kind, Vocabulary
 
+_MAX_ID = 2**31 - 1  # ids are int32
 _MAX_FILE = 1 << 28  # the largest tokenizer.json of the family has 33 MB
 _FOLDER_FILES = "tokenizer.json", "tokenizer.model"  # the first one also names the placeholders
 
@@ -165,8 +166,11 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Text of ids; a byte that is part of no character becomes U+FFFD.
 
+        An id without a piece is no text: embeddings are padded to more rows than there are pieces,
+        and a model may choose any of them (transformers 5.24 decodes them alike).
+
         Raises:
-          ValueError: an id that names no piece.
+          ValueError: a negative id, or one that no 32-bit embedding could have.
         """
         return self.decode_bytes(ids, skip_special=skip_special).decode("utf-8", UTF8_ERRORS)
 
@@ -175,11 +179,12 @@ class Tokenizer:
         ids = self._checked(ids)
         if skip_special:
             ids = [i for i in ids if i not in self._skipped]
-        return b"".join([self._texts[i] for i in ids])
+        return b"".join([self._texts[i] for i in ids if i < self.vocab_size])
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """The piece of each id as the vocabulary spells it: "▁the", "<0x0D>", "<bos>"."""
-        return [self._pieces[i].decode() for i in self._checked(ids)]
+        """The piece of each id as the vocabulary spells it: "▁the", "<0x0D>", "<bos>"; or ""."""
+        ids = self._checked(ids)
+        return [self._pieces[i].decode() if i < self.vocab_size else "" for i in ids]
 
     def id_of(self, piece: str) -> int:
         """The id of a piece, spelled as `pieces` spells it; ValueError if there is none."""
@@ -191,8 +196,8 @@ class Tokenizer:
     def _checked(self, ids: Iterable[int]) -> list[int]:
         ids = [operator.index(i) for i in ids]
         for i in ids:
-            if not 0 <= i < self.vocab_size or not self._pieces[i]:
-                raise ValueError(f"expected ids of 0..{self.vocab_size - 1} with a piece, got {i}")
+            if not 0 <= i <= _MAX_ID:
+                raise ValueError(f"expected ids of 0..{_MAX_ID}, got {i}")
         return ids
 
 

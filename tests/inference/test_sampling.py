@@ -123,10 +123,30 @@ def test_a_greedy_row_is_certain_among_rows_that_draw():
     np.testing.assert_allclose(p_BV[1], jax.nn.softmax(logits_BV[1]), rtol=1e-6)
 
 
+LIMITS = [0.0, 5e-324, 1e-300, 1e-45, 1.2e-38, 1e-30, 1e-20, 1e-10, 1e10, 1e20]
+
+
+@pytest.mark.parametrize("temperature", LIMITS)
+@pytest.mark.parametrize("rules", [{}, {"top_k": 2}, {"top_p": 1e-300}, {"min_p": 1e-300}])
+def test_temperatures_at_the_limits_of_float32(temperature, rules):
+    """Below what float32 can divide by, the most probable token; above, never another order."""
+    logits_BV = jnp.tile(jnp.array([-5.0, 0.0, 30.0, 29.0, -jnp.inf]), (64, 1))
+    keys = jax.random.split(jax.random.key(0), 64)
+    rows_ = rows(64, temperature=temperature, **rules)
+    tokens = set(jax.jit(sample)(logits_BV, keys, None, rows_).tolist())
+    if temperature <= 1e-10 or "top_p" in rules:
+        assert tokens == {2}
+    else:
+        assert tokens == ({2, 3} if "top_k" in rules else {0, 1, 2, 3})
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(temperature=-1.0), "temperature=-1.0 must be a finite number, 0 or more"),
+        (dict(temperature=1e39), "temperature=1e\\+39 must be between 0 and 1e\\+20"),
+        (dict(repetition_penalty=1e-45), "repetition_penalty=1e-45 must be"),
+        (dict(repetition_penalty=1e39), "repetition_penalty=1e\\+39 must be"),
+        (dict(temperature=-1.0), "temperature=-1.0 must be between 0 and 1e\\+20"),
         (dict(temperature=float("nan")), "temperature=nan must be"),
         (dict(temperature=float("inf")), "temperature=inf must be"),
         (dict(top_k=-1), "top_k=-1 must be an integer, 0 or more"),
@@ -134,7 +154,7 @@ def test_a_greedy_row_is_certain_among_rows_that_draw():
         (dict(top_p=0.0), "top_p=0.0 must be above 0 and at most 1"),
         (dict(top_p=1.5), "top_p=1.5 must be"),
         (dict(min_p=-0.1), "min_p=-0.1 must be between 0 and 1"),
-        (dict(repetition_penalty=0.0), "repetition_penalty=0.0 must be a finite number above 0"),
+        (dict(repetition_penalty=0.0), "repetition_penalty=0.0 must be between 1e-20"),
     ],
 )
 def test_impossible_values(fields, message):
