@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names (tests/test_p
         LoadOptions as LoadOptions,
         load as load,
         load_model as load_model,
+        load_sampling as load_sampling,
         load_tokenizer as load_tokenizer,
     )
     from gemma_jax.multimodal.image_prompt import image_prompt as image_prompt
@@ -68,7 +69,7 @@ _HOMES = {
     "gemma_jax.inference.generate": ("Completion", "generate"),
     "gemma_jax.inference.sampling": ("Sampling",),
     "gemma_jax.inference.session": ("Session",),
-    "gemma_jax.loading": ("LoadOptions", "load", "load_model", "load_tokenizer"),
+    "gemma_jax.loading": ("LoadOptions", "load", "load_model", "load_sampling", "load_tokenizer"),
     "gemma_jax.multimodal.image_prompt": ("image_prompt",),
     "gemma_jax.multimodal.prompts": ("Prompt",),
     "gemma_jax.numerics": ("Numerics",),

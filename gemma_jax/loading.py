@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gemma_jax.decoder.model import Gemma
+from gemma_jax.inference.sampling import Sampling
 from gemma_jax.nn.layer_groups import Layout
 from gemma_jax.numerics import Numerics, resolve_numerics
 from gemma_jax.runtime import Runtime
@@ -193,9 +194,34 @@ def load_tokenizer(source: str) -> Tokenizer:
       >>> tok.decode(tok.encode("Which digit is left?"))
       'Which digit is left?'
     """
-    from gemma_checkpoints import tokenizer_path
+    from gemma_checkpoints import generation_defaults, resolve, tokenizer_path
 
-    return Tokenizer.from_file(tokenizer_path(source))
+    path = tokenizer_path(source)
+    beside = path.name in ("tokenizer.json", "tokenizer.model") and path.parent == resolve(source)
+    tokenizer = Tokenizer.from_folder(path.parent) if beside else Tokenizer.from_file(path)
+    defaults = generation_defaults(resolve(source))
+    if defaults.stop_ids is None:
+        return tokenizer
+    if defaults.stop_ids_from == "generation_config.json":
+        return tokenizer.with_stop_ids(defaults.stop_ids, defaults.stop_ids_from)
+    both = {*defaults.stop_ids, *tokenizer.stop_ids}
+    return tokenizer.with_stop_ids(both, f"{defaults.stop_ids_from}, {tokenizer.stop_ids_from}")
+
+
+def load_sampling(source: str) -> Sampling | None:
+    """Reads how a checkpoint wants its tokens chosen, from its `generation_config.json`.
+
+    Returns:
+      Sampling for `generate` or `Conversation`; `None` if the checkpoint does not say.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> gj.load_sampling("checkpoints/digits") is None
+      True
+    """
+    from gemma_checkpoints import generation_defaults, resolve
+
+    return generation_defaults(resolve(source)).sampling
 
 
 def has_tokenizer(source: str) -> bool:

@@ -12,6 +12,8 @@ class Words:
         self.vocab_size = vocab_size
         self._ids = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<end_of_turn>": 3, "\n": 4}
         self.bos_id, self.eos_id, self.stop_ids = 2, 1, (1, 3)
+        self.special_ids = {name: self._ids[name] for name in list(self._ids)[:4]}
+        self.add_bos, self.chat_template = True, None
 
     def encode(self, text: str, *, bos: bool = False, parse_special: bool = True) -> list[int]:
         words = re.findall(r"<[a-z_]+>|\n|#\d+|[^\s<#]+", text)

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,6 +12,10 @@ import typer
 from gemma_jax.cli import common, progress
 from gemma_jax.cli.inputs import utf8
 from gemma_jax.cli.model_options import ModelOptions, model_options
+
+# Of the published checkpoints, for those that have no generation_config.json.
+RECOMMENDED = {"temperature": 1.0, "top_k": 64, "top_p": 0.95}
+ASKED = "As in `generate`. Default: as generation_config.json says, else {}."
 
 if TYPE_CHECKING:
     from gemma_jax.decoder.model import Gemma
@@ -26,10 +31,10 @@ def command(
         int | None, typer.Option(min=1, help="Tokens the conversation may take; default 8192.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Bound on each answer.")] = 1024,
-    temperature: common.Temperature = 1.0,
-    top_k: common.TopK = 64,
-    top_p: common.TopP = 0.95,
-    min_p: common.MinP = 0.0,
+    temperature: Annotated[float | None, typer.Option(help=ASKED.format("1"))] = None,
+    top_k: Annotated[int | None, typer.Option(help=ASKED.format("64"))] = None,
+    top_p: Annotated[float | None, typer.Option(help=ASKED.format("0.95"))] = None,
+    min_p: Annotated[float | None, typer.Option(help=ASKED.format("0"))] = None,
     seed: common.Seed = 0,
     *,
     options: ModelOptions,
@@ -44,11 +49,14 @@ def command(
         system = utf8(system, "--system")
     from gemma_jax.inference.sampling import Sampling
 
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    given = {name: value for name, value in given.items() if value is not None}
+    Sampling(**given)  # refused before anything is loaded
     common.set_up_jax()
     from gemma_jax.inference.conversation import Conversation
-    from gemma_jax.loading import load_tokenizer
+    from gemma_jax.loading import load_sampling, load_tokenizer
 
+    sampling = replace(load_sampling(model) or Sampling(**RECOMMENDED), **given)
     tokenizer = load_tokenizer(model)
     net = options.load(model)
 
@@ -75,7 +83,8 @@ def command(
                 images.append(_open(rest.strip(), net))
         else:
             with _lenient(", or /reset"):  # the conversation may have outgrown its room
-                _answer(conversation, [*images, line], max_new_tokens)
+                content = [*images, line] if images else line
+                _answer(conversation, content, max_new_tokens)
             images = []
 
 

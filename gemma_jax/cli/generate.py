@@ -89,7 +89,8 @@ def command(
     net = common.view(whole, cut)
     loaded = time.perf_counter()
     if arrays is None:
-        prompts = [[{"role": "user", "content": [*images, prompt]}] if chat else prompt]
+        content = [*images, prompt] if images else prompt
+        prompts = [[{"role": "user", "content": content}] if chat else prompt]
     else:
         prompts = _prompts_of(arrays, net, inputs)
 

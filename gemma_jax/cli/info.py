@@ -1,5 +1,6 @@
 """`gemma-jax info`: what a model is and what it needs."""
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -62,7 +63,7 @@ def _facts(source: str, slice_name: str | None) -> dict:
     from gemma_checkpoints.params import params_by_part
     from gemma_jax.decoder.cache import cache_bytes
 
-    stored = {}
+    stored: dict = {}
     cfg, summary = common.find_config(source)
     if summary is not None:
         stored = {
@@ -70,6 +71,7 @@ def _facts(source: str, slice_name: str | None) -> dict:
             "file_bytes": sum(summary.tensor_bytes.values()),
             "file_bytes_by_encoding": dict(summary.tensor_bytes),
         }
+    text = {} if summary is None or summary.tokenizer is None else _text(source)
     if slice_name is not None:
         stored = {}  # the files hold more than the slice
         cfg = common.cut_config(slice_name, cfg)
@@ -95,6 +97,7 @@ def _facts(source: str, slice_name: str | None) -> dict:
         "head_dim": cfg.head_dim,
         "vocabulary": cfg.vocab_size,
         "context": cfg.max_positions,
+        **text,
         **({} if cfg.vision is None else _vision(cfg.vision)),
         "weight_bytes": {"float32": 4 * parameters, "bfloat16": 2 * parameters},
         "cache_bytes_bfloat16": {str(n): cache_bytes(cfg, 1, n, "bfloat16") for n in contexts},
@@ -102,6 +105,21 @@ def _facts(source: str, slice_name: str | None) -> dict:
             str(n): 4 * n * len(cfg.layers) * cfg.num_kv_heads * cfg.head_dim for n in contexts
         },
     }
+
+
+def _text(source: str) -> dict:
+    """Where an answer ends, and in which format a conversation is written."""
+    from gemma_jax.loading import load_sampling, load_tokenizer
+
+    tokenizer, sampling = load_tokenizer(source), load_sampling(source)
+    template = tokenizer.chat_template
+    facts = {
+        "stop_ids": list(tokenizer.stop_ids),
+        "stop_pieces": tokenizer.pieces(tokenizer.stop_ids),
+        "stop_ids_from": tokenizer.stop_ids_from,
+        "chat_template": "Gemma 3's, by default" if template is None else template.summary,
+    }
+    return facts if sampling is None else facts | {"sampling": asdict(sampling)}
 
 
 def _gemma3n(cfg: "GemmaConfig", parameters: int) -> dict:

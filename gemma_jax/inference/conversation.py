@@ -7,8 +7,14 @@ from gemma_jax.inference.sampling import Sampling
 from gemma_jax.inference.session import Session
 from gemma_jax.inference.text_writer import TextWriter, steps
 from gemma_jax.multimodal.modality import modalities_of
-from gemma_jax.multimodal.prompts import PromptReader, encode_prompt
-from gemma_jax.text import Tokenizer, render_next
+from gemma_jax.multimodal.prompts import Prompt, PromptReader, encode_prompt
+from gemma_jax.text import (
+    Tokenizer,
+    chat_stop_ids,
+    in_gemma_format,
+    render_chat,
+    render_next,
+)
 from gemma_jax.vision.pan_and_scan import PanAndScan
 
 
@@ -18,9 +24,9 @@ class Conversation:
     Args:
       model, tokenizer: From `gemma_jax.load`; an instruction-tuned checkpoint answers best.
       max_len: Tokens the whole conversation may take; default 8,192, or the model's context.
-      system: Text put in front of the first user message.
-      sampling, seed: As in `generate`; default: what the published checkpoints recommend,
-        temperature 1, top-k 64, top-p 0.95.
+      system: Text put in front of the first user message, or wherever the chat template puts it.
+      sampling, seed: As in `generate`; `gemma_jax.load_sampling` has what the checkpoint asks for.
+        Default: what the published checkpoints recommend, temperature 1, top-k 64, top-p 0.95.
       pan_and_scan: As in `generate`.
 
     Examples:
@@ -52,8 +58,10 @@ class Conversation:
             max_len or min(8192, model.cfg.max_positions),
             sampling=sampling or Sampling(temperature=1.0, top_k=64, top_p=0.95),
             seeds=seed,
-            stop_ids=tokenizer.stop_ids,
+            stop_ids=chat_stop_ids(tokenizer),
         )
+        self._seed = seed
+        self._rendered = ""  # what the cache holds as text, where the template is not Gemma's
 
     def stream(self, content: str | Sequence, *, max_new_tokens: int = 1024) -> Iterator[str]:
         """Says `content`, text or a list of texts and media, and yields the answer as it comes.
@@ -61,11 +69,8 @@ class Conversation:
         Raises:
           ValueError: The conversation has outgrown `max_len`, or an item cannot be read.
         """
-        first = not self.messages
         message = {"role": "user", "content": content}
-        system = {"role": "system", "content": self.system} if first and self.system else None
-        text = render_next(message, first=first, system=system, media=self._read.markers)
-        prompt = self._read.text(text, self._read.media_of([message]), bos=False)
+        prompt = self._prompt(message)
         ids = prompt.token_ids
         room = self._session.room - len(ids) - 1
         if room < 1:
@@ -86,6 +91,29 @@ class Conversation:
         finally:  # also when the reader stops listening half-way
             answer = {"role": "assistant", "content": writer.text}
             self.messages += [message, answer]
+
+    def _prompt(self, message: Mapping[str, object]) -> Prompt:
+        """What the cache has not seen yet of a conversation that ends in `message`."""
+        system = {"role": "system", "content": self.system} if self.system else None
+        markers, first = self._read.markers, not self.messages
+        if in_gemma_format(self.tokenizer):
+            if first and self.tokenizer.chat_template is not None:
+                return self._read.chat([*([system] if system else []), message])
+            system = system if first else None
+            text = render_next(message, first=first, system=system, media=markers)
+            return self._read.text(text, self._read.media_of([message]), bos=False)
+        conversation = [*([system] if system else []), *self.messages, message]
+        text = render_chat(self.tokenizer, conversation, media=markers)
+        answer = "" if first else str(self.messages[-1]["content"])
+        for held in (self._rendered + answer, self._rendered + answer.strip()):
+            if not first and text.startswith(held):
+                self._rendered = text
+                media = self._read.media_of([message])
+                return self._read.text(text[len(held) :], media, bos=False)
+        # A template may write earlier turns otherwise than they were said: read it all again.
+        self._session.clear(0, seed=self._seed)
+        self._rendered = text
+        return self._read.chat(conversation)
 
     def say(self, content: str | Sequence, *, max_new_tokens: int = 1024) -> str:
         """Says `content` and returns the whole answer."""

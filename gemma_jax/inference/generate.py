@@ -8,11 +8,11 @@ from gemma_jax.decoder.model import Gemma
 from gemma_jax.inference.sampling import Sampling
 from gemma_jax.inference.session import CHUNK, Session
 from gemma_jax.inference.speculation import DRAFT_TOKENS, SpeculativeSession
-from gemma_jax.inference.text_writer import TextWriter, steps
+from gemma_jax.inference.text_writer import TextWriter, split_stops, steps
 from gemma_jax.matformer import Slice
 from gemma_jax.multimodal.modality import modalities_of
 from gemma_jax.multimodal.prompts import Messages, Prompt, PromptReader, encode_prompt, is_chat
-from gemma_jax.text import Tokenizer
+from gemma_jax.text import Tokenizer, chat_stop_ids
 from gemma_jax.vision.pan_and_scan import PanAndScan
 
 Progress = Callable[[int, int], None]  # tokens of prompt read so far, in total
@@ -87,8 +87,9 @@ def generate(
         (`temperature=0.7, top_k=64`). Default: greedy.
       seed: One integer, or one per prompt. The same seed and prompt give the same text, also
         inside a larger batch.
-      stop: Texts that end the continuation; they are not part of it.
-      stop_ids: Tokens that end it. Default: the tokenizer's (1 and 106 for Gemma 3).
+      stop: Texts that end the continuation; they are not part of it. One may be a special token.
+      stop_ids: Tokens that end it. Default: the tokenizer's, which are those that the checkpoint
+        names (1 and 106 for Gemma 3).
       chunk: Longest stretch of prompt read in one pass.
       progress: Told how much of the prompt has been read.
       on_text: Called with row number and new text as it appears; whole characters only.
@@ -121,7 +122,10 @@ def generate(
     if stop and tokenizer is None:
         raise ValueError("stop texts need a tokenizer; give one, or stop_ids")
     if stop_ids is None:
-        stop_ids = tokenizer.stop_ids if tokenizer is not None else ()
+        stop_ids = _default_stops(tokenizer, given)
+    if tokenizer is not None:
+        stop, special = split_stops(tokenizer, stop)
+        stop_ids = (*stop_ids, *special)
     reader = PromptReader(tokenizer, modalities_of(model.cfg, pan_and_scan=pan_and_scan))
     prompts = reader.all(given, {"image": [images] if single else images})
     longest, new = _lengths(model, prompts, max_new_tokens)
@@ -149,6 +153,12 @@ def generate(
     _write(session, writers, new, on_text, streaming)
     completions = _completions(session, writers, prompts)
     return completions[0] if single else completions
+
+
+def _default_stops(tokenizer: Tokenizer | None, prompts: Sequence) -> tuple[int, ...]:
+    if tokenizer is None:
+        return ()
+    return chat_stop_ids(tokenizer) if any(map(is_chat, prompts)) else tuple(tokenizer.stop_ids)
 
 
 def _lengths(model: Gemma, prompts: list[Prompt], max_new_tokens: int) -> tuple[int, int]:

@@ -9,6 +9,24 @@ from gemma_jax.inference.session import Session
 from gemma_jax.text import StopText, StreamDecoder, Tokenizer
 
 
+def split_stops(tokenizer: Tokenizer, stops: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Stop texts as those that text can hold, and ids of those that are special tokens.
+
+    Raises:
+      ValueError: A special token amid other text, where it would never be met.
+    """
+    if isinstance(stops, str):
+        raise ValueError(f"expected a list of non-empty stop texts, got {stops!r}")
+    texts = [stop for stop in stops if stop not in tokenizer.special_ids]
+    for stop in texts:
+        if inside := [name for name in tokenizer.special_ids if name in stop]:
+            raise ValueError(
+                f"the stop text {stop!r} holds the special token {inside[0]}, which no text shows; "
+                f"give {inside[0]!r} alone"
+            )
+    return texts, [tokenizer.special_ids[stop] for stop in stops if stop not in texts]
+
+
 class TextWriter:
     """Text of one row as its tokens come in: whole characters, no stop token, no stop text."""
 

@@ -11,7 +11,7 @@ from gemma_jax.decoder.model import Gemma
 from gemma_jax.multimodal.markers import expand_markers, place_markers
 from gemma_jax.multimodal.modality import Modality, check_media, modalities_of
 from gemma_jax.multimodal.placeholders import check_places
-from gemma_jax.text import GEMMA3_MEDIA, Tokenizer, items_of, render
+from gemma_jax.text import GEMMA3_MEDIA, Tokenizer, chat_bos, items_of, render_chat
 
 Messages = Sequence[Mapping[str, object]]
 _NOTHING: Mapping[str, Sequence] = MappingProxyType({})
@@ -129,6 +129,15 @@ class PromptReader:
             raise ValueError("a text prompt needs a tokenizer; give one, or token ids")
         if not text:
             raise ValueError("the prompt is empty; give at least one character")
+        bos = bos and self.tokenizer.add_bos
+        return build_prompt(self.tokenizer, text, self.modalities, media, bos=bos)
+
+    def chat(self, messages: Messages) -> Prompt:
+        """A conversation that the model is to go on with, in the format of its checkpoint."""
+        if self.tokenizer is None:
+            raise ValueError("chat messages need a tokenizer; give one, or token ids")
+        text = render_chat(self.tokenizer, messages, media=self.markers)
+        bos, media = chat_bos(self.tokenizer), self.media_of(messages)
         return build_prompt(self.tokenizer, text, self.modalities, media, bos=bos)
 
     @property
@@ -148,7 +157,7 @@ class PromptReader:
         if isinstance(prompt, Prompt):
             return prompt
         if is_chat(prompt):
-            return self.text(render(prompt, media=self.markers), self.media_of(prompt))
+            return self.chat(prompt)
         return Prompt([int(i) for i in prompt])
 
 

@@ -23,8 +23,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
-from .tokenizer import Tokenizer
-
 BOS = "<bos>"
 END_OF_TURN = "<end_of_turn>\n"
 GENERATION_PROMPT = "<start_of_turn>model\n"
@@ -112,28 +110,6 @@ def render_next(
     return before + render_turn(message, system=system, media=media) + GENERATION_PROMPT
 
 
-def encode_chat(
-    tokenizer: Tokenizer,
-    messages: Sequence[Message],
-    *,
-    add_generation_prompt: bool = True,
-    media: Mapping[str, str] = GEMMA3_MEDIA,
-) -> list[int]:
-    """Encodes chat messages in Gemma's format: ids of `render(messages)`, with <bos> exactly once.
-
-    Markers inside the messages count as markers, as in Hugging Face's `apply_chat_template`: take
-    "<start_of_turn>" and its like out of a text that is not to be trusted.
-
-    Examples:
-      >>> import gemma_jax as gj
-      >>> tok = gj.load_tokenizer("checkpoints/elastic")
-      >>> tok.decode(gj.encode_chat(tok, [{"role": "user", "content": "Hi"}]))
-      '<bos><start_of_turn>user\\nHi<end_of_turn>\\n<start_of_turn>model\\n'
-    """
-    text = render(messages, add_generation_prompt=add_generation_prompt, media=media)
-    return tokenizer.encode(text, bos=True)
-
-
 def images_of(messages: Sequence[Message]) -> list[object]:
     """The images of a conversation in the order of their markers in `render(messages)`.
 
@@ -157,6 +133,40 @@ def items_of(messages: Sequence[Message], kind: str) -> list[object]:
     """
     items = (item for message in messages for item in _items(message))
     return [_source(item) for item in items if item.get("type") == kind]
+
+
+def plain(message: Message, media: Mapping[str, str]) -> dict[str, object]:
+    """The message as templates expect it: without what its items hold, and no more keys.
+
+    A content that is one text stays one.
+
+    Raises:
+      ValueError: an item that is neither a text nor of a type of `media`.
+    """
+    role = {"model": "assistant"}.get(_role(message), _role(message))
+    others = {key: value for key, value in message.items() if key not in ("role", "content")}
+    content = message.get("content")
+    if not isinstance(content, str):
+        content = [_bare(item, media) for item in _items(message)]
+    return {"role": role, "content": content, **others}
+
+
+def _bare(item: Mapping[str, object], media: Mapping[str, str]) -> dict[str, object]:
+    _marked(item, media)  # is it one that can be?
+    return (
+        {"type": "text", "text": item["text"]} if item["type"] == "text" else {"type": item["type"]}
+    )
+
+
+def count(message: Message, kind: str) -> int:
+    """Items of one type in a message."""
+    return sum(item.get("type") == kind for item in _items(message))
+
+
+def typed(message: Message, marker: str) -> int:
+    """How often a marker stands in the texts of a message."""
+    texts = [item["text"] for item in _items(message) if item.get("type") == "text"]
+    return sum(str(text).count(marker) for text in texts)
 
 
 def _role(message: object) -> str:

@@ -9,14 +9,15 @@ rank of a piece's first merge as its score.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import repeat
 
 import numpy as np
 
-from .vocabulary import BYTE_PIECES, SPACE, Kind, Vocabulary
+from .added_tokens import AddedToken
+from .vocabulary import BYTE_PIECES, MAX_HOLES, SPACE, Kind, Vocabulary
 
 _TO_MARK = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE.decode()}
-_MAX_HOLES = 4096  # Gemma 3n leaves 126 ids free between its image and its audio placeholders
 
 
 def read_tokenizer_json(data: bytes | str) -> Vocabulary:
@@ -35,18 +36,20 @@ def read_tokenizer_json(data: bytes | str) -> Vocabulary:
     _check_algorithm(root, model)
     ids = _get(model, "vocab", dict)
     added = [_added_token(token) for token in root.get("added_tokens") or []]
-    for i, content, _ in added:
-        if ids.get(content, i) != i:
-            raise ValueError(f"added token {content!r} has id {i}, in model.vocab {ids[content]}")
-    pieces = _by_id({**ids, **{content: i for i, content, _ in added}})
+    for i, token in added:
+        if ids.get(token.piece, i) != i:
+            raise ValueError(
+                f"added token {token.content!r} has id {i}, in model.vocab {ids[token.piece]}"
+            )
+    pieces = _by_id({**ids, **{token.piece: i for i, token in added}})
     ranks = _ranks(_get(model, "merges", list))
     # Pieces of one character have no merge and need no score.
     scores = np.array(list(map(ranks.get, pieces, repeat(0))), np.float32)
     encoded = [piece.encode() for piece in pieces]
     kinds = [Kind.BYTE if piece in BYTE_PIECES else Kind.NORMAL for piece in encoded]
-    for i, _, special in added:
-        kinds[i] = Kind.CONTROL if special else Kind.USER_DEFINED
-    return Vocabulary.build(encoded, scores, kinds)
+    for i, token in added:
+        kinds[i] = Kind.CONTROL if token.special else Kind.USER_DEFINED
+    return replace(Vocabulary.build(encoded, scores, kinds), added=dict(added))
 
 
 def _check_algorithm(root: dict, model: dict) -> None:
@@ -72,14 +75,9 @@ def _check_algorithm(root: dict, model: dict) -> None:
         raise ValueError(f"expected no pre_tokenizer but a split at ' ', got {splitter!r:.200}")
 
 
-def _added_token(token: object) -> tuple[int, str, bool]:
-    if not isinstance(token, dict):
-        raise ValueError(f"expected an object per added token, got {token!r:.80}")
-    for name in ("single_word", "lstrip", "rstrip"):
-        if token.get(name):
-            raise ValueError(f"expected added tokens without {name}, got {token!r:.200}")
-    content = _get(token, "content", str).replace(" ", SPACE.decode())
-    return _get(token, "id", int), content, bool(token.get("special"))
+def _added_token(entry: object) -> tuple[int, AddedToken]:
+    token = AddedToken.read(entry)
+    return _get(entry, "id", int), token
 
 
 def _by_id(ids: dict[str, int]) -> list[str]:
@@ -88,7 +86,7 @@ def _by_id(ids: dict[str, int]) -> list[str]:
         raise ValueError("expected pieces in model.vocab, got none")
     try:
         low, high = min(ids.values()), max(ids.values())
-        if low < 0 or high >= len(ids) + _MAX_HOLES:
+        if low < 0 or high >= len(ids) + MAX_HOLES:
             raise ValueError(f"expected ids 0..{len(ids) - 1} or few more, got {low}..{high}")
         pieces = [""] * (high + 1)
         for piece, i in ids.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import copy
 import gc
 import operator
 import os
@@ -14,6 +15,10 @@ from pathlib import Path
 import sentencepiece
 
 from . import gguf_header, hf_json, sentencepiece_proto
+from .added_tokens import Finder
+from .chat_template import ChatTemplate
+from .gguf_config import read_gguf_config
+from .tokenizer_config import TokenizerConfig, read_tokenizer_config
 from .vocabulary import SPACE, Kind, Vocabulary
 
 _MAX_ID = 2**31 - 1  # ids are int32
@@ -38,7 +43,11 @@ class Tokenizer:
       vocab_size: one more than the largest id. May exceed the rows of a text-only model's
         embedding: the placeholders of images and audio come last.
       bos_id, eos_id, pad_id, unk_id: the four ids every Gemma vocabulary has.
-      stop_ids: ids that end an answer: <eos> and, where it exists, <end_of_turn>.
+      stop_ids: ids that end an answer: <eos> and, where it exists, <end_of_turn>; or what the
+        checkpoint says.
+      stop_ids_from: who says so.
+      add_bos: whether a prompt of plain text begins with <bos>.
+      chat_template: the checkpoint's own; `None` for Gemma 3's format.
       special_ids: name -> id of every piece that `parse_special` and `skip_special` are about.
 
     Examples:
@@ -51,12 +60,18 @@ class Tokenizer:
       'Which digit is left?'
     """
 
-    def __init__(self, vocabulary: Vocabulary):
+    def __init__(self, vocabulary: Vocabulary, config: TokenizerConfig = TokenizerConfig()):
         """Raises ValueError if this is no Gemma vocabulary, or not a usable one."""
+        vocabulary = vocabulary.with_added(config.added).with_specials(config.specials)
         self.special_ids = vocabulary.specials()
         missing = {"<bos>", "<eos>", "<pad>", "<unk>"} - self.special_ids.keys()
         if missing:
             raise ValueError(f"expected a Gemma vocabulary, got one without {sorted(missing)}")
+        self._finder = None
+        if not all(token.plain for token in vocabulary.added.values()):
+            tokens = vocabulary.tokens()
+            self._finder = Finder(tokens)
+            vocabulary = vocabulary.hiding(tokens)
         model = sentencepiece_proto.write_model(vocabulary)
         try:
             self._engine = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -71,19 +86,33 @@ class Tokenizer:
         self._special = re.compile("(" + "|".join(map(re.escape, names)) + ")")
         self._skipped = frozenset(self.special_ids.values())
         self.vocab_size = len(self._pieces)
-        self.bos_id, self.eos_id = self.special_ids["<bos>"], self.special_ids["<eos>"]
+        self.bos_id = self.special_ids[config.bos_token or "<bos>"]
+        self.eos_id = self.special_ids[config.eos_token or "<eos>"]
         self.pad_id, self.unk_id = self.special_ids["<pad>"], self.special_ids["<unk>"]
-        stops = {self.eos_id, self.special_ids.get("<end_of_turn>", self.eos_id)}
-        self.stop_ids: tuple[int, ...] = tuple(sorted(stops))
+        named = [self.special_ids.get(name, self.eos_id) for name in ("<eos>", "<end_of_turn>")]
+        self.stop_ids: tuple[int, ...] = tuple(sorted({self.eos_id, *named}))
+        self.stop_ids_from = "the tokenizer"
+        self.add_bos = config.add_bos
+        self.chat_template: ChatTemplate | None = config.chat_template
 
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size}, stop_ids={self.stop_ids})"
 
+    def with_stop_ids(self, stop_ids: Iterable[int], source: str) -> Tokenizer:
+        """The same tokenizer, with other ids that end an answer; `source` says so."""
+        other = copy.copy(self)
+        other.stop_ids, other.stop_ids_from = tuple(sorted(set(stop_ids))), source
+        return other
+
     # --- where it comes from ---------------------------------------------------------------------
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike) -> Tokenizer:
+    def from_file(
+        cls, path: str | os.PathLike, config: TokenizerConfig = TokenizerConfig()
+    ) -> Tokenizer:
         """From a `tokenizer.model`, a `tokenizer.json` or a `.gguf` (only its header is read).
+
+        `config` is what files beside it say; a GGUF file says all itself.
 
         Raises:
           OSError: the file cannot be read.
@@ -93,43 +122,46 @@ class Tokenizer:
         with open(path, "rb") as file:
             head = file.read(4)
         if head == gguf_header.MAGIC or path.suffix == ".gguf":
-            make, content = cls.from_gguf_header, gguf_header.read_header(path)
+            make, content = _from_gguf, gguf_header.read_header(path)
         elif path.suffix == ".json" or head[:1] == b"{":
-            make, content = cls.from_hf_json, _read(path)
+            make, content = _from_hf_json, _read(path)
         elif path.suffix == ".model" or head[:1] == b"\n":  # the tag of a ModelProto's first piece
-            make, content = cls.from_sentencepiece_bytes, _read(path)
+            make, content = _from_sentencepiece, _read(path)
         else:
             raise ValueError(
                 f"{path}: expected a SentencePiece tokenizer.model, a tokenizer.json or a GGUF file"
             )
         try:
             with _collector_paused():
-                return make(content)
+                return make(content, config)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
     @classmethod
     def from_folder(cls, path: str | os.PathLike) -> Tokenizer:
-        """From a Hugging Face folder: its `tokenizer.json`, else its `tokenizer.model`."""
+        """From a Hugging Face folder: its `tokenizer.json`, else its `tokenizer.model`.
+
+        The files beside it are read as well, see `tokenizer_config`.
+        """
         for name in _FOLDER_FILES:
             if (Path(path) / name).is_file():
-                return cls.from_file(Path(path) / name)
+                return cls.from_file(Path(path) / name, read_tokenizer_config(Path(path)))
         raise FileNotFoundError(f"{os.fspath(path)}: expected {' or '.join(_FOLDER_FILES)} in it")
 
     @classmethod
     def from_sentencepiece_bytes(cls, data: bytes) -> Tokenizer:
         """From the content of a `tokenizer.model`."""
-        return cls(sentencepiece_proto.read_model(data))
+        return _from_sentencepiece(data)
 
     @classmethod
     def from_hf_json(cls, data: bytes | str) -> Tokenizer:
         """From the content of a `tokenizer.json`."""
-        return cls(hf_json.read_tokenizer_json(data))
+        return _from_hf_json(data)
 
     @classmethod
     def from_gguf_header(cls, header: dict[str, object]) -> Tokenizer:
         """From what `gguf_header.read_header` returned for a GGUF file."""
-        return cls(gguf_header.read_vocabulary(header))
+        return _from_gguf(header)
 
     # --- what it does ----------------------------------------------------------------------------
 
@@ -152,6 +184,20 @@ class Tokenizer:
                 f"expected text that has a UTF-8 form, got a lone surrogate {text[error.start]!r} "
                 f"at index {error.start}; decode the bytes it came from with errors='replace'"
             ) from None
+        ids = (
+            self._found(text, parse_special) if self._finder else self._encode(text, parse_special)
+        )
+        if bos and ids[:1] != [self.bos_id]:
+            ids.insert(0, self.bos_id)
+        return ids
+
+    def _found(self, text: str, parse_special: bool) -> list[int]:
+        ids = []
+        for part in self._finder.split(text, special=parse_special):
+            ids += [part] if isinstance(part, int) else self._engine.encode(part)
+        return ids
+
+    def _encode(self, text: str, parse_special: bool) -> list[int]:
         ids = []
         # The pattern is one group, so what it matched is every second part.
         for i, part in enumerate(self._special.split(text) if parse_special else [text]):
@@ -159,8 +205,6 @@ class Tokenizer:
                 ids.append(self.special_ids[part])
             elif part:
                 ids += self._engine.encode(part)
-        if bos and ids[:1] != [self.bos_id]:
-            ids.insert(0, self.bos_id)
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
@@ -199,6 +243,20 @@ class Tokenizer:
             if not 0 <= i <= _MAX_ID:
                 raise ValueError(f"expected ids of 0..{_MAX_ID}, got {i}")
         return ids
+
+
+def _from_sentencepiece(data: bytes, config: TokenizerConfig = TokenizerConfig()) -> Tokenizer:
+    return Tokenizer(sentencepiece_proto.read_model(data), config)
+
+
+def _from_hf_json(data: bytes | str, config: TokenizerConfig = TokenizerConfig()) -> Tokenizer:
+    return Tokenizer(hf_json.read_tokenizer_json(data), config)
+
+
+def _from_gguf(header: dict[str, object], config: TokenizerConfig = TokenizerConfig()) -> Tokenizer:
+    vocabulary = gguf_header.read_vocabulary(header)
+    config, stop_ids = read_gguf_config(header, vocabulary)
+    return Tokenizer(vocabulary, config).with_stop_ids(stop_ids, "the GGUF header")
 
 
 @contextlib.contextmanager

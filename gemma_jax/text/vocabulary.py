@@ -8,11 +8,13 @@ So three file formats cannot disagree anywhere but in their readers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 import numpy as np
+
+from .added_tokens import AddedToken
 
 SPACE = "\u2581".encode()  # how pieces spell a space (SentencePiece's "lower one eighth block")
 
@@ -51,6 +53,8 @@ _PLACEHOLDERS = {
     },
 }
 
+MAX_HOLES = 4096  # Gemma 3n leaves 126 ids free between its image and its audio placeholders
+
 BYTE_PIECES = {b"<0x%02X>" % byte: bytes([byte]) for byte in range(256)}
 
 
@@ -62,11 +66,13 @@ class Vocabulary:
       pieces: UTF-8, spaces spelled U+2581; `b""` is a hole, an id that stands for nothing.
       scores: float32 [len(pieces)]; of two possible merges the one whose result scores higher wins.
       kinds: `Kind` values, one byte per piece.
+      added: Id -> token with flags, for the pieces that a file lists with theirs.
     """
 
     pieces: list[bytes]
     scores: np.ndarray
     kinds: bytes
+    added: Mapping[int, AddedToken] = field(default_factory=dict)
 
     def __post_init__(self):
         sizes = len(self.pieces), len(self.scores), len(self.kinds)
@@ -101,6 +107,70 @@ class Vocabulary:
         if strangers := set(vocab.of_kind(Kind.BYTE).values()) - BYTE_PIECES.keys():
             raise ValueError(f"expected byte pieces '<0x00>' ... '<0xFF>', got {min(strangers)!r}")
         return vocab
+
+    def with_added(self, tokens: Mapping[int, AddedToken]) -> Vocabulary:
+        """The vocabulary with tokens that were added to it later, or renamed.
+
+        Raises:
+          ValueError: An id far beyond the vocabulary, or one that a learned piece has; a token that
+            is a piece of another id.
+        """
+        if not tokens:
+            return self
+        high = max(tokens)
+        if min(tokens) < 0 or high >= len(self.pieces) + len(tokens) + MAX_HOLES:
+            raise ValueError(f"expected ids of added tokens near {len(self.pieces)}, got {high}")
+        more = max(high + 1 - len(self.pieces), 0)
+        pieces, kinds = self.pieces + [b""] * more, bytearray(self.kinds) + bytes([3]) * more
+        ids = {piece: i for i, piece in enumerate(pieces)}
+        for i, token in tokens.items():
+            piece, old = token.piece.encode(), pieces[i]
+            if ids.get(piece, i) != i:
+                raise ValueError(
+                    f"added token {token.content!r} has id {i}, in the vocabulary {ids[piece]}"
+                )
+            if old and old != piece and kinds[i] in (Kind.NORMAL, Kind.BYTE, Kind.UNKNOWN):
+                raise ValueError(
+                    f"id {i} is {old.decode()!r} in the vocabulary, {token.content!r} among the "
+                    "added tokens"
+                )
+            pieces[i] = piece
+            if kinds[i] != Kind.UNKNOWN:
+                special = token.special or piece in SPECIAL
+                kinds[i] = Kind.CONTROL if special else Kind.USER_DEFINED
+        scores = np.concatenate([self.scores, np.zeros(more, np.float32)])
+        return replace(
+            self, pieces=pieces, scores=scores, kinds=bytes(kinds), added={**self.added, **tokens}
+        )
+
+    def with_specials(self, names: Sequence[str]) -> Vocabulary:
+        """The vocabulary with these pieces as special ones; ValueError if one is none."""
+        kinds = bytearray(self.kinds)
+        for name in names:
+            piece = name.replace(" ", SPACE.decode()).encode()
+            if piece not in self.pieces:
+                raise ValueError(f"the special token {name!r} has no piece in the vocabulary")
+            if kinds[i := self.pieces.index(piece)] != Kind.UNKNOWN:
+                kinds[i] = Kind.CONTROL
+        return replace(self, kinds=bytes(kinds))
+
+    def tokens(self) -> dict[int, AddedToken]:
+        """Id -> token of all pieces that are looked for in a text before any merge."""
+        found = self.of_kind(Kind.CONTROL, Kind.UNKNOWN, Kind.USER_DEFINED)
+        return {
+            i: replace(
+                self.added.get(i) or AddedToken(piece.decode()),
+                special=self.kinds[i] != Kind.USER_DEFINED,
+            )
+            for i, piece in found.items()
+        }
+
+    def hiding(self, ids: Iterable[int]) -> Vocabulary:
+        """The vocabulary for an engine that is not to find these pieces by itself."""
+        kinds = bytearray(self.kinds)
+        for i in ids:
+            kinds[i] = Kind.UNKNOWN if kinds[i] == Kind.UNKNOWN else Kind.CONTROL
+        return replace(self, kinds=bytes(kinds))
 
     def of_kind(self, *kinds: Kind) -> dict[int, bytes]:
         """Id -> piece of the pieces of these kinds, holes left out."""
