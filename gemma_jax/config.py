@@ -142,6 +142,38 @@ class ModalityVocabulary:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageProcessing:
+    """Says how a picture becomes what a tower reads; the defaults are those of published models.
+
+    Attributes:
+      rescale: Factor from levels in [0, 255] to values.
+      mean, std: Per channel: values become `(value - mean) / std`.
+      resample: Name of the filter that resizes, as in Pillow.
+      pan_and_scan: Whether elongated pictures are cropped, unless told otherwise.
+      min_crop_size, max_num_crops, min_ratio: See `gemma_jax.vision.pan_and_scan.PanAndScan`.
+    """
+
+    rescale: float = 1 / 255
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    resample: str = "bilinear"
+    pan_and_scan: bool = False
+    min_crop_size: int = 256
+    max_num_crops: int = 4
+    min_ratio: float = 1.2
+
+    def __post_init__(self):
+        _check_positive(self, "rescale", "min_crop_size", "max_num_crops", "min_ratio")
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(one > 0 for one in self.std):
+            raise ValueError(f"mean={self.mean} and std={self.std} must be three numbers each")
+        if self.resample not in RESAMPLING:
+            raise ValueError(f"resample={self.resample!r} must be one of {', '.join(RESAMPLING)}")
+
+
+RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # Pillow's numbers
+
+
+@dataclass(frozen=True, kw_only=True)
 class VisionConfig:
     """The SigLIP tower that reads images, and how its result enters the text.
 
@@ -152,6 +184,7 @@ class VisionConfig:
       image_token, start_token, end_token: Ids of the soft-token placeholder and of what stands
         before and after a run of them.
       norm_eps: Added to the variance in LayerNorm, and to the mean square in the projector's norm.
+      images: How pictures are prepared.
     """
 
     d_tower: int
@@ -165,6 +198,7 @@ class VisionConfig:
     start_token: int
     end_token: int
     norm_eps: float = 1e-6
+    images: ImageProcessing = field(default_factory=ImageProcessing)
 
     def __post_init__(self):
         _check_positive(

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from gemma_jax.config import GemmaConfig
+from gemma_jax.config import GemmaConfig, ImageProcessing
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.weights.protocol import StandIn
 from gemma_jax.weights.tree import ParamPath, flat_params, with_attributes
@@ -20,9 +20,9 @@ from .errors import CheckpointError
 from .folders import new_folder
 from .hf.config import config_from_hf, text_config
 from .hf.config_out import config_to_hf
-from .hf.folder import CONFIG, INDEX, SINGLE, HFFolder, read_json
+from .hf.folder import CONFIG, INDEX, SINGLE, HFFolder
 from .hf.names import hf_table, published_name, unused
-from .json_values import Json, flag
+from .json_values import Json, flag, read_json
 from .name_table import Row, dropped, expand
 from .params import Slot, depths, named_slots
 from .rearrange import shape as side_shape
@@ -262,6 +262,8 @@ def _from_source(source: Path | None, cfg: GemmaConfig) -> tuple[Json | None, HF
         return None, None
     raw = read_json(source / CONFIG)
     text = text_config(raw)
+    if cfg.vision is not None:  # a file of its own says how images are prepared
+        cfg = replace(cfg, vision=replace(cfg.vision, images=ImageProcessing()))
     if _describes(raw, cfg) and (cfg.vision is not None or text == raw):
         has_weights = (source / SINGLE).exists() or (source / INDEX).exists()
         return _with_head(raw, cfg), HFFolder(source) if has_weights else None

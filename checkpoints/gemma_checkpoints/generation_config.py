@@ -11,8 +11,8 @@ from typing import Any
 from gemma_jax.inference.sampling import Sampling
 
 from .errors import CheckpointError
-from .hf.folder import CONFIG, read_json
-from .json_values import Json
+from .hf.folder import CONFIG
+from .json_values import Json, read_json
 
 GENERATION = "generation_config.json"
 # Key of ours -> key of theirs, and what transformers takes where `do_sample` is set without it.

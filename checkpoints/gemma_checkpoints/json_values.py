@@ -1,6 +1,10 @@
 """Values of a JSON object, checked as they are read: what is wrong is said with its key."""
 
+import json
+from pathlib import Path
 from typing import Any
+
+from .errors import CheckpointError
 
 Json = dict[str, Any]
 
@@ -43,4 +47,21 @@ def depth(values: Json, key: str) -> int:
     value = whole(values, key)
     if value > MAX_LAYERS:
         raise ValueError(f"{key} {value} is beyond {MAX_LAYERS}")
+    return value
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+      CheckpointError: no such file, or something else in it.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(path, "no such file") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(path, f"not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(path, f"expected a JSON object, got {type(value).__name__}")
     return value

@@ -38,7 +38,7 @@ def command(
     seed: common.Seed = 0,
     *,
     options: ModelOptions,
-    pan_and_scan: common.PanAndScanOption = False,
+    pan_and_scan: common.PanAndScanOption = None,
 ) -> None:
     """Chat with a model; the cache is kept between turns.
 
@@ -68,7 +68,7 @@ def command(
             system=system,
             sampling=sampling,
             seed=seed,
-            pan_and_scan=common.pan_and_scan(pan_and_scan),
+            pan_and_scan=pan_and_scan,
         )
 
     conversation, images = start(), []

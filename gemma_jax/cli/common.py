@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from gemma_jax.decoder.model import Gemma
     from gemma_jax.matformer import Slice
     from gemma_jax.vision.images import Image
-    from gemma_jax.vision.pan_and_scan import PanAndScan
 
 stderr = Console(stderr=True)
 
@@ -32,7 +31,11 @@ Images = Annotated[
     typer.Option(help="Image file; may be repeated. Goes where the prompt says <start_of_image>."),
 ]
 PanAndScanOption = Annotated[
-    bool, typer.Option("--pan-and-scan", help="Add crops of elongated images.")
+    bool | None,
+    typer.Option(
+        "--pan-and-scan/--no-pan-and-scan",
+        help="Add crops of elongated images, or not. Default: as the checkpoint says.",
+    ),
 ]
 Temperature = Annotated[float, typer.Option(help="0 takes the most probable token.")]
 TopK = Annotated[int, typer.Option(help="Keep the k most probable tokens; 0 keeps all.")]
@@ -149,9 +152,3 @@ def open_images(files: list[Path] | None, source: str) -> "list[Image]":
     images = [Image(file) for file in files]
     require_vision(describe(resolve(source)).config.vision)
     return images
-
-
-def pan_and_scan(wanted: bool) -> "PanAndScan | None":
-    from gemma_jax.vision.pan_and_scan import PanAndScan
-
-    return PanAndScan() if wanted else None

@@ -47,7 +47,7 @@ class Conversation:
         system: str | None = None,
         sampling: Sampling | None = None,
         seed: int = 0,
-        pan_and_scan: PanAndScan | None = None,
+        pan_and_scan: PanAndScan | bool | None = None,
     ):
         self.model, self.tokenizer, self.system = model, tokenizer, system
         self.messages: list[Mapping[str, object]] = []

@@ -59,7 +59,7 @@ def generate(
     prompt: str | Messages | Prompt | Sequence[str | Messages | Prompt | Sequence[int]],
     *,
     images: Sequence | None = None,
-    pan_and_scan: PanAndScan | None = None,
+    pan_and_scan: PanAndScan | bool | None = None,
     max_new_tokens: int = 128,
     sampling: Sampling | Sequence[Sampling] | None = None,
     seed: int | Sequence[int] = 0,
@@ -81,7 +81,8 @@ def generate(
       images: Images of one text, or one list of images per text of a batch: files, arrays, or
         whatever else `Image` takes. They go where the text says `<start_of_image>`, or come
         first. Messages hold theirs in their content.
-      pan_and_scan: Adds crops of elongated pictures; `None` for none.
+      pan_and_scan: Adds crops of elongated pictures: True, False, or how. Default: as the
+        checkpoint says, which for the published ones is not at all.
       max_new_tokens: Bound on the continuation; the context of the model may end before.
       sampling: How to choose tokens, one for all prompts or one per prompt; or its fields directly
         (`temperature=0.7, top_k=64`). Default: greedy.

@@ -15,7 +15,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from gemma_jax.config import VisionConfig
+from gemma_jax.config import ImageProcessing, VisionConfig
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.multimodal.encode_images import encode_images
 from gemma_jax.multimodal.markers import expand_markers
@@ -32,13 +32,15 @@ _VIEW = f"\n\n{MARKER}\n\n"  # one view of an image: whole, or a crop
 
 @modality_of.register
 def image_modality(
-    vision: VisionConfig, *, pan_and_scan: PanAndScan | None = None, **_: object
+    vision: VisionConfig, *, pan_and_scan: PanAndScan | bool | None = None, **_: object
 ) -> Modality:
     """How images enter the text of a Gemma 3.
 
     Args:
-      pan_and_scan: How to add crops of images that are far from square; default: not at all.
+      pan_and_scan: How to add crops of images that are far from square; True and False with the
+        checkpoint's numbers, or not at all; default: as the checkpoint says.
     """
+    cropping = _cropping(vision.images, pan_and_scan)
     return Modality(
         name="image",
         marker=MARKER,
@@ -47,7 +49,7 @@ def image_modality(
         end=vision.end_token,
         tokens_per_item=vision.num_soft_tokens,
         bidirectional=True,
-        prepare=partial(_prepare, vision=vision, pan_and_scan=pan_and_scan),
+        prepare=partial(_prepare, vision=vision, pan_and_scan=cropping),
         encode=_encode,
         placeholder_text=PLACEHOLDER,
     )
@@ -59,7 +61,7 @@ def image_prompt(
     images: Sequence[object],
     vision: VisionConfig | None,
     *,
-    pan_and_scan: PanAndScan | None = None,
+    pan_and_scan: PanAndScan | bool | None = None,
     bos: bool = True,
 ) -> Prompt:
     """Makes the prompt of a text and its images: token ids with placeholders, and pixels.
@@ -69,7 +71,7 @@ def image_prompt(
         front of it.
       images: What `Image` takes, in the order of the markers.
       vision: `model.cfg.vision`.
-      pan_and_scan: How to add crops of images that are far from square; default: not at all.
+      pan_and_scan: As in `image_modality`.
       bos: Begin with <bos>; a text that already does keeps its one.
 
     Raises:
@@ -113,10 +115,23 @@ def expand(
     return expand_markers(tokenizer, marked, (modality,), items, bos=bos)
 
 
+def _cropping(images: ImageProcessing, pan_and_scan: PanAndScan | bool | None) -> PanAndScan | None:
+    if isinstance(pan_and_scan, PanAndScan):
+        return pan_and_scan
+    if not (images.pan_and_scan if pan_and_scan is None else pan_and_scan):
+        return None
+    return PanAndScan(
+        min_crop_size=images.min_crop_size,
+        max_num_crops=images.max_num_crops,
+        min_ratio=images.min_ratio,
+    )
+
+
 def _prepare(source: object, *, vision: VisionConfig, pan_and_scan: PanAndScan | None) -> Item:
     image = Image(source)
     boxes = pan_and_scan.boxes(image.width, image.height) if pan_and_scan else ()
-    return _item(len(boxes), vision, preprocess(image, vision.image_size, boxes))
+    pixels = preprocess(image, vision.image_size, boxes, vision.images)
+    return _item(len(boxes), vision, pixels)
 
 
 def _item(crops: int, vision: VisionConfig, pixels: Sequence[np.ndarray] = ()) -> Item:

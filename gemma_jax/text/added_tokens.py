@@ -57,7 +57,7 @@ class AddedToken:
 
     @property
     def plain(self) -> bool:
-        """Whether the SentencePiece engine finds it where `tokenizers` does, beside other plain ones.
+        """Whether the SentencePiece engine finds it among other plain ones, as `tokenizers` does.
 
         Those that are normalised come after those that are not, wherever they begin.
         """

@@ -27,8 +27,8 @@ USED = frozenset(
 # Key -> why it changes no ids and no text here.
 IRRELEVANT: Mapping[str, str] = {
     **dict.fromkeys(
-        ("tokenizer_class", "processor_class", "tokenizer_file", "vocab_file", "use_fast", "backend",
-         "auto_map", "tokenizer_type", "fast_tokenizer", "slow_tokenizer_class"),
+        ("tokenizer_class", "processor_class", "tokenizer_file", "vocab_file", "use_fast",
+         "backend", "auto_map", "tokenizer_type", "fast_tokenizer", "slow_tokenizer_class"),
         "names a class or a file of transformers; the vocabulary itself is read and checked",
     ),
     **dict.fromkeys(

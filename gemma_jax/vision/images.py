@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
+from gemma_jax.config import ImageProcessing
 from gemma_jax.vision.pan_and_scan import Box
 
 if TYPE_CHECKING:
@@ -79,21 +80,24 @@ class Image:
         return self.to_pil()._repr_png_()
 
 
-def preprocess(image: Image, size: int, crops: Sequence[Box] = ()) -> np.ndarray:
+def preprocess(
+    image: Image, size: int, crops: Sequence[Box] = (), how: ImageProcessing = ImageProcessing()
+) -> np.ndarray:
     """What the vision tower reads: the whole image, then each of its crops.
 
-    Every part is stretched to a square whatever its shape, bilinear with antialiasing and rounded
-    to 8 bits, then moved from [0, 255] to [-1, 1] (hf `Gemma3ImageProcessor`).
+    Every part is stretched to a square whatever its shape, with antialiasing and rounded to 8 bits,
+    then moved from [0, 255] to [-1, 1], or wherever `how` says (hf `Gemma3ImageProcessor`).
 
     Returns:
       float32 `[1 + crops, 3, size, size]`.
     """
-    picture, bilinear = image.to_pil(), pillow().Resampling.BILINEAR
+    picture, kernel = image.to_pil(), pillow().Resampling[how.resample.upper()]
     parts = [picture, *(picture.crop(box) for box in crops)]
-    levels = np.stack([np.asarray(part.resize((size, size), bilinear)) for part in parts])
+    levels = np.stack([np.asarray(part.resize((size, size), kernel)) for part in parts])
     pixels = levels.transpose(0, 3, 1, 2).astype(np.float32, order="C")
-    pixels -= 127.5
-    pixels /= 127.5
+    # In units of levels, as transformers fuses the two steps: by default 127.5, without rounding.
+    pixels -= (np.array(how.mean) / how.rescale).astype(np.float32)[:, None, None]
+    pixels /= (np.array(how.std) / how.rescale).astype(np.float32)[:, None, None]
     return pixels
 
 

@@ -1,6 +1,5 @@
 """A Hugging Face folder as a source: `config.json` and one or more safetensors files."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,11 +10,13 @@ from gemma_jax.config import GemmaConfig
 
 from ..errors import CheckpointError
 from ..heads import is_tied
+from ..json_values import read_json
 from ..name_table import Table
 from ..safetensors_file import SafetensorsFile
 from ..source import TensorInfo
 from .config import config_from_hf
 from .names import EMBEDDING, HEAD, UNREAD_TOWER, hf_table, short_name
+from .processor_config import with_processor
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -44,9 +45,12 @@ class HFFolder:
             self.config, self.spoilt = config_from_hf(self.raw_config, images=False), {}
         except ValueError as error:
             raise CheckpointError(self.path / CONFIG, str(error)) from None
-        try:
+        try:  # images may not be wanted
             self.config = config_from_hf(self.raw_config)
-        except ValueError as error:  # of what it says of images, which may not be wanted
+            self.config = with_processor(self.config, self.path)
+        except CheckpointError as error:
+            self.spoilt = {"image": str(error)}
+        except ValueError as error:
             self.spoilt = {"image": f"{CONFIG}: {error}"}
         self._open(self._files())
         self.config = replace(self.config, tied_head=self._has_tied_head())
@@ -132,20 +136,3 @@ class HFFolder:
                 problems.append(f"{theirs}: occurs twice, also in {self._where[name][0].path.name}")
             self.tensors[name], self._where[name] = info, (file, theirs)
         return problems
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file.
-
-    Raises:
-      CheckpointError: no such file, or something else in it.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(path, "no such file") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(path, f"not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(path, f"expected a JSON object, got {type(value).__name__}")
-    return value

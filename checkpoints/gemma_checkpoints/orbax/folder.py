@@ -4,7 +4,7 @@ Names do not depend on how layers are stacked, so a folder loads into either lay
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from flax import nnx
 from gemma_jax.config import (
     AltUpConfig,
     GemmaConfig,
+    ImageProcessing,
     LayerSpec,
     ModalityVocabulary,
     PerLayerConfig,
@@ -27,8 +28,8 @@ from ..catalog import resolve
 from ..errors import CheckpointError
 from ..export import host_array, refuse_inexact, tensor_bytes
 from ..folders import new_folder
-from ..hf.folder import read_json
 from ..hf.names import hf_table
+from ..json_values import read_json
 from ..name_table import Row, Table
 from ..params import named_slots
 from ..source import TensorInfo
@@ -146,6 +147,11 @@ def _config(fields: dict) -> GemmaConfig:
     own = {  # absent from folders that are older than the part
         name: kind(**fields[name]) for name, kind in parts.items() if fields.get(name) is not None
     }
+    if "images" in (fields.get("vision") or {}):
+        images = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in own["vision"].images.items()
+        }
+        own["vision"] = replace(own["vision"], images=ImageProcessing(**images))
     vocabularies = (ModalityVocabulary(**ids) for ids in fields.get("modality_vocabularies", ()))
     lists = {"layers": layers, "modality_vocabularies": tuple(vocabularies)}
     return GemmaConfig(**{**fields, **lists, **own})
