@@ -49,7 +49,8 @@ class HFFolder:
             self.config = config_from_hf(self.raw_config)
             self.config = with_processor(self.config, self.path)
         except CheckpointError as error:
-            self.spoilt = {"image": str(error)}
+            problem = "; ".join(error.problems)
+            self.spoilt = {"image": f"{Path(error.where).name}: {problem}"}
         except ValueError as error:
             self.spoilt = {"image": f"{CONFIG}: {error}"}
         self._open(self._files())
