@@ -188,6 +188,7 @@ def test_every_config_field_matters():
         query_pre_attn_scalar=13, layers=base.layers[:2], norm_eps=1e-5, qk_norm=False,
         post_norms=False, attn_soft_cap=2.0, final_soft_cap=2.0, vision=tiny.vision(),
         scale_plus_one=False, v_norm=True, altup=AltUpConfig(num_streams=2), laurel_rank=3,
+        tied_head=False,
         per_layer=PerLayerConfig(width=4, vocab_size=90),
         modality_vocabularies=(ModalityVocabulary(first_id=90, vocab_size=4, width=5),),
     )  # fmt: skip
