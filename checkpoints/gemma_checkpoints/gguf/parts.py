@@ -30,12 +30,14 @@ def read_parts(path: Path) -> dict[Path, GGUFHeader]:
     """
     header = read_gguf_header(path)
     count = header.metadata.get("split.count", 1)
+    number = header.metadata.get("split.no", 0)
+    if not isinstance(count, int) or not isinstance(number, int):
+        raise CheckpointError(path, f"split.no {number!r} of split.count {count!r} is no part")
     if count in (0, 1):
         return {path: header}
     name = _NAME.fullmatch(path.name)
     if name is None or int(name["count"]) != count:
-        number = header.metadata.get("split.no", 0)
-        expected = _part_name("NAME", number + 1, count) if _small(number, count) else "NAME"
+        expected = _part_name("NAME", number + 1, count)
         raise CheckpointError(
             path, f"is a part of a model in {count} parts; expected it to be called {expected}"
         )
@@ -52,10 +54,6 @@ def read_parts(path: Path) -> dict[Path, GGUFHeader]:
 
 def _part_name(stem: str, number: int, count: int) -> str:
     return f"{stem}-{number:05}-of-{count:05}.gguf"
-
-
-def _small(number: object, count: object) -> bool:
-    return isinstance(number, int) and isinstance(count, int)
 
 
 def _check(path: Path, headers: dict[Path, GGUFHeader]) -> None:
