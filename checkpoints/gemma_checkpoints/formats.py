@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from .companions import check_companions
 from .errors import CheckpointError
 from .source import Source
 from .tokenizers import is_gguf
@@ -34,6 +35,7 @@ def open_source(path: str | Path) -> Source:
         if (path / MANIFEST).is_file():
             return OrbaxFolder(path)
         if (path / CONFIG).is_file():
+            check_companions(path)
             return HFFolder(path)
         if path.is_file() and is_gguf(path):
             return GGUFFile(path)

@@ -69,9 +69,8 @@ class Tokenizer:
             raise ValueError(f"expected a Gemma vocabulary, got one without {sorted(missing)}")
         self._finder = None
         if not all(token.plain for token in vocabulary.added.values()):
-            tokens = vocabulary.tokens()
-            self._finder = Finder(tokens)
-            vocabulary = vocabulary.hiding(tokens)
+            self._finder = Finder(vocabulary.tokens())
+            vocabulary = vocabulary.hiding(i for i, t in vocabulary.added.items() if not t.plain)
         model = sentencepiece_proto.write_model(vocabulary)
         try:
             self._engine = sentencepiece.SentencePieceProcessor(model_proto=model)

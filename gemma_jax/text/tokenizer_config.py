@@ -28,7 +28,7 @@ USED = frozenset(
 IRRELEVANT: Mapping[str, str] = {
     **dict.fromkeys(
         ("tokenizer_class", "processor_class", "tokenizer_file", "vocab_file", "use_fast",
-         "backend", "auto_map", "tokenizer_type", "fast_tokenizer", "slow_tokenizer_class"),
+         "backend", "tokenizer_type", "fast_tokenizer", "slow_tokenizer_class"),
         "names a class or a file of transformers; the vocabulary itself is read and checked",
     ),
     **dict.fromkeys(
@@ -56,6 +56,7 @@ IRRELEVANT: Mapping[str, str] = {
 }  # fmt: skip
 # Key -> values that change nothing.
 _NEUTRAL = {
+    "auto_map": (None, {}),  # code of its own, which would be run in the place of Gemma's
     "add_eos_token": (None, False),
     "clean_up_tokenization_spaces": (None, False),
     "add_prefix_space": (None, False),
@@ -146,7 +147,8 @@ def _checked(path: Path) -> dict:
 def _refuse(config: dict) -> None:
     for key, value in config.items():
         if key in _NEUTRAL:
-            name = _name(value) if isinstance(value, Mapping) else value
+            token = key == "unk_token" and isinstance(value, Mapping)
+            name = _name(value) if token else value
             if name not in _NEUTRAL[key]:
                 raise ValueError(f"{key} is {name!r}, which is not supported; expected it unset")
         elif value is not None and key not in USED and key not in IRRELEVANT:

@@ -166,10 +166,14 @@ class Vocabulary:
         }
 
     def hiding(self, ids: Iterable[int]) -> Vocabulary:
-        """The vocabulary for an engine that is not to find these pieces by itself."""
+        """The vocabulary for an engine that is not to find these pieces by itself.
+
+        It may still make them by merges, if there are any: those have a score.
+        """
         kinds = bytearray(self.kinds)
         for i in ids:
-            kinds[i] = Kind.UNKNOWN if kinds[i] == Kind.UNKNOWN else Kind.CONTROL
+            if kinds[i] == Kind.USER_DEFINED:
+                kinds[i] = Kind.NORMAL if self.scores[i] else Kind.CONTROL
         return replace(self, kinds=bytes(kinds))
 
     def of_kind(self, *kinds: Kind) -> dict[int, bytes]:

@@ -70,7 +70,7 @@ CHANGES = [
     (lambda r: r.update(pre_tokenizer={"type": "ByteLevel"}), "pre_tokenizer"),
     (lambda r: r.update(pre_tokenizer=3), "pre_tokenizer"),
     (lambda r: r.update(added_tokens=[3]), "object per added token"),
-    (lambda r: r["added_tokens"][0].update(lstrip=True), "lstrip"),
+    (lambda r: r["added_tokens"][0].update(lstrip="yes"), "lstrip"),
     (lambda r: r["added_tokens"][0].update(id=77), "in model.vocab 0"),
 ]
 

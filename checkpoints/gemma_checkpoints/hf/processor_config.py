@@ -25,7 +25,6 @@ IRRELEVANT: Mapping[str, str] = {
     "processor_class": "names a class of transformers; the keys are read by their meaning",
     "image_processor_type": "as above; Gemma 3's and ShieldGemma 2's do the same",
     "feature_extractor_type": "as above",
-    "auto_map": "as above",
     "transformers_version": "how the file came about",
     "do_convert_rgb": "every picture becomes RGB here",
     "data_format": "the tower reads channels first",
@@ -43,6 +42,7 @@ IRRELEVANT: Mapping[str, str] = {
 }
 # Key -> values besides null that change nothing; any other is refused.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "auto_map": ({},),  # code of its own
     "do_resize": (True,),
     "do_center_crop": (False,),
     "do_pad": (False,),

@@ -148,10 +148,9 @@ def _config(fields: dict) -> GemmaConfig:
         name: kind(**fields[name]) for name, kind in parts.items() if fields.get(name) is not None
     }
     if "images" in (fields.get("vision") or {}):
-        images = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in own["vision"].images.items()
-        }
-        own["vision"] = replace(own["vision"], images=ImageProcessing(**images))
+        images = fields["vision"]["images"]
+        lists = {name: tuple(images[name]) for name in ("mean", "std")}
+        own["vision"] = replace(own["vision"], images=ImageProcessing(**images | lists))
     vocabularies = (ModalityVocabulary(**ids) for ids in fields.get("modality_vocabularies", ()))
     lists = {"layers": layers, "modality_vocabularies": tuple(vocabularies)}
     return GemmaConfig(**{**fields, **lists, **own})
