@@ -142,30 +142,32 @@ def load_model(
     from gemma_checkpoints import load_weights
     from gemma_jax.quantise import store_weights
 
-    how = replace(options, **changes)
+    options = replace(options, **changes)
     on_cpu = jax.default_backend() == "cpu"
-    dtype = jnp.dtype(how.dtype or ("float32" if on_cpu else "bfloat16"))
-    stored = how.weights
+    dtype = jnp.dtype(options.dtype or ("float32" if on_cpu else "bfloat16"))
+    stored = options.weights
     narrower = stored if stored is not None and BITS[stored] < 8 * dtype.itemsize else None
     partition = (
-        None if how.mesh is None else partition_for(source, how.mesh, how.rules, how.modalities)
+        None
+        if options.mesh is None
+        else partition_for(source, options.mesh, options.rules, options.modalities)
     )
     return load_weights(
         source,
-        modalities=how.modalities,
+        modalities=options.modalities,
         dtype=dtype if stored is None or narrower else jnp.dtype(stored),
         runtime=Runtime(
             dtype=dtype,
-            numerics=resolve_numerics(how.numerics),
-            attention_impl=how.attention_impl,
-            vision_dtype=None if how.vision_dtype is None else jnp.dtype(how.vision_dtype),
-            cache_dtype=None if how.cache_dtype is None else jnp.dtype(how.cache_dtype),
+            numerics=resolve_numerics(options.numerics),
+            attention_impl=options.attention_impl,
+            vision_dtype=None if options.vision_dtype is None else jnp.dtype(options.vision_dtype),
+            cache_dtype=None if options.cache_dtype is None else jnp.dtype(options.cache_dtype),
             partition=partition,
         ),
-        layout=how.layout or ("unrolled" if on_cpu else "scan"),
+        layout=options.layout or ("unrolled" if on_cpu else "scan"),
         transform=store_weights(narrower) if narrower else None,
         placement=partition and partition.placement,
-        per_layer_table=how.per_layer_table,
+        per_layer_table=options.per_layer_table,
         per_layer_dtype=jnp.bfloat16 if narrower else None,
         progress=progress,
     )

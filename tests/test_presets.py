@@ -60,22 +60,22 @@ def count(tree) -> int:
 @pytest.mark.parametrize("layout", ["scan", "unrolled"])
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_parameter_counts(name, layout):
-    net = abstract_model(PRESETS[name], layout=layout)
-    assert count(net) - count(net.vision) == PARAMETERS[name]
-    assert (net.vision is not None) == (name in PROJECTOR)
-    if net.vision is not None:
-        assert count(net.vision.tower) == TOWER
-        assert count(net.vision.projector) == PROJECTOR[name]
+    model = abstract_model(PRESETS[name], layout=layout)
+    assert count(model) - count(model.vision) == PARAMETERS[name]
+    assert (model.vision is not None) == (name in PROJECTOR)
+    if model.vision is not None:
+        assert count(model.vision.tower) == TOWER
+        assert count(model.vision.projector) == PROJECTOR[name]
 
 
 @pytest.mark.parametrize("name", list(GEMMA3N_TOTAL))
 def test_gemma3n_counts_as_published(name):
     cfg = preset(name)
-    net = abstract_model(cfg)
+    model = abstract_model(cfg)
     unused_by_layer = 2 * cfg.num_kv_heads * cfg.head_dim * cfg.d_model + cfg.head_dim
-    total = count(net) + unused_by_layer * sum(spec.kv == "shared" for spec in cfg.layers)
+    total = count(model) + unused_by_layer * sum(spec.kv == "shared" for spec in cfg.layers)
     assert total == GEMMA3N_TOTAL[name]
-    tables = count(net.embed) + count(net.per_layer.table)
+    tables = count(model.embed) + count(model.per_layer.table)
     assert total - tables == GEMMA3N_EFFECTIVE[name]
 
 
@@ -166,16 +166,16 @@ def test_local_layers_cost_a_window_not_the_context():
 def test_every_config_field_matters():
     """Changing a field changes the parameters or the traced program: none is dead."""
 
-    def look(net, ids):
-        vision = net.cfg.vision
+    def look(model, ids):
+        vision = model.cfg.vision
         pixels = jax.numpy.zeros((1, 3, vision.image_size, vision.image_size))
-        return forward(net, Batch(ids, soft=soft_tokens(net, ids, pixels))).logits
+        return forward(model, Batch(ids, soft=soft_tokens(model, ids, pixels))).logits
 
     def trace(cfg):
-        net = abstract_model(cfg)
+        model = abstract_model(cfg)
         ids = jax.ShapeDtypeStruct((1, 12), "int32")
         run = forward if cfg.vision is None else look
-        return str(jax.make_jaxpr(run)(net, ids)), str(jax.tree.map(lambda a: a.shape, net))
+        return str(jax.make_jaxpr(run)(model, ids)), str(jax.tree.map(lambda a: a.shape, model))
 
     def check(make, changes):
         before = trace(make())

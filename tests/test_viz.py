@@ -170,9 +170,9 @@ def test_sensitivity_has_layers_across_and_widths_down(plt):
 
 
 def test_the_line_joins_the_slices_that_none_smaller_is_as_good_as(plt):
-    cut = gj.matformer.Slice(ffn_widths=(1,))
+    submodel = gj.matformer.Slice(ffn_widths=(1,))
     sizes = {300: 1.0, 100: 3.0, 200: 2.0, 250: 2.5, 260: 2.0}
-    points = [gj.matformer.Point(cut, size, loss) for size, loss in sizes.items()]
+    points = [gj.matformer.Point(submodel, size, loss) for size, loss in sizes.items()]
     ax = gj.viz.plot_slices(points, names=("full", "", "half"))
     assert ax.lines[0].get_xydata().tolist() == [[100, 3], [200, 2], [300, 1]]
     assert ax.collections[0].get_offsets().tolist() == [list(p) for p in sizes.items()]

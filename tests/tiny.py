@@ -128,17 +128,17 @@ def model(cfg: GemmaConfig, layout="scan", seed: int = 0, **runtime) -> Gemma:
     return map_params(abstract_model(cfg, runtime=Runtime(**runtime), layout=layout), fill)
 
 
-def relayout(net: Gemma, layout: str) -> Gemma:
+def relayout(gemma: Gemma, layout: str) -> Gemma:
     """The same parameters in the other layout."""
-    other = model(net.cfg, layout)
-    other.runtime = net.runtime
-    _restack(net, other)
-    other.embed, other.final_norm = net.embed, net.final_norm
-    if net.vision is not None:
-        old, new = net.vision.tower, other.vision.tower
+    other = model(gemma.cfg, layout)
+    other.runtime = gemma.runtime
+    _restack(gemma, other)
+    other.embed, other.final_norm = gemma.embed, gemma.final_norm
+    if gemma.vision is not None:
+        old, new = gemma.vision.tower, other.vision.tower
         _restack(old, new)
         new.patches, new.final_norm = old.patches, old.final_norm
-        other.vision.projector = net.vision.projector
+        other.vision.projector = gemma.vision.projector
     return other
 
 

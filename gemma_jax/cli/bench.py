@@ -34,18 +34,18 @@ def command(
         outside = benchmark.starts(["--model", model, *options.words()], repeats)
         outside["import_s"] = benchmark.import_seconds(repeats)
         status.stop()
-        net = options.load(model)
+        gemma = options.load(model)
         status.update("reading and writing tokens")
         status.start()
         inside = benchmark.steady_state(
-            net, prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch, repeats=repeats
+            gemma, prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch, repeats=repeats
         )
     result = {
         "model": model,
         **asdict(options),
-        "dtype": str(net.runtime.dtype),
-        "weights": options.weights or str(net.runtime.dtype),
-        "cache_dtype": str(net.runtime.kv_dtype),
+        "dtype": str(gemma.runtime.dtype),
+        "weights": options.weights or str(gemma.runtime.dtype),
+        "cache_dtype": str(gemma.runtime.kv_dtype),
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "batch": batch,

@@ -58,11 +58,11 @@ def command(
 
     sampling = replace(load_sampling(model) or Sampling(**RECOMMENDED), **given)
     tokenizer = load_tokenizer(model)
-    net = options.load(model)
+    gemma = options.load(model)
 
     def start() -> Conversation:
         return Conversation(
-            net,
+            gemma,
             tokenizer,
             max_len=max_len,
             system=system,
@@ -80,7 +80,7 @@ def command(
             conversation, images = start(), []
         elif word == "/image":
             with _lenient():
-                images.append(_open(rest.strip(), net))
+                images.append(_open(rest.strip(), gemma))
         else:
             with _lenient(", or /reset"):  # the conversation may have outgrown its room
                 content = [*images, line] if images else line
@@ -103,12 +103,12 @@ def _lenient(way_on: str = "") -> Iterator[None]:
         print(f"error: {one_line(error)}{way_on}", file=sys.stderr)
 
 
-def _open(file: str, net: "Gemma") -> "Image":
+def _open(file: str, model: "Gemma") -> "Image":
     """The image for the next message."""
     from gemma_jax.multimodal.image_prompt import require_vision
     from gemma_jax.vision.images import Image
 
-    require_vision(net.cfg.vision)
+    require_vision(model.cfg.vision)
     if not file:
         raise ValueError("expected a file, as in /image picture.png")
     image = Image(os.path.expanduser(file))

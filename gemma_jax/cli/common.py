@@ -97,12 +97,12 @@ def find_slice(name: str | None, source: str) -> "Slice | None":
     from gemma_checkpoints import describe, resolve
 
     cfg = describe(resolve(source)).config
-    cut = _named_slice(name, cfg)
-    cut_config(name, cfg)
-    return cut
+    submodel = _named_slice(name, cfg)
+    submodel_config(name, cfg)
+    return submodel
 
 
-def cut_config(name: str, cfg: "GemmaConfig") -> "GemmaConfig":
+def submodel_config(name: str, cfg: "GemmaConfig") -> "GemmaConfig":
     """The architecture of a slice, by its name or file; refuses illegal ones."""
     from gemma_jax.matformer import slice_config
 
@@ -116,13 +116,13 @@ def _named_slice(name: str, cfg: "GemmaConfig") -> "Slice":
     return matformer.Slice.read(name) if is_file else matformer.preset(name, cfg)
 
 
-def view(net: "Gemma", cut: "Slice | None") -> "Gemma":
+def view(model: "Gemma", submodel: "Slice | None") -> "Gemma":
     """The model, or what a slice leaves of it."""
-    if cut is None:
-        return net
+    if submodel is None:
+        return model
     from gemma_jax import matformer
 
-    return matformer.at(net, cut, allow_irregular=True)
+    return matformer.at(model, submodel, allow_irregular=True)
 
 
 def save_arrays(arrays: dict[str, "np.ndarray"], path: Path, output: Path) -> None:

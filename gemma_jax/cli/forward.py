@@ -51,14 +51,14 @@ def command(
     ids, positions, rope = arrays["input_ids"], *_positions(arrays, inputs)
     names = _captures(capture)
     with replacing(output) as path:  # entered first: a wrong path should not cost a model's loading
-        net = options.load(model)
-        check_for_model(arrays, net.cfg, inputs)
-        if net.cfg.vision is None and (asked := [n for n in names if n in encoder.CAPTURES]):
+        gemma = options.load(model)
+        check_for_model(arrays, gemma.cfg, inputs)
+        if gemma.cfg.vision is None and (asked := [n for n in names if n in encoder.CAPTURES]):
             raise ValueError(f"this model has no vision tower to capture {', '.join(asked)} from")
         with progress.compiling():
-            soft, seen = _see(net, arrays, tuple(n for n in names if n in encoder.CAPTURES))
+            soft, seen = _see(gemma, arrays, tuple(n for n in names if n in encoder.CAPTURES))
             out = forward(
-                net,
+                gemma,
                 Batch(
                     jnp.asarray(ids, jnp.int32),
                     jnp.asarray(positions, jnp.int32),
@@ -95,7 +95,7 @@ def _captures(names: str) -> tuple[str, ...]:
     return wanted
 
 
-def _see(net: "Gemma", arrays: dict[str, "np.ndarray"], capture: tuple[str, ...]):
+def _see(model: "Gemma", arrays: dict[str, "np.ndarray"], capture: tuple[str, ...]):
     """Soft tokens for the images in the inputs, and what was captured on the way to them.
 
     The images are where `token_type_ids` says so; without it transformers reads even the tokens of
@@ -110,8 +110,8 @@ def _see(net: "Gemma", arrays: dict[str, "np.ndarray"], capture: tuple[str, ...]
         if capture:
             raise ValueError(f"no pixel_values in the inputs to capture {', '.join(capture)} from")
         return None, {}
-    embeddings_ITD, captured = encode_images(net, arrays["pixel_values"], capture=capture)
-    index_BT, _ = locate(arrays["input_ids"], image_modality(net.cfg.vision))
+    embeddings_ITD, captured = encode_images(model, arrays["pixel_values"], capture=capture)
+    index_BT, _ = locate(arrays["input_ids"], image_modality(model.cfg.vision))
     block_BT = runs(arrays["token_type_ids"] == 1) if "token_type_ids" in arrays else None
     soft = SoftTokens(embeddings_ITD=embeddings_ITD, index_BT=index_BT, block_BT=block_BT)
     return soft, captured

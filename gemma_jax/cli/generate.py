@@ -83,16 +83,16 @@ def command(
 
     images = common.open_images(image, model)
     tokenizer = load_tokenizer(model) if prompt is not None or has_tokenizer(model) else None
-    cut = common.find_slice(options.slice, model)
+    submodel = common.find_slice(options.slice, model)
     draft = common.find_slice(speculative, model)
-    whole = options.load_whole(model, layout="unrolled" if cut or draft else None)
-    net = common.view(whole, cut)
+    whole = options.load_whole(model, layout="unrolled" if submodel or draft else None)
+    gemma = common.view(whole, submodel)
     loaded = time.perf_counter()
     if arrays is None:
         content = [*images, prompt] if images else prompt
         prompts = [[{"role": "user", "content": content}] if chat else prompt]
     else:
-        prompts = _prompts_of(arrays, net, inputs)
+        prompts = _prompts_of(arrays, gemma, inputs)
 
     first: list[float] = []
     bar = progress.reading()
@@ -106,7 +106,7 @@ def command(
 
     with bar:
         completions = generate(
-            net,
+            gemma,
             tokenizer,
             prompts,
             images=[images] if images and not chat else None,
@@ -117,7 +117,7 @@ def command(
             stop=stop or (),
             on_text=None if inputs else on_text,
             # A slice of a slice would be drafting for other layers than its name says.
-            draft=common.view(whole, draft) if cut and draft else draft,
+            draft=common.view(whole, draft) if submodel and draft else draft,
             draft_tokens=draft_tokens,
             progress=bar,
         )
@@ -139,17 +139,17 @@ def command(
         print()
 
 
-def _prompts_of(arrays: dict[str, "np.ndarray"], net: "Gemma", path: Path) -> "list[Prompt]":
+def _prompts_of(arrays: dict[str, "np.ndarray"], model: "Gemma", path: Path) -> "list[Prompt]":
     """One prompt per row: its real tokens, and the images that its placeholders stand for."""
     import numpy as np
 
     from gemma_jax.multimodal.prompts import Prompt
 
-    check_for_model(arrays, net.cfg, path)
+    check_for_model(arrays, model.cfg, path)
     rows = [row[keep] for row, keep in zip(arrays["input_ids"], real_tokens(arrays, path))]
     if "pixel_values" not in arrays:
         return [Prompt(row.tolist()) for row in rows]
-    vision = net.cfg.vision
+    vision = model.cfg.vision
     counts = [int((row == vision.image_token).sum()) // vision.num_soft_tokens for row in rows]
     pixels = np.split(arrays["pixel_values"], np.cumsum(counts)[:-1])
     return [Prompt(row.tolist(), own) for row, own in zip(rows, pixels)]

@@ -74,7 +74,7 @@ def _facts(source: str, slice_name: str | None) -> dict:
     text = {} if summary is None or summary.tokenizer is None else _text(source)
     if slice_name is not None:
         stored = {}  # the files hold more than the slice
-        cfg = common.cut_config(slice_name, cfg)
+        cfg = common.submodel_config(slice_name, cfg)
     parts = params_by_part(cfg)
     parameters = sum(parts.values())
     local = [spec for spec in cfg.layers if spec.kind == "local"]

@@ -2,7 +2,7 @@
 
     @model_options()
     def command(model: common.Model, *, ..., options: ModelOptions) -> None:
-        net = options.load(model)
+        gemma = options.load(model)
 
 `ModelOptions` stands in the place of its fields: each is an option of the command. What a command
 has no use for it refuses in one line that says why.
@@ -97,8 +97,8 @@ class ModelOptions:
 
     def load(self, source: str) -> "Gemma":
         """The model, or the slice of it, under a progress bar."""
-        cut = common.find_slice(self.slice, source)
-        return common.view(self.load_whole(source, "unrolled" if cut else None), cut)
+        submodel = common.find_slice(self.slice, source)
+        return common.view(self.load_whole(source, "unrolled" if submodel else None), submodel)
 
     def load_whole(self, source: str, layout: "Layout | None" = None) -> "Gemma":
         """The model, without regard to `--slice`, which needs the layout "unrolled"."""

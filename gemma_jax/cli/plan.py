@@ -88,7 +88,7 @@ def command(
     where = planning.find_topology(topology)
     cfg, _ = common.find_config(source)
     if slice_name is not None:
-        cfg = common.cut_config(slice_name, cfg)
+        cfg = common.submodel_config(slice_name, cfg)
     work = planning.Work(
         mode=mode.value,
         batch=batch,

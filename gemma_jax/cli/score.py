@@ -41,9 +41,9 @@ def command(
 
     if ids is None:
         ids = load_tokenizer(model).encode(text, bos=True)
-    net = options.load(model)
+    gemma = options.load(model)
     with progress.reading() as bar:
-        log_probs = score(net, ids, progress=bar)
+        log_probs = score(gemma, ids, progress=bar)
     mean = float(log_probs.mean())
     perplexity = math.exp(-mean) if -mean < 700 else math.inf
     if as_json:

@@ -33,9 +33,9 @@ def command(
     definitions = definitions_of(policy or POLICIES)
     (picture,) = common.open_images([image], model)
     tokenizer = load_tokenizer(model)
-    net = options.load(model)
+    gemma = options.load(model)
     with progress.compiling():
-        verdicts = shield(net, tokenizer, picture, definitions)
+        verdicts = shield(gemma, tokenizer, picture, definitions)
     if as_json:
         common.print_json({name: asdict(verdict) for name, verdict in verdicts.items()})
         return

@@ -47,15 +47,15 @@ def command(
     from gemma_jax.matformer import Slice, slice_config, slice_model
 
     if preset is not None:
-        cut = common.find_slice(preset, source)
+        submodel = common.find_slice(preset, source)
     else:
         skipped = _numbers(skip_layers, "--skip-layers")
         widths = _numbers(ffn_widths, "--ffn-widths") if ffn_widths is not None else tuple(
             spec.d_ff for i, spec in enumerate(cfg.layers) if i not in skipped
         )  # fmt: skip
-        cut = Slice(ffn_widths=widths, skip_layers=skipped)
+        submodel = Slice(ffn_widths=widths, skip_layers=skipped)
     with flags_for("allow_irregular"):
-        slice_config(cfg, cut, allow_irregular=allow_irregular)  # before any weight is read
+        slice_config(cfg, submodel, allow_irregular=allow_irregular)  # before any weight is read
     common.set_up_jax()
     from gemma_checkpoints import load_weights, save_hf
 
@@ -63,7 +63,7 @@ def command(
         model = load_weights(
             path, dtype=dtype and dtype.value, modalities=("text",), layout="unrolled", progress=bar
         )
-    small = slice_model(model, cut, allow_irregular=allow_irregular)
+    small = slice_model(model, submodel, allow_irregular=allow_irregular)
     with progress.saving():
         save_hf(small, target, source=path)
     print(target)

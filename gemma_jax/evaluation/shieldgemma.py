@@ -103,7 +103,7 @@ def shield(
     prompts = [PROMPT.format(definition=text) for text in definitions.values()]
     rows = [expand(tokenizer, place_markers(text, modality, 1), [0], vision) for text in prompts]
     answers = jnp.array([tokenizer.id_of("Yes"), tokenizer.id_of("No")])
-    pixels = preprocess(Image(image), vision.image_size, how=vision.images)
+    pixels = preprocess(Image(image), vision.image_size, processing=vision.images)
     probabilities = jax.nn.softmax(_last_logits(model, rows, pixels)[:, answers], axis=-1)
     return {name: Verdict(yes, no) for name, (yes, no) in zip(definitions, probabilities.tolist())}
 

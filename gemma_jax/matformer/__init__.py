@@ -1,7 +1,7 @@
 """MatFormer: smaller models inside a larger one, by prefixes of feed-forward widths and by layers.
 
-    small = matformer.slice(model, cut)     a model of its own, to be saved
-    small = matformer.at(model, cut)        a view: same weights in memory, nothing is copied
+    small = matformer.slice(model, submodel)     a model of its own, to be saved
+    small = matformer.at(model, submodel)        a view: same weights in memory, nothing is copied
 
 Devvrit et al., "MatFormer: Nested Transformer for Elastic Inference", 2023; Gemma 3n E2B is such a
 slice of E4B.

@@ -26,7 +26,7 @@ class Point:
       loss: Mean negative log-likelihood of the next token, nats.
     """
 
-    cut: Slice
+    submodel: Slice
     parameters: int
     loss: float
 
@@ -90,18 +90,18 @@ def _path(
 ) -> list[Point]:
     layers = [spec.d_ff for i, spec in enumerate(model.cfg.layers) if i not in skip]
     start = Slice(ffn_widths=tuple(layers), skip_layers=skip)
-    net = model
+    base = model  # without the layers left out
     if skip:
         unrolled = len(model.layer_groups) == 1 and model.layer_groups[0].repeats == 1
-        net = (at if unrolled else slice_model)(model, start)
+        base = (at if unrolled else slice_model)(model, start)
     steps = sorted(fractions, reverse=True)
-    cost = np.cumsum(np.maximum(np.diff(sensitivity(net, tokens_BT, steps), prepend=0), 0), axis=1)
-    measure, widths = _Measure(net, tokens_BT), np.array(layers)
+    cost = np.cumsum(np.maximum(np.diff(sensitivity(base, tokens_BT, steps), prepend=0), 0), axis=1)
+    measure, widths = _Measure(base, tokens_BT), np.array(layers)
     taken = np.zeros(len(layers), int)  # steps down, of each layer
 
     def point() -> Point:
-        cut = Slice(ffn_widths=tuple(widths.tolist()), skip_layers=skip)
-        return Point(cut, parameters(slice_config(model.cfg, cut)), measure(widths))
+        submodel = Slice(ffn_widths=tuple(widths.tolist()), skip_layers=skip)
+        return Point(submodel, parameters(slice_config(model.cfg, submodel)), measure(widths))
 
     points = [point()]
     while points[-1].parameters > budget and (taken < len(steps)).any():

@@ -17,7 +17,7 @@ from .submodel import Slice, slice_config
 
 
 def slice_model(
-    model: Gemma, cut: Slice, *, allow_irregular: bool = False, layout: Layout | None = None
+    model: Gemma, submodel: Slice, *, allow_irregular: bool = False, layout: Layout | None = None
 ) -> Gemma:
     """Cuts a smaller model out of a larger one, with weights of its own to be saved.
 
@@ -40,15 +40,18 @@ def slice_model(
       >>> matformer.slice(model, half).blocks[0][0].ffn.up.w.shape  # of the first layer
       (1, 128, 96)
     """
-    cfg = slice_config(model.cfg, cut, allow_irregular=allow_irregular)
+    cfg = slice_config(model.cfg, submodel, allow_irregular=allow_irregular)
     layout = layout or ("unrolled" if _is_unrolled(model) else "scan")
-    target, parts = abstract_model(cfg, runtime=model.runtime, layout=layout), _parts(model, cut)
+    target, parts = (
+        abstract_model(cfg, runtime=model.runtime, layout=layout),
+        _parts(model, submodel),
+    )
 
     def value(path: ParamPath) -> Weight:
         if path[0] != "blocks":
             return _taken(parts(path, None))
         _, index, position, *rest = path
-        group, kept = target.layer_groups[index], cut.kept(len(model.cfg.layers))
+        group, kept = target.layer_groups[index], submodel.kept(len(model.cfg.layers))
         layers = [kept[group.layer_index(position, r)] for r in range(group.repeats)]
         rows = [_taken(parts(("blocks", *rest), layer)) for layer in layers]
         if len(rows) == 1:
@@ -58,7 +61,7 @@ def slice_model(
     return with_params(target, {path: value(path) for path in flat_params(target)})
 
 
-def at(model: Gemma, cut: Slice, *, allow_irregular: bool = False) -> Gemma:
+def at(model: Gemma, submodel: Slice, *, allow_irregular: bool = False) -> Gemma:
     """Views a submodel inside a model: it holds the arrays of `model`, and no other.
 
     What it does not use is cut off inside the compiled programs, at widths that are known when they
@@ -82,9 +85,9 @@ def at(model: Gemma, cut: Slice, *, allow_irregular: bool = False) -> Gemma:
             'a view needs an array per layer; load the model with layout="unrolled", or use '
             "matformer.slice"
         )
-    cfg = slice_config(model.cfg, cut, allow_irregular=allow_irregular)
+    cfg = slice_config(model.cfg, submodel, allow_irregular=allow_irregular)
     target = abstract_model(cfg, runtime=model.runtime, layout="unrolled")
-    kept, parts = cut.kept(len(model.cfg.layers)), _parts(model, cut)
+    kept, parts = submodel.kept(len(model.cfg.layers)), _parts(model, submodel)
 
     def value(path: ParamPath) -> Weight:
         if path[0] != "blocks":
@@ -95,15 +98,15 @@ def at(model: Gemma, cut: Slice, *, allow_irregular: bool = False) -> Gemma:
     return with_params(target, {path: value(path) for path in flat_params(target)})
 
 
-def _parts(model: Gemma, cut: Slice) -> Callable[[ParamPath, int | None], Weight]:
+def _parts(model: Gemma, submodel: Slice) -> Callable[[ParamPath, int | None], Weight]:
     """`(path, layer) -> value` of a parameter of `model`, or the `Part` of it that the slice uses.
 
     The path of a layer's parameter is that within its block, after `"blocks"`; its value has a
     leading axis of size 1, as in an unrolled model.
     """
     params = flat_params(model)
-    layers, kept = model.cfg.layers, cut.kept(len(model.cfg.layers))
-    width = dict(zip(kept, cut.ffn_widths))
+    layers, kept = model.cfg.layers, submodel.kept(len(model.cfg.layers))
+    width = dict(zip(kept, submodel.ffn_widths))
     places = {
         group.layer_index(position, repeat): (s, position, repeat)
         for s, group in enumerate(model.layer_groups)

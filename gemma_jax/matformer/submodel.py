@@ -62,7 +62,9 @@ class Slice:
         return tuple(i for i in range(num_layers) if i not in self.skip_layers)
 
 
-def slice_config(cfg: GemmaConfig, cut: Slice, *, allow_irregular: bool = False) -> GemmaConfig:
+def slice_config(
+    cfg: GemmaConfig, submodel: Slice, *, allow_irregular: bool = False
+) -> GemmaConfig:
     """Derives the architecture of a slice.
 
     Kept layers keep their kind and sparsity; those that share keys and values read the same layers
@@ -83,45 +85,43 @@ def slice_config(cfg: GemmaConfig, cut: Slice, *, allow_irregular: bool = False)
       >>> len(matformer.slice_config(e4b, matformer.preset("e2b", e4b)).layers)
       30
     """
-    if problems := _problems(cfg, cut, allow_irregular):
+    if problems := _problems(cfg, submodel, allow_irregular):
         raise ValueError("illegal slice: " + "; ".join(problems))
-    kept = cut.kept(len(cfg.layers))
+    kept = submodel.kept(len(cfg.layers))
     specs = [
         replace(cfg.layers[i], d_ff=width, kv="own")
-        for i, width in zip(kept, cut.ffn_widths, strict=True)
+        for i, width in zip(kept, submodel.ffn_widths, strict=True)
     ]
     num_shared = sum(cfg.layers[i].kv == "shared" for i in kept)
     return replace(cfg, layers=share_kv(specs, num_shared))
 
 
-def shares_cache(cfg: GemmaConfig, cut: Slice) -> bool:
+def shares_cache(cfg: GemmaConfig, submodel: Slice) -> bool:
     """Whether the slice computes the same keys and values as the whole model.
 
     The two may then write into one cache. It is so if nothing is narrowed or skipped before the
     last layer that has keys and values of its own.
     """
-    widths = dict(zip(cut.kept(len(cfg.layers)), cut.ffn_widths))
+    widths = dict(zip(submodel.kept(len(cfg.layers)), submodel.ffn_widths))
     last = max(i for i, spec in enumerate(cfg.layers) if spec.kv != "shared")
     return last in widths and all(widths.get(i) == cfg.layers[i].d_ff for i in range(last))
 
 
-def _problems(cfg: GemmaConfig, cut: Slice, allow_irregular: bool) -> list[str]:
-    layers, skipped = cfg.layers, cut.skip_layers
+def _problems(cfg: GemmaConfig, submodel: Slice, allow_irregular: bool) -> list[str]:
+    layers, skipped = cfg.layers, submodel.skip_layers
     if outside := [i for i in skipped if not 0 <= i < len(layers)]:
         return [f"skip_layers {outside} do not exist; the model has layers 0 to {len(layers) - 1}"]
     if len(set(skipped)) != len(skipped):
         return [f"skip_layers={list(skipped)} names a layer twice"]
-    kept = cut.kept(len(layers))
+    kept = submodel.kept(len(layers))
     if not kept:
         return ["no layer is kept"]
     problems = []
-    if len(cut.ffn_widths) != len(kept):
-        problems.append(
-            f"{len(cut.ffn_widths)} ffn_widths for {len(kept)} kept layers; expected one for each"
-        )
+    if (count := len(submodel.ffn_widths)) != len(kept):
+        problems.append(f"{count} ffn_widths for {len(kept)} kept layers; expected one for each")
     problems += [
         f"width {width} of layer {i} must lie in [1, {layers[i].d_ff}]"
-        for i, width in zip(kept, cut.ffn_widths)
+        for i, width in zip(kept, submodel.ffn_widths)
         if not 1 <= width <= layers[i].d_ff
     ]
     problems += [

@@ -84,12 +84,12 @@ def elastic(
     batch: TrainBatch | Batch | jax.Array,
     key: jax.Array | None = None,
     *,
-    cuts: Sequence[Slice] = (),
+    submodels: Sequence[Slice] = (),
     z_loss: float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Computes the mean of the losses of a MatFormer and of models inside it, on the same tokens.
 
-    Devvrit et al., 2023. The models: the whole; a slice for each of `cuts`; and, if the batch has
+    Devvrit et al., 2023. The models: the whole; each of `submodels`; and, if the batch has
     `ffn_widths_L`, the model of these widths, which may be others in every batch.
 
     Returns:
@@ -102,7 +102,7 @@ def elastic(
       >>> model, tok = gj.load("checkpoints/elastic")
       >>> tokens = np.array([tok.encode("The tuple is a list that", bos=True)])
       >>> half = matformer.Slice(ffn_widths=(128,) * 10)
-      >>> loss, metrics = gj.elastic(model, tokens, cuts=(half,))
+      >>> loss, metrics = gj.elastic(model, tokens, submodels=(half,))
       >>> sorted(metrics)
       ['slice_0', 'tokens', 'whole']
     """
@@ -110,10 +110,10 @@ def elastic(
     read = Batch.of(batch.batch)
     plain = replace(batch, batch=replace(read, ffn_widths_L=None))
     inside = {"whole": (model, plain)}
-    inside |= {f"slice_{i}": (at(model, cut), plain) for i, cut in enumerate(cuts)}
+    inside |= {f"slice_{i}": (at(model, submodel), plain) for i, submodel in enumerate(submodels)}
     if read.ffn_widths_L is not None:
         inside["narrow"] = (model, batch)
-    said = {name: next_token(net, rows, key, z_loss=z_loss) for name, (net, rows) in inside.items()}
+    said = {name: next_token(m, rows, key, z_loss=z_loss) for name, (m, rows) in inside.items()}
     losses = {name: value for name, (value, _) in said.items()}
     _, metrics = said["whole"]
     return jnp.asarray(sum(losses.values()) / len(losses)), losses | metrics

@@ -81,23 +81,26 @@ class Image:
 
 
 def preprocess(
-    image: Image, size: int, crops: Sequence[Box] = (), how: ImageProcessing = ImageProcessing()
+    image: Image,
+    size: int,
+    crops: Sequence[Box] = (),
+    processing: ImageProcessing = ImageProcessing(),
 ) -> np.ndarray:
     """What the vision tower reads: the whole image, then each of its crops.
 
     Every part is stretched to a square whatever its shape, with antialiasing and rounded to 8 bits,
-    then moved from [0, 255] to [-1, 1], or wherever `how` says (hf `Gemma3ImageProcessor`).
+    then moved from [0, 255] to [-1, 1], or wherever `processing` says (hf `Gemma3ImageProcessor`).
 
     Returns:
       float32 `[1 + crops, 3, size, size]`.
     """
-    picture, kernel = image.to_pil(), pillow().Resampling[how.resample.upper()]
+    picture, kernel = image.to_pil(), pillow().Resampling[processing.resample.upper()]
     parts = [picture, *(picture.crop(box) for box in crops)]
     levels = np.stack([np.asarray(part.resize((size, size), kernel)) for part in parts])
     pixels = levels.transpose(0, 3, 1, 2).astype(np.float32, order="C")
     # In units of levels, as transformers fuses the two steps: by default 127.5, without rounding.
-    pixels -= (np.array(how.mean) / how.rescale).astype(np.float32)[:, None, None]
-    pixels /= (np.array(how.std) / how.rescale).astype(np.float32)[:, None, None]
+    pixels -= (np.array(processing.mean) / processing.rescale).astype(np.float32)[:, None, None]
+    pixels /= (np.array(processing.std) / processing.rescale).astype(np.float32)[:, None, None]
     return pixels
 
 

@@ -143,8 +143,8 @@ def test_what_is_not_done_is_refused_by_name(said, message, tmp_path):
 # google/gemma-3-4b-it, but for the sizes.
 GEMMA3 = {
     "do_convert_rgb": None, "do_normalize": True, "do_pan_and_scan": None, "do_rescale": True,
-    "do_resize": True, "image_mean": [0.5, 0.5, 0.5], "image_processor_type": "Gemma3ImageProcessor",
-    "image_seq_length": 4, "image_std": [0.5, 0.5, 0.5], "pan_and_scan_max_num_crops": None,
+    "do_resize": True, "image_mean": [0.5, 0.5, 0.5],
+    "image_processor_type": "Gemma3ImageProcessor", "image_seq_length": 4, "image_std": [0.5, 0.5, 0.5], "pan_and_scan_max_num_crops": None,
     "pan_and_scan_min_crop_size": None, "pan_and_scan_min_ratio_to_activate": None,
     "processor_class": "Gemma3Processor", "resample": 2, "rescale_factor": 0.00392156862745098,
     "size": {"height": 56, "width": 56},
@@ -166,7 +166,9 @@ def images_of(folder):
 
 def sized(tower, **changes):
     length = {"image_seq_length": tower.num_soft_tokens}
-    return GEMMA3 | length | {"size": dict.fromkeys(("height", "width"), tower.image_size)} | changes
+    return (
+        GEMMA3 | length | {"size": dict.fromkeys(("height", "width"), tower.image_size)} | changes
+    )
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +214,9 @@ def test_the_filter_that_resizes():
     picture = Image(np.random.default_rng(0).integers(0, 256, (31, 17, 3), np.uint8))
     for name in ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"):
         pixels = preprocess(picture, 8, (), ImageProcessing(resample=name))[0]
-        theirs = picture.to_pil().resize((8, 8), getattr(__import__("PIL.Image").Image, name.upper()))
+        theirs = picture.to_pil().resize(
+            (8, 8), getattr(__import__("PIL.Image").Image, name.upper())
+        )
         levels = np.rint(pixels.transpose(1, 2, 0) * 127.5 + 127.5)
         np.testing.assert_array_equal(levels, np.asarray(theirs))
 

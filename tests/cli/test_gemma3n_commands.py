@@ -70,8 +70,8 @@ def test_everything_inside(forward, tmp_path):
     """All captures by name; where layers differ in shape, layer by layer."""
     written = forward(DATA / "g3n_text", "g3n_text", "forward", "--capture", ",".join(INSIDE))
     assert {name: array.shape for name, array in written.items() if name != "logits"} == INSIDE
-    (tmp_path / "cut.json").write_text(json.dumps({"ffn_widths": [64] * 2 + [128] * 18}))
-    words = ("--slice", tmp_path / "cut.json", "--capture", "sparsity_masks")
+    (tmp_path / "slice.json").write_text(json.dumps({"ffn_widths": [64] * 2 + [128] * 18}))
+    words = ("--slice", tmp_path / "slice.json", "--capture", "sparsity_masks")
     written = forward(DATA / "g3n_text", "g3n_text", "forward", *words)
     widths = [written[f"sparsity_masks.{i}"].shape[-1] for i in range(5)]
     assert widths == [64, 64, 128, 128, 128]
@@ -79,8 +79,8 @@ def test_everything_inside(forward, tmp_path):
 
 def words_of(name):
     """What the command line calls the slice."""
-    cut = json.loads((DATA / name / "forward.json").read_text())
-    skipped, widths = cut["layers_to_skip"], cut["ffn_hidden_dims"]
+    facts = json.loads((DATA / name / "forward.json").read_text())
+    skipped, widths = facts["layers_to_skip"], facts["ffn_hidden_dims"]
     options = ["--ffn-widths", ",".join(map(str, widths))]
     options += ["--skip-layers", ",".join(map(str, skipped))] if skipped else []
     return options + (["--allow-irregular"] if name == "g3n_off_pattern" else [])
@@ -95,10 +95,10 @@ def test_slice_as_a_folder_and_in_place(cli, forward, tmp_path, name):
     written = forward(small, name, "forward", "--capture", "final_norm")
     assert_outputs(written, name, "forward")
 
-    cut = json.loads((DATA / name / "forward.json").read_text())
-    file = tmp_path / "cut.json"
+    facts = json.loads((DATA / name / "forward.json").read_text())
+    file = tmp_path / "slice.json"
     file.write_text(
-        json.dumps({"ffn_widths": cut["ffn_hidden_dims"], "skip_layers": cut["layers_to_skip"]})
+        json.dumps({"ffn_widths": facts["ffn_hidden_dims"], "skip_layers": facts["layers_to_skip"]})
     )
     in_place = forward(DATA / "g3n_text", name, "forward", "--slice", file)
     np.testing.assert_array_equal(in_place["logits"], written["logits"])
@@ -113,8 +113,8 @@ def test_slice_as_a_folder_and_in_place(cli, forward, tmp_path, name):
 
 
 def test_slices_keep_tokenizer_and_dtype(cli, tmp_path):
-    cut = ("--skip-layers", "10,11,12,13,14", "--dtype", "bfloat16")
-    assert cli("slice", DATA / "g3n_text", tmp_path / "x", *cut).code == 0
+    options = ("--skip-layers", "10,11,12,13,14", "--dtype", "bfloat16")
+    assert cli("slice", DATA / "g3n_text", tmp_path / "x", *options).code == 0
     info = json.loads(cli("info", tmp_path / "x", "--json").out)
     assert info["layers"] == 15
     assert info["file_bytes_by_encoding"].keys() == {"BF16"}
@@ -141,10 +141,10 @@ def test_illegal_slices(refused, tmp_path, options, message):
 
 
 def test_slices_that_cannot_be_run(refused, tmp_path):
-    (tmp_path / "cut.json").write_text('{"ffn_widths": [1, 2]}')
+    (tmp_path / "slice.json").write_text('{"ffn_widths": [1, 2]}')
     words = ("forward", "--model", DATA / "g3n_text", "--output", tmp_path / "o.safetensors")
     words += ("--inputs", DATA / "g3n_text" / "forward.safetensors", "--slice")
-    assert "2 ffn_widths for 20 kept layers" in refused(*words, tmp_path / "cut.json")
+    assert "2 ffn_widths for 20 kept layers" in refused(*words, tmp_path / "slice.json")
     assert "unknown slice" in refused(*words, tmp_path / "nothing.json")
     assert "is no slice" in refused(*words, DATA / "g3n_text" / "config.json")
 
@@ -158,12 +158,12 @@ def test_speculation(cli, refused, tmp_path):
     save_file({"input_ids": tiny.tokens(cfg, 2, 7)}, inputs)
     words = ("generate", "--model", model, "--inputs", inputs, "--json", "--max-new-tokens", 12)
     plain = json.loads(cli(*words).out)
-    for name, cut in {
+    for name, submodel in {
         "own": {"ffn_widths": [40] * 6},
         "shared": {"ffn_widths": [48] * 4 + [20] * 2},
     }.items():
         file = tmp_path / f"{name}.json"
-        file.write_text(json.dumps(cut))
+        file.write_text(json.dumps(submodel))
         done = json.loads(cli(*words, "--speculative", file, "--draft-tokens", 2).out)
         assert done["token_ids"] == plain["token_ids"]
         assert 0 < done["accepted_drafts"] < done["proposed_drafts"]

@@ -94,9 +94,9 @@ def test_a_slice(cli, refused, no_network, tmp_path):
     assert told == small
     assert small["published_parameters"] == 4_456_156_768
     assert small["published_effective_parameters"] == 1_905_495_648
-    cut = tmp_path / "cut.json"
-    cut.write_text(json.dumps({"ffn_widths": [1000] * 34 + [2000]}))
-    told = json.loads(cli("info", "gemma3n-e4b", "--slice", cut, "--json").out)
+    file = tmp_path / "slice.json"
+    file.write_text(json.dumps({"ffn_widths": [1000] * 34 + [2000]}))
+    told = json.loads(cli("info", "gemma3n-e4b", "--slice", file, "--json").out)
     assert told["d_ff"] == [1000] * 34 + [2000]
     assert "choose one of: e4b" in refused("info", "gemma3n-e4b", "--slice", "e1b")
     assert "only Gemma 3n has" in refused("info", "gemma3-1b", "--placement")

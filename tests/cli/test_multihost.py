@@ -32,8 +32,8 @@ def read(): return int(open("/proc/self/io").read().split()[1])
 jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros(3) + 1)())
 load_model(sys.argv[4] + "/small", mesh={"tensor": 8})
 before = read()
-net = load_model(sys.argv[4] + "/large", mesh={"tensor": 8})
-shares = {s.data.shape for s in net.embed.table.get_value().addressable_shards}
+model = load_model(sys.argv[4] + "/large", mesh={"tensor": 8})
+shares = {s.data.shape for s in model.embed.table.get_value().addressable_shards}
 print("bytes", read() - before, sorted(shares), file=sys.stderr)
 """
 

@@ -54,8 +54,8 @@ def test_longest(cli):
 def test_a_slice(cli):
     where = ("--topology", "gpu:l4", "--context", "4096", "--json")
     whole = json.loads(cli("plan", "gemma3n-e4b", *where).out)
-    cut = json.loads(cli("plan", "gemma3n-e4b", *where, "--slice", "e2b").out)
-    assert cut["weights_bytes"] < whole["weights_bytes"]
+    sliced = json.loads(cli("plan", "gemma3n-e4b", *where, "--slice", "e2b").out)
+    assert sliced["weights_bytes"] < whole["weights_bytes"]
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,12 @@ from gemma_jax.weights.tree import with_attributes
 CFG = tiny.gemma3n()
 
 
-def with_runtime(net, **changes):
-    return with_attributes(net, runtime=replace(net.runtime, **changes))
+def with_runtime(model, **changes):
+    return with_attributes(model, runtime=replace(model.runtime, **changes))
 
 
-def gradients(net, tokens):
-    trained, frozen, join = trainable(net)
+def gradients(model, tokens):
+    trained, frozen, join = trainable(model)
 
     def loss(trained):
         logits = forward(join(trained, frozen), tokens).logits[:, :-1]
@@ -39,9 +39,9 @@ def gradients(net, tokens):
 @pytest.mark.parametrize("layout, layers", [("unrolled", (5, 2)), *nightly(("scan", (9, 3)))])
 def test_rematerialised_gradients_are_the_same(layout, layers):
     """Lent keys and values cross the layers that are computed twice; less is kept meanwhile."""
-    net, tokens = tiny.model(tiny.gemma3n(*layers), layout), tiny.tokens(CFG, 4, 64)
+    model, tokens = tiny.model(tiny.gemma3n(*layers), layout), tiny.tokens(CFG, 4, 64)
     (plain, much), (again, less) = (
-        gradients(with_runtime(net, remat=remat), tokens) for remat in (False, True)
+        gradients(with_runtime(model, remat=remat), tokens) for remat in (False, True)
     )
     largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(plain))
     chex.assert_trees_all_close(plain, again, atol=2e-5 * largest)
@@ -51,8 +51,8 @@ def test_rematerialised_gradients_are_the_same(layout, layers):
 
 def test_gdm_has_no_final_cap_for_gemma_3n():
     """Same argmax, other log-probabilities: the one difference that is not rounding."""
-    net, tokens = tiny.model(CFG), tiny.tokens(CFG, 2, 9)
-    hf, gdm = (forward(with_runtime(net, numerics=NUMERICS[n]), tokens).logits for n in NUMERICS)
+    model, tokens = tiny.model(CFG), tiny.tokens(CFG, 2, 9)
+    hf, gdm = (forward(with_runtime(model, numerics=NUMERICS[n]), tokens).logits for n in NUMERICS)
     np.testing.assert_allclose(3 * np.tanh(gdm / 3), hf, atol=1e-4)
     assert np.abs(gdm - hf).max() > 0.01
 
@@ -68,25 +68,25 @@ def test_the_cap_does_not_depend_on_other_parts():
 
 def test_gdm_clips_altup_in_every_pass():
     clipped = replace(CFG, altup=replace(CFG.altup, coef_clip=0.01))
-    net, tokens = tiny.model(clipped), tiny.tokens(CFG, 1, 5)
+    model, tokens = tiny.model(clipped), tiny.tokens(CFG, 1, 5)
     free = tiny.model(CFG)
     hf, gdm = ({"numerics": NUMERICS[name]} for name in ("hf", "gdm"))
     chex.assert_trees_all_equal(
-        forward(with_runtime(net, **hf), tokens).logits,
+        forward(with_runtime(model, **hf), tokens).logits,
         forward(with_runtime(free, **hf), tokens).logits,
     )
-    moved = forward(with_runtime(net, **gdm), tokens).logits
+    moved = forward(with_runtime(model, **gdm), tokens).logits
     assert np.abs(moved - forward(with_runtime(free, **gdm), tokens).logits).max() > 1e-3
 
 
 def test_ids_beyond_the_per_layer_table_read_its_first_row():
-    net = tiny.model(CFG)  # 96 tokens, 90 rows
-    table = net.per_layer.table[...]
+    model = tiny.model(CFG)  # 96 tokens, 90 rows
+    table = model.per_layer.table[...]
     beyond, padding = np.array([[90, 95]]), np.array([[0, 0]])
     chex.assert_trees_all_equal(
-        net.per_layer.lookup(beyond, jnp.float32), net.per_layer.lookup(padding, jnp.float32)
+        model.per_layer.lookup(beyond, jnp.float32), model.per_layer.lookup(padding, jnp.float32)
     )
-    assert net.per_layer.lookup(np.array([[89]]), jnp.float32)[0, 0, 0, 0] == pytest.approx(
+    assert model.per_layer.lookup(np.array([[89]]), jnp.float32)[0, 0, 0, 0] == pytest.approx(
         float(table[89, 0, 0]) * CFG.per_layer.width**0.5
     )
 

@@ -11,17 +11,17 @@ NAMES = ("laurel", "altup_predictions", "altup_mixtures", "altup_gains", "per_la
 
 
 def test_shapes():
-    net = tiny.model(tiny.gemma3n())
-    out = forward(net, tiny.tokens(net.cfg, 2, 5), capture=(*NAMES, "sparsity_masks"))
-    dims = chex.Dimensions(**net.cfg.sizes, B=2, T=5)
+    model = tiny.model(tiny.gemma3n())
+    out = forward(model, tiny.tokens(model.cfg, 2, 5), capture=(*NAMES, "sparsity_masks"))
+    dims = chex.Dimensions(**model.cfg.sizes, B=2, T=5)
     for name, letters in zip(NAMES, ("LBTD", "LABTD", "LBTAA", "LBTA", "LBTP"), strict=True):
         chex.assert_shape(out.captured[name], dims[letters])
     masks = np.asarray(out.captured["sparsity_masks"])
-    assert masks.shape == (sum(s.sparsity > 0 for s in net.cfg.layers), 2, 5, 48)
+    assert masks.shape == (sum(s.sparsity > 0 for s in model.cfg.layers), 2, 5, 48)
     assert 0 < masks.mean() < 0.4
 
 
 def test_a_part_that_the_model_lacks():
-    net = tiny.model(tiny.gemma3(layers=1))
+    model = tiny.model(tiny.gemma3(layers=1))
     with pytest.raises(ValueError, match="no part to capture laurel from"):
-        forward(net, tiny.tokens(net.cfg, 1, 3), capture=("laurel", "final_norm"))
+        forward(model, tiny.tokens(model.cfg, 1, 3), capture=("laurel", "final_norm"))

@@ -36,8 +36,8 @@ def held_out_BT(elastic):
 def losses(elastic, held_out_BT):
     """Nats per token on all of the held-out text."""
     return {
-        name: train.measure(*elastic, held_out_BT, cut)["nats_per_token"]
-        for name, cut in train.SLICES.items()
+        name: train.measure(*elastic, held_out_BT, submodel)["nats_per_token"]
+        for name, submodel in train.SLICES.items()
     }
 
 
@@ -140,8 +140,8 @@ def test_training_teaches_the_nested_models_too(elastic, steps, layers, gain):
     model = train.train(tokenizer, cfg, ids, steps=steps, seed=0, nested=nested)
     tokens_BT = train.rows(tokenizer, ids)[:4]
     quarter = Slice(ffn_widths=(16,) * layers)
-    for cut in (Slice.whole(cfg), nested, quarter):
-        assert gj.loss(at(model, cut), tokens_BT) < np.log(cfg.vocab_size) - gain
+    for submodel in (Slice.whole(cfg), nested, quarter):
+        assert gj.loss(at(model, submodel), tokens_BT) < np.log(cfg.vocab_size) - gain
 
 
 def test_the_folder_stays_small():

@@ -14,38 +14,38 @@ from gemma_jax.text import render
 
 
 @pytest.fixture(scope="module")
-def net():
+def model():
     return tiny.model(tiny.gemma3())
 
 
 @pytest.fixture(scope="module")
-def words(net):
-    return Words(net.cfg.vocab_size)
+def words(model):
+    return Words(model.cfg.vocab_size)
 
 
 def prompt(length, seed=0):
     return tiny.tokens(tiny.gemma3(), 1, length, seed)[0].tolist()
 
 
-def test_a_stop_token_ends_a_row_and_stays_in_its_ids(net):
-    free = generate(net, None, [prompt(5)], max_new_tokens=12)[0]
+def test_a_stop_token_ends_a_row_and_stays_in_its_ids(model):
+    free = generate(model, None, [prompt(5)], max_new_tokens=12)[0]
     stop = free.token_ids[6]
     first = free.token_ids.index(stop)
-    done = generate(net, None, [prompt(5), prompt(9)], max_new_tokens=12, stop_ids=[stop])
+    done = generate(model, None, [prompt(5), prompt(9)], max_new_tokens=12, stop_ids=[stop])
     assert done[0].token_ids == free.token_ids[: first + 1]
     assert done[0].finish_reason == "stop" and len(done[0].log_probs) == first + 1
-    other = generate(net, None, [prompt(9)], max_new_tokens=12, stop_ids=[stop])[0]
+    other = generate(model, None, [prompt(9)], max_new_tokens=12, stop_ids=[stop])[0]
     assert done[1].token_ids == other.token_ids  # a row that goes on is not disturbed
 
 
-def test_a_stop_text_is_cut_out_with_all_that_follows(net, words):
-    free = generate(net, words, "w5 w6 w7", max_new_tokens=12, stop_ids=[])
+def test_a_stop_text_is_cut_out_with_all_that_follows(model, words):
+    free = generate(model, words, "w5 w6 w7", max_new_tokens=12, stop_ids=[])
     pieces = free.text.split()
     stop = f"{pieces[4]} {pieces[5]}"
     cut = free.text.index(stop)
     seen = []
     done = generate(
-        net, words, "w5 w6 w7", max_new_tokens=12, stop=[stop], stop_ids=[],
+        model, words, "w5 w6 w7", max_new_tokens=12, stop=[stop], stop_ids=[],
         on_text=lambda row, text: seen.append(text),
     )  # fmt: skip
     assert done.text == free.text[:cut] == "".join(seen)
@@ -54,30 +54,36 @@ def test_a_stop_text_is_cut_out_with_all_that_follows(net, words):
     assert len(done.token_ids) <= 6
 
 
-def test_seeds(net):
+def test_seeds(model):
     hot = dict(max_new_tokens=16, temperature=1.5)
-    twice = generate(net, None, [prompt(5), prompt(5)], seed=7, **hot)
+    twice = generate(model, None, [prompt(5), prompt(5)], seed=7, **hot)
     assert twice[0].token_ids == twice[1].token_ids
-    apart = generate(net, None, [prompt(5), prompt(5)], seed=[7, 8], **hot)
+    apart = generate(model, None, [prompt(5), prompt(5)], seed=[7, 8], **hot)
     assert apart[0].token_ids == twice[0].token_ids != apart[1].token_ids
 
 
-def test_log_probs_are_the_models_whatever_the_sampling(net):
+def test_log_probs_are_the_models_whatever_the_sampling(model):
     done = generate(
-        net, None, [prompt(6)], max_new_tokens=10, temperature=2.0, top_k=5, repetition_penalty=1.3
+        model,
+        None,
+        [prompt(6)],
+        max_new_tokens=10,
+        temperature=2.0,
+        top_k=5,
+        repetition_penalty=1.3,
     )[0]
     ids = prompt(6) + done.token_ids
-    np.testing.assert_allclose(done.log_probs, score(net, ids)[5:], atol=1e-5)
+    np.testing.assert_allclose(done.log_probs, score(model, ids)[5:], atol=1e-5)
 
 
-def test_score_in_chunks_equals_one_pass(net):
+def test_score_in_chunks_equals_one_pass(model):
     ids = prompt(150)
-    logits = np.asarray(forward(net, np.array([ids], np.int32)).logits[0])
+    logits = np.asarray(forward(model, np.array([ids], np.int32)).logits[0])
     expected = jax.nn.log_softmax(logits)[np.arange(149), ids[1:]]
-    np.testing.assert_allclose(score(net, ids), expected, atol=2e-5)
+    np.testing.assert_allclose(score(model, ids), expected, atol=2e-5)
 
 
-def test_one_compilation_per_bucket(net):
+def test_one_compilation_per_bucket(model):
     chex.clear_trace_counter()
     counted = jax.jit(
         chex.assert_max_traces(session_module.advance.__wrapped__, n=1),
@@ -86,8 +92,8 @@ def test_one_compilation_per_bucket(net):
     original, session_module.advance = session_module.advance, counted
     try:
         for length, new in ((3, 9), (4, 12), (7, 9)):  # 16 of everything
-            generate(net, None, [prompt(length)], max_new_tokens=new)
-            generate(net, None, [prompt(length)], max_new_tokens=new)
+            generate(model, None, [prompt(length)], max_new_tokens=new)
+            generate(model, None, [prompt(length)], max_new_tokens=new)
     finally:
         session_module.advance = original
 
@@ -98,27 +104,29 @@ def test_buckets():
     ]  # fmt: skip
 
 
-def test_a_conversation_is_one_long_text(net, words):
+def test_a_conversation_is_one_long_text(model, words):
     """Turns over a kept cache choose what one pass over the whole rendered chat would choose."""
-    chat = Conversation(net, words, system="s1 s2", sampling=Sampling(), max_len=256)
+    chat = Conversation(model, words, system="s1 s2", sampling=Sampling(), max_len=256)
     answers = [chat.say(text, max_new_tokens=8) for text in ("w1 w2", "w3", "w4 w5 w6")]
     assert [m["role"] for m in chat.messages] == ["user", "assistant"] * 3
     system = [{"role": "system", "content": "s1 s2"}]
     for turn, answer in enumerate(answers):
         history = system + list(chat.messages[: 2 * turn + 1])
-        fresh = generate(net, words, [words.encode(render(history), bos=True)], max_new_tokens=8)[0]
+        fresh = generate(model, words, [words.encode(render(history), bos=True)], max_new_tokens=8)[
+            0
+        ]
         assert fresh.text == answer
 
 
-def test_a_conversation_that_outgrows_its_cache_says_so(net, words):
-    chat = Conversation(net, words, max_len=32, sampling=Sampling())
+def test_a_conversation_that_outgrows_its_cache_says_so(model, words):
+    chat = Conversation(model, words, max_len=32, sampling=Sampling())
     with pytest.raises(ValueError, match="outgrown its 32 tokens; start a new one"):
         for _ in range(9):
             chat.say("w1 w2 w3", max_new_tokens=4)
 
 
-def test_an_answer_cut_short_stays_part_of_the_conversation(net, words):
-    chat = Conversation(net, words, max_len=128, sampling=Sampling())
+def test_an_answer_cut_short_stays_part_of_the_conversation(model, words):
+    chat = Conversation(model, words, max_len=128, sampling=Sampling())
     stream = chat.stream("w1", max_new_tokens=8)
     piece = next(stream)
     stream.close()
@@ -143,21 +151,21 @@ def test_an_answer_cut_short_stays_part_of_the_conversation(net, words):
         (dict(prompt=[[5]], sampling=Sampling(), top_k=3), r"give sampling, or its fields"),
     ],
 )
-def test_bad_calls(net, call, message):
+def test_bad_calls(model, call, message):
     with pytest.raises(ValueError, match=message):
-        generate(net, None, **call)
+        generate(model, None, **call)
 
 
-def test_an_empty_text_is_refused(net, words):
+def test_an_empty_text_is_refused(model, words):
     with pytest.raises(ValueError, match="the prompt is empty"):
-        generate(net, words, "")
+        generate(model, words, "")
 
 
-def test_the_context_bounds_new_tokens(net):
-    done = generate(net, None, [prompt(500)], max_new_tokens=64)[0]
+def test_the_context_bounds_new_tokens(model):
+    done = generate(model, None, [prompt(500)], max_new_tokens=64)[0]
     assert len(done.token_ids) == 12 and done.finish_reason == "length"
     with pytest.raises(ValueError, match="513 tokens asked for, but the context holds"):
-        Session(net, 1, 513)
+        Session(model, 1, 513)
 
 
 @pytest.mark.parametrize(
@@ -169,11 +177,11 @@ def test_the_context_bounds_new_tokens(net):
         ([5] * 513, "513 tokens do not fit the context of 512"),
     ],
 )
-def test_bad_scores(net, ids, message):
+def test_bad_scores(model, ids, message):
     with pytest.raises(ValueError, match=message):
-        score(net, ids)
+        score(model, ids)
 
 
-def test_unknown_captures_are_refused(net):
+def test_unknown_captures_are_refused(model):
     with pytest.raises(ValueError, match=r"cannot capture \['attn'\]; choose from embeddings"):
-        forward(net, np.ones((1, 3), np.int32), capture=("attn",))
+        forward(model, np.ones((1, 3), np.int32), capture=("attn",))

@@ -57,10 +57,10 @@ def assert_same_text(ours, theirs):
 )
 def test_greedy_text_is_the_models(draft):
     """Far beyond the windows, rows of different lengths, with many drafts thrown away."""
-    net = tiny.model(CFG, "unrolled")
-    plain = generate(net, None, PROMPTS, max_new_tokens=30)
+    model = tiny.model(CFG, "unrolled")
+    plain = generate(model, None, PROMPTS, max_new_tokens=30)
     assert shares_cache(CFG, DRAFTS[draft]) == ("model's" in draft)
-    done = generate(net, None, PROMPTS, max_new_tokens=30, draft=DRAFTS[draft], draft_tokens=3)
+    done = generate(model, None, PROMPTS, max_new_tokens=30, draft=DRAFTS[draft], draft_tokens=3)
     assert_same_text(done, plain)
     assert all(0 < row.accepted_drafts < row.proposed_drafts for row in done)
 
@@ -141,11 +141,11 @@ def test_sampled_text_is_distributed_as_the_models(rules, cfg, draft, sharper):
     The draft model's own probabilities would fail the same test by far.
     """
     cfg = replace(cfg, vocab_size=10, final_soft_cap=None)
-    net = tiny.model(cfg, "unrolled")
-    net.embed.table[...] *= sharper  # differences worth telling apart
+    model = tiny.model(cfg, "unrolled")
+    model.embed.table[...] *= sharper  # differences worth telling apart
     sampling, count, prompt = Sampling(**RULES[rules]), 4000, [3, 5, 7]
     session = SpeculativeSession(
-        net, count, 16, draft=draft, draft_tokens=3, sampling=sampling,
+        model, count, 16, draft=draft, draft_tokens=3, sampling=sampling,
         seeds=list(range(count)),
     )  # fmt: skip
     session.prefill([prompt] * count, max_new_tokens=3)
@@ -175,8 +175,8 @@ def test_sampled_text_is_distributed_as_the_models(rules, cfg, draft, sharper):
             expected *= observed.sum() / expected.sum()
         return stats.chisquare(observed, expected, sum_check=False).pvalue
 
-    assert p_value(exact(net)) > 1e-3
-    assert p_value(exact(at(net, draft))) < 1e-6
+    assert p_value(exact(model)) > 1e-3
+    assert p_value(exact(at(model, draft))) < 1e-6
 
 
 def test_distribution_is_what_sample_draws_from():

@@ -19,13 +19,13 @@ from gemma_kernels.decode_attention.reference import dequantise
 from gemma_kernels.decode_attention.tpu import decode_attention_tpu
 from gemma_kernels.decode_attention.tpu_blocks import Blocks, default_blocks
 
-# How the kernel cuts a cache; None: as it would.
-CUTS = {
+# Blocks of the cache, by name; None: as it would.
+BLOCKS = {
     "blocks of 128": Blocks(keys=128, items=2),
     "by shape": None,
     "two cores": Blocks(keys=128, items=3, cores=2),
 }
-FAST = [("xla", None), *(("tpu", cut) for cut in CUTS)]
+FAST = [("xla", None), *(("tpu", blocks) for blocks in BLOCKS)]
 FEW = [case for case in CASES if case.name in ("3n, local", "27B, heads of 128", "rows of nothing")]
 # Sizes of further models, with no feature that others have not.
 REST = [case for case in CASES if case.name in ("12B, local", "three heads of 128", "4B, global")]
@@ -54,7 +54,7 @@ def quantise(x):
 
 
 @cache
-def program(name, spec, cut=None, interpret=True, return_lse=False, integers=None):
+def program(name, spec, blocks=None, interpret=True, return_lse=False, integers=None):
     """The kernel for TPUs runs in Pallas' interpreter."""
 
     def step(q, k, v, mask):
@@ -63,7 +63,7 @@ def program(name, spec, cut=None, interpret=True, return_lse=False, integers=Non
             return decode_attention(q, k, v, **mask, **options, implementation=name)
         operands = [mask[name] for name in ("lo_BT", "hi_BT", "kv_pos_BS")]
         scales = {name: mask.get(name) for name in ("k_scale_BKS", "v_scale_BKS", "layer")}
-        options |= dict(blocks=CUTS.get(cut, cut), interpret=interpret, integers=integers)
+        options |= dict(blocks=BLOCKS.get(blocks, blocks), interpret=interpret, integers=integers)
         options |= scales
         return decode_attention_tpu(q, k, v, *operands, **options)
 
@@ -71,8 +71,8 @@ def program(name, spec, cut=None, interpret=True, return_lse=False, integers=Non
     return jax.jit(step, compiler_options={"xla_backend_optimization_level": "0"})
 
 
-def run(name, case, arrays, mask, cut=None, **options):
-    return program(name, case.spec, cut, **options)(*arrays, mask)
+def run(name, case, arrays, mask, blocks=None, **options):
+    return program(name, case.spec, blocks, **options)(*arrays, mask)
 
 
 @cache
@@ -94,26 +94,26 @@ def test_reference_by_hand():
     np.testing.assert_allclose(lse.ravel(), [np.log(4.0)], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name, cut", FAST[:2])
+@pytest.mark.parametrize("name, blocks", FAST[:2])
 @pytest.mark.parametrize("case", [*BY_DAY, *nightly(*REST)], ids=lambda case: case.name)
-def test_forward(name, cut, case):
+def test_forward(name, blocks, case):
     arrays, mask = operands(case)
-    out = run(name, case, arrays, mask, cut)
+    out = run(name, case, arrays, mask, blocks)
     np.testing.assert_allclose(out, expected(case)[0], atol=2e-6)
-    np.testing.assert_array_equal(out, run(name, case, arrays, mask, cut))
+    np.testing.assert_array_equal(out, run(name, case, arrays, mask, blocks))
 
 
-@pytest.mark.parametrize("name, cut", FAST)
+@pytest.mark.parametrize("name, blocks", FAST)
 @pytest.mark.parametrize("case", [FEW[0], *nightly(*FEW[1:])], ids=lambda case: case.name)
-def test_log_sum_exp_and_other_cuts(name, cut, case):
-    out, lse = run(name, case, *operands(case), cut, return_lse=True)
+def test_log_sum_exp_and_other_blocks(name, blocks, case):
+    out, lse = run(name, case, *operands(case), blocks, return_lse=True)
     np.testing.assert_allclose(out, expected(case)[0], atol=2e-6)
     np.testing.assert_allclose(lse, expected(case)[1], atol=5e-6)
 
 
-@pytest.mark.parametrize("name, cut", [("xla", None), ("tpu", "by shape")])
+@pytest.mark.parametrize("name, blocks", [("xla", None), ("tpu", "by shape")])
 @pytest.mark.parametrize("end", [1, 2, 127, 128, 129, 200, 255, 256, 257])
-def test_rings_at_every_phase_are_as_good_as_full_caches(name, cut, end):
+def test_rings_at_every_phase_are_as_good_as_full_caches(name, blocks, end):
     """A ring of the window's size holds exactly what a query sees."""
     full = replace(RING, name="full", lengths=(end,), S=384)
     (q, k, v), mask = operands(full)
@@ -121,7 +121,7 @@ def test_rings_at_every_phase_are_as_good_as_full_caches(name, cut, end):
     ring = replace(RING, lengths=(end,))
     _, kv_pos = ring.positions()
     at = np.maximum(kv_pos[0], 0)
-    got = run(name, ring, (q, k[:, :, at], v[:, :, at]), mask | {"kv_pos_BS": kv_pos}, cut)
+    got = run(name, ring, (q, k[:, :, at], v[:, :, at]), mask | {"kv_pos_BS": kv_pos}, blocks)
     np.testing.assert_allclose(got, want, atol=2e-6)
 
 
@@ -170,13 +170,13 @@ def test_bfloat16_errs_no_more_than_plain_code(name, cache_dtype, integers, unev
         assert error(kernel(True)) <= 1.1 * error(kernel(False))
 
 
-@pytest.mark.parametrize("name, cut", FAST[:2])
+@pytest.mark.parametrize("name, blocks", FAST[:2])
 @pytest.mark.parametrize("cache_dtype", [jnp.bfloat16, jnp.int8])
-def test_narrow_caches_of_float32_queries(name, cut, cache_dtype):
+def test_narrow_caches_of_float32_queries(name, blocks, cache_dtype):
     case = FEW[0]
     arrays, mask = operands(case, cache_dtype=cache_dtype)
     want = run("reference", case, arrays, mask)
-    np.testing.assert_allclose(run(name, case, arrays, mask, cut), want, atol=3e-6)
+    np.testing.assert_allclose(run(name, case, arrays, mask, blocks), want, atol=3e-6)
 
 
 def test_it_is_attention():
@@ -188,12 +188,12 @@ def test_it_is_attention():
     np.testing.assert_allclose(run("xla", case, (q, k, v), mask), want, atol=2e-6)
 
 
-@pytest.mark.parametrize("cut", ["blocks of 128", "two cores"])
-def test_tpu_kernel_has_no_races(cut):
+@pytest.mark.parametrize("blocks", ["blocks of 128", "two cores"])
+def test_tpu_kernel_has_no_races(blocks):
     """Under the interpreter that imitates a TPU's memories and copies."""
     params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     case = FEW[2]
-    out = run("tpu", case, *operands(case), cut, interpret=params)
+    out = run("tpu", case, *operands(case), blocks, interpret=params)
     np.testing.assert_allclose(out, expected(case)[0], atol=2e-6)
 
 
@@ -319,15 +319,15 @@ def test_a_named_implementation_never_becomes_another(monkeypatch):
 
 
 @pytest.mark.parametrize("cache_dtype", [None, jnp.int8])
-@pytest.mark.parametrize("name, cut", [("xla", None), ("tpu", "blocks of 128")])
+@pytest.mark.parametrize("name, blocks", [("xla", None), ("tpu", "blocks of 128")])
 @pytest.mark.parametrize("case", [FEW[0], *nightly(FEW[1])], ids=lambda case: case.name)
-def test_a_layer_of_a_stack(case, name, cut, cache_dtype):
+def test_a_layer_of_a_stack(case, name, blocks, cache_dtype):
     """Read where it lies, it gives what it gives alone."""
     (q, k, v), mask = operands(case, cache_dtype=cache_dtype)
-    alone = run(name, case, (q, k, v), mask, cut)
+    alone = run(name, case, (q, k, v), mask, blocks)
     stacks = [jnp.stack([jnp.flip(x, 2), x, -x]) for x in (k, v)]
     scales = {x: jnp.stack([mask[x] * n for n in (3, 1, 2)]) for x in mask if "scale" in x}
-    stacked = run(name, case, (q, *stacks), mask | scales | {"layer": jnp.int32(1)}, cut)
+    stacked = run(name, case, (q, *stacks), mask | scales | {"layer": jnp.int32(1)}, blocks)
     np.testing.assert_array_equal(stacked, alone)
-    other = run(name, case, (q, *stacks), mask | scales | {"layer": jnp.int32(2)}, cut)
+    other = run(name, case, (q, *stacks), mask | scales | {"layer": jnp.int32(2)}, blocks)
     assert not np.array_equal(other, alone)

@@ -18,19 +18,19 @@ TEXT = np.where(np.arange(12) < [[12], [7]], tiny.tokens(CFG, 2, 12), -1)
 
 
 @pytest.fixture(scope="module")
-def net():
-    net = tiny.model(CFG, "unrolled")
-    down = net.blocks[0][USELESS].ffn.down
+def model():
+    model = tiny.model(CFG, "unrolled")
+    down = model.blocks[0][USELESS].ffn.down
     down.w[...] = down.w[...].at[..., 24:].set(0)
-    return net
+    return model
 
 
-def loss(net):
+def loss(model):
     """Mean over all tokens of both rows that have one before them."""
     nats = []
     for row in TEXT:
         ids = row[row >= 0]
-        log_probs = jax.nn.log_softmax(forward(net, ids[None]).logits[0])
+        log_probs = jax.nn.log_softmax(forward(model, ids[None]).logits[0])
         nats += [-log_probs[t, ids[t + 1]] for t in range(len(ids) - 1)]
     return float(np.mean(nats))
 
@@ -39,36 +39,36 @@ def narrowed(layer, width):
     return Slice(ffn_widths=tuple(width if i == layer else 48 for i in range(6)))
 
 
-def test_sensitivity_is_what_slices_lose(net):
-    found = sensitivity(net, TEXT, (1.0, 0.5))
+def test_sensitivity_is_what_slices_lose(model):
+    found = sensitivity(model, TEXT, (1.0, 0.5))
     assert found.shape == (6, 2)
     np.testing.assert_allclose(found[:, 0], 0, atol=1e-6)
     for layer in (USELESS, 5):
-        cut = slice_model(net, narrowed(layer, 24))
-        assert found[layer, 1] == pytest.approx(loss(cut) - loss(net), abs=2e-5)
+        submodel = slice_model(model, narrowed(layer, 24))
+        assert found[layer, 1] == pytest.approx(loss(submodel) - loss(model), abs=2e-5)
     assert abs(found[USELESS, 1]) < 1e-6
     assert np.abs(np.delete(found[:, 1], USELESS)).min() > 1e-4
 
 
-def test_search_measures_what_it_returns_and_meets_the_budget(net):
+def test_search_measures_what_it_returns_and_meets_the_budget(model):
     budget = parameters(CFG) - 5000
-    points = search(net, TEXT, budget, fractions=(0.5, 0.25), skip_blocks=False)
-    assert points[0].cut == Slice.whole(CFG)
+    points = search(model, TEXT, budget, fractions=(0.5, 0.25), skip_blocks=False)
+    assert points[0].submodel == Slice.whole(CFG)
     assert [p.parameters <= budget for p in points] == [False] * (len(points) - 1) + [True]
     for point in (points[0], points[1], points[-1]):
-        assert point.parameters == parameters(slice_config(CFG, point.cut))
-        assert point.loss == pytest.approx(loss(slice_model(net, point.cut)), abs=2e-5)
+        assert point.parameters == parameters(slice_config(CFG, point.submodel))
+        assert point.loss == pytest.approx(loss(slice_model(model, point.submodel)), abs=2e-5)
     for before, after in pairwise(points):
-        changed = np.subtract(before.cut.ffn_widths, after.cut.ffn_widths)
+        changed = np.subtract(before.submodel.ffn_widths, after.submodel.ffn_widths)
         assert (changed > 0).sum() == 1 and (changed >= 0).all()
 
 
-def test_what_costs_nothing_goes_first(net):
+def test_what_costs_nothing_goes_first(model):
     """Steps that gain are free as well; among those that cost, none comes before the useless."""
-    points = search(net, TEXT, parameters(CFG) - 12_000, fractions=(0.5,), skip_blocks=False)
-    costs = sensitivity(net, TEXT, (0.5,))[:, 0]
+    points = search(model, TEXT, parameters(CFG) - 12_000, fractions=(0.5,), skip_blocks=False)
+    costs = sensitivity(model, TEXT, (0.5,))[:, 0]
     order = [
-        int(np.flatnonzero(np.subtract(a.cut.ffn_widths, b.cut.ffn_widths))[0])
+        int(np.flatnonzero(np.subtract(a.submodel.ffn_widths, b.submodel.ffn_widths))[0])
         for a, b in pairwise(points)
     ]
     dear = [layer for layer in order if costs[layer] > 1e-5]
@@ -77,27 +77,27 @@ def test_what_costs_nothing_goes_first(net):
     assert dear == sorted(dear, key=lambda layer: costs[layer])
 
 
-def test_whole_blocks_are_left_out_where_that_is_best(net):
+def test_whole_blocks_are_left_out_where_that_is_best(model):
     """With the last block made a burden, the search drops it before it narrows a layer."""
-    graph, state = jax.tree.flatten(net)[1], jax.tree.flatten(net)[0]
+    graph, state = jax.tree.flatten(model)[1], jax.tree.flatten(model)[0]
     harmful = jax.tree.unflatten(graph, state)
     for layer in (3, 4, 5):
         norm = harmful.blocks[0][layer].post_ffn_norm
         norm.scale[...] = 30 * jnp.ones_like(norm.scale[...])
     budget = parameters(CFG) - 12_000
     points = search(harmful, TEXT, budget, fractions=(0.5, 0.25))
-    assert points[-1].cut.skip_layers == (3, 4, 5)
+    assert points[-1].submodel.skip_layers == (3, 4, 5)
     plain = search(harmful, TEXT, budget, fractions=(0.5, 0.25), skip_blocks=False)
     assert points[-1].loss < plain[-1].loss
 
 
-def test_what_cannot_be_measured(net):
+def test_what_cannot_be_measured(model):
     for call, message in (
-        (lambda: sensitivity(net, TEXT, (0.0,)), "must lie in"),
-        (lambda: sensitivity(net, TEXT, (1.5,)), "must lie in"),
-        (lambda: sensitivity(net, [[1], [2]]), "T of 2 or more"),
-        (lambda: sensitivity(net, [1, 2, 3]), "T of 2 or more"),
-        (lambda: search(net, TEXT, 10), "no slice has 10 parameters; the smallest tried has"),
+        (lambda: sensitivity(model, TEXT, (0.0,)), "must lie in"),
+        (lambda: sensitivity(model, TEXT, (1.5,)), "must lie in"),
+        (lambda: sensitivity(model, [[1], [2]]), "T of 2 or more"),
+        (lambda: sensitivity(model, [1, 2, 3]), "T of 2 or more"),
+        (lambda: search(model, TEXT, 10), "no slice has 10 parameters; the smallest tried has"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

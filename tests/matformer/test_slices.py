@@ -30,7 +30,7 @@ from gemma_jax.quantise import quantise
 CFG = tiny.gemma3n()  # nine layers, local local global; the last three share keys and values
 NARROW = Slice(ffn_widths=(20, 30, 48, 7, 8, 9, 1, 47, 48))
 SHORT = Slice(ffn_widths=(20, 30, 48, 7, 8, 9), skip_layers=(6, 7, 8))
-CUTS = {"narrow": NARROW, "short": SHORT, "whole": Slice.whole(CFG)}
+SUBMODELS = {"narrow": NARROW, "short": SHORT, "whole": Slice.whole(CFG)}
 
 
 def assert_same(a, b):
@@ -40,7 +40,7 @@ def assert_same(a, b):
 
 
 @pytest.fixture(scope="module")
-def net():
+def model():
     return tiny.model(CFG, "unrolled")
 
 
@@ -48,9 +48,9 @@ def net():
     "name, storage",
     [("narrow", "int8"), *nightly(("narrow", "float32"), ("short", "int8"), ("whole", "int8"))],
 )
-def test_a_view_computes_what_the_slice_does(net, name, storage):
-    net = quantise(net, storage)
-    small, view = slice_model(net, CUTS[name]), at(net, CUTS[name])
+def test_a_view_computes_what_the_slice_does(model, name, storage):
+    model = quantise(model, storage)
+    small, view = slice_model(model, SUBMODELS[name]), at(model, SUBMODELS[name])
     tokens = tiny.tokens(CFG, 2, 19)
     chex.assert_trees_all_equal(forward(small, tokens).logits, forward(view, tokens).logits)
 
@@ -58,9 +58,9 @@ def test_a_view_computes_what_the_slice_does(net, name, storage):
 @pytest.mark.parametrize(
     "name, storage, batch", [("short", "float32", 1), *nightly(("narrow", "int8", 2))]
 )
-def test_a_view_writes_what_the_slice_does(net, name, storage, batch):
-    net = quantise(net, storage)
-    small, view = slice_model(net, CUTS[name]), at(net, CUTS[name])
+def test_a_view_writes_what_the_slice_does(model, name, storage, batch):
+    model = quantise(model, storage)
+    small, view = slice_model(model, SUBMODELS[name]), at(model, SUBMODELS[name])
     tokens = tiny.tokens(CFG, batch, 19)
     ours, theirs = (generate(m, None, tokens.tolist(), max_new_tokens=8) for m in (small, view))
     assert [done.token_ids for done in ours] == [done.token_ids for done in theirs]
@@ -70,11 +70,11 @@ def test_a_view_writes_what_the_slice_does(net, name, storage, batch):
         np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", CUTS)
-def test_a_view_holds_the_arrays_of_the_model_and_no_other(net, name):
-    arrays = {id(leaf) for leaf in jax.tree.leaves(net)}
+@pytest.mark.parametrize("name", SUBMODELS)
+def test_a_view_holds_the_arrays_of_the_model_and_no_other(model, name):
+    arrays = {id(leaf) for leaf in jax.tree.leaves(model)}
     before = sum(array.nbytes for array in jax.live_arrays())
-    view = at(net, CUTS[name])
+    view = at(model, SUBMODELS[name])
     assert {id(leaf) for leaf in jax.tree.leaves(view)} <= arrays
     assert sum(array.nbytes for array in jax.live_arrays()) == before
 
@@ -83,8 +83,8 @@ def test_no_program_copies_what_a_view_leaves_out():
     """The token loop of a view needs no more memory than that of the slice itself."""
     cfg = tiny.gemma3n()
     wide = tuple(gj.config.replace(spec, d_ff=2048) for spec in cfg.layers)
-    net = tiny.model(gj.config.replace(cfg, layers=wide), "unrolled")
-    cut = Slice(ffn_widths=(1024,) * 9)
+    model = tiny.model(gj.config.replace(cfg, layers=wide), "unrolled")
+    submodel = Slice(ffn_widths=(1024,) * 9)
 
     def temporary_bytes(model):
         cache = gj.init_cache(model.cfg, model.layer_groups, 1, 32, "float32")
@@ -92,7 +92,10 @@ def test_no_program_copies_what_a_view_leaves_out():
         return step.memory_analysis().temp_size_in_bytes
 
     one_matrix = 1024 * cfg.d_model * 4
-    assert temporary_bytes(at(net, cut)) - temporary_bytes(slice_model(net, cut)) < one_matrix
+    assert (
+        temporary_bytes(at(model, submodel)) - temporary_bytes(slice_model(model, submodel))
+        < one_matrix
+    )
 
 
 def _ten_steps(model, cache):
@@ -106,24 +109,24 @@ def _ten_steps(model, cache):
 
 @pytest.mark.parametrize("layout", ["scan", "unrolled"])
 def test_the_whole_slice_is_the_model(layout):
-    net = tiny.model(CFG, layout)
-    assert_same(slice_model(net, Slice.whole(CFG)), net)
+    model = tiny.model(CFG, layout)
+    assert_same(slice_model(model, Slice.whole(CFG)), model)
 
 
 @pytest.mark.parametrize("layout", ["scan", "unrolled"])
 def test_a_slice_of_a_slice_is_the_direct_slice(layout):
-    net = tiny.model(CFG, layout)
+    model = tiny.model(CFG, layout)
     middle = Slice(ffn_widths=(40,) * 6 + (30,) * 3)
     last = Slice(ffn_widths=(8, 40, 12, 5, 6, 7), skip_layers=(6, 7, 8))
-    assert_same(slice_model(slice_model(net, middle), last), slice_model(net, last))
+    assert_same(slice_model(slice_model(model, middle), last), slice_model(model, last))
 
 
-def test_a_view_of_a_view_is_the_direct_view(net):
+def test_a_view_of_a_view_is_the_direct_view(model):
     irregular = Slice(ffn_widths=(40,) * 8, skip_layers=(7,))
     again = Slice(ffn_widths=(8, 40, 12, 5, 6, 7, 8), skip_layers=(1,))
     direct = Slice(ffn_widths=(8, 40, 12, 5, 6, 7, 8), skip_layers=(1, 7))
-    twice = at(at(net, irregular, allow_irregular=True), again, allow_irregular=True)
-    once = at(net, direct, allow_irregular=True)
+    twice = at(at(model, irregular, allow_irregular=True), again, allow_irregular=True)
+    once = at(model, direct, allow_irregular=True)
     assert jax.tree.structure(twice) == jax.tree.structure(once)
     tokens = tiny.tokens(CFG, 2, 9)
     chex.assert_trees_all_equal(forward(twice, tokens).logits, forward(once, tokens).logits)
@@ -131,52 +134,55 @@ def test_a_view_of_a_view_is_the_direct_view(net):
 
 def test_layouts_agree():
     scan = tiny.model(CFG, "scan")
-    for cut in (NARROW, SHORT):
-        unrolled = slice_model(tiny.relayout(scan, "unrolled"), cut)
-        assert_same(slice_model(scan, cut, layout="unrolled"), unrolled)
+    for submodel in (NARROW, SHORT):
+        unrolled = slice_model(tiny.relayout(scan, "unrolled"), submodel)
+        assert_same(slice_model(scan, submodel, layout="unrolled"), unrolled)
         assert_same(
-            slice_model(scan, cut), slice_model(unrolled, Slice.whole(unrolled.cfg), layout="scan")
+            slice_model(scan, submodel),
+            slice_model(unrolled, Slice.whole(unrolled.cfg), layout="scan"),
         )
 
 
-def test_widths_as_numbers_compute_what_the_slice_does(net):
+def test_widths_as_numbers_compute_what_the_slice_does(model):
     """Sparse layers included, whose statistics are those of the narrow layer."""
     tokens = tiny.tokens(CFG, 2, 19)
-    sliced = forward(slice_model(net, NARROW), tokens).logits
-    masked = forward(net, Batch(tokens, ffn_widths_L=jnp.array(NARROW.ffn_widths))).logits
+    sliced = forward(slice_model(model, NARROW), tokens).logits
+    masked = forward(model, Batch(tokens, ffn_widths_L=jnp.array(NARROW.ffn_widths))).logits
     np.testing.assert_allclose(masked, sliced, atol=2e-5)
-    assert np.abs(forward(net, tokens).logits - sliced).max() > 0.1
+    assert np.abs(forward(model, tokens).logits - sliced).max() > 0.1
 
 
-def test_views_can_be_used_in_turns(net):
+def test_views_can_be_used_in_turns(model):
     """Two programs are compiled, once each."""
     tokens = tiny.tokens(CFG, 1, 5)
-    views = [at(net, NARROW), at(net, SHORT)]
+    views = [at(model, NARROW), at(model, SHORT)]
     first = [forward(view, tokens).logits for view in views]
     compiled = forward._cache_size()
     for _ in range(2):
-        again = [forward(at(net, cut), tokens).logits for cut in (NARROW, SHORT)]
+        again = [forward(at(model, submodel), tokens).logits for submodel in (NARROW, SHORT)]
         chex.assert_trees_all_equal(first, again)
     assert forward._cache_size() == compiled
 
 
 def test_gemma_3_can_be_sliced_too():
-    net = tiny.model(tiny.gemma3(6, vision=tiny.vision()), "unrolled")
-    cut = Slice(ffn_widths=(9, 10, 11), skip_layers=(0, 1, 2))
-    small, tokens = slice_model(net, cut), tiny.tokens(net.cfg, 1, 6)
+    model = tiny.model(tiny.gemma3(6, vision=tiny.vision()), "unrolled")
+    submodel = Slice(ffn_widths=(9, 10, 11), skip_layers=(0, 1, 2))
+    small, tokens = slice_model(model, submodel), tiny.tokens(model.cfg, 1, 6)
     assert [spec.kind for spec in small.cfg.layers] == ["local", "local", "global"]
-    chex.assert_trees_all_equal(forward(small, tokens).logits, forward(at(net, cut), tokens).logits)
+    chex.assert_trees_all_equal(
+        forward(small, tokens).logits, forward(at(model, submodel), tokens).logits
+    )
 
 
 @pytest.mark.parametrize("name", ["g3n_off_pattern", *nightly("g3n_e2b_like", "g3n_mixed_widths")])
 def test_slices_of_the_oracle(name):
     """Cut here and by the oracle's own notebook: the same configs, and the same values."""
     facts = json.loads((DATA / name / "forward.json").read_text())
-    cut = Slice(
+    submodel = Slice(
         ffn_widths=tuple(facts["ffn_hidden_dims"]), skip_layers=tuple(facts["layers_to_skip"])
     )
-    net = load_weights(DATA / "g3n_text", dtype="float32")
-    small = slice_model(net, cut, allow_irregular=name == "g3n_off_pattern")
+    model = load_weights(DATA / "g3n_text", dtype="float32")
+    small = slice_model(model, submodel, allow_irregular=name == "g3n_off_pattern")
     if name == "g3n_e2b_like":
         assert_same(small, load_weights(DATA / name, dtype="float32"))
     else:
@@ -223,7 +229,7 @@ def test_which_slices_share_the_cache_of_the_model():
 
 
 @pytest.mark.parametrize(
-    ("cut", "message"),
+    ("submodel", "message"),
     [
         (Slice(ffn_widths=(48,) * 8), "8 ffn_widths for 9 kept layers"),
         (Slice(ffn_widths=(48,) * 9, skip_layers=(8,)), "9 ffn_widths for 8 kept layers"),
@@ -239,15 +245,15 @@ def test_which_slices_share_the_cache_of_the_model():
         (Slice(ffn_widths=(48,) * 6, skip_layers=(1, 2, 3)), "of layers 0 to 2 only"),
     ],
 )  # fmt: skip
-def test_illegal_slices_say_why(net, cut, message):
+def test_illegal_slices_say_why(model, submodel, message):
     for use in (slice_config, slice_model, at):
         with pytest.raises(ValueError, match=message):
-            use(CFG if use is slice_config else net, cut)
+            use(CFG if use is slice_config else model, submodel)
 
 
 def test_single_layers_can_be_skipped_on_demand():
-    cut = Slice(ffn_widths=(48,) * 7, skip_layers=(2, 7))
-    cfg = slice_config(CFG, cut, allow_irregular=True)
+    submodel = Slice(ffn_widths=(48,) * 7, skip_layers=(2, 7))
+    cfg = slice_config(CFG, submodel, allow_irregular=True)
     assert [spec.kind[0] for spec in cfg.layers] == list("lllLgLg".lower())
     assert [spec.kv for spec in cfg.layers][-4:] == ["lent", "lent", "shared", "shared"]
     lent = Slice(ffn_widths=(48,) * 8, skip_layers=(4,))
@@ -267,7 +273,7 @@ def test_presets_are_for_e4b(name):
 
 
 def test_slices_as_files(tmp_path):
-    file = tmp_path / "cut.json"
+    file = tmp_path / "slice.json"
     SHORT.write(file)
     assert Slice.read(file) == SHORT
     for text in (
@@ -284,8 +290,8 @@ def test_slices_as_files(tmp_path):
 
 
 @pytest.mark.nightly
-def test_a_session_of_a_view(net):
+def test_a_session_of_a_view(model):
     """Views go wherever models go."""
-    session = Session(at(net, SHORT), 1, 32)
+    session = Session(at(model, SHORT), 1, 32)
     session.prefill([[5, 6, 7]], max_new_tokens=4)
     assert len(session.decode(4)[0]) == 4

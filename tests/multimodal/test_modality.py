@@ -85,7 +85,7 @@ def hearing(vision: VisionConfig | None = VISION, **sound):
 
 
 @pytest.fixture(scope="module")
-def net():
+def model():
     """It sees and hears."""
     return hearing()
 
@@ -115,40 +115,40 @@ def both() -> Prompt:
     return Prompt(ids, media={"sound": [sound(0), sound(1)], "image": [pixels(0)]})
 
 
-def logits(net, prompt: Prompt) -> np.ndarray:
+def logits(model, prompt: Prompt) -> np.ndarray:
     """Of the whole prompt in one pass without a cache."""
     ids = np.array([prompt.token_ids], np.int32)
     media = {name: np.stack(inputs) for name, inputs in prompt.media.items()}
-    return np.asarray(forward(net, Batch(ids, soft=soft_tokens(net, ids, media))).logits)[0]
+    return np.asarray(forward(model, Batch(ids, soft=soft_tokens(model, ids, media))).logits)[0]
 
 
-def in_pieces(net, prompt: Prompt, width: int) -> np.ndarray:
-    row = PromptRow.of(prompt.token_ids, 0, encode_prompt(net, prompt), modalities_of(net.cfg))
-    cache, parts = init_cache(net.cfg, net.layer_groups, 1, 64, jnp.float32), []
+def in_pieces(model, prompt: Prompt, width: int) -> np.ndarray:
+    row = PromptRow.of(prompt.token_ids, 0, encode_prompt(model, prompt), modalities_of(model.cfg))
+    cache, parts = init_cache(model.cfg, model.layer_groups, 1, 64, jnp.float32), []
     for piece in row.cuts(width):
-        out = forward(net, prefill_chunk([row], [piece]).batch, cache=cache)
+        out = forward(model, prefill_chunk([row], [piece]).batch, cache=cache)
         cache = out.cache
         parts.append(np.asarray(out.logits)[0, : piece.stop - piece.start])
     return np.concatenate(parts)
 
 
-def test_modalities_are_chosen_by_the_types_in_a_config(net, listener):
-    assert [m.name for m in modalities_of(net.cfg)] == ["image", "sound"]
+def test_modalities_are_chosen_by_the_types_in_a_config(model, listener):
+    assert [m.name for m in modalities_of(model.cfg)] == ["image", "sound"]
     assert [m.name for m in modalities_of(listener.cfg)] == ["sound"]
     assert modalities_of(tiny.gemma3()) == ()
 
 
-def test_encoders_are_chosen_by_the_types_in_a_config(net, listener):
-    assert isinstance(net.sound, SoundEncoder) and isinstance(net.vision, VisionEncoder)
+def test_encoders_are_chosen_by_the_types_in_a_config(model, listener):
+    assert isinstance(model.sound, SoundEncoder) and isinstance(model.vision, VisionEncoder)
     assert isinstance(listener.sound, SoundEncoder) and listener.vision is None
     assert not hasattr(tiny.model(tiny.gemma3()), "sound")
 
 
-def test_markers_of_both_in_one_text(net):
+def test_markers_of_both_in_one_text(model):
     words = Words(96)
     image, clip = np.zeros((56, 56, 3), np.uint8), sound(0)
     marked = f"a {SOUND} b {MARKER} c {SOUND}"
-    made = PromptReader(words, modalities_of(net.cfg)).text(
+    made = PromptReader(words, modalities_of(model.cfg)).text(
         marked, {"image": [image], "sound": [clip, clip + 1]}
     )
     a, b, c = words.encode("a b c")
@@ -158,19 +158,19 @@ def test_markers_of_both_in_one_text(net):
     np.testing.assert_array_equal(made.media["sound"], [clip, clip + 1])
 
 
-def test_without_markers_items_come_first_in_the_order_of_the_config(net):
+def test_without_markers_items_come_first_in_the_order_of_the_config(model):
     words = Words(96)
     image = np.zeros((56, 56, 3), np.uint8)
-    made = PromptReader(words, modalities_of(net.cfg)).text(
+    made = PromptReader(words, modalities_of(model.cfg)).text(
         "a", {"sound": [sound(0)], "image": [image]}
     )
     view = [*NEWLINES, *IMAGE_RUN, *NEWLINES]
     assert made.token_ids == [2, *view, *run(3), *words.encode("a")]
 
 
-def test_items_in_messages(net):
+def test_items_in_messages(model):
     words = Words(96)
-    reader = PromptReader(words, modalities_of(net.cfg))
+    reader = PromptReader(words, modalities_of(model.cfg))
     content = ["a", {"type": "sound", "sound": sound(0)}, "b"]
     (made,) = reader.all([[{"role": "user", "content": content}]])
     a, b = words.encode("a b")
@@ -179,8 +179,8 @@ def test_items_in_messages(net):
     np.testing.assert_array_equal(made.media["sound"], [sound(0)])
 
 
-def test_lists_of_items_beside_texts(net):
-    reader = PromptReader(Words(96), modalities_of(net.cfg))
+def test_lists_of_items_beside_texts(model):
+    reader = PromptReader(Words(96), modalities_of(model.cfg))
     one, two = reader.all(["a", f"b{SOUND}"], {"sound": [None, [sound(0)]], "image": None})
     assert 200 not in one.token_ids and two.token_ids.count(200) == 3
     with pytest.raises(ValueError, match="1 lists of sounds for 2 prompts"):
@@ -196,9 +196,9 @@ def test_lists_of_items_beside_texts(net):
         ("a", {"smell": [1]}, "reads text and image, sound alone; smells need one"),
     ],
 )
-def test_refused(net, marked, media, match):
+def test_refused(model, marked, media, match):
     with pytest.raises(ValueError, match=match):
-        PromptReader(Words(96), modalities_of(net.cfg)).text(marked, media)
+        PromptReader(Words(96), modalities_of(model.cfg)).text(marked, media)
 
 
 def test_a_model_without_the_modality_says_so():
@@ -208,13 +208,13 @@ def test_a_model_without_the_modality_says_so():
 
 
 @pytest.mark.parametrize("width", [1, 4, 6, 64])
-def test_pieces_equal_one_pass(net, both, width):
-    np.testing.assert_allclose(in_pieces(net, both, width), logits(net, both), atol=ATOL)
+def test_pieces_equal_one_pass(model, both, width):
+    np.testing.assert_allclose(in_pieces(model, both, width), logits(model, both), atol=ATOL)
 
 
-def test_cuts_go_through_causal_items_alone(net, both):
-    soft = encode_prompt(net, both)
-    row = PromptRow.of(both.token_ids, 0, soft, modalities_of(net.cfg))
+def test_cuts_go_through_causal_items_alone(model, both):
+    soft = encode_prompt(model, both)
+    row = PromptRow.of(both.token_ids, 0, soft, modalities_of(model.cfg))
     assert [len(one) for one in soft] == [3, 4, 3]  # in the order of the text
     ends = {piece.stop for width in range(1, 8) for piece in row.cuts(width)}
     ids = np.array(both.token_ids)
@@ -224,27 +224,27 @@ def test_cuts_go_through_causal_items_alone(net, both):
     assert not ends & set(whole)
 
 
-def test_generation_is_that_of_the_logits(net, both):
-    done = generate(net, None, both, max_new_tokens=3, chunk=6)
+def test_generation_is_that_of_the_logits(model, both):
+    done = generate(model, None, both, max_new_tokens=3, chunk=6)
     ids = [*both.token_ids, *done.token_ids]
-    expected = logits(net, Prompt(ids, media=both.media)).argmax(axis=-1)
+    expected = logits(model, Prompt(ids, media=both.media)).argmax(axis=-1)
     assert done.token_ids == expected[-4:-1].tolist()
 
 
-def test_a_row_does_not_feel_the_items_of_others(net, both):
+def test_a_row_does_not_feel_the_items_of_others(model, both):
     rows = [both, Prompt([*run(3), *text(4, 3)], media={"sound": [sound(5)]}), Prompt(text(9, 4))]
-    alone = [generate(net, None, row, max_new_tokens=4).token_ids for row in rows]
+    alone = [generate(model, None, row, max_new_tokens=4).token_ids for row in rows]
     for chunk in (1024, 5):
-        done = generate(net, None, rows, max_new_tokens=4, chunk=chunk)
+        done = generate(model, None, rows, max_new_tokens=4, chunk=chunk)
         assert [one.token_ids for one in done] == alone
 
 
-def test_sounds_are_causal(net, both):
+def test_sounds_are_causal(model, both):
     """The end of a sound is not seen by its beginning."""
     changed = [sound(0), sound(1).copy()]
     changed[1][2] += 1
     other = Prompt(both.token_ids, media={**both.media, "sound": changed})
-    ours, theirs = logits(net, both), logits(net, other)
+    ours, theirs = logits(model, both), logits(model, other)
     last = np.flatnonzero(np.array(both.token_ids) == 200)[-1]
     np.testing.assert_allclose(ours[:last], theirs[:last], atol=ATOL)
     assert np.abs(ours - theirs)[last:].max(axis=-1).min() > 1e-3
@@ -271,35 +271,35 @@ def test_tokens_by_length(listener, width):
     np.testing.assert_allclose(in_pieces(listener, prompt, width), whole, atol=ATOL)
 
 
-def test_places_are_counted_for_each_modality(net, both):
+def test_places_are_counted_for_each_modality(model, both):
     media = {**both.media, "sound": both.media["sound"][:1]}
     with pytest.raises(ValueError, match="6 placeholders .* 3 soft tokens given"):
-        generate(net, None, Prompt(both.token_ids, media=media), max_new_tokens=1)
+        generate(model, None, Prompt(both.token_ids, media=media), max_new_tokens=1)
 
 
-def test_a_session_takes_soft_tokens_in_the_order_of_the_text(net, both):
-    session = Session(net, 1, 64)
-    session.prefill([both.token_ids], soft=[encode_prompt(net, both)], max_new_tokens=3)
-    assert session.decode(3)[0] == generate(net, None, both, max_new_tokens=3).token_ids
+def test_a_session_takes_soft_tokens_in_the_order_of_the_text(model, both):
+    session = Session(model, 1, 64)
+    session.prefill([both.token_ids], soft=[encode_prompt(model, both)], max_new_tokens=3)
+    assert session.decode(3)[0] == generate(model, None, both, max_new_tokens=3).token_ids
 
 
-def test_a_conversation_hears(net):
+def test_a_conversation_hears(model):
     words = Words(96)
     content = [{"type": "sound", "sound": sound(0)}, "a"]
-    chat = Conversation(net, words, max_len=128, sampling=Sampling())
+    chat = Conversation(model, words, max_len=128, sampling=Sampling())
     said = chat.say(content, max_new_tokens=4)
     messages = [{"role": "user", "content": content}]
-    assert said == generate(net, words, messages, max_new_tokens=4).text
+    assert said == generate(model, words, messages, max_new_tokens=4).text
 
 
-def test_gradients_reach_the_encoder(net, both):
+def test_gradients_reach_the_encoder(model, both):
     ids = np.array([both.token_ids], np.int32)
     media = {name: np.stack(inputs) for name, inputs in both.media.items()}
 
-    def loss(net):
-        return gemma_jax.loss(net, Batch(ids, soft=soft_tokens(net, ids, media)))
+    def loss(model):
+        return gemma_jax.loss(model, Batch(ids, soft=soft_tokens(model, ids, media)))
 
-    gradients = jax.grad(loss)(net)
+    gradients = jax.grad(loss)(model)
     assert np.abs(gradients.sound.proj.w.get_value()).max() > 1e-4
 
 

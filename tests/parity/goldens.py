@@ -46,9 +46,9 @@ def loss_gradient(model, folder: str):
     """Loss and its gradient on the stored batch of `folder`."""
     given, _, _ = case(folder, "gradients")
     ids, labels = given["input_ids"].astype(np.int32), given["labels"]
-    return jax.jit(
-        jax.value_and_grad(lambda net: next_token_loss(forward(net, ids).logits, labels))
-    )(model)
+    return jax.jit(jax.value_and_grad(lambda m: next_token_loss(forward(m, ids).logits, labels)))(
+        model
+    )
 
 
 def assert_gradient(grads, folder: str, target: Path, least: int):

@@ -1,7 +1,7 @@
 """Models cut out of `data/g3n_text` in the MatFormer way: their widths, layers and sharing differ.
 
-Their weights are cut here, by name, from the stored model; the cut that `data/g3n_e2b_like` stores
-says that it is done right.
+Their weights are sliced here, by name, out of the stored model; those that `data/g3n_e2b_like`
+stores say that it is done right.
 """
 
 import json
@@ -20,7 +20,7 @@ from gemma_jax import forward, generate
 LAYER = re.compile(r"(model\.layers\.)(\d+)(\..*)")
 
 
-def cut(folder: str) -> dict[str, np.ndarray]:
+def sliced_tensors(folder: str) -> dict[str, np.ndarray]:
     """The tensors of `data/g3n_text` that the model in `folder` has, as far as it has them."""
     facts = json.loads((DATA / folder / "forward.json").read_text())
     whole = load_file(DATA / "g3n_text" / "model.safetensors")
@@ -53,13 +53,13 @@ def sliced(request, tmp_path_factory):
     """`(name, model)`."""
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "config.json").write_bytes((DATA / request.param / "config.json").read_bytes())
-    save_file(cut(request.param), folder / "model.safetensors")
+    save_file(sliced_tensors(request.param), folder / "model.safetensors")
     return request.param, load_weights(folder, dtype="float32", layout="scan")
 
 
-def test_the_cut_is_the_stored_one():
+def test_the_sliced_tensors_are_the_stored_ones():
     stored = load_file(DATA / "g3n_e2b_like" / "model.safetensors")
-    ours = cut("g3n_e2b_like")
+    ours = sliced_tensors("g3n_e2b_like")
     assert stored.keys() <= ours.keys()
     assert all((stored[name] == ours[name]).all() for name in stored)
 

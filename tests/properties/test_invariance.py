@@ -18,21 +18,21 @@ ATOL = 2e-5  # ten times the rounding of float32 sums in another order; mistakes
 
 
 @pytest.fixture(scope="module", params=["gemma2", "gemma3n", *nightly("gemma", "gemma3")])
-def net(request):
+def model(request):
     return tiny.model(tiny.FAMILIES[request.param]())
 
 
-def full(net, ids, positions=None):
-    return np.asarray(forward(net, Batch(ids, positions)).logits)
+def full(model, ids, positions=None):
+    return np.asarray(forward(model, Batch(ids, positions)).logits)
 
 
-def in_chunks(net, ids, cuts, positions=None, slack=0):
+def in_chunks(model, ids, cuts, positions=None, slack=0):
     """Logits of consecutive passes over one cache."""
-    cache = init_cache(net.cfg, net.layer_groups, len(ids), 64, jnp.float32, slack=slack)
+    cache = init_cache(model.cfg, model.layer_groups, len(ids), 64, jnp.float32, slack=slack)
     parts = []
     for start, end in zip([0, *cuts], [*cuts, ids.shape[1]]):
         pos = None if positions is None else positions[:, start:end]
-        out = forward(net, Batch(ids[:, start:end], pos), cache=cache)
+        out = forward(model, Batch(ids[:, start:end], pos), cache=cache)
         cache = out.cache
         parts.append(np.asarray(out.logits))
     return np.concatenate(parts, axis=1)
@@ -49,11 +49,13 @@ def test_families_by_day_have_every_feature():
     assert features("gemma2", "gemma3n") >= features(*tiny.FAMILIES)
 
 
-def test_shapes(net):
-    out = forward(net, tiny.tokens(net.cfg, 2, 5), capture=("layer_outputs", "attention_weights"))
-    dims = chex.Dimensions(**net.cfg.sizes, B=2, T=5)
+def test_shapes(model):
+    out = forward(
+        model, tiny.tokens(model.cfg, 2, 5), capture=("layer_outputs", "attention_weights")
+    )
+    dims = chex.Dimensions(**model.cfg.sizes, B=2, T=5)
     chex.assert_shape(out.logits, dims["BTV"])
-    streams = "LABTD" if net.cfg.altup else "LBTD"
+    streams = "LABTD" if model.cfg.altup else "LBTD"
     chex.assert_shape(out.captured["layer_outputs"], dims[streams])
     chex.assert_shape(out.captured["attention_weights"], (*dims["LBN"], 5, 5))
 
@@ -65,78 +67,84 @@ def test_shapes(net):
         *nightly([tiny.WINDOW], [17, 18, 19]),
     ],
 )
-def test_chunks_equal_one_pass(net, cuts):
-    ids = tiny.tokens(net.cfg, 2, LENGTH)
-    np.testing.assert_allclose(in_chunks(net, ids, cuts), full(net, ids), atol=ATOL)
+def test_chunks_equal_one_pass(model, cuts):
+    ids = tiny.tokens(model.cfg, 2, LENGTH)
+    np.testing.assert_allclose(in_chunks(model, ids, cuts), full(model, ids), atol=ATOL)
 
 
-def test_token_by_token_equals_one_pass(net):
+def test_token_by_token_equals_one_pass(model):
     """Every ring wraps four times on the way."""
-    ids = tiny.tokens(net.cfg, 1, LENGTH)
+    ids = tiny.tokens(model.cfg, 1, LENGTH)
     cuts = list(range(1, LENGTH))
-    np.testing.assert_allclose(in_chunks(net, ids, cuts), full(net, ids), atol=ATOL)
+    np.testing.assert_allclose(in_chunks(model, ids, cuts), full(model, ids), atol=ATOL)
 
 
-def test_slack_lets_a_ring_take_several_tokens_at_once(net):
-    ids = tiny.tokens(net.cfg, 1, LENGTH)
+def test_slack_lets_a_ring_take_several_tokens_at_once(model):
+    ids = tiny.tokens(model.cfg, 1, LENGTH)
     cuts = list(range(4, LENGTH, 4))
-    expected = full(net, ids)
-    np.testing.assert_allclose(in_chunks(net, ids, cuts, slack=3), expected, atol=ATOL)
+    expected = full(model, ids)
+    np.testing.assert_allclose(in_chunks(model, ids, cuts, slack=3), expected, atol=ATOL)
 
 
 def test_a_ring_equals_a_full_cache_under_a_mask():
     """A window as long as the cache keeps every key; masking alone must then give the same."""
     cfg = tiny.gemma3()
-    net = tiny.model(cfg)
+    model = tiny.model(cfg)
     ids = tiny.tokens(cfg, 1, LENGTH)
-    ring = init_cache(cfg, net.layer_groups, 1, 64, jnp.float32)
-    whole = init_cache(cfg, net.layer_groups, 1, 64, jnp.float32, slack=64 - tiny.WINDOW)
+    ring = init_cache(cfg, model.layer_groups, 1, 64, jnp.float32)
+    whole = init_cache(cfg, model.layer_groups, 1, 64, jnp.float32, slack=64 - tiny.WINDOW)
     assert set(ring.positions) == {tiny.WINDOW, 64} and set(whole.positions) == {64}
     for start in range(0, LENGTH, 5):
-        ring_out = forward(net, ids[:, start : start + 5], cache=ring)
-        whole_out = forward(net, ids[:, start : start + 5], cache=whole)
+        ring_out = forward(model, ids[:, start : start + 5], cache=ring)
+        whole_out = forward(model, ids[:, start : start + 5], cache=whole)
         np.testing.assert_allclose(ring_out.logits, whole_out.logits, atol=ATOL)
         ring, whole = ring_out.cache, whole_out.cache
 
 
 @pytest.mark.parametrize("cuts", [[], [10, 20]])
-def test_padding_on_either_side_changes_nothing(net, cuts):
-    ids = tiny.tokens(net.cfg, 3, LENGTH)
+def test_padding_on_either_side_changes_nothing(model, cuts):
+    ids = tiny.tokens(model.cfg, 3, LENGTH)
     lengths = [LENGTH, 13, 6]
-    expected = full(net, ids)
+    expected = full(model, ids)
     for left in (True, False):
         padded, positions = np.zeros_like(ids), np.full_like(ids, -1)
         spans = [slice(LENGTH - n, None) if left else slice(0, n) for n in lengths]
         for i, (n, span) in enumerate(zip(lengths, spans)):
             padded[i, span], positions[i, span] = ids[i, :n], np.arange(n)
-        actual = in_chunks(net, padded, cuts, positions) if cuts else full(net, padded, positions)
+        actual = (
+            in_chunks(model, padded, cuts, positions) if cuts else full(model, padded, positions)
+        )
         for i, (n, span) in enumerate(zip(lengths, spans)):
             np.testing.assert_allclose(actual[i, span], expected[i, :n], atol=ATOL)
 
 
-def test_a_row_is_independent_of_its_batch(net):
-    ids = tiny.tokens(net.cfg, 4, LENGTH)
-    together = full(net, ids)
+def test_a_row_is_independent_of_its_batch(model):
+    ids = tiny.tokens(model.cfg, 4, LENGTH)
+    together = full(model, ids)
     for i in range(4):
-        np.testing.assert_allclose(together[i], full(net, ids[i : i + 1])[0], atol=ATOL)
+        np.testing.assert_allclose(together[i], full(model, ids[i : i + 1])[0], atol=ATOL)
 
 
-def test_scan_equals_unrolled(net):
-    ids = tiny.tokens(net.cfg, 2, LENGTH)
-    unrolled = tiny.relayout(net, "unrolled")
-    assert len(unrolled.layer_groups) == 1 < len(net.layer_groups) + net.layer_groups[0].repeats - 1
-    np.testing.assert_allclose(full(unrolled, ids), full(net, ids), atol=ATOL)
+def test_scan_equals_unrolled(model):
+    ids = tiny.tokens(model.cfg, 2, LENGTH)
+    unrolled = tiny.relayout(model, "unrolled")
+    assert (
+        len(unrolled.layer_groups)
+        == 1
+        < len(model.layer_groups) + model.layer_groups[0].repeats - 1
+    )
+    np.testing.assert_allclose(full(unrolled, ids), full(model, ids), atol=ATOL)
 
 
 def test_gradients_do_not_depend_on_the_layout():
     cfg = tiny.gemma3()
     ids = tiny.tokens(cfg, 2, 20)
 
-    def loss(net):
-        return jnp.mean(jnp.square(forward(net, ids).logits))
+    def loss(model):
+        return jnp.mean(jnp.square(forward(model, ids).logits))
 
-    net = tiny.model(cfg)
-    scan, unrolled = jax.grad(loss)(net), jax.grad(loss)(tiny.relayout(net, "unrolled"))
+    model = tiny.model(cfg)
+    scan, unrolled = jax.grad(loss)(model), jax.grad(loss)(tiny.relayout(model, "unrolled"))
     back = tiny.relayout(unrolled, "scan")
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(scan))
     for a, b in zip(jax.tree.leaves(scan), jax.tree.leaves(back), strict=True):
@@ -147,15 +155,15 @@ GENERATION = tiny.gemma3(3)
 PROMPTS = [tiny.tokens(GENERATION, 1, n, seed=n)[0].tolist() for n in (3, 40, 17)]
 
 
-def written(net, prompts, **options):
-    return [done.token_ids for done in generate(net, None, prompts, max_new_tokens=20, **options)]
+def written(model, prompts, **options):
+    return [done.token_ids for done in generate(model, None, prompts, max_new_tokens=20, **options)]
 
 
 def test_sampled_text_is_the_same_alone_and_batched():
-    net = tiny.model(GENERATION)
+    model = tiny.model(GENERATION)
     sampled = dict(temperature=1.0, top_k=20, top_p=0.9, min_p=0.01, seed=5)
-    alone = [written(net, [prompt], **sampled)[0] for prompt in PROMPTS]
-    assert written(net, PROMPTS, **sampled) == alone
+    alone = [written(model, [prompt], **sampled)[0] for prompt in PROMPTS]
+    assert written(model, PROMPTS, **sampled) == alone
 
 
 @pytest.mark.parametrize(
@@ -164,23 +172,23 @@ def test_sampled_text_is_the_same_alone_and_batched():
     ids=["chunked", "streamed"],
 )
 def test_greedy_text_is_the_same_chunked_and_streamed(way):
-    net = tiny.model(GENERATION)
-    assert written(net, PROMPTS, **way) == written(net, PROMPTS)
+    model = tiny.model(GENERATION)
+    assert written(model, PROMPTS, **way) == written(model, PROMPTS)
 
 
 @pytest.mark.nightly
 def test_greedy_text_is_the_same_alone_and_batched():
-    net = tiny.model(GENERATION)
-    assert written(net, PROMPTS) == [written(net, [prompt])[0] for prompt in PROMPTS]
+    model = tiny.model(GENERATION)
+    assert written(model, PROMPTS) == [written(model, [prompt])[0] for prompt in PROMPTS]
 
 
 def test_generated_tokens_are_the_argmax_of_a_full_pass():
     cfg = GENERATION
-    net = tiny.model(cfg)
+    model = tiny.model(cfg)
     prompt = tiny.tokens(cfg, 1, 11)[0].tolist()
-    done = generate(net, None, [prompt], max_new_tokens=30)[0]
+    done = generate(model, None, [prompt], max_new_tokens=30)[0]
     ids = np.array([prompt + done.token_ids[:-1]], np.int32)
-    logits = full(net, ids)[0, len(prompt) - 1 :]
+    logits = full(model, ids)[0, len(prompt) - 1 :]
     assert logits.argmax(axis=-1).tolist() == done.token_ids
     log_probs = jax.nn.log_softmax(logits)[np.arange(30), done.token_ids]
     np.testing.assert_allclose(done.log_probs, log_probs, atol=ATOL)
@@ -189,7 +197,7 @@ def test_generated_tokens_are_the_argmax_of_a_full_pass():
 def test_reference_attention_gives_the_same_model():
     cfg = tiny.gemma3()
     ids = tiny.tokens(cfg, 2, LENGTH)
-    net = tiny.model(cfg)
+    model = tiny.model(cfg)
     reference = tiny.model(cfg, attention_impl="reference")
     assert reference.runtime == Runtime(attention_impl="reference")
-    np.testing.assert_allclose(full(reference, ids), full(net, ids), atol=ATOL)
+    np.testing.assert_allclose(full(reference, ids), full(model, ids), atol=ATOL)

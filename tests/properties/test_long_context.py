@@ -39,12 +39,12 @@ def test_both_numerics_stay_near_the_exact_angle():
 def test_far_positions_attend_like_near_ones():
     """RoPE is relative: the same tokens 131,000 places further on give the same logits, but for
     the rounding of their angles."""
-    net = tiny.model(tiny.gemma3())
-    ids = tiny.tokens(net.cfg, 1, 30)
+    model = tiny.model(tiny.gemma3())
+    ids = tiny.tokens(model.cfg, 1, 30)
     near = np.arange(30, dtype=np.int32)[None]
     far = near + 131_000
     np.testing.assert_allclose(
-        forward(net, Batch(ids, far)).logits, forward(net, Batch(ids, near)).logits, atol=0.05
+        forward(model, Batch(ids, far)).logits, forward(model, Batch(ids, near)).logits, atol=0.05
     )
 
 
@@ -65,11 +65,13 @@ def wide_4b(layers=3):
 def test_32k_tokens_by_chunks_need_little_memory():
     """A dense mask of one chunk of 1,024 against 32,768 keys and 8 heads would be 1 GB of scores;
     for the whole prompt it would be 34 GB."""
-    net = jax.eval_shape(lambda: tiny.model(wide_4b()))
-    cache = jax.eval_shape(lambda: init_cache(net.cfg, net.layer_groups, 1, 32_768, jnp.float32))
+    model = jax.eval_shape(lambda: tiny.model(wide_4b()))
+    cache = jax.eval_shape(
+        lambda: init_cache(model.cfg, model.layer_groups, 1, 32_768, jnp.float32)
+    )
     ids = jax.ShapeDtypeStruct((1, 1_024), jnp.int32)
     step = jax.jit(lambda n, i, c: forward(n, i, cache=c, logits="last"), donate_argnums=2)
-    used = step.lower(net, ids, cache).compile().memory_analysis()
+    used = step.lower(model, ids, cache).compile().memory_analysis()
     keys_and_values = 2 * 32_768 * 4 * 256 * 4  # one global layer, float32
     assert used.temp_size_in_bytes < 2 * keys_and_values
 
@@ -80,14 +82,14 @@ def test_32k_tokens_by_chunks():
     cfg = wide_4b()
     cfg = dataclasses.replace(cfg, layers=cfg.layers[1:])
     assert [spec.kind for spec in cfg.layers] == ["local", "global"]
-    net = tiny.model(cfg)
+    model = tiny.model(cfg)
     ids = tiny.tokens(cfg, 1, 32_768)
-    cache = init_cache(cfg, net.layer_groups, 1, 32_768, jnp.float32)
+    cache = init_cache(cfg, model.layer_groups, 1, 32_768, jnp.float32)
     for start in range(0, 31 * 1_024, 1_024):
-        cache = forward(net, ids[:, start : start + 1_024], cache=cache, logits="none").cache
-    whole = forward(net, ids[:, -1_024:], cache=cache, logits="last").logits
+        cache = forward(model, ids[:, start : start + 1_024], cache=cache, logits="none").cache
+    whole = forward(model, ids[:, -1_024:], cache=cache, logits="last").logits
     for part in (slice(-1_024, -1), slice(-1, None)):
-        out = forward(net, ids[:, part], cache=cache, logits="last")
+        out = forward(model, ids[:, part], cache=cache, logits="last")
         cache = out.cache
     assert int(cache.length_B[0]) == 32_768
     np.testing.assert_allclose(out.logits, whole, atol=2e-5)

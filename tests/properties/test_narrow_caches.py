@@ -24,12 +24,12 @@ def with_caches(cfg, dtype):
     return tiny.model(cfg, "unrolled", cache_dtype=jnp.dtype(dtype))
 
 
-def logits(net, ids, cuts, dtype):
+def logits(model, ids, cuts, dtype):
     """Of consecutive passes over one cache."""
-    cache = init_cache(net.cfg, net.layer_groups, len(ids), 64, dtype)
+    cache = init_cache(model.cfg, model.layer_groups, len(ids), 64, dtype)
     parts = []
     for start, end in zip([0, *cuts], [*cuts, ids.shape[1]]):
-        out = forward(net, ids[:, start:end], cache=cache)
+        out = forward(model, ids[:, start:end], cache=cache)
         cache = out.cache
         parts.append(np.asarray(out.logits))
     return np.concatenate(parts, axis=1)
@@ -58,14 +58,14 @@ def test_layout_of_the_prompt_changes_nothing(family):
 
     Not to the last digit: sums in another order can turn a rounding to int8.
     """
-    net = tiny.model(CONFIGS[family])
-    ids = tiny.tokens(net.cfg, 2, LENGTH)
-    whole, wide = logits(net, ids, [], "int8"), logits(net, ids, [], "float32")
+    model = tiny.model(CONFIGS[family])
+    ids = tiny.tokens(model.cfg, 2, LENGTH)
+    whole, wide = logits(model, ids, [], "int8"), logits(model, ids, [], "float32")
     rounding = np.abs(whole - wide)
     assert 0 < rounding.mean() < 0.05 * wide.std()
     # Pieces join old and new keys of a ring; single tokens go to the kernels for decoding.
     cuts = [7, 14, *range(15, 15 + tiny.WINDOW + 6)]  # programs for 7 tokens and for one
-    found = np.abs(logits(net, ids, cuts, "int8") - whole)
+    found = np.abs(logits(model, ids, cuts, "int8") - whole)
     assert found.max() < 0.2 * rounding.max() and np.median(found) < 0.02 * np.median(rounding)
 
 
@@ -84,44 +84,44 @@ def test_memory():
 )
 def test_generation(family, dtype):
     """A session writes what passes over the same cache choose, for rows of any length."""
-    net = with_caches(CONFIGS[family], dtype)
-    rows = [tiny.tokens(net.cfg, 1, n)[0].tolist() for n in (20, 4)]
-    together = generate(net, None, rows, max_new_tokens=8)
+    model = with_caches(CONFIGS[family], dtype)
+    rows = [tiny.tokens(model.cfg, 1, n)[0].tolist() for n in (20, 4)]
+    together = generate(model, None, rows, max_new_tokens=8)
     for row, done in zip(rows, together):
         ids = np.asarray([row + done.token_ids])
         cuts = range(4, ids.shape[1], 4)  # one program for all
-        chosen = logits(net, ids, cuts, dtype).argmax(-1)[0, len(row) - 1 : -1]
+        chosen = logits(model, ids, cuts, dtype).argmax(-1)[0, len(row) - 1 : -1]
         assert chosen.tolist() == done.token_ids
 
 
 @pytest.mark.parametrize("axes", [{"sequence": 2, "tensor": 2}, *nightly({"data": 2, "tensor": 4})])
 def test_on_a_mesh(axes):
     """Heads split as far as there are some, shared by more devices, and slots split."""
-    net = with_caches(CONFIGS["gemma3"], "int8")
-    mesh = make_mesh(net.cfg, jax.devices()[: math.prod(axes.values())], **axes)
-    rows = tiny.tokens(net.cfg, 2, 13).tolist()
-    expected = generate(net, None, rows, max_new_tokens=8)
-    found = generate(shard(net, mesh), None, rows, max_new_tokens=8)
+    model = with_caches(CONFIGS["gemma3"], "int8")
+    mesh = make_mesh(model.cfg, jax.devices()[: math.prod(axes.values())], **axes)
+    rows = tiny.tokens(model.cfg, 2, 13).tolist()
+    expected = generate(model, None, rows, max_new_tokens=8)
+    found = generate(shard(model, mesh), None, rows, max_new_tokens=8)
     assert [done.token_ids for done in found] == [done.token_ids for done in expected]
 
 
 @pytest.mark.nightly
 def test_speculation_over_shared_caches():
-    net = with_caches(CONFIGS["gemma3n"], "int8")
+    model = with_caches(CONFIGS["gemma3n"], "int8")
     rows = [[3, 5, 7], [2, 4, 6, 8]]
     draft = matformer.Slice(ffn_widths=(20, 30, 48, 7, 8, 9))
-    expected = generate(net, None, rows, max_new_tokens=12)
-    found = generate(net, None, rows, max_new_tokens=12, draft=draft, draft_tokens=2)
+    expected = generate(model, None, rows, max_new_tokens=12)
+    found = generate(model, None, rows, max_new_tokens=12, draft=draft, draft_tokens=2)
     assert [done.token_ids for done in found] == [done.token_ids for done in expected]
 
 
 def test_weights_of_attention_are_those_of_rounded_keys():
     cfg = tiny.gemma3()
-    net = tiny.model(cfg)
+    model = tiny.model(cfg)
     ids = tiny.tokens(cfg, 1, 12)
-    cache = init_cache(cfg, net.layer_groups, 1, 12, "int8")
-    found = forward(net, ids, cache=cache, capture=("attention_weights",)).captured
-    wide = forward(net, ids, capture=("attention_weights",)).captured
+    cache = init_cache(cfg, model.layer_groups, 1, 12, "int8")
+    found = forward(model, ids, cache=cache, capture=("attention_weights",)).captured
+    wide = forward(model, ids, capture=("attention_weights",)).captured
     # Rings of 8 slots are read with the new keys after them: the last 12 are those of the text.
     for a, b in zip(found["attention_weights"], wide["attention_weights"]):
         np.testing.assert_allclose(a[..., -12:], b, atol=0.05)

@@ -41,45 +41,45 @@ CONFIGS = {"gemma3": gemma3, "gemma3n": gemma3n}
 
 
 @pytest.fixture(scope="module", params=["gemma3n", *nightly("gemma3")])
-def net(request):
+def model(request):
     return tiny.model(CONFIGS[request.param]())
 
 
-def on_mesh(net, name):
+def on_mesh(model, name):
     sizes, rules = MESHES[name]
     devices = jax.devices()[: math.prod(sizes.values())]
-    return shard(net, make_mesh(net.cfg, devices, **sizes), rules)
+    return shard(model, make_mesh(model.cfg, devices, **sizes), rules)
 
 
 @pytest.mark.parametrize("name", list(MESHES))
-def test_logits(net, name):
-    split = on_mesh(net, name)
-    ids = tiny.tokens(net.cfg, 4, LENGTH)
-    whole = np.asarray(forward(net, ids).logits)
+def test_logits(model, name):
+    split = on_mesh(model, name)
+    ids = tiny.tokens(model.cfg, 4, LENGTH)
+    whole = np.asarray(forward(model, ids).logits)
     np.testing.assert_allclose(forward(split, ids).logits, whole, atol=ATOL)
 
 
 @pytest.mark.parametrize("name", ["4", "sequence", *nightly("2x2", "2x2x2")])
-def test_generation(net, name):
-    split = on_mesh(net, name)
-    prompts = [tiny.tokens(net.cfg, 1, n, seed=n)[0].tolist() for n in (3, 40, 17, 5)]
-    how = dict(max_new_tokens=20, temperature=1.0, top_k=20, seed=5)
-    one, many = (generate(model, None, prompts, **how) for model in (net, split))
+def test_generation(model, name):
+    split = on_mesh(model, name)
+    prompts = [tiny.tokens(model.cfg, 1, n, seed=n)[0].tolist() for n in (3, 40, 17, 5)]
+    options = dict(max_new_tokens=20, temperature=1.0, top_k=20, seed=5)
+    one, many = (generate(m, None, prompts, **options) for m in (model, split))
     assert [c.token_ids for c in many] == [c.token_ids for c in one]
     for ours, theirs in zip(many, one):
         np.testing.assert_allclose(ours.log_probs, theirs.log_probs, atol=ATOL)
 
 
 @pytest.mark.parametrize("name", ["2x2x2", *nightly("4")])
-def test_gradients(net, name):
-    split = on_mesh(net, name)
-    ids = tiny.tokens(net.cfg, 4, LENGTH)
+def test_gradients(model, name):
+    split = on_mesh(model, name)
+    ids = tiny.tokens(model.cfg, 4, LENGTH)
 
     def gradients(model):
         trained, frozen, join = trainable(model)
         return jax.jit(jax.grad(lambda p: loss(join(p, frozen), ids)))(trained)
 
-    whole, parts = gradients(net), gradients(split)
+    whole, parts = gradients(model), gradients(split)
     for path, expected in whole.items():
         np.testing.assert_allclose(parts[path], expected, atol=ATOL, err_msg=str(path))
 
@@ -87,29 +87,29 @@ def test_gradients(net, name):
 @pytest.mark.parametrize("name", ["2x2", *nightly("4", "2x2x2")])
 def test_images(name):
     cfg = tiny.gemma3(layers=3, vision=tiny.vision(num_heads=4, d_tower=32))
-    net = tiny.model(cfg)
-    split = on_mesh(net, name)
+    model = tiny.model(cfg)
+    split = on_mesh(model, name)
     rng = np.random.default_rng(0)
     pixels = rng.uniform(-1, 1, (2, 3, 56, 56)).astype(np.float32)
-    whole, _ = encode_images(net, pixels)
+    whole, _ = encode_images(model, pixels)
     parts, _ = encode_images(split, pixels)
     np.testing.assert_allclose(parts, whole, atol=ATOL)
 
 
 @pytest.mark.parametrize("storage", ["int8", *nightly("bfloat16")])
-def test_narrow_weights(net, storage):
-    stored = quantise(net, storage)
+def test_narrow_weights(model, storage):
+    stored = quantise(model, storage)
     split = on_mesh(stored, "4")
     scales = split.blocks[0][0].ffn.up.w.get_value().scale
     if storage == "int8":
         assert scales.addressable_shards[0].data.shape[-1] == scales.shape[-1] // 4
-    ids = tiny.tokens(net.cfg, 4, LENGTH)
+    ids = tiny.tokens(model.cfg, 4, LENGTH)
     expected = forward(stored, ids).logits
     np.testing.assert_allclose(forward(split, ids).logits, expected, atol=ATOL)
 
 
-def test_every_device_holds_its_part_alone(net):
-    split = on_mesh(net, "4")
+def test_every_device_holds_its_part_alone(model):
+    split = on_mesh(model, "4")
     for param in jax.tree.leaves(split.blocks, is_leaf=lambda x: hasattr(x, "dims")):
         array, parts = param.get_value(), 4 if set(param.dims) & set("NFV") else 1
         parts = max(parts, 2 if "K" in param.dims else 1)
@@ -118,9 +118,9 @@ def test_every_device_holds_its_part_alone(net):
 
 def test_rings_are_whole_and_long_caches_are_split_along_their_slots():
     cfg = gemma3()
-    net = on_mesh(tiny.model(cfg), "sequence")
-    cache = init_cache(cfg, net.layer_groups, 1, 64, jnp.float32)
-    cache = net.runtime.partition.place(cache)
+    model = on_mesh(tiny.model(cfg), "sequence")
+    cache = init_cache(cfg, model.layer_groups, 1, 64, jnp.float32)
+    cache = model.runtime.partition.place(cache)
     shapes = {
         layer.capacity: layer.k_BKSH.addressable_shards[0].data.shape[1:]
         for segment in cache.layers
@@ -131,22 +131,22 @@ def test_rings_are_whole_and_long_caches_are_split_along_their_slots():
 
 
 def test_a_slice_of_a_model_on_a_mesh():
-    net = tiny.model(gemma3n(), layout="unrolled")
-    cut = matformer.Slice(ffn_widths=(24,) * 6)
-    ids = tiny.tokens(net.cfg, 4, LENGTH)
-    expected = forward(matformer.at(net, cut), ids).logits
-    split = matformer.at(on_mesh(net, "2x2"), cut)
+    model = tiny.model(gemma3n(), layout="unrolled")
+    submodel = matformer.Slice(ffn_widths=(24,) * 6)
+    ids = tiny.tokens(model.cfg, 4, LENGTH)
+    expected = forward(matformer.at(model, submodel), ids).logits
+    split = matformer.at(on_mesh(model, "2x2"), submodel)
     np.testing.assert_allclose(forward(split, ids).logits, expected, atol=ATOL)
 
 
 @pytest.mark.parametrize("shares", [True, *nightly(False)])
 def test_speculation(shares):
     """With a draft that uses the model's cache, and with one that has its own."""
-    net = tiny.model(gemma3n(), layout="unrolled")
+    model = tiny.model(gemma3n(), layout="unrolled")
     draft = matformer.Slice(ffn_widths=(24,) * 6)
-    split = on_mesh(net, "2x2")
+    split = on_mesh(model, "2x2")
     prompts = [[3, 5, 7], [2, 4, 6, 8]]
-    expected = generate(net, None, prompts, max_new_tokens=12)
+    expected = generate(model, None, prompts, max_new_tokens=12)
     other = draft if shares else matformer.at(split, draft)
     found = generate(split, None, prompts, max_new_tokens=12, draft=other, draft_tokens=2)
     assert [c.token_ids for c in found] == [c.token_ids for c in expected]
@@ -160,10 +160,10 @@ def test_more_devices_than_key_heads():
     flat = jax.make_mesh(
         (4,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4]
     )
-    net, ids = tiny.model(cfg), tiny.tokens(cfg, 2, LENGTH)
-    expected = generate(net, None, ids.tolist(), max_new_tokens=5)
+    model, ids = tiny.model(cfg), tiny.tokens(cfg, 2, LENGTH)
+    expected = generate(model, None, ids.tolist(), max_new_tokens=5)
     for other in (mesh, flat):
-        found = generate(shard(net, other), None, ids.tolist(), max_new_tokens=5)
+        found = generate(shard(model, other), None, ids.tolist(), max_new_tokens=5)
         assert [c.token_ids for c in found] == [c.token_ids for c in expected]
 
 
@@ -171,8 +171,8 @@ def test_what_cannot_be_split_says_so():
     cfg = tiny.gemma3(layers=1)
     with pytest.raises(ValueError, match="N=4 cannot be split over mesh axis .* of size 8"):
         shard(tiny.model(cfg), make_mesh(cfg, tensor=8))
-    net = tiny.model(gemma3())
-    split = shard(net, make_mesh(net.cfg, data=8))
+    model = tiny.model(gemma3())
+    split = shard(model, make_mesh(model.cfg, data=8))
     with pytest.raises(ValueError, match="B=3 cannot be split over mesh axis 'data' of size 8"):
         generate(split, None, [[1, 2]] * 3)
     with pytest.raises(ValueError, match=r"unknown mesh axes \['model'\]; choose from data, fsdp"):

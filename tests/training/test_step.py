@@ -198,7 +198,7 @@ def test_elastic_is_the_mean_over_the_models_inside():
     layers, tokens = len(model.cfg.layers), tiny.tokens(model.cfg, 2, 9)
     half = Slice(ffn_widths=(24,) * layers)
     narrow = gj.Batch(tokens, ffn_widths_L=np.full(layers, 12))
-    value, metrics = elastic(model, TrainBatch(narrow), cuts=(half,))
+    value, metrics = elastic(model, TrainBatch(narrow), submodels=(half,))
     losses = [gj.loss(model, tokens), gj.loss(at(model, half), tokens), gj.loss(model, narrow)]
     np.testing.assert_allclose(value, sum(losses) / 3, rtol=1e-6)
     np.testing.assert_allclose(metrics["whole"], losses[0], rtol=1e-6)
@@ -240,7 +240,7 @@ def test_muon_of_a_part_has_moments_for_that_part_alone():
     model, tokens = tiny.model(CFG), tiny.tokens(CFG, 2, 9)
     after, state, _ = run(model, muon(model, 0.02), [tokens], attention)
     whole, _, _ = run(model, muon(model, 0.02), [tokens])
-    parts = [trainable(net, attention).trained for net in (after, whole)]
+    parts = [trainable(m, attention).trained for m in (after, whole)]
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *parts)
     sizes = [sum(leaf.size for leaf in jax.tree.leaves(t)) for t in (state.moments, state.trained)]
     assert sizes[0] < 2.5 * sizes[1]
@@ -251,7 +251,7 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device():
     mesh = make_mesh(CFG, jax.devices()[:4], fsdp=2, tensor=2)
     split = shard(model, mesh, TRAINING)
     (_, _, metrics), (_, state, sums) = (
-        run(net, optax.adam(1e-2), [tokens] * 2) for net in (model, split)
+        run(m, optax.adam(1e-2), [tokens] * 2) for m in (model, split)
     )
     np.testing.assert_allclose(sums["loss"], metrics["loss"], rtol=1e-5)
     np.testing.assert_allclose(sums["grad_norm"], metrics["grad_norm"], rtol=1e-5)

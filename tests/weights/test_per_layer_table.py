@@ -24,8 +24,8 @@ def folder(tmp_path_factory):
     return save_hf(tiny.model(CFG), folder)
 
 
-def table(net):
-    return net.per_layer.table.get_value()
+def table(model):
+    return model.per_layer.table.get_value()
 
 
 @pytest.mark.parametrize("layout, place", [("unrolled", "disk"), *nightly(("scan", "host"))])
@@ -37,19 +37,19 @@ def test_the_same_numbers(folder, place, layout):
     tokens = tiny.tokens(CFG, 2, 11)
     tokens[0, 3:5] = 90, 95
     capture = ("per_layer_inputs", "layer_outputs")
-    ours, theirs = (forward(net, tokens, capture=capture) for net in (here, there))
+    ours, theirs = (forward(model, tokens, capture=capture) for model in (here, there))
     chex.assert_trees_all_equal(ours.logits, theirs.logits)
     chex.assert_trees_all_equal(ours.captured, theirs.captured)
-    done = [generate(net, None, tokens.tolist(), max_new_tokens=6) for net in (here, there)]
+    done = [generate(model, None, tokens.tolist(), max_new_tokens=6) for model in (here, there)]
     assert done[0] == done[1]
 
 
 def test_the_host_variant_is_in_the_memory_of_the_host(folder):
-    net = load_weights(folder, per_layer_table="host")
-    values = table(net).values
+    model = load_weights(folder, per_layer_table="host")
+    values = table(model).values
     assert values.sharding.memory_kind == "pinned_host"
     assert values.shape == (90, 6, 8)
-    lowered = jax.jit(lambda net, ids: forward(net, ids).logits).lower(net, jnp.ones((1, 3), int))
+    lowered = jax.jit(lambda m, ids: forward(m, ids).logits).lower(model, jnp.ones((1, 3), int))
     assert "pinned_host" in lowered.as_text()  # the program takes it from there
 
 
@@ -72,10 +72,10 @@ def test_the_table_is_never_on_the_device(folder, place, monkeypatch):
     before = {id(array) for array in jax.live_arrays()}
     monkeypatch.setattr(jax, "device_put", put)
     monkeypatch.setattr(jnp, "zeros", zeros)
-    net = load_weights(folder, per_layer_table=place)
+    model = load_weights(folder, per_layer_table=place)
     assert seen == (["pinned_host"] if place == "host" else [])
     monkeypatch.undo()
-    forward(net, tiny.tokens(CFG, 1, 5))
+    forward(model, tiny.tokens(CFG, 1, 5))
     on_device = [
         array
         for array in jax.live_arrays()
@@ -93,24 +93,24 @@ def test_the_disk_variant_reads_only_what_is_asked_for(folder, monkeypatch):
         "read",
         lambda self, name, *a: read.append(name) or original(self, name, *a),
     )
-    net = load_weights(folder, per_layer_table="disk")
+    model = load_weights(folder, per_layer_table="disk")
     assert read and "model.embed_tokens_per_layer.weight" not in read
-    assert not jax.tree.leaves(table(net))
+    assert not jax.tree.leaves(table(model))
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(
-    "how",
+    "options",
     [dict(dtype="float32", weights="bfloat16"), *nightly(dict(dtype="bfloat16"))],
     ids=str,
 )
-def test_stored_narrower(folder, place, how):
+def test_stored_narrower(folder, place, options):
     """The table follows the storage of the weights, and the file is float32."""
-    nets = [load(str(folder), per_layer_table=p, **how) for p in ("device", place)]
+    models = [load(str(folder), per_layer_table=p, **options) for p in ("device", place)]
     if place == "host":
-        assert table(nets[1]).values.dtype == jnp.uint16
+        assert table(models[1]).values.dtype == jnp.uint16
     tokens = tiny.tokens(CFG, 1, 7)
-    chex.assert_trees_all_equal(*(forward(net, tokens).logits for net in nets))
+    chex.assert_trees_all_equal(*(forward(model, tokens).logits for model in models))
 
 
 def test_no_program_converts_the_whole_table():
@@ -136,13 +136,13 @@ def test_views_of_it(folder, place):
     here, there = (
         load_weights(folder, layout="unrolled", per_layer_table=p) for p in ("device", place)
     )
-    cut = matformer.Slice(ffn_widths=(9,) * 3, skip_layers=(3, 4, 5))
+    submodel = matformer.Slice(ffn_widths=(9,) * 3, skip_layers=(3, 4, 5))
     tokens = tiny.tokens(CFG, 2, 7)
     chex.assert_trees_all_equal(
-        *(forward(matformer.at(net, cut), tokens).logits for net in (here, there))
+        *(forward(matformer.at(model, submodel), tokens).logits for model in (here, there))
     )
     with pytest.raises(ValueError, match="viewed, not cut"):
-        matformer.slice(there, cut)
+        matformer.slice(there, submodel)
 
 
 def test_models_and_formats_without(folder, tmp_path):

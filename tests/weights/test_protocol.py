@@ -75,7 +75,7 @@ class Blocks(StandIn):
         return Blocks(dims + "_", dims)
 
 
-def model(layout="scan"):
+def of_whole_blocks(layout="scan"):
     """Every input is a whole number of blocks; F is four of them."""
     cfg = tiny.gemma3(layers=3, d_model=64, head_dim=32, num_kv_heads=4)
     layers = tuple(replace(spec, d_ff=4 * BLOCK) for spec in cfg.layers)
@@ -86,36 +86,38 @@ def is_matrix(path, param):
     return bool(param.get_metadata().get("inputs"))
 
 
-def in_blocks(net):
-    return map_params(net, lambda param: Blocks.of(param.get_value()), is_matrix)
+def in_blocks(model):
+    return map_params(model, lambda param: Blocks.of(param.get_value()), is_matrix)
 
 
-def widened(net):
-    return map_params(net, lambda param: dense(param.get_value()))
+def widened(model):
+    return map_params(model, lambda param: dense(param.get_value()))
 
 
 @pytest.fixture(scope="module", params=["scan", "unrolled"])
-def net(request):
-    return in_blocks(model(request.param))
+def model(request):
+    return in_blocks(of_whole_blocks(request.param))
 
 
 @pytest.fixture(scope="module")
 def unrolled():
-    return in_blocks(model("unrolled"))
+    return in_blocks(of_whole_blocks("unrolled"))
 
 
-def test_blocks_compute_what_the_widened_model_does(net):
-    tokens = tiny.tokens(net.cfg, 2, 19)
-    logits = forward(net, tokens).logits
-    np.testing.assert_allclose(logits, forward(widened(net), tokens).logits, atol=ATOL)
-    plain = forward(tiny.relayout(model(), "unrolled"), tokens).logits
-    error = jnp.abs(forward(in_blocks(tiny.relayout(model(), "unrolled")), tokens).logits - plain)
+def test_blocks_compute_what_the_widened_model_does(model):
+    tokens = tiny.tokens(model.cfg, 2, 19)
+    logits = forward(model, tokens).logits
+    np.testing.assert_allclose(logits, forward(widened(model), tokens).logits, atol=ATOL)
+    plain = forward(tiny.relayout(of_whole_blocks(), "unrolled"), tokens).logits
+    error = jnp.abs(
+        forward(in_blocks(tiny.relayout(of_whole_blocks(), "unrolled")), tokens).logits - plain
+    )
     assert 0 < error.mean() < 0.1 * jnp.std(plain)
 
 
-def test_blocks_write_what_the_widened_model_does(net):
-    prompts = tiny.tokens(net.cfg, 2, 9).tolist()
-    ours, theirs = (generate(m, None, prompts, max_new_tokens=6) for m in (net, widened(net)))
+def test_blocks_write_what_the_widened_model_does(model):
+    prompts = tiny.tokens(model.cfg, 2, 9).tolist()
+    ours, theirs = (generate(m, None, prompts, max_new_tokens=6) for m in (model, widened(model)))
     assert [done.token_ids for done in ours] == [done.token_ids for done in theirs]
 
 
@@ -126,20 +128,20 @@ def test_the_loss_of_a_table_in_blocks(unrolled):
 
 def test_slices_in_whole_blocks(unrolled):
     """F is an output of gate and up, and the input of down."""
-    cut = matformer.Slice(ffn_widths=(64, 96, 128))
+    submodel = matformer.Slice(ffn_widths=(64, 96, 128))
     tokens = tiny.tokens(unrolled.cfg, 2, 19)
-    small, view = matformer.slice(unrolled, cut), matformer.at(unrolled, cut)
+    small, view = matformer.slice(unrolled, submodel), matformer.at(unrolled, submodel)
     assert small.blocks[0][0].ffn.down.w.get_value().codes.shape == (1, 64, 2, BLOCK)
     assert small.blocks[0][0].ffn.up.w.get_value().codes.shape == (1, 64, 2, BLOCK)
-    expected = forward(matformer.slice(widened(unrolled), cut), tokens).logits
+    expected = forward(matformer.slice(widened(unrolled), submodel), tokens).logits
     for other in (small, view):
         np.testing.assert_allclose(forward(other, tokens).logits, expected, atol=ATOL)
 
 
 def test_a_slice_through_a_block_is_refused(unrolled):
-    cut = matformer.Slice(ffn_widths=(64, 70, 128))
-    view, tokens = matformer.at(unrolled, cut), tiny.tokens(unrolled.cfg, 1, 5)
-    for use in (lambda: matformer.slice(unrolled, cut), lambda: forward(view, tokens)):
+    submodel = matformer.Slice(ffn_widths=(64, 70, 128))
+    view, tokens = matformer.at(unrolled, submodel), tiny.tokens(unrolled.cfg, 1, 5)
+    for use in (lambda: matformer.slice(unrolled, submodel), lambda: forward(view, tokens)):
         with pytest.raises(ValueError) as error:
             use()
         assert str(error.value) == "the cut goes through a block; use multiples of 32"
@@ -148,9 +150,9 @@ def test_a_slice_through_a_block_is_refused(unrolled):
 @pytest.mark.parametrize(
     "sizes, rules", [(dict(tensor=4), None), (dict(fsdp=2, tensor=2), TRAINING)]
 )
-def test_blocks_on_four_devices(net, sizes, rules):
-    mesh = make_mesh(net.cfg, jax.devices()[:4], **sizes)
-    split = shard(net, mesh, rules)
+def test_blocks_on_four_devices(model, sizes, rules):
+    mesh = make_mesh(model.cfg, jax.devices()[:4], **sizes)
+    split = shard(model, mesh, rules)
     up, down = (getattr(split.blocks[0][0].ffn, name).w.get_value() for name in ("up", "down"))
     tensor, fsdp = sizes["tensor"], sizes.get("fsdp", 1)
     F, D, blocks_of_F, blocks_of_D = 4 * BLOCK, 64, 4, 2
@@ -160,8 +162,8 @@ def test_blocks_on_four_devices(net, sizes, rules):
     ):
         assert weight.codes.addressable_shards[0].data.shape[1:] == (*local, BLOCK)
         assert weight.scale.addressable_shards[0].data.shape[1:] == local
-    tokens = tiny.tokens(net.cfg, 4, 19)
-    expected = forward(net, tokens).logits
+    tokens = tiny.tokens(model.cfg, 4, 19)
+    expected = forward(model, tokens).logits
     np.testing.assert_allclose(forward(split, tokens).logits, expected, atol=ATOL)
 
 

@@ -83,10 +83,10 @@ def test_a_channel_of_zeros_stays_zero():
     ],
 )
 def test_a_stored_model_stays_close_and_generates(storage, tolerance, layout):
-    net = tiny.model(tiny.gemma3(6), layout=layout)
-    small = quantise(net, storage)
-    ids = tiny.tokens(net.cfg, 2, 20)
-    expected, actual = forward(net, ids).logits, forward(small, ids).logits
+    model = tiny.model(tiny.gemma3(6), layout=layout)
+    small = quantise(model, storage)
+    ids = tiny.tokens(model.cfg, 2, 20)
+    expected, actual = forward(model, ids).logits, forward(small, ids).logits
     error = jnp.abs(actual - expected).mean()
     assert 0 < error < tolerance * jnp.std(expected)
     row = ids[0].tolist()
@@ -96,17 +96,17 @@ def test_a_stored_model_stays_close_and_generates(storage, tolerance, layout):
 
 
 def test_bytes_shrink_and_norms_stay():
-    net = tiny.model(tiny.gemma3())
+    model = tiny.model(tiny.gemma3())
 
     def size(model):
         return sum(leaf.nbytes for leaf in jax.tree.leaves(model))
 
-    assert size(quantise(net, "bfloat16")) < 0.52 * size(net)
-    small = quantise(net, "int8")
-    assert size(small) < 0.35 * size(net)
+    assert size(quantise(model, "bfloat16")) < 0.52 * size(model)
+    small = quantise(model, "int8")
+    assert size(small) < 0.35 * size(model)
     assert isinstance(small.embed.table.get_value(), StoredWeight)
-    np.testing.assert_array_equal(small.final_norm.scale[...], net.final_norm.scale[...])
-    assert quantise(net, "float32").runtime == Runtime()
+    np.testing.assert_array_equal(small.final_norm.scale[...], model.final_norm.scale[...])
+    assert quantise(model, "float32").runtime == Runtime()
 
 
 def test_unknown_storage_is_refused():

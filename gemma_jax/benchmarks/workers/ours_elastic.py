@@ -14,11 +14,11 @@ class Elastic:
         whole = gemma_jax.load_model(
             paths["hf"], dtype="float32", weights=weights, layout="unrolled"
         )
-        cut = matformer.Slice.read(paths["slice"])
+        submodel = matformer.Slice.read(paths["slice"])
         self._models = {
             "whole": whole,
-            "slice": matformer.slice(whole, cut),
-            "view": matformer.at(whole, cut),
+            "slice": matformer.slice(whole, submodel),
+            "view": matformer.at(whole, submodel),
         }
         self.facts = {"gemma_jax": gemma_jax.__version__, "jax": jax.__version__}
 

@@ -120,7 +120,7 @@ def train(
         norm.scale[...] = norm.scale[...] * cfg.head_dim**-0.5
     rate = optax.warmup_cosine_decay_schedule(0, RATE, steps // 20, steps, RATE / 100)
     trained, frozen, join = trainable(model)
-    objective = partial(elastic, cuts=() if nested is None else (nested,))
+    objective = partial(elastic, submodels=() if nested is None else (nested,))
     init, step = make_step(objective, muon(model, rate), join)
     state, step = init(trained, jax.random.key(seed)), jax.jit(step, donate_argnums=0)
 
@@ -140,10 +140,10 @@ def train(
 
 
 def measure(
-    model: gj.Gemma, tokenizer: Tokenizer, held_out_BT: np.ndarray, cut: Slice
+    model: gj.Gemma, tokenizer: Tokenizer, held_out_BT: np.ndarray, submodel: Slice
 ) -> dict[str, float]:
     """Loss of a slice on the held-out text, and its size."""
-    view, tokens, total = at(model, cut), held_out_BT[:, 1:].size, 0.0
+    view, tokens, total = at(model, submodel), held_out_BT[:, 1:].size, 0.0
     # Rows of no weight fill the last batch: one program for all of them.
     filled_BT, weight_BT = (
         np.pad(rows_BT, ((0, -len(held_out_BT) % 16), (0, 0)))
@@ -154,26 +154,28 @@ def measure(
         total += float(gj.loss(view, some_BT, weights_BT=counts_BT)) * counts_BT[:, 1:].sum()
     size = len(tokenizer.decode_bytes(held_out_BT[:, 1:].ravel().tolist()))
     return {
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(slice_model(model, cut))),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(slice_model(model, submodel))),
         "nats_per_token": round(total / tokens, 4),
         "bits_per_byte": round(total / np.log(2) / size, 4),
     }
 
 
 def agreement(
-    model: gj.Gemma, tokenizer: Tokenizer, held_out_BT: np.ndarray, cuts: dict[str, Slice]
+    model: gj.Gemma, tokenizer: Tokenizer, held_out_BT: np.ndarray, submodels: dict[str, Slice]
 ) -> dict[str, float]:
     """Share of the model's own next tokens, written greedily, that each slice would write too."""
     prompts = held_out_BT[:64, : LENGTH // 2].tolist()
     done = gj.generate(model, tokenizer, prompts, max_new_tokens=LENGTH // 4, stop_ids=())
     written_BT = np.array([prompt + d.token_ids for prompt, d in zip(prompts, done)], np.int32)
 
-    def share(cut: Slice) -> float:
-        best_BT = gj.forward(at(model, cut), written_BT).logits.argmax(axis=-1)
+    def share(submodel: Slice) -> float:
+        best_BT = gj.forward(at(model, submodel), written_BT).logits.argmax(axis=-1)
         first = len(prompts[0])
         return float((best_BT[:, first - 1 : -1] == written_BT[:, first:]).mean())
 
-    return {name: round(share(cut), 4) for name, cut in cuts.items() if name != "full"}
+    return {
+        name: round(share(submodel), 4) for name, submodel in submodels.items() if name != "full"
+    }
 
 
 def main() -> None:
@@ -211,7 +213,8 @@ def main() -> None:
         "text": digest(texts),
         "seconds": round(seconds),
         "held_out": {
-            name: measure(model, tokenizer, held_out_BT, cut) for name, cut in SLICES.items()
+            name: measure(model, tokenizer, held_out_BT, submodel)
+            for name, submodel in SLICES.items()
         },
         "separate": separate,
         "agreement": agreement(model, tokenizer, held_out_BT, SLICES),
