@@ -144,7 +144,8 @@ def test_what_is_not_done_is_refused_by_name(said, message, tmp_path):
 GEMMA3 = {
     "do_convert_rgb": None, "do_normalize": True, "do_pan_and_scan": None, "do_rescale": True,
     "do_resize": True, "image_mean": [0.5, 0.5, 0.5],
-    "image_processor_type": "Gemma3ImageProcessor", "image_seq_length": 4, "image_std": [0.5, 0.5, 0.5], "pan_and_scan_max_num_crops": None,
+    "image_processor_type": "Gemma3ImageProcessor", "image_seq_length": 4,
+    "image_std": [0.5, 0.5, 0.5], "pan_and_scan_max_num_crops": None,
     "pan_and_scan_min_crop_size": None, "pan_and_scan_min_ratio_to_activate": None,
     "processor_class": "Gemma3Processor", "resample": 2, "rescale_factor": 0.00392156862745098,
     "size": {"height": 56, "width": 56},
