@@ -40,7 +40,7 @@ FLOORS = (
     ("inference", "training"),
     ("planning", "evaluation", "serving", "viz"),
     ("loading", "experiments", "benchmarks"),
-    ("cli",),
+    ("cli", "__main__"),
 )  # fmt: skip
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 # The parts where checkpoints come in.

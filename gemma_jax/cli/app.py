@@ -2,9 +2,11 @@
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
+from gemma_jax import __version__
 from gemma_jax.cli import (
     bench,
     bench_kernels,
@@ -14,6 +16,7 @@ from gemma_jax.cli import (
     forward,
     generate,
     info,
+    list_models,
     plan,
     score,
     shield,
@@ -38,6 +41,25 @@ COMMANDS = (
 )  # fmt: skip
 for module in COMMANDS:
     app.command(module.__name__.rpartition(".")[2].replace("_", "-"))(module.command)
+
+app.command("list")(list_models.command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"gemma-jax {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version."),
+    ] = False,
+) -> None:
+    """What may stand in front of a command."""
+
 
 benches = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 benches.callback()(bench.command)

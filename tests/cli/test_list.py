@@ -1,0 +1,41 @@
+"""`gemma-jax list`, `--version`, and the module as a command."""
+
+import json
+import subprocess
+import sys
+
+import gemma_jax as gj
+from gemma_checkpoints.catalog import CATALOG
+
+
+def test_every_name_is_listed(cli):
+    ran = cli("list", "--json")
+    assert (ran.code, ran.err) == (0, "")
+    models = {row["name"]: row for row in json.loads(ran.out)["models"]}
+    assert list(models) == list(CATALOG)
+    assert models["gemma3-1b-pt"]["parameters"] == 999_885_952  # of its Hugging Face page
+    assert all(row["terms"].startswith("Gemma Terms of Use") for row in models.values())
+
+
+def test_what_is_on_this_machine(cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert "gemma3-270m  " in cli("list").out and " here " not in cli("list").out
+    file = tmp_path / "gemma-jax" / "weights" / CATALOG["gemma3-270m"].file
+    file.parent.mkdir(parents=True)
+    file.touch()
+    (here,) = (row for row in json.loads(cli("list", "--json").out)["models"] if row["path"])
+    assert (here["name"], here["path"]) == ("gemma3-270m", str(file))
+
+
+def test_version(cli):
+    assert cli("--version").out == f"gemma-jax {gj.__version__}\n"
+
+
+def test_a_name_that_is_nearly_one(refused):
+    assert "Did you mean 'list'?" in refused("lst")
+
+
+def test_the_module_runs_with_stdout_closed():
+    command = f"exec {sys.executable} -m gemma_jax list >&-"
+    ran = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (ran.returncode, ran.stderr) == (0, "")
