@@ -221,7 +221,8 @@ def test_every_config_field_matters():
         num_soft_tokens=16, image_token=89, norm_eps=1e-5,
     )  # fmt: skip
     fields = {f.name for f in dataclasses.fields(VisionConfig)}
-    assert fields == tower.keys() | {"start_token", "end_token"}  # for prompts
+    # The last are for prompts, and for the pixels that the tower is given.
+    assert fields == tower.keys() | {"start_token", "end_token", "images"}
     check(seeing, tower)
 
 
