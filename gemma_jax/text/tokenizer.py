@@ -85,8 +85,8 @@ class Tokenizer:
         self._special = re.compile("(" + "|".join(map(re.escape, names)) + ")")
         self._skipped = frozenset(self.special_ids.values())
         self.vocab_size = len(self._pieces)
-        self.bos_id = self.special_ids[config.bos_token or "<bos>"]
-        self.eos_id = self.special_ids[config.eos_token or "<eos>"]
+        self.bos_id = vocabulary.id_of(config.bos_token or "<bos>")
+        self.eos_id = vocabulary.id_of(config.eos_token or "<eos>")
         self.pad_id, self.unk_id = self.special_ids["<pad>"], self.special_ids["<unk>"]
         named = [self.special_ids.get(name, self.eos_id) for name in ("<eos>", "<end_of_turn>")]
         self.stop_ids: tuple[int, ...] = tuple(sorted({self.eos_id, *named}))

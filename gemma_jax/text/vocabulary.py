@@ -144,15 +144,23 @@ class Vocabulary:
         )
 
     def with_specials(self, names: Sequence[str]) -> Vocabulary:
-        """The vocabulary with these pieces as special ones; ValueError if one is none."""
+        """The vocabulary with these pieces as special ones, unless it lists them as other ones.
+
+        Raises:
+          ValueError: A name that is no piece.
+        """
         kinds = bytearray(self.kinds)
-        for name in names:
-            piece = name.replace(" ", SPACE.decode()).encode()
-            if piece not in self.pieces:
-                raise ValueError(f"the special token {name!r} has no piece in the vocabulary")
-            if kinds[i := self.pieces.index(piece)] != Kind.UNKNOWN:
+        for i in map(self.id_of, names):
+            if kinds[i] != Kind.UNKNOWN and i not in self.added:
                 kinds[i] = Kind.CONTROL
         return replace(self, kinds=bytes(kinds))
+
+    def id_of(self, name: str) -> int:
+        """The id of a piece that a file names; ValueError if there is none."""
+        piece = name.replace(" ", SPACE.decode()).encode()
+        if piece not in self.pieces:
+            raise ValueError(f"the special token {name!r} has no piece in the vocabulary")
+        return self.pieces.index(piece)
 
     def tokens(self) -> dict[int, AddedToken]:
         """Id -> token of all pieces that are looked for in a text before any merge."""
