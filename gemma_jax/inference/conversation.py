@@ -111,7 +111,8 @@ class Conversation:
                 media = self._read.media_of([message])
                 return self._read.text(text[len(held) :], media, bos=False)
         # A template may write earlier turns otherwise than they were said: read it all again.
-        self._session.clear(0, seed=self._seed)
+        if not first:
+            self._session.clear(0, seed=self._seed)
         self._rendered = text
         return self._read.chat(conversation)
 

@@ -153,7 +153,7 @@ class Vocabulary:
         for i in map(self.id_of, names):
             if kinds[i] != Kind.UNKNOWN and i not in self.added:
                 kinds[i] = Kind.CONTROL
-        return replace(self, kinds=bytes(kinds))
+        return self if kinds == self.kinds else replace(self, kinds=bytes(kinds))
 
     def id_of(self, name: str) -> int:
         """The id of a piece that a file names; ValueError if there is none."""
