@@ -158,7 +158,7 @@ def save_hf(
 def _decoder(model: Gemma) -> Gemma:
     """The model without embeddings that transformers has only together with towers."""
     cfg = replace(model.cfg, modality_vocabularies=())
-    return with_attributes(model, cfg=cfg, modalities=nnx.List([]))
+    return with_attributes(model, cfg=cfg, modality_embedders=nnx.List([]))
 
 
 def refuse_inexact(target: Path, params: dict[ParamPath, nnx.Param]) -> None:

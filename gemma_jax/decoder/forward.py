@@ -106,8 +106,8 @@ def forward(
 
     x_BTD = ctx.place(model.embed.encode(tokens_BT, model.runtime.dtype))
     captured = {"embeddings": x_BTD}
-    for modality in model.modalities:
-        x_BTD = modality.insert(tokens_BT, x_BTD, model.runtime.numerics)
+    for embedder in model.modality_embedders:
+        x_BTD = embedder.insert(tokens_BT, x_BTD, model.runtime.numerics)
     if batch.soft is not None:
         x_BTD = batch.soft.insert(x_BTD)
     inputs = LayerInputs(width=batch.ffn_widths_L)

@@ -150,7 +150,7 @@ class Gemma(nnx.Module):
         self.cfg, self.runtime = cfg, runtime
         self.layer_groups = group_layers(cfg.layers, layout)
         self.embed = Embedder(cfg, rngs=rngs)
-        self.modalities = nnx.List(
+        self.modality_embedders = nnx.List(
             [ModalityEmbedder(cfg, ids, rngs=rngs) for ids in cfg.modality_vocabularies]
         )
         self.blocks = stack_layers(

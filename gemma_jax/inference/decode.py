@@ -157,17 +157,17 @@ def advance(
     """
     partition = model.runtime.partition
     if prompt is not None:
-        state = placed(_prefill(model, state, prompt, propose, allow), partition)
+        state = constrained(_prefill(model, state, prompt, propose, allow), partition)
     if not loop:
         return state
 
     def body(state: State) -> State:
-        return placed(_decode(model, state, propose, allow), partition)
+        return constrained(_decode(model, state, propose, allow), partition)
 
-    return placed(jax.lax.while_loop(lambda s: jnp.any(s.active_B), body, state), partition)
+    return constrained(jax.lax.while_loop(lambda s: jnp.any(s.active_B), body, state), partition)
 
 
-def placed(tree: Tree, partition: Partition | None) -> Tree:
+def constrained(tree: Tree, partition: Partition | None) -> Tree:
     """On a mesh: caches by their letters, all else on every device, for the host to read."""
     return tree if partition is None else partition.constrain(tree)
 
@@ -329,7 +329,7 @@ def empty_state(
         log_probs_BX=jnp.zeros((batch, new_tokens), jnp.float32),
         seen_BV=jnp.zeros((batch, cfg.vocab_size), bool) if sampling.penalty else None,
     )
-    return placed(state, partition)
+    return constrained(state, partition)
 
 
 @partial(jax.jit, static_argnames=("partition",), donate_argnames=("state",))
@@ -348,7 +348,7 @@ def emptied(
         seen_BV=None if seen_BV is None else seen_BV & ~empty_B[:, None],
         drafts=None if state.drafts is None else state.drafts.cleared(empty_B),
     )
-    return placed(state, partition)
+    return constrained(state, partition)
 
 
 @partial(jax.jit, static_argnames=("partition",), donate_argnames=("state",))
@@ -356,4 +356,4 @@ def rewound(state: State, length_B: jax.Array, *, partition: Partition | None) -
     """The state without tokens at positions of `length` and beyond, see `Cache.rewound`."""
     drafts = None if state.drafts is None else state.drafts.rewound(length_B)
     state = replace(state, cache=state.cache.rewound(length_B), drafts=drafts)
-    return placed(state, partition)
+    return constrained(state, partition)

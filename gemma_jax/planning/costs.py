@@ -24,7 +24,7 @@ def weight_bytes(model: Gemma) -> dict[str, int]:
     reads (tables of which it reads rows are left out; the head is read)."""
     vision = 0 if model.vision is None else local_bytes(model.vision)
     tables = [] if model.per_layer is None else [model.per_layer.table]
-    tables += [modality.table for modality in model.modalities]
+    tables += [embedder.table for embedder in model.modality_embedders]
     tables += [] if model.embed.head is None else [model.embed.table]
     total = local_bytes(model)
     return {"all": total, "vision": vision, "read": total - vision - local_bytes(tables)}

@@ -75,16 +75,16 @@ def placed_model(cfg: GemmaConfig, work: Work, partition: Partition) -> Gemma:
         return store(param, param.get_value().astype(dtype))
 
     model = abstract_model(cfg, runtime=runtime)
-    return placed(jax.eval_shape(lambda model: map_params(model, narrow), model), partition)
+    return with_shardings(jax.eval_shape(lambda model: map_params(model, narrow), model), partition)
 
 
 def abstract_cache(cfg: GemmaConfig, work: Work, model: Gemma, partition: Partition) -> Cache:
     dtype = work.cache_dtype or work.dtype
     make = partial(init_cache, cfg, model.layer_groups, work.batch, work.context, dtype)
-    return placed(jax.eval_shape(make), partition)
+    return with_shardings(jax.eval_shape(make), partition)
 
 
-def placed(tree: Any, partition: Partition) -> Any:
+def with_shardings(tree: Any, partition: Partition) -> Any:
     """Shapes and dtypes, with the shardings that arrays would have."""
     return jax.tree.map(
         lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
@@ -122,7 +122,7 @@ def _lower_generation(model: Gemma, work: Work, partition: Partition) -> jax.sta
     if work.mode == "prefill":
         chunk = ints(B, work.chunk)
         prompt = PrefillChunk(Batch(chunk, chunk), jax.ShapeDtypeStruct((B,), bool))
-    state, prompt = placed((state, prompt), partition)
+    state, prompt = with_shardings((state, prompt), partition)
     return advance.lower(model, state, prompt, loop=prompt is None)
 
 

@@ -52,10 +52,10 @@ class VisionEncoder(nnx.Module):
         inside = frozenset(name.removeprefix(_PREFIX) for name in capture)
         ctx = TowerContext(runtime=runtime, capture=inside)
         with jax.named_scope("vision"):
-            x_IQC, taps = self.tower(pixels.astype(runtime.vision_dtype or runtime.dtype), ctx)
+            x_IQC, captured = self.tower(pixels.astype(runtime.vision_dtype or runtime.dtype), ctx)
             soft_ITD = self.projector(x_IQC, runtime)
-        taps |= {"tower": x_IQC, "soft_tokens": soft_ITD}
-        return soft_ITD, {name: taps[name.removeprefix(_PREFIX)] for name in capture}
+        captured |= {"tower": x_IQC, "soft_tokens": soft_ITD}
+        return soft_ITD, {name: captured[name.removeprefix(_PREFIX)] for name in capture}
 
 
 @encoder_of.register

@@ -205,9 +205,9 @@ def test_settings_are_read_and_travel(tower, tmp_path):
 )
 def test_pixels_are_those_of_the_formula(changes, expected, tower, tmp_path):
     """transformers 5.24, `rescale_and_normalize`: (level * factor - mean) / std."""
-    how = images_of(beside(tmp_path / "a", preprocessor_config=sized(tower, **changes)))
+    processing = images_of(beside(tmp_path / "a", preprocessor_config=sized(tower, **changes)))
     levels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
-    pixels = preprocess(Image(levels), 8, (), how)[0].transpose(1, 2, 0)
+    pixels = preprocess(Image(levels), 8, (), processing)[0].transpose(1, 2, 0)
     np.testing.assert_allclose(pixels, expected(levels.astype(np.float64)), rtol=1e-5, atol=1e-5)
 
 

@@ -124,14 +124,14 @@ def call(cli, seer, picture, stored, tmp_path, monkeypatch):
 @pytest.fixture
 def asked(monkeypatch):
     """Every `LoadOptions` that a command asks for; no model comes of it."""
-    options = []
+    asked = []
 
-    def load_model(source, how, *, progress):
-        options.append(how)
+    def load_model(source, options, *, progress):
+        asked.append(options)
         raise ValueError("as far as this goes")
 
     monkeypatch.setattr("gemma_jax.loading.load_model", load_model)
-    return options
+    return asked
 
 
 ALL = ("--dtype=bfloat16", "--weights=int8", "--vision-dtype=float32", "--numerics=gdm",
@@ -165,11 +165,11 @@ def test_defaults_are_those_of_the_library(name, call, asked):
 
 
 def test_chat_as_in_python(call, seer):
-    how = {"dtype": "bfloat16", "numerics": "gdm", "attention_impl": "reference"}
-    words = [f"{flag(name)}={value}" for name, value in how.items()]
+    options = {"dtype": "bfloat16", "numerics": "gdm", "attention_impl": "reference"}
+    words = [f"{flag(name)}={value}" for name, value in options.items()]
     ran = call("chat", *words)
     assert (ran.code, ran.err) == (0, "")
-    conversation = gj.Conversation(*gj.load(seer, **how), sampling=gj.Sampling())
+    conversation = gj.Conversation(*gj.load(seer, **options), sampling=gj.Sampling())
     assert ran.out.rstrip("\n") == "".join(conversation.stream("Hi", max_new_tokens=4)).rstrip("\n")
 
 

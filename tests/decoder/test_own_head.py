@@ -13,7 +13,7 @@ from gemma_jax.decoder.model import abstract_model
 from gemma_jax.matformer.slicing import parameters
 from gemma_jax.placement import shard
 from gemma_jax.planning.costs import weight_bytes
-from gemma_jax.planning.lowering import placed
+from gemma_jax.planning.lowering import with_shardings
 from gemma_jax.quantise import quantise
 from gemma_jax.sharding import INFERENCE, Partition, make_mesh
 from gemma_jax.weights.stored import StoredWeight
@@ -105,7 +105,8 @@ def test_speculation_writes_what_the_model_writes(model, ids):
 def test_a_step_reads_the_head_and_rows_of_the_table():
     partition = Partition.of(make_mesh(CFG, jax.devices()[:1], data=1))
     own, tied = (
-        weight_bytes(placed(abstract_model(cfg), partition)) for cfg in (CFG, tiny.gemma3(3))
+        weight_bytes(with_shardings(abstract_model(cfg), partition))
+        for cfg in (CFG, tiny.gemma3(3))
     )
     assert own["all"] - tied["all"] == 4 * CFG.vocab_size * CFG.d_model
     assert own["read"] == tied["read"]

@@ -153,10 +153,10 @@ def compared(key: str, inputs: dict):
 def compute(folder: Path, name: str, inputs: dict) -> tuple[dict, dict]:
     """`(outputs in float32, facts per output)` of one case."""
     results = {}
-    for variant, how in VARIANTS.items():
+    for variant, settings in VARIANTS.items():
         if variant == "noise_fp64" and padded(inputs):
             continue  # a row of padding sees nothing, and transformers in float64 makes nan of it
-        results[variant] = runner(name)(load(folder, *how), inputs)
+        results[variant] = runner(name)(load(folder, *settings), inputs)
     outputs, facts = results["value"], {}
     for key, value in outputs.items():
         fact = {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}

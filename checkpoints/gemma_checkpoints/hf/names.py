@@ -184,7 +184,7 @@ def _modalities(cfg: GemmaConfig) -> Table:
     if not cfg.modality_vocabularies:
         return ()
     return tuple(
-        Row(f"modalities.{i}.{ours}", f"{part}.{theirs}.weight")
+        Row(f"modality_embedders.{i}.{ours}", f"{part}.{theirs}.weight")
         for i, part in enumerate(_MODALITIES)
         for ours, theirs in (
             ("table", "embedding"),
