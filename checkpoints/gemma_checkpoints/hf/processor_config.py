@@ -95,8 +95,8 @@ def _images(raw: Json, vision: VisionConfig) -> ImageProcessing:
     scaled, normal = _switch(raw, "do_rescale", True), _switch(raw, "do_normalize", True)
     return ImageProcessing(
         rescale=_number(raw, "rescale_factor", default.rescale) if scaled else 1.0,
-        mean=_channels(raw, "image_mean") or default.mean if normal else (0.0,) * 3,
-        std=_channels(raw, "image_std") or default.std if normal else (1.0,) * 3,
+        mean=_channels(raw, "image_mean") or default.mean if normal else (0.0, 0.0, 0.0),
+        std=_channels(raw, "image_std") or default.std if normal else (1.0, 1.0, 1.0),
         resample=_resample(raw.get("resample")),
         pan_and_scan=_switch(raw, "do_pan_and_scan", False),
         min_crop_size=_whole(raw, "pan_and_scan_min_crop_size", default.min_crop_size),
