@@ -103,6 +103,11 @@ class GenerationDefaults:
       stop_ids: Tokens that end an answer; `None` where it leaves them to the tokenizer.
       stop_ids_from: The file that says so.
       sampling: How to choose tokens; `None` where it says nothing.
+
+    Examples:
+      >>> import gemma_checkpoints as gc
+      >>> gc.GenerationDefaults(stop_ids=(1, 106)).sampling is None
+      True
     """
 
     stop_ids: tuple[int, ...] | None = None
