@@ -14,7 +14,7 @@ from gemma_checkpoints import companions, generation_config
 from gemma_checkpoints.companions import fate
 from gemma_checkpoints.hf import processor_config
 from gemma_jax import Image, PanAndScan, Sampling, load_sampling
-from gemma_jax.config import ImageProcessing
+from gemma_jax.config import RESAMPLING, ImageProcessing
 from gemma_jax.multimodal.image_prompt import image_modality
 from gemma_jax.vision.images import preprocess
 
@@ -166,10 +166,8 @@ def images_of(folder):
 
 
 def sized(tower, **changes):
-    length = {"image_seq_length": tower.num_soft_tokens}
-    return (
-        GEMMA3 | length | {"size": dict.fromkeys(("height", "width"), tower.image_size)} | changes
-    )
+    size = dict.fromkeys(("height", "width"), tower.image_size)
+    return GEMMA3 | {"image_seq_length": tower.num_soft_tokens, "size": size} | changes
 
 
 @pytest.fixture(scope="module")
@@ -212,14 +210,12 @@ def test_pixels_are_those_of_the_formula(changes, expected, tower, tmp_path):
 
 
 def test_the_filter_that_resizes():
+    """Numbered as in transformers, which takes Pillow's numbers."""
     picture = Image(np.random.default_rng(0).integers(0, 256, (31, 17, 3), np.uint8))
-    for name in ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"):
+    for number, name in enumerate(RESAMPLING):
         pixels = preprocess(picture, 8, (), ImageProcessing(resample=name))[0]
-        theirs = picture.to_pil().resize(
-            (8, 8), getattr(__import__("PIL.Image").Image, name.upper())
-        )
         levels = np.rint(pixels.transpose(1, 2, 0) * 127.5 + 127.5)
-        np.testing.assert_array_equal(levels, np.asarray(theirs))
+        np.testing.assert_array_equal(levels, picture.to_pil().resize((8, 8), number))
 
 
 @pytest.mark.parametrize("asked, crops", [(None, 3), (True, 3), (False, 0), (PanAndScan(), 0)])

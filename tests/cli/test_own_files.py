@@ -11,7 +11,6 @@ from safetensors.numpy import load_file, save_file
 
 import gemma_jax as gj
 from gemma_checkpoints import save_hf
-from gemma_jax.text.chat_template import ChatTemplate
 
 CHATML = (
     "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
@@ -93,22 +92,22 @@ def test_a_template_of_its_own_decides(cli, own, talker):
     assert told == "its own, run by jinja2 (chat_template.jinja)"
 
 
-def test_a_conversation_in_a_template_of_its_own(own):
-    """A kept cache, or one that is read anew, chooses what a fresh one chooses."""
-    extended = CHATML.replace("[user]", "[user {{ messages | length }}]")
-    rewritten = "{{ messages | length }}" + CHATML  # earlier turns change with every new one
-    for text in (CHATML, extended, rewritten):
-        model, tokenizer = gj.load(str(own(chat_template=text)))
-        assert isinstance(tokenizer.chat_template, ChatTemplate)
-        greedy = gj.Sampling()
-        chat = gj.Conversation(model, tokenizer, system="Be", max_len=256, sampling=greedy)
-        answers = [chat.say(said, max_new_tokens=4) for said in ("Hi", "capital", "France")]
-        system = [{"role": "system", "content": "Be"}]
-        history = [*system, *chat.messages[:-1]]
-        fresh = gj.generate(model, tokenizer, [history], max_new_tokens=4)[0]
-        assert fresh.prompt_token_ids == gj.encode_chat(tokenizer, history)
-        if text is rewritten:
-            assert fresh.text == answers[-1]
+@pytest.mark.parametrize("text, anew", [(CHATML, 0), ("{{ messages | length }}" + CHATML, 2)])
+def test_a_conversation_in_a_template_of_its_own(own, monkeypatch, text, anew):
+    """The cache is kept, unless earlier turns are written otherwise than before."""
+    cleared, clear = [], gj.Session.clear
+    monkeypatch.setattr(
+        gj.Session, "clear", lambda *args, **how: (cleared.append(1), clear(*args, **how))
+    )
+    model, tokenizer = gj.load(str(own(chat_template=text)))
+    chat = gj.Conversation(model, tokenizer, system="Be", max_len=256, sampling=gj.Sampling())
+    answers = [chat.say(said, max_new_tokens=4) for said in ("Hi", "capital", "France")]
+    assert len(cleared) == anew
+    history = [{"role": "system", "content": "Be"}, *chat.messages[:-1]]
+    fresh = gj.generate(model, tokenizer, [history], max_new_tokens=4)[0]
+    assert fresh.prompt_token_ids == gj.encode_chat(tokenizer, history)
+    if anew:
+        assert fresh.text == answers[-1]
 
 
 def parrot(folder, token, **sizes):
