@@ -1,7 +1,7 @@
 """How long tests take: seconds by file are stored, and one that takes longer than asked for fails.
 
-`durations.json` holds the seconds of each test file, set-up included, and the machine that took
-them. Where a file runs, its figure is replaced by (with the rest of README's test command)
+Seconds are the lesser of the clock's and the processors': neighbours stretch the one, idle cores the
+other. `durations.json` holds those of each test file, set-up included, and its machine. Where a file runs, its figure is replaced by (with the rest of README's test command)
 
     pytest --store-durations
 
@@ -52,13 +52,16 @@ def spent() -> tuple[float, float]:
     return time.perf_counter(), sum(os.times()[:4])
 
 
-def too_long(before, after, limit: float) -> float | None:
-    """How many times `limit` the time between two readings is, if more than once.
+def lesser(before, after) -> float:
+    """Seconds between two readings, by the clock that moved less."""
+    return min(end - start for start, end in zip(before, after))
 
-    The lesser of both clocks counts: neighbours stretch the one, idle cores the other. A machine
-    that does the yardstick slower than the one of `durations.json` gets as much more time.
+
+def too_long(used: float, limit: float) -> float | None:
+    """How many times `limit` the `used` seconds are, if more than once.
+
+    A machine that does the yardstick slower than the one of `durations.json` gets as much more.
     """
-    used = min(end - start for start, end in zip(before, after))
     if used <= limit:
         return None
     share = used / (limit * max(1.0, yardstick() / YARDSTICK))
@@ -75,8 +78,9 @@ def pytest_runtest_setup(item):
 def pytest_runtest_makereport(item, call):
     """Set-up counts, that of a module's fixtures for the test that meets it first."""
     report, limit = (yield), item.config.getoption("limit_seconds")
+    report.used = lesser(item.stash[_SPENT], spent())  # since the test began
     if limit and report.when == "call" and report.passed and not item.get_closest_marker("nightly"):
-        if share := too_long(item.stash[_SPENT], spent(), limit):
+        if share := too_long(report.used, limit):
             report.outcome = "failed"
             report.longrepr = (
                 f"took {share:.1f} times the {limit:g} seconds a test may: make it smaller,"
@@ -90,7 +94,8 @@ def _file(nodeid: str) -> str:
 
 
 def pytest_runtest_logreport(report):
-    _seconds[_file(report.nodeid)] += report.duration
+    if report.when == "teardown":
+        _seconds[_file(report.nodeid)] += report.used
 
 
 def pytest_sessionfinish(session):
