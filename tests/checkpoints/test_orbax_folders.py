@@ -9,6 +9,10 @@ from tiny_checkpoints import DATA, by_name
 
 import gemma_checkpoints as gc
 
+# After a first error Orbax closes its event loop, and threads of TensorStore that still read find
+# it closed: at any time later, so often in the next test.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 @pytest.fixture
 def saved(hf_folder, tmp_path):
@@ -59,8 +63,6 @@ def test_folders_older_than_vision(saved):
     assert gc.load_weights(saved).vision is None
 
 
-# Orbax leaves a task behind on an event loop that it has closed.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_damaged_arrays(saved):
     for file in (saved / "arrays").rglob("d/*"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
