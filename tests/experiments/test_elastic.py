@@ -89,9 +89,8 @@ def test_slices_mostly_write_what_the_model_writes(elastic, held_out_BT):
     assert min(RESULTS["agreement"].values()) > 0.5
 
 
-@pytest.mark.parametrize(
-    "name, temperature", [("shared", 0.0), *nightly(("e2b", 0.0), ("shared", 1.0))]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("name, temperature", [("e2b", 0.0), ("shared", 0.0), ("shared", 1.0)])
 def test_more_than_half_of_the_drafts_are_kept(elastic, name, temperature):
     """With a cache of the draft's own, and with the model's; greedy text is the model's."""
     text = (FOLDER / "held_out.txt").read_text("utf-8")

@@ -72,6 +72,7 @@ def test_logits(sliced):
     assert_close(out.captured["final_norm"], expected["final_norm"], tolerance["final_norm"])
 
 
+@pytest.mark.nightly
 def test_greedy_continuation(sliced):
     name, model = sliced
     given, expected, tolerance = case(name, "generate")

@@ -81,6 +81,7 @@ def test_gradients(model, tmp_path):
     assert_gradient(grads, "g3n_text", tmp_path / "grads", least=13)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("model", ["unrolled"], indirect=True)
 def test_norm_of_the_gradient(model):
     """In float64: what float32 rounds depends on the processor, and can exceed this tolerance."""
