@@ -1,7 +1,8 @@
 """How long tests take: seconds by file are stored, and one that takes longer than asked for fails.
 
-Seconds are the lesser of the clock's and the processors': neighbours stretch the one, idle cores the
-other. `durations.json` holds those of each test file, set-up included, and its machine. Where a file runs, its figure is replaced by (with the rest of README's test command)
+Seconds are the lesser of the clock's and the processors': neighbours stretch the one, idle cores
+the other. `durations.json` holds those of each test file, set-up included, and its machine. Where a
+file runs, its figure is replaced by (with the rest of README's test command)
 
     pytest --store-durations
 
