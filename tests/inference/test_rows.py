@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from marks import nightly
 
 from gemma_jax import Sampling, Session, forward
 from gemma_jax.inference.speculation import SpeculativeSession
@@ -49,7 +50,7 @@ def assert_row(session, row, expected):
     np.testing.assert_allclose(session.log_probs[row], log_probs, atol=2e-5)
 
 
-@pytest.mark.parametrize("draft", [None, *DRAFTS])
+@pytest.mark.parametrize("draft", [None, *nightly(*DRAFTS)])
 def test_a_row_that_joins_late_says_what_it_says_alone(model, draft):
     make = session_class(model, draft)
     warm = Sampling(temperature=0.8, top_k=30)
