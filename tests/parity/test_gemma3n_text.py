@@ -74,6 +74,7 @@ def test_greedy_continuations(folder, name):
     assert_close([row.log_probs for row in done], chosen, 2 * tolerance["gen_logits"])
 
 
+@pytest.mark.nightly
 def test_gradients(model, tmp_path):
     _, expected, tolerance = case("g3n_text", "gradients")
     value, grads = loss_gradient(model, "g3n_text")
