@@ -7,7 +7,6 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from marks import nightly
 
 import gemma_jax as gj
 from gemma_jax.config import share_kv
@@ -123,7 +122,8 @@ def test_nothing_that_is_held_out_is_trained_on():
     assert 1 / 50 < sum(map(len, held_out)) / sum(map(len, kept)) < 1 / 4
 
 
-@pytest.mark.parametrize("steps, layers, gain", [(15, 1, 0.7), *nightly((60, 4, 1.0))])
+@pytest.mark.nightly
+@pytest.mark.parametrize("steps, layers, gain", [(15, 1, 0.7), (60, 4, 1.0)])
 def test_training_teaches_the_nested_models_too(elastic, steps, layers, gain):
     """A plain model of few layers, by the script that made the checkpoint."""
     tokenizer = elastic[1]
