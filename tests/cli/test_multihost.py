@@ -97,11 +97,13 @@ def scripts(code: str, folder, processes: int = 2) -> list[list[str]]:
     "processes, mesh", [(2, "sequence=2,tensor=4"), *nightly((4, "data=2,tensor=4"))]
 )
 def test_generate(cli, processes, mesh, tmp_path):
-    rows = np.random.default_rng(0).integers(3, 300, (2, 9))
+    gc.save_hf(tiny.model(tiny.gemma3(layers=3)), tmp_path / "model")
+    rows = np.random.default_rng(0).integers(3, 96, (2, 9))
     from safetensors.numpy import save_file
 
     save_file({"input_ids": rows}, tmp_path / "in.safetensors")
-    given = ["generate", "--model", SOURCE, "--inputs", str(tmp_path / "in.safetensors")]
+    given = ["generate", "--model", str(tmp_path / "model")]
+    given += ["--inputs", str(tmp_path / "in.safetensors")]
     given += ["--max-new-tokens", "6", "--json"]
     alone = cli(*given)
     assert alone.code == 0, alone.err
