@@ -32,15 +32,20 @@ def gemma3():
     return tiny.gemma3(layers=3)
 
 
-def gemma3n():
-    cfg = tiny.gemma3n(layers=6)
+def gemma3n(layers=4, num_shared=1):
+    cfg = tiny.gemma3n(layers, num_shared)
     return replace(cfg, per_layer=replace(cfg.per_layer, vocab_size=88))
 
 
-CONFIGS = {"gemma3": gemma3, "gemma3n": gemma3n}
+def deep():
+    """Global layers, too, share keys and values."""
+    return gemma3n(6, 3)
 
 
-@pytest.fixture(scope="module", params=["gemma3n", *nightly("gemma3")])
+CONFIGS = {"gemma3": gemma3, "gemma3n": gemma3n, "deep": deep}
+
+
+@pytest.fixture(scope="module", params=["gemma3n", *nightly("gemma3", "deep")])
 def model(request):
     return tiny.model(CONFIGS[request.param]())
 
@@ -70,6 +75,7 @@ def test_generation(model, name):
         np.testing.assert_allclose(ours.log_probs, theirs.log_probs, atol=ATOL)
 
 
+@pytest.mark.parametrize("model", ["gemma3", *nightly("gemma3n", "deep")], indirect=True)
 @pytest.mark.parametrize("name", ["2x2x2", *nightly("4")])
 def test_gradients(model, name):
     split = on_mesh(model, name)
@@ -132,18 +138,19 @@ def test_rings_are_whole_and_long_caches_are_split_along_their_slots():
 
 def test_a_slice_of_a_model_on_a_mesh():
     model = tiny.model(gemma3n(), layout="unrolled")
-    submodel = matformer.Slice(ffn_widths=(24,) * 6)
+    submodel = matformer.Slice(ffn_widths=(24,) * 4)
     ids = tiny.tokens(model.cfg, 4, LENGTH)
     expected = forward(matformer.at(model, submodel), ids).logits
     split = matformer.at(on_mesh(model, "2x2"), submodel)
     np.testing.assert_allclose(forward(split, ids).logits, expected, atol=ATOL)
 
 
-@pytest.mark.parametrize("shares", [True, *nightly(False)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("shares", [True, False])
 def test_speculation(shares):
     """With a draft that uses the model's cache, and with one that has its own."""
     model = tiny.model(gemma3n(), layout="unrolled")
-    draft = matformer.Slice(ffn_widths=(24,) * 6)
+    draft = matformer.Slice(ffn_widths=(24,) * 4)
     split = on_mesh(model, "2x2")
     prompts = [[3, 5, 7], [2, 4, 6, 8]]
     expected = generate(model, None, prompts, max_new_tokens=12)
