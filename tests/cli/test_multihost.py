@@ -97,7 +97,7 @@ def scripts(code: str, folder, processes: int = 2) -> list[list[str]]:
     "processes, mesh", [(2, "sequence=2,tensor=4"), *nightly((4, "data=2,tensor=4"))]
 )
 def test_generate(cli, processes, mesh, tmp_path):
-    gc.save_hf(tiny.model(tiny.gemma3(layers=3)), tmp_path / "model")
+    gc.save_hf(tiny.model(tiny.gemma1()), tmp_path / "model")
     rows = np.random.default_rng(0).integers(3, 96, (2, 9))
     from safetensors.numpy import save_file
 
