@@ -143,14 +143,14 @@ class _Measure:
                 f"tokens_BT of shape {list(tokens_BT.shape)} must be [B, T] with T of 2 or more"
             )
         real_BT = tokens_BT >= 0
-        self.model, self.tokens_BT = model, np.maximum(tokens_BT, 0)
-        self.positions_BT = np.where(real_BT, np.arange(tokens_BT.shape[1], dtype=np.int32), -1)
+        positions_BT = np.where(real_BT, np.arange(tokens_BT.shape[1], dtype=np.int32), -1)
+        self.model, self.tokens_BT = model, jnp.asarray(np.maximum(tokens_BT, 0))
+        self.positions_BT = jnp.asarray(positions_BT)
 
     def __call__(self, widths_L: np.ndarray) -> float:
-        widths_L = jnp.asarray(widths_L, jnp.int32)
-        return float(
-            loss(self.model, Batch(self.tokens_BT, self.positions_BT, ffn_widths_L=widths_L))
-        )
+        widths = jnp.asarray(widths_L, jnp.int32)
+        batch = Batch(self.tokens_BT, self.positions_BT, ffn_widths_L=widths)
+        return float(loss(self.model, batch))
 
 
 def _narrowed(full_L: np.ndarray, layer: int, width: int) -> np.ndarray:
