@@ -98,14 +98,23 @@ def test_padding_on_either_side_changes_nothing(model, two):
         np.testing.assert_allclose(out.logits[0, left : left + n], expected, atol=ATOL)
 
 
-def test_a_row_does_not_feel_the_images_of_others(model, two):
-    """Rows of different lengths with two, one and no images, in every order and alone."""
-    rows = [two, prompt(picture(2), text(3, 2)), prompt(text(11, 3))]
-    alone = [generate(model, None, one, max_new_tokens=12) for one in rows]
+@pytest.fixture(scope="module")
+def rows(two):
+    """Rows of different lengths with two, one and no images."""
+    return [two, prompt(picture(2), text(3, 2)), prompt(text(11, 3))]
+
+
+@pytest.fixture(scope="module")
+def alone(model, rows):
+    return [generate(model, None, one, max_new_tokens=12).token_ids for one in rows]
+
+
+@pytest.mark.parametrize("chunk", [1024, 6])
+def test_a_row_does_not_feel_the_images_of_others(model, rows, alone, chunk):
+    """In every order."""
     for order in ([0, 1, 2], [2, 1, 0], [1, 0, 2]):
-        for chunk in (1024, 6):
-            done = generate(model, None, [rows[i] for i in order], max_new_tokens=12, chunk=chunk)
-            assert [c.token_ids for c in done] == [alone[i].token_ids for i in order]
+        done = generate(model, None, [rows[i] for i in order], max_new_tokens=12, chunk=chunk)
+        assert [c.token_ids for c in done] == [alone[i] for i in order]
 
 
 def test_other_images_elsewhere_leave_a_row_alone(model, two):
