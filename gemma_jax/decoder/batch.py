@@ -1,9 +1,13 @@
 """What one pass reads: tokens, where they stand, and what takes the place of some of them."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
+from gemma_jax.config import GemmaConfig
 from gemma_jax.decoder.soft_tokens import SoftTokens
 
 
@@ -40,6 +44,86 @@ class Batch:
     ffn_widths_L: jax.Array | None = None
 
     @classmethod
-    def of(cls, tokens: "Batch | jax.Array") -> "Batch":
-        """A batch as it is; token ids `[B, T]` as a batch of plain text."""
-        return tokens if isinstance(tokens, Batch) else cls(tokens)
+    def of(cls, tokens: "Batch | jax.typing.ArrayLike | Sequence[Sequence[int]]") -> "Batch":
+        """A batch as it is; token ids `[B, T]`, an array or lists, as a batch of plain text.
+
+        Raises:
+          ValueError: Anything else, such as text or a single row of ids.
+        """
+        batch = tokens if isinstance(tokens, Batch) else cls(tokens)
+        batch = replace(batch, tokens_BT=token_array(batch.tokens_BT))
+        if isinstance(batch.ffn_widths_L, Sequence):
+            batch = replace(batch, ffn_widths_L=np.array(batch.ffn_widths_L))
+        if len(shape := batch.tokens_BT.shape) != 2:
+            raise ValueError(
+                f"tokens must be [B, T], one row of ids per text, got shape {list(shape)}; put a "
+                "single text into a list: [ids]"
+            )
+        return batch
+
+    def check(self, cfg: GemmaConfig) -> None:
+        """Refuses what can be seen to be wrong without waiting for a device.
+
+        Ids are looked at in NumPy arrays without positions, where every token is real; widths in
+        NumPy arrays; shapes always.
+
+        Raises:
+          ValueError: Ids that the model has no row for, or widths that it does not have.
+        """
+        if self.positions_BT is None and isinstance(self.tokens_BT, np.ndarray):
+            _check_ids(self.tokens_BT, cfg)
+        if self.ffn_widths_L is None:
+            return
+        d_ffs, shape = [spec.d_ff for spec in cfg.layers], np.shape(self.ffn_widths_L)
+        if shape != (len(d_ffs),):
+            raise ValueError(
+                f"ffn_widths_L of shape {list(shape)} for {len(d_ffs)} layers; give one width each"
+            )
+        if isinstance(self.ffn_widths_L, np.ndarray):
+            for layer, (width, d_ff) in enumerate(zip(self.ffn_widths_L.tolist(), d_ffs)):
+                if not 1 <= width <= d_ff:
+                    raise ValueError(f"width {width} of layer {layer} must lie in [1, {d_ff}]")
+
+
+def token_array(tokens: object) -> jax.Array:
+    """Token ids as an array of integers: arrays as they are, nested lists as a new one.
+
+    Raises:
+      ValueError: Text, rows of different lengths, or numbers that are no integers.
+    """
+    if _holds_text(tokens):
+        raise ValueError(
+            "expected token ids, got text; encode it first: tok.encode(text, bos=True)"
+        )
+    if not hasattr(tokens, "shape"):
+        traced = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tokens))
+        try:
+            tokens = jnp.asarray(tokens) if traced else np.asarray(tokens)
+        except (ValueError, TypeError):
+            raise ValueError(
+                "expected an array of token ids, got rows of different lengths or no numbers; "
+                "pad shorter rows and say so in Batch.positions_BT"
+            ) from None
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"token ids must be integers, got {tokens.dtype} {list(tokens.shape)}")
+    return tokens
+
+
+def _holds_text(tokens: object) -> bool:
+    while isinstance(tokens, (list, tuple)) and tokens:
+        tokens = tokens[0]
+    return isinstance(tokens, (str, bytes))
+
+
+def _check_ids(tokens_BT: np.ndarray, cfg: GemmaConfig) -> None:
+    """Every id is a row of the table, of one for another modality, or a picture's placeholder."""
+    known = (tokens_BT >= 0) & (tokens_BT < cfg.vocab_size)
+    for ids in cfg.modality_vocabularies:
+        known |= (tokens_BT >= ids.first_id) & (tokens_BT < ids.first_id + ids.vocab_size)
+    if cfg.vision is not None:
+        known |= tokens_BT == cfg.vision.image_token
+    if not known.all():
+        raise ValueError(
+            f"token id {tokens_BT[~known][0]} lies outside [0, {cfg.vocab_size}), the model's "
+            "vocabulary"
+        )

@@ -1,5 +1,6 @@
 """One pass over new tokens: training, scoring, prefill and decoding alike."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -53,14 +54,13 @@ class Output:
     captured: dict[str, jax.Array | tuple[jax.Array, ...]]
 
 
-@partial(jax.jit, static_argnames=("logits", "capture"))
 def forward(
     model: Gemma,
-    batch: Batch | jax.Array,
+    batch: Batch | jax.typing.ArrayLike | Sequence[Sequence[int]],
     *,
     cache: Cache | None = None,
     logits: Literal["all", "last", "none"] = "all",
-    capture: tuple[str, ...] = (),
+    capture: str | Sequence[str] = (),
 ) -> Output:
     """Runs a model over `T` new tokens per row: for training, scoring, prefill and decoding alike.
 
@@ -68,14 +68,17 @@ def forward(
 
     Args:
       model: Parameters, and the `Runtime` to compute with.
-      batch: A `Batch`, or int32 token ids `[B, T]` of plain text.
+      batch: A `Batch`, or int32 token ids `[B, T]` of plain text, as an array or as lists.
       cache: Keys and values of earlier tokens, from `init_cache` or an earlier pass.
       logits: For every token, for the last real one of each row, or for none.
-      capture: Names out of `CAPTURES`. `attention_weights` are dense `[B, N, T, S]`;
+      capture: One name out of `CAPTURES`, or several. `attention_weights` are dense `[B, N, T, S]`;
         `sparsity_masks` come from the sparse layers alone.
 
     Raises:
-      ValueError: Names that cannot be captured, or packed documents together with a cache.
+      ValueError: Tokens that are not `[B, T]`, names that cannot be captured, widths that the
+        model does not have, or packed documents together with a cache. Ids outside the vocabulary
+        are refused in lists and NumPy arrays of plain text. Those on a device are not looked at,
+        which would mean to wait for it: there, ids beyond the vocabulary read row 0.
 
     Examples:
       >>> import gemma_jax as gj
@@ -85,9 +88,18 @@ def forward(
       >>> gj.forward(model, np.array([ids])).logits.shape
       (1, 6, 359)
     """
+    capture = (capture,) if isinstance(capture, str) else tuple(capture)
     if unknown := set(capture) - set(CAPTURES):
         raise ValueError(f"cannot capture {sorted(unknown)}; choose from {', '.join(CAPTURES)}")
     batch = Batch.of(batch)
+    batch.check(model.cfg)
+    return _forward(model, batch, cache=cache, logits=logits, capture=capture)
+
+
+@partial(jax.jit, static_argnames=("logits", "capture"))
+def _forward(
+    model: Gemma, batch: Batch, *, cache: Cache | None, logits: str, capture: tuple[str, ...]
+) -> Output:
     tokens_BT = batch.tokens_BT
     positions_BT = batch.positions_BT
     if positions_BT is None:
@@ -128,6 +140,17 @@ def forward(
         cache=None if cache is None else replace(cache, layers=layers, positions=positions),
         captured={name: captured[name] for name in capture},
     )
+
+
+# As of any compiled function: `forward.lower(model, ids).compile()`.
+_compiled = jax.jit(forward, static_argnames=("logits", "capture"))
+for name, method in {
+    "trace": _compiled.trace,
+    "lower": _compiled.lower,
+    "eval_shape": _compiled.eval_shape,
+    "_cache_size": _forward._cache_size,  # tests count the programs
+}.items():
+    setattr(forward, name, method)
 
 
 def _head(model: Gemma, x_BTD: jax.Array, pos_BT: jax.Array, which: str) -> jax.Array | None:

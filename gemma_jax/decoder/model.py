@@ -162,6 +162,10 @@ class Gemma(nnx.Module):
         for name, encoder in encoders_of(cfg, rngs=rngs, layout=layout).items():
             setattr(self, name, encoder)  # `vision`, say
 
+    def __call__(self, *args, **options):
+        """Says how a model is run, as a hint to those who call it."""
+        raise TypeError("a model is run by gj.forward(model, ids) or gj.generate(model, tok, text)")
+
     @property
     def soft_cap(self) -> float | None:
         """Cap on the logits, under the numerics in use."""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_jax.decoder.batch import Batch
+from gemma_jax.decoder.batch import Batch, token_array
 from gemma_jax.decoder.cache import Cache
 from gemma_jax.decoder.forward import forward
 from gemma_jax.decoder.losses import token_losses
@@ -36,7 +36,8 @@ def score(
       float32 `[len(token_ids) - 1]`.
 
     Raises:
-      ValueError: Fewer than two tokens, more than the context holds, or ids outside `[0, V)`.
+      ValueError: Text in the place of ids, fewer than two tokens, more than the context holds, or
+        ids outside `[0, V)`.
 
     Examples:
       >>> import gemma_jax as gj
@@ -44,7 +45,7 @@ def score(
       >>> gj.score(model, tok.encode("Which digit is left?", bos=True)).round(1)
       array([-5.4, -7.2, -6. , -6.1, -9.1], dtype=float32)
     """
-    ids = np.asarray(token_ids, np.int64)
+    ids = np.asarray(token_array(token_ids), np.int64)
     cfg = model.cfg
     if ids.ndim != 1 or len(ids) < 2:
         raise ValueError(f"scoring needs a list of at least two token ids, got {ids.shape=}")

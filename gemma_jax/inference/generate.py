@@ -1,8 +1,10 @@
 """Text in, text out: completions, streams, conversations."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from functools import partial
+from inspect import signature
 
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.inference.sampling import Sampling
@@ -105,6 +107,7 @@ def generate(
     Raises:
       ValueError: Empty prompt, ids outside the vocabulary, a prompt that leaves no room in the
         context, impossible sampling values, items that cannot be read or do not fit the text.
+      TypeError: A keyword that there is not; the nearest one is named.
 
     Examples:
       >>> import gemma_jax as gj
@@ -116,6 +119,7 @@ def generate(
       >>> [str(done) for done in gj.generate(model, tok, texts, images=2 * [[picture]])]
       ['9', '4']
     """
+    _check_names(sampling_fields)
     single = isinstance(prompt, (str, Prompt)) or is_chat(prompt)
     given = [prompt] if single else list(prompt)
     if not given:
@@ -154,6 +158,17 @@ def generate(
     _write(session, writers, new, on_text, streaming)
     completions = _completions(session, writers, prompts)
     return completions[0] if single else completions
+
+
+def _check_names(sampling_fields: Mapping[str, float]) -> None:
+    """Refuses a keyword that is neither an argument of `generate` nor a field of `Sampling`."""
+    own = [name for name in signature(generate).parameters if name != "sampling_fields"]
+    known = [*own, *(field.name for field in fields(Sampling))]
+    for name in sampling_fields:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
+            raise TypeError(f"generate has no argument {name!r}; {hint}")
 
 
 def _default_stops(tokenizer: Tokenizer | None, prompts: Sequence) -> tuple[int, ...]:
@@ -212,8 +227,8 @@ def _completions(
 
 
 def _resolve(
-    sampling: Sampling | Sequence[Sampling] | None, fields: Mapping[str, float]
+    sampling: Sampling | Sequence[Sampling] | None, named: Mapping[str, float]
 ) -> Sampling | Sequence[Sampling]:
-    if sampling is not None and fields:
-        raise ValueError(f"give sampling, or its fields {sorted(fields)}, not both")
-    return sampling or Sampling(**fields)
+    if sampling is not None and named:
+        raise ValueError(f"give sampling, or its fields {sorted(named)}, not both")
+    return sampling or Sampling(**named)

@@ -3,6 +3,7 @@
 Local letters: X tokens chosen; I stop ids.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -77,7 +78,7 @@ class Session:
         self._lengths = [0] * batch  # tokens read, and chosen before the last prompt
         self._limits = [0] * batch
         self._sampling = _per_row(sampling, batch, "sampling values")
-        seed_B = [seed % 2**32 for seed in _per_row(seeds, batch, "seeds")]
+        seed_B = _seeds(seeds, batch)
         self._state = empty_state(
             np.array(seed_B, np.uint32),
             self._sampling_rows(),
@@ -173,7 +174,7 @@ class Session:
         self._state = emptied(
             self._state,
             empty_B,
-            np.where(empty_B, seed % 2**32, 0).astype(np.uint32),
+            np.where(empty_B, _seeds(seed, 1)[0], 0).astype(np.uint32),
             partition=self.model.runtime.partition,
         )
         self.chosen[row], self.log_probs[row] = [], []
@@ -284,6 +285,18 @@ class Session:
             starts = [self.max_len if p is None else p.start for p in prompts]
             partition = self.model.runtime.partition
             self._state = rewound(self._state, np.array(starts, np.int32), partition=partition)
+
+
+def _seeds(seeds, batch: int) -> list[int]:
+    """One seed per row, in the range of uint32."""
+    try:
+        one = () == np.shape(seeds)
+        rows = [seeds] * batch if one else _per_row(seeds, batch, "seeds")
+        return [operator.index(seed) % 2**32 for seed in rows]
+    except TypeError:
+        raise ValueError(
+            f"a seed must be an integer, or one integer per prompt, got {type(seeds).__name__}"
+        ) from None
 
 
 def _per_row(value, batch: int, name: str) -> list:

@@ -97,6 +97,10 @@ class Tokenizer:
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size}, stop_ids={self.stop_ids})"
 
+    def __call__(self, *args, **options):
+        """Says how text is encoded, as a hint to those who call a tokenizer."""
+        raise TypeError("a text is encoded by tok.encode(text, bos=True)")
+
     def with_stop_ids(self, stop_ids: Iterable[int], source: str) -> Tokenizer:
         """The same tokenizer, with other ids that end an answer; `source` says so."""
         other = copy.copy(self)

@@ -1,0 +1,117 @@
+"""What a natural mistake in Python gets: what was meant, or one line that says what to do."""
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+import gemma_jax as gj
+
+CFG = tiny.gemma3(2)
+IDS = [[2, 3, 5]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.model(CFG, "unrolled")
+
+
+@pytest.fixture(scope="module")
+def logits(model):
+    return np.asarray(gj.forward(model, np.array(IDS)).logits)
+
+
+@pytest.mark.parametrize(
+    "ids", [IDS, (tuple(IDS[0]),), [np.array(IDS[0])], jax.numpy.array(IDS), np.array(IDS, "u1")]
+)
+def test_forward_takes_ids_in_every_form(model, logits, ids):
+    assert (np.asarray(gj.forward(model, ids).logits) == logits).all()
+    assert (np.asarray(gj.forward(model, gj.Batch(ids)).logits) == logits).all()
+
+
+@pytest.mark.parametrize(
+    "ids, words",
+    [
+        ([2, 3], r"tokens must be \[B, T\].*got shape \[2\].*\[ids\]"),
+        (np.array([2, 3]), r"tokens must be \[B, T\]"),
+        ("hello", r"got text; encode it first"),
+        (["hello"], r"got text; encode it first"),
+        ([[2, 3], [4]], "rows of different lengths"),
+        ([[2.0, 3.0]], r"must be integers, got float64"),
+        ([[2, CFG.vocab_size]], rf"id {CFG.vocab_size} lies outside \[0, {CFG.vocab_size}\)"),
+        (np.array([[-1, 2]]), "id -1 lies outside"),
+        (None, "expected an array of token ids|must be integers"),
+    ],
+)
+def test_forward_refuses_what_are_no_ids_of_the_model(model, ids, words):
+    with pytest.raises(ValueError, match=words):
+        gj.forward(model, ids)
+
+
+@pytest.mark.parametrize("names", ["layer_outputs", ["layer_outputs"], ("layer_outputs",)])
+def test_one_name_is_captured_or_several(model, names):
+    captured = gj.forward(model, IDS, logits="none", capture=names).captured
+    assert list(captured) == ["layer_outputs"]
+
+
+def test_an_unknown_name_is_not_captured(model):
+    with pytest.raises(ValueError, match=r"cannot capture \['layers'\]; choose from"):
+        gj.forward(model, IDS, capture="layers")
+
+
+def test_a_pass_can_be_lowered_like_any_compiled_function(model, logits):
+    program = gj.forward.lower(model, np.array(IDS), logits="all").compile()
+    assert program(model, np.array(IDS)).logits.shape == logits.shape
+
+
+@pytest.mark.parametrize(
+    "widths, words",
+    [
+        ([4, 4, 4], r"shape \[3\] for 2 layers"),
+        (np.array([4, 9999]), r"width 9999 of layer 1 must lie in \[1, "),
+        ((0, 4), r"width 0 of layer 0 must lie in \[1, "),
+        (4, r"shape \[\] for 2 layers"),
+    ],
+)
+def test_widths_that_the_model_lacks_are_refused(model, widths, words):
+    with pytest.raises(ValueError, match=words):
+        gj.forward(model, gj.Batch(np.array(IDS), ffn_widths_L=widths))
+
+
+@pytest.mark.parametrize(
+    "keyword, hint",
+    [
+        ("max_tokens", "did you mean max_new_tokens"),
+        ("temprature", "did you mean temperature"),
+        ("zzz", "it takes model"),
+    ],
+)
+def test_a_wrong_keyword_names_generate_and_the_nearest_right_one(model, keyword, hint):
+    with pytest.raises(TypeError, match=f"generate has no argument '{keyword}'; {hint}"):
+        gj.generate(model, None, IDS, **{keyword: 5})
+
+
+@pytest.mark.parametrize("seed", [np.int32(3), np.uint64(3), np.array(3), [np.int64(3)]])
+def test_seeds_are_integers_of_any_kind(model, seed):
+    options = dict(max_new_tokens=4, temperature=1.0)
+    [expected] = gj.generate(model, None, IDS, seed=3, **options)
+    [done] = gj.generate(model, None, IDS, seed=seed, **options)
+    assert done.token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize("seed", [jax.random.key(0), [jax.random.key(0)], 1.5, "3", None])
+def test_other_seeds_are_refused(model, seed):
+    with pytest.raises(ValueError, match="a seed must be an integer, or one integer per prompt"):
+        gj.generate(model, None, IDS, seed=seed)
+
+
+def test_scores_are_those_of_ids(model):
+    with pytest.raises(ValueError, match="got text; encode it first"):
+        gj.score(model, "Paris")
+
+
+def test_models_and_tokenizers_say_how_they_are_used(model):
+    with pytest.raises(TypeError, match=r"gj.forward\(model, ids\)"):
+        model(IDS)
+    with pytest.raises(TypeError, match=r"tok.encode\(text"):
+        gj.load_tokenizer("checkpoints/digits")("text")
