@@ -64,13 +64,14 @@ class Batch:
     def check(self, cfg: GemmaConfig) -> None:
         """Refuses what can be seen to be wrong without waiting for a device.
 
-        Ids are looked at in NumPy arrays without positions, where every token is real; widths in
-        NumPy arrays; shapes always.
+        Ids are looked at in NumPy arrays of plain text without positions, where every token is
+        real; widths in NumPy arrays; shapes always.
 
         Raises:
           ValueError: Ids that the model has no row for, or widths that it does not have.
         """
-        if self.positions_BT is None and isinstance(self.tokens_BT, np.ndarray):
+        plain = self.positions_BT is None and self.soft is None
+        if plain and isinstance(self.tokens_BT, np.ndarray):
             _check_ids(self.tokens_BT, cfg)
         if self.ffn_widths_L is None:
             return
@@ -104,6 +105,8 @@ def token_array(tokens: object) -> jax.Array:
                 "expected an array of token ids, got rows of different lengths or no numbers; "
                 "pad shorter rows and say so in Batch.positions_BT"
             ) from None
+    if not tokens.size:  # an empty list says nothing of its numbers
+        return tokens.astype(np.int32)
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"token ids must be integers, got {tokens.dtype} {list(tokens.shape)}")
     return tokens
@@ -116,12 +119,10 @@ def _holds_text(tokens: object) -> bool:
 
 
 def _check_ids(tokens_BT: np.ndarray, cfg: GemmaConfig) -> None:
-    """Every id is a row of the table, of one for another modality, or a picture's placeholder."""
+    """Every id is a row of the table, or of one for another modality."""
     known = (tokens_BT >= 0) & (tokens_BT < cfg.vocab_size)
     for ids in cfg.modality_vocabularies:
         known |= (tokens_BT >= ids.first_id) & (tokens_BT < ids.first_id + ids.vocab_size)
-    if cfg.vision is not None:
-        known |= tokens_BT == cfg.vision.image_token
     if not known.all():
         raise ValueError(
             f"token id {tokens_BT[~known][0]} lies outside [0, {cfg.vocab_size}), the model's "
