@@ -20,7 +20,10 @@ def command(
     ] = None,
     ffn_widths: Annotated[
         str | None,
-        typer.Option(metavar="W0,W1,...", help="Width of each kept layer. Default: as they are."),
+        typer.Option(
+            metavar="W|W0,W1,...",
+            help="Width of all kept layers, or of each. Default: as they are.",
+        ),
     ] = None,
     skip_layers: Annotated[
         str | None, typer.Option(metavar="I,J,...", help="Layers to leave out. Default: none.")
@@ -49,11 +52,11 @@ def command(
     if preset is not None:
         submodel = common.find_slice(preset, source)
     else:
-        skipped = _numbers(skip_layers, "--skip-layers")
-        widths = _numbers(ffn_widths, "--ffn-widths") if ffn_widths is not None else tuple(
-            spec.d_ff for i, spec in enumerate(cfg.layers) if i not in skipped
-        )  # fmt: skip
-        submodel = Slice(ffn_widths=widths, skip_layers=skipped)
+        widths = None if ffn_widths is None else _numbers(ffn_widths, "--ffn-widths")
+        submodel = Slice(
+            ffn_widths=widths[0] if widths and len(widths) == 1 else widths,
+            skip_layers=_numbers(skip_layers, "--skip-layers"),
+        )
     with flags_for("allow_irregular"):
         slice_config(cfg, submodel, allow_irregular=allow_irregular)  # before any weight is read
     common.set_up_jax()

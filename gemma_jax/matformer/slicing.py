@@ -36,7 +36,7 @@ def slice_model(
       >>> import gemma_jax as gj
       >>> from gemma_jax import matformer
       >>> model, tok = gj.load("checkpoints/elastic")
-      >>> half = matformer.Slice(ffn_widths=(128,) * 10)
+      >>> half = matformer.Slice(ffn_widths=128)
       >>> matformer.slice(model, half).blocks[0][0].ffn.up.w.shape  # of the first layer
       (1, 128, 96)
     """
@@ -76,7 +76,7 @@ def at(model: Gemma, submodel: Slice, *, allow_irregular: bool = False) -> Gemma
       >>> import gemma_jax as gj
       >>> from gemma_jax import matformer
       >>> model, tok = gj.load("checkpoints/elastic", layout="unrolled")
-      >>> half = matformer.at(model, matformer.Slice(ffn_widths=(128,) * 10))
+      >>> half = matformer.at(model, matformer.Slice(ffn_widths=128))
       >>> [spec.d_ff for spec in half.cfg.layers] == [128] * 10
       True
     """
@@ -106,7 +106,7 @@ def _parts(model: Gemma, submodel: Slice) -> Callable[[ParamPath, int | None], W
     """
     params = flat_params(model)
     layers, kept = model.cfg.layers, submodel.kept(len(model.cfg.layers))
-    width = dict(zip(kept, submodel.ffn_widths))
+    width = dict(zip(kept, submodel.widths(model.cfg)))
     places = {
         group.layer_index(position, repeat): (s, position, repeat)
         for s, group in enumerate(model.layer_groups)

@@ -1,7 +1,9 @@
 """What a slice keeps, and which slices are legal. Pure data, no arrays."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from pathlib import Path
 
 from gemma_jax.config import GemmaConfig, LayerSpec, share_kv
@@ -12,24 +14,27 @@ class Slice:
     """Says what a submodel keeps: feed-forward widths and layers.
 
     Attributes:
-      ffn_widths: F of each kept layer, first to last: that many first channels stay.
+      ffn_widths: F of each kept layer, first to last: that many first channels stay. One number is
+        the width of all of them; `None` leaves every layer as wide as it is.
       skip_layers: Indices of the layers to leave out, in the model that is sliced.
 
     Examples:
       >>> from gemma_jax import matformer
-      >>> matformer.Slice(ffn_widths=(128,) * 5, skip_layers=(5, 6, 7, 8, 9)).kept(10)
+      >>> matformer.Slice(ffn_widths=128, skip_layers=(5, 6, 7, 8, 9)).kept(10)
       (0, 1, 2, 3, 4)
     """
 
-    ffn_widths: tuple[int, ...]
+    ffn_widths: tuple[int, ...] | int | None = None
     skip_layers: tuple[int, ...] = ()
 
     def __post_init__(self):
-        for name in ("ffn_widths", "skip_layers"):
-            values = tuple(getattr(self, name))
-            if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
-                raise ValueError(f"{name}={list(values)} must be whole numbers")
-            object.__setattr__(self, name, values)
+        widths = self.ffn_widths
+        if widths is not None:
+            alone = _whole_number(widths)
+            widths = _whole_numbers("ffn_widths", widths) if alone is None else alone
+        object.__setattr__(self, "ffn_widths", widths)
+        skipped = _whole_numbers("skip_layers", self.skip_layers)
+        object.__setattr__(self, "skip_layers", skipped)
 
     @classmethod
     def whole(cls, cfg: GemmaConfig) -> "Slice":
@@ -38,19 +43,18 @@ class Slice:
 
     @classmethod
     def read(cls, file: str | Path) -> "Slice":
-        """From a JSON file with `ffn_widths` and, if layers are skipped, `skip_layers`.
+        """From a JSON file with `ffn_widths`, `skip_layers`, or both, as in `Slice` itself.
 
         Raises:
           ValueError: Something else is in it.
         """
         text = Path(file).read_bytes()
         try:
-            facts = json.loads(text)
-            return cls(**{name: tuple(values) for name, values in facts.items()})
+            return cls(**json.loads(text))
         except (ValueError, TypeError, AttributeError, RecursionError):
             raise ValueError(
                 f'{file} is no slice; expected {{"ffn_widths": [W0, W1, ...], "skip_layers": '
-                "[I, ...]}, whole numbers, one width per kept layer"
+                "[I, ...]}, whole numbers: one width, or one per kept layer"
             ) from None
 
     def write(self, file: str | Path) -> None:
@@ -60,6 +64,26 @@ class Slice:
     def kept(self, num_layers: int) -> tuple[int, ...]:
         """Indices of the layers that stay."""
         return tuple(i for i in range(num_layers) if i not in self.skip_layers)
+
+    def widths(self, cfg: GemmaConfig) -> tuple[int, ...]:
+        """Returns F of each kept layer of a model, however `ffn_widths` says it."""
+        kept, widths = self.kept(len(cfg.layers)), self.ffn_widths
+        if widths is None:
+            return tuple(cfg.layers[i].d_ff for i in kept)
+        return (widths,) * len(kept) if isinstance(widths, int) else widths
+
+
+def _whole_number(value: object) -> int | None:
+    """The value as an `int`; `None` if it is no whole number."""
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+
+
+def _whole_numbers(name: str, given: object) -> tuple[int, ...]:
+    values = [_whole_number(value) for value in given] if isinstance(given, Iterable) else [None]
+    numbers = tuple(value for value in values if value is not None)
+    if len(numbers) < len(values):
+        raise ValueError(f"{name}={given!r} must be whole numbers, such as (0, 1, 2)")
+    return numbers
 
 
 def slice_config(
@@ -90,7 +114,7 @@ def slice_config(
     kept = submodel.kept(len(cfg.layers))
     specs = [
         replace(cfg.layers[i], d_ff=width, kv="own")
-        for i, width in zip(kept, submodel.ffn_widths, strict=True)
+        for i, width in zip(kept, submodel.widths(cfg), strict=True)
     ]
     num_shared = sum(cfg.layers[i].kv == "shared" for i in kept)
     return replace(cfg, layers=share_kv(specs, num_shared))
@@ -102,7 +126,7 @@ def shares_cache(cfg: GemmaConfig, submodel: Slice) -> bool:
     The two may then write into one cache. It is so if nothing is narrowed or skipped before the
     last layer that has keys and values of its own.
     """
-    widths = dict(zip(submodel.kept(len(cfg.layers)), submodel.ffn_widths))
+    widths = dict(zip(submodel.kept(len(cfg.layers)), submodel.widths(cfg)))
     last = max(i for i, spec in enumerate(cfg.layers) if spec.kv != "shared")
     return last in widths and all(widths.get(i) == cfg.layers[i].d_ff for i in range(last))
 
@@ -117,13 +141,10 @@ def _problems(cfg: GemmaConfig, submodel: Slice, allow_irregular: bool) -> list[
     if not kept:
         return ["no layer is kept"]
     problems = []
-    if (count := len(submodel.ffn_widths)) != len(kept):
+    widths = submodel.widths(cfg)
+    if (count := len(widths)) != len(kept):
         problems.append(f"{count} ffn_widths for {len(kept)} kept layers; expected one for each")
-    problems += [
-        f"width {width} of layer {i} must lie in [1, {layers[i].d_ff}]"
-        for i, width in zip(kept, submodel.ffn_widths)
-        if not 1 <= width <= layers[i].d_ff
-    ]
+    problems += _outside(layers, zip(kept, widths))
     problems += [
         f"layer {i} cannot be skipped: later {layers[i].kind} layers share its keys and values"
         for i in sorted(skipped)
@@ -135,6 +156,19 @@ def _problems(cfg: GemmaConfig, submodel: Slice, allow_irregular: bool) -> list[
             "pattern; allow_irregular=True lets single layers through"
         )
     return problems
+
+
+def _outside(layers: tuple[LayerSpec, ...], width_of_layer: Iterable[tuple[int, int]]) -> list[str]:
+    """What is wrong with widths, each of them once, however many layers have it."""
+    where: dict[tuple[int, int], list[int]] = {}
+    for i, width in width_of_layer:
+        if not 1 <= width <= layers[i].d_ff:
+            where.setdefault((width, layers[i].d_ff), []).append(i)
+    return [
+        f"width {width} of {f'layer {found[0]}' if len(found) == 1 else f'{len(found)} layers'} "
+        f"must lie in [1, {most}]"
+        for (width, most), found in where.items()
+    ]
 
 
 def _broken_blocks(layers: tuple[LayerSpec, ...], skipped: tuple[int, ...]) -> str | None:

@@ -113,10 +113,10 @@ def test_slice_as_a_folder_and_in_place(cli, forward, tmp_path, name):
 
 
 def test_slices_keep_tokenizer_and_dtype(cli, tmp_path):
-    options = ("--skip-layers", "10,11,12,13,14", "--dtype", "bfloat16")
+    options = ("--skip-layers", "10,11,12,13,14", "--ffn-widths", "64", "--dtype", "bfloat16")
     assert cli("slice", DATA / "g3n_text", tmp_path / "x", *options).code == 0
     info = json.loads(cli("info", tmp_path / "x", "--json").out)
-    assert info["layers"] == 15
+    assert (info["layers"], info["d_ff"]) == (15, 64)  # one width is that of all layers
     assert info["file_bytes_by_encoding"].keys() == {"BF16"}
 
 
@@ -129,6 +129,7 @@ def test_slices_keep_tokenizer_and_dtype(cli, tmp_path):
         (("--preset", "e9b"), "choose one of: e4b, e2b, e1.96b"),
         (("--ffn-widths", "64,x"), "must be whole numbers"),
         (("--ffn-widths", "64,64"), "2 ffn_widths for 20 kept layers"),
+        (("--ffn-widths", "9999"), "illegal slice: width 9999 of 20 layers must lie in [1, 128]"),
         (("--skip-layers", "3"), "of the block of layers 0 to 4 only [3] are skipped"),
         (("--skip-layers", "5,6,7,8,9"), "layer 8 cannot be skipped: later local layers share"),
         (("--skip-layers", "3"), "pattern; --allow-irregular lets single layers through"),

@@ -235,6 +235,8 @@ def test_which_slices_share_the_cache_of_the_model():
         (Slice(ffn_widths=(48,) * 9, skip_layers=(8,)), "9 ffn_widths for 8 kept layers"),
         (Slice(ffn_widths=(48, 49, *(48,) * 7)), r"width 49 of layer 1 must lie in \[1, 48\]"),
         (Slice(ffn_widths=(0, *(48,) * 8)), r"width 0 of layer 0 must lie in \[1, 48\]"),
+        (Slice(ffn_widths=999), r"width 999 of 9 layers must lie in \[1, 48\]$"),
+        (Slice(ffn_widths=(49, 0, 49, *(48,) * 6)), r"49 of 2 layers .*; width 0 of layer 1 must"),
         (Slice(ffn_widths=(48,) * 8, skip_layers=(9,)), "layers 0 to 8"),
         (Slice(ffn_widths=(48,) * 8, skip_layers=(-1,)), "layers 0 to 8"),
         (Slice(ffn_widths=(48,) * 7, skip_layers=(8, 8)), "twice"),
@@ -249,6 +251,36 @@ def test_illegal_slices_say_why(model, submodel, message):
     for use in (slice_config, slice_model, at):
         with pytest.raises(ValueError, match=message):
             use(CFG if use is slice_config else model, submodel)
+
+
+def test_one_width_is_that_of_all_kept_layers(model):
+    one, each = Slice(ffn_widths=20, skip_layers=(6, 7, 8)), (20,) * 6
+    written_out = Slice(ffn_widths=each, skip_layers=(6, 7, 8))
+    assert one.widths(CFG) == each
+    assert slice_config(CFG, one) == slice_config(CFG, written_out)
+    assert_same(slice_model(model, one), slice_model(model, written_out))
+
+
+def test_without_widths_layers_stay_as_wide_as_they_are(model):
+    fewer = Slice(skip_layers=(6, 7, 8))
+    assert fewer.widths(CFG) == (48,) * 6
+    assert [spec.d_ff for spec in at(model, fewer).cfg.layers] == [48] * 6
+    assert shares_cache(CFG, fewer)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"ffn_widths": 2.5}, {"ffn_widths": "48"}, {"ffn_widths": (True,)}, {"skip_layers": 3}],
+)
+def test_what_are_no_whole_numbers_is_refused(given):
+    (name,) = given
+    with pytest.raises(ValueError, match=f"{name}=.* must be whole numbers"):
+        Slice(**given)
+
+
+def test_numbers_of_numpy_are_whole_numbers():
+    assert Slice(ffn_widths=np.int64(7)) == Slice(ffn_widths=7)
+    assert Slice(ffn_widths=np.array([7, 8])) == Slice(ffn_widths=(7, 8))
 
 
 def test_single_layers_can_be_skipped_on_demand():
@@ -276,14 +308,11 @@ def test_slices_as_files(tmp_path):
     file = tmp_path / "slice.json"
     SHORT.write(file)
     assert Slice.read(file) == SHORT
-    for text in (
-        "[]",
-        "{",
-        '{"widths": [1]}',
-        '{"ffn_widths": [1.5]}',
-        '{"ffn_widths": 3}',
-        "\xff",
-    ):
+    Slice(ffn_widths=3).write(file)
+    assert Slice.read(file) == Slice(ffn_widths=3)
+    file.write_text('{"skip_layers": [1, 2]}')
+    assert Slice.read(file) == Slice(skip_layers=(1, 2))
+    for text in ("[]", "{", '{"widths": [1]}', '{"ffn_widths": [1.5]}', "3", "\xff"):
         file.write_text(text, "latin-1")
         with pytest.raises(ValueError, match="is no slice; expected"):
             Slice.read(file)
