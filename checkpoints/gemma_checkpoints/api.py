@@ -12,7 +12,7 @@ from gemma_jax.weights.off_device import Place
 
 from .catalog import Notify, resolve
 from .errors import CheckpointError
-from .formats import open_source
+from .formats import is_checkpoint, no_checkpoint, open_source
 from .load import Placement, Transform, load_source
 from .tokenizers import VOCABULARIES, find_tokenizer
 
@@ -80,7 +80,7 @@ def tokenizer_path(src: str | Path, *, notify: Notify | None = None) -> Path:
     """Finds the file with the vocabulary of `src`; a GGUF file has it inside.
 
     Raises:
-      CheckpointError: there is none.
+      CheckpointError: there is none, or `src` is no checkpoint at all.
 
     Examples:
       >>> import gemma_checkpoints as gc
@@ -90,5 +90,7 @@ def tokenizer_path(src: str | Path, *, notify: Notify | None = None) -> Path:
     path = resolve(src, notify=notify)
     found = find_tokenizer(path)
     if found is None:
+        if not is_checkpoint(path):
+            raise no_checkpoint(path)
         raise CheckpointError(path, f"no tokenizer found: expected {' or '.join(VOCABULARIES[:2])}")
     return found

@@ -41,4 +41,18 @@ def open_source(path: str | Path) -> Source:
             return GGUFFile(path)
     except OSError as error:
         raise CheckpointError(path, f"cannot be read: {error.strerror or error}") from error
-    raise CheckpointError(path, f"not a checkpoint: {EXPECTED}")
+    raise no_checkpoint(path)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path looks like one, by the file that says so; it may be a broken one."""
+    from .hf.folder import CONFIG
+    from .orbax.folder import MANIFEST
+
+    marked = any((path / name).is_file() for name in (MANIFEST, CONFIG))
+    return marked or (path.is_file() and is_gguf(path))
+
+
+def no_checkpoint(path: Path) -> CheckpointError:
+    """The error for what is none."""
+    return CheckpointError(path, f"not a checkpoint: {EXPECTED}")

@@ -267,6 +267,8 @@ def test_wrong_configs(hf_folder, edit_config):
 
 def test_no_checkpoint_at_all(tmp_path):
     assert_refused(tmp_path, "not a checkpoint: expected a .gguf file")
+    with pytest.raises(gc.CheckpointError, match="not a checkpoint: expected a .gguf file"):
+        gc.tokenizer_path(tmp_path)
     (tmp_path / "weights.gguf").write_bytes(b"PK\x03\x04")
     assert_refused(tmp_path / "weights.gguf", "not a checkpoint")
     (tmp_path / "config.json").write_text('{"model_type": "gemma3_text"}')
