@@ -27,12 +27,13 @@ def command(
     Shows the probabilities that IMAGE violates each policy ("Yes") and that it does not ("No").
     """
     common.set_up_jax()
-    from gemma_jax.evaluation.shieldgemma import POLICIES, definitions_of, shield
+    from gemma_jax.evaluation.shieldgemma import POLICIES, answer_ids, definitions_of, shield
     from gemma_jax.loading import load_tokenizer
 
     definitions = definitions_of(policy or POLICIES)
     (picture,) = common.open_images([image], model)
     tokenizer = load_tokenizer(model)
+    answer_ids(tokenizer)  # a model that cannot answer need not be loaded
     gemma = options.load(model)
     with progress.compiling():
         verdicts = shield(gemma, tokenizer, picture, definitions)

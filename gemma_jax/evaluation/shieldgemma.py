@@ -102,10 +102,24 @@ def shield(
     definitions = definitions_of(policies)
     prompts = [PROMPT.format(definition=text) for text in definitions.values()]
     rows = [expand(tokenizer, place_markers(text, modality, 1), [0], vision) for text in prompts]
-    answers = jnp.array([tokenizer.id_of("Yes"), tokenizer.id_of("No")])
+    answers = jnp.array(answer_ids(tokenizer))
     pixels = preprocess(Image(image), vision.image_size, processing=vision.images)
     probabilities = jax.nn.softmax(_last_logits(model, rows, pixels)[:, answers], axis=-1)
     return {name: Verdict(yes, no) for name, (yes, no) in zip(definitions, probabilities.tolist())}
+
+
+def answer_ids(tokenizer: Tokenizer) -> tuple[int, int]:
+    """Ids of "Yes" and "No", the two answers.
+
+    Raises:
+      ValueError: One of them is no piece of the vocabulary.
+    """
+    try:
+        return tokenizer.id_of("Yes"), tokenizer.id_of("No")
+    except ValueError as error:
+        raise ValueError(
+            f"this is no ShieldGemma: {error}; expected ShieldGemma 2, google/shieldgemma-2-4b-it"
+        ) from None
 
 
 def definitions_of(policies: Sequence[str] | Mapping[str, str]) -> Mapping[str, str]:

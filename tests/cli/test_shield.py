@@ -30,3 +30,14 @@ def test_refused(refused, seer, talker, picture, tmp_path):
     assert "reads text alone" in refused("shield", file, "--model", talker)
     assert "none.png" in refused("shield", tmp_path / "none.png", "--model", seer)
     assert "--model" in refused("shield", file)
+
+
+def test_a_model_that_cannot_answer_is_no_shieldgemma(refused, seer, picture, monkeypatch):
+    monkeypatch.setattr("gemma_jax.loading.load_model", None)  # known before weights are read
+
+    def no_piece(self, piece):
+        raise ValueError(f"the vocabulary has no piece {piece!r}")
+
+    monkeypatch.setattr("gemma_jax.text.Tokenizer.id_of", no_piece)
+    error = refused("shield", picture("a.png"), "--model", seer)
+    assert error.startswith("this is no ShieldGemma: the vocabulary has no piece 'Yes'; expected")
