@@ -244,7 +244,10 @@ def mesh_sizes(cfg: GemmaConfig, count: int, sizes: Mapping[str, int]) -> dict[s
     if open_axes and count % known == 0:
         sizes[open_axes[0]] = count // known
     if math.prod(sizes.values()) != count:
-        raise ValueError(f"mesh {given} does not make use of exactly {count} devices")
+        wanted = f"{'a multiple of ' if open_axes else ''}{known} device{'s' * (known > 1)}"
+        there = f"are {count}; give sizes that multiply to {count}"
+        there = "is 1; leave the mesh out" if count == 1 else there
+        raise ValueError(f"mesh {given} is for {wanted}, but there {there}")
     if "group" not in sizes and (tensor := sizes.get("tensor", 1)) > 1:
         sizes["tensor"] = math.gcd(tensor, cfg.num_kv_heads)
         if tensor > sizes["tensor"]:

@@ -36,7 +36,11 @@ def test_score(cli, tmp_path):
     "mesh, said",
     [
         ("tensor=8", "N=4 cannot be split over mesh axis"),
-        ("tensor=4", "mesh tensor=4 does not make use of exactly 8 devices"),
+        (
+            "tensor=4",
+            "mesh tensor=4 is for 4 devices, but there are 8; give sizes",
+        ),
+        ("data=3,tensor=-1", "is for a multiple of 3 devices, but there are 8"),
         ("wide=8", "unknown mesh axes ['wide']; choose from data, fsdp, sequence, tensor, group"),
         ("fsdp=8", "no rule uses mesh axis 'fsdp'"),
     ],

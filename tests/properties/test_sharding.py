@@ -184,7 +184,7 @@ def test_what_cannot_be_split_says_so():
         generate(split, None, [[1, 2]] * 3)
     with pytest.raises(ValueError, match=r"unknown mesh axes \['model'\]; choose from data, fsdp"):
         make_mesh(cfg, model=8)
-    with pytest.raises(ValueError, match="mesh data=3 does not make use of exactly 8 devices"):
+    with pytest.raises(ValueError, match="mesh data=3 is for 3 devices, but there are 8; give"):
         make_mesh(cfg, data=3)
     with pytest.raises(ValueError, match="no rule uses mesh axis 'fsdp'"):
         Partition.of(make_mesh(cfg, fsdp=8), INFERENCE)
