@@ -1,11 +1,13 @@
 """`gemma-jax`: one file per command, thin over the library.
 
 stdout carries results only; progress, warnings and errors go to stderr. Exit code 2 means wrong use
-or input, 1 a failure. A traceback appears only with `--debug`.
+or input, 1 a failure, 3 that `plan` found no room, 141 that the reader of stdout left. A traceback
+appears only with `--debug`.
 """
 
 import os
 import sys
+import warnings
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -16,6 +18,13 @@ def main(argv: list[str] | None = None) -> None:
         sys.stderr = open(os.devnull, "w")
     from gemma_jax.cli.app import run
 
+    if "--debug" not in sys.argv:
+        warnings.showwarning = _in_one_line
     # Models write all of Unicode, whatever the locale; paths may hold bytes that are no text.
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def _in_one_line(message: Warning | str, *_, **__) -> None:
+    """Shows a library's warning without the line of its source."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)

@@ -23,10 +23,9 @@ from gemma_jax.cli import (
     slice,
     tokenize,
 )
-from gemma_jax.cli.errors import flags_for, is_input_error, one_line
+from gemma_jax.cli.errors import exit_code, flags_for, one_line
 
 app = typer.Typer(
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -67,6 +66,11 @@ benches.command("kernels")(bench_kernels.command)
 app.add_typer(benches, name="bench")
 
 PROCESSES = ("--coordinator", "--num-processes", "--process-id")
+ALONE = {
+    "bench": "bench times processes of its own, which would join no others",
+    "plan": "plan is about machines that need not be there",
+}
+READER_LEFT = 141  # what a shell says of a program that SIGPIPE ended
 
 
 def run(argv: list[str]) -> int:
@@ -83,14 +87,23 @@ def run(argv: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of stdout has gone, as in `gemma-jax ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:  # the reader of stdout has gone, as in `gemma-jax ... | head -1`
+        return _reader_left()
+    except SystemExit as exit_:  # typer's answer to the same; it exits from nothing else
+        if not isinstance(exit_.__context__, BrokenPipeError):
+            raise
+        return _reader_left()
     except Exception as error:
         if debug:
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2 if is_input_error(error) else 1
+        return exit_code(error)
+
+
+def _reader_left() -> int:
+    """Nobody wants the rest: Python shall not fail again when it flushes it at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return READER_LEFT
 
 
 def _join_processes(argv: list[str]) -> list[str]:
@@ -107,6 +120,8 @@ def _join_processes(argv: list[str]) -> list[str]:
             rest.append(word)
     if not found:
         return argv
+    if (reason := ALONE.get(next((w for w in rest if not w.startswith("-")), ""))) is not None:
+        raise ValueError(f"{next(iter(found))}: {reason}; leave it out")
     numbers = {name: found[name] for name in PROCESSES[1:] if name in found}
     if bad := [f"{name} {value}" for name, value in numbers.items() if not value.isdigit()]:
         raise ValueError(f"{', '.join(bad)}: expected a number")

@@ -4,10 +4,12 @@ The options of a model that runs are in `model_options.py`.
 """
 
 import json
+import math
 import os
 import sys
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -23,8 +25,29 @@ if TYPE_CHECKING:
 
 stderr = Console(stderr=True)
 
+
+def complete_name(incomplete: str) -> list[str]:
+    """Names of the catalog for a shell's completion; where none begins so, it offers files."""
+    from gemma_checkpoints.catalog import CATALOG
+
+    return [name for name in CATALOG if name.startswith(incomplete)]
+
+
 Model = Annotated[
-    str, typer.Option("--model", "-m", metavar="SRC", help="Catalog name, folder or file.")
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="SRC",
+        help="Catalog name, folder or file.",
+        autocompletion=complete_name,
+    ),
+]
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SRC", help="Catalog name, folder or file.", autocompletion=complete_name
+    ),
 ]
 Images = Annotated[
     list[Path] | None,
@@ -48,15 +71,42 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")
 def set_up_jax() -> None:
     """Imports JAX with the persistent compilation cache, in the user's cache folder.
 
-    `JAX_COMPILATION_CACHE_DIR` names another folder; set to nothing, it turns the cache off.
+    `JAX_COMPILATION_CACHE_DIR` names another folder; set to nothing, it turns the cache off. A
+    folder that cannot be used costs time alone: one line says so.
     """
     import jax
 
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if folder is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "gemma-jax" / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        folder = str(home / "gemma-jax" / "xla")
+        jax.config.update("jax_compilation_cache_dir", folder)
+    use = _use_of_cache(folder)
+    if use == "none":
+        jax.config.update("jax_enable_compilation_cache", False)
+    # JAX writes what took at least so long to compile.
+    least = 0 if use == "all" else math.inf
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@cache
+def _use_of_cache(folder: str) -> Literal["all", "read", "none"]:
+    """What the folder is good for; says once on stderr if that is not all."""
+    if not folder or "://" in folder:  # off, or in a cloud
+        return "all"
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"no cache at {folder} ({error.strerror}): every start compiles", file=sys.stderr)
+        return "none"
+    if os.access(folder, os.W_OK | os.X_OK):
+        return "all"
+    print(
+        f"the cache at {folder} cannot be written: what it lacks is compiled at every start",
+        file=sys.stderr,
+    )
+    return "read"
 
 
 def parse_mesh(text: str) -> dict[str, int]:

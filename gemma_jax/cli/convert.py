@@ -17,7 +17,7 @@ class Format(StrEnum):
 
 @refuse_options(all_but("dtype", "mesh", because="convert runs no model"))
 def command(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="Catalog name or path.")],
+    source: common.Source,
     target: Annotated[Path, typer.Argument(metavar="DST", help="New folder.")],
     to: Annotated[Format, typer.Option(help="Hugging Face folder, or Orbax folder of ours.")],
     dtype: Annotated[

@@ -9,6 +9,16 @@ WRONG_PATH = (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExis
 
 
 LONGEST = 2000  # characters of an error
+NO_ROOM = 3  # exit code: the answer of `plan` is that a model does not fit
+
+
+class NoRoomError(ValueError):
+    """Says that nothing of what was asked for fits; no fault of anyone."""
+
+
+def exit_code(error: Exception) -> int:
+    """3 for an answer that is no, 2 for what the user can put right, 1 for a failure."""
+    return NO_ROOM if isinstance(error, NoRoomError) else 2 if is_input_error(error) else 1
 
 
 def is_input_error(error: Exception) -> bool:
@@ -43,7 +53,7 @@ def one_line(error: Exception) -> str:
 
 def _message(error: Exception) -> str:
     if _is_usage_error(error):
-        return " ".join(error.format_message().split())
+        return _usage(" ".join(error.format_message().split()))
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
@@ -51,6 +61,20 @@ def _message(error: Exception) -> str:
     if (is_input_error(error) or isinstance(error, OSError)) and str(error):
         return str(error)
     return f"{type(error).__name__}: {str(error) or 'no message'} (--debug shows where)"
+
+
+def _usage(text: str) -> str:
+    """A message of typer in the words of ours: the option, a colon, what is wrong with it.
+
+    `Invalid value for '--to': Value error, 'x' is not one of 'hf', 'orbax'.` becomes
+    `--to: 'x' is not one of 'hf', 'orbax'`.
+    """
+    text = text.removeprefix("Invalid value: ").removesuffix(".")
+    named = re.fullmatch(r"Invalid value for '?(.+?)'?: (?:Value error, )?(.+)", text)
+    if named is None:
+        return text[:1].lower() + text[1:]
+    option = named[1].replace("' / '", " / ")
+    return f"{option}: {named[2]}"
 
 
 def _is_usage_error(error: Exception) -> bool:

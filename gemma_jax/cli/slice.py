@@ -12,7 +12,7 @@ from gemma_jax.cli.model_options import DType, all_but, refuse_options
 
 @refuse_options(all_but("dtype", because="slice runs no model"))
 def command(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="Catalog name or path.")],
+    source: common.Source,
     target: Annotated[Path, typer.Argument(metavar="DST", help="New Hugging Face folder.")],
     preset: Annotated[
         str | None,

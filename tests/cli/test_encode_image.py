@@ -111,7 +111,7 @@ def test_one_bad_file_leaves_no_output(refused, photo, tmp_path, content, messag
 
 
 def test_no_files(refused, tmp_path):
-    assert "Missing argument 'FILE'" in refused("encode-image", "--output", tmp_path / "out")
+    assert "missing argument 'FILE'" in refused("encode-image", "--output", tmp_path / "out")
 
 
 def test_full_disk_keeps_the_old_output(refused, photo, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import struct
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from test_imports import ROOT
 
 from gemma_jax.cli import generate
 from gemma_jax.cli.app import app, run
@@ -15,17 +16,49 @@ from gemma_jax.cli.app import app, run
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nothing"], "No such command 'nothing'"),
-        (["info"], "SRC"),
+        (["nothing"], "no such command 'nothing'"),
+        (["info"], "missing argument 'SRC'"),
         (["info", "a", "b"], "unexpected extra argument"),
-        (["generate", "hi", "--nothing"], "No such option: --nothing"),
+        (["generate", "hi", "--nothing"], "no such option: --nothing"),
         (["generate", "hi", "--temperature"], "--temperature"),
-        (["generate", "hi", "--dtype", "float8"], "--dtype"),
-        (["forward"], "--model"),
+        (["forward"], "missing option '--model'"),
     ],
 )
 def test_wrong_use(refused, words, message):
     assert message in refused(*words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["generate"], "give a PROMPT or --inputs FILE, one of the two"),
+        (
+            ["generate", "hi", "--dtype", "float8"],
+            "--dtype: 'float8' is not one of 'float32', 'bfloat16'",
+        ),
+        (
+            ["convert", "a", "b", "--to", "gguf"],
+            "--to: 'gguf' is not one of 'hf', 'orbax'",
+        ),
+    ],
+)
+def test_all_errors_have_one_style(refused, words, message):
+    """The option if it is one, a colon, what is wrong: no prefix, no full stop."""
+    assert refused(*words) == message
+
+
+@pytest.mark.parametrize("command", [["generate", "hi"], ["score", "--text-file", __file__]])
+@pytest.mark.parametrize("name", ["README.md", "notebooks"])
+def test_what_is_no_checkpoint_is_called_so(refused, command, name):
+    error = refused(*command, "--model", ROOT / name)
+    assert error.startswith(f"{ROOT / name}: not a checkpoint: expected a .gguf file")
+
+
+def test_bench_and_plan_take_no_processes(refused):
+    for command in (["bench"], ["plan", "gemma3-1b", "--topology", "gpu:t4", "--context", "16"]):
+        error = refused(*command, "--coordinator", "localhost:1", "--num-processes", "2",
+                        "--process-id", "0")  # fmt: skip
+        assert error.startswith(f"--coordinator: {command[0]} ") and error.endswith("leave it out")
 
 
 @pytest.mark.parametrize(
