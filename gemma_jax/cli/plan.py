@@ -3,22 +3,23 @@
 import os
 from collections.abc import Iterable
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from gemma_jax.cli import common
+from gemma_jax.cli.errors import NO_ROOM, NoRoomError, flags_for
 from gemma_jax.cli.model_options import (
     AttentionOption,
     CacheDTypeOption,
     DType,
     SliceOption,
+    WeightStorage,
     refuse_options,
 )
-from gemma_jax.storages import BITS, WEIGHT_STORAGES
 
 if TYPE_CHECKING:
-    from gemma_jax.planning import Plan
+    from gemma_jax.planning import Plan, Topology
 
 
 class Mode(StrEnum):
@@ -32,34 +33,48 @@ class Fit(StrEnum):
     batch = "batch"
 
 
-# Those that are narrower than any arithmetic: the others are what `--dtype` says.
-Quant = StrEnum("Quant", {name: name for name in WEIGHT_STORAGES if BITS[name] < 16})
-
-
 @refuse_options(
     {
-        "weights": "plan has --quant for it",
         "vision_dtype": "plan is about text",
         "numerics": "plan follows the roundings of transformers",
         "per_layer_table": "plan puts all weights on the devices",
     }
 )
 def command(
-    source: Annotated[str, typer.Argument(metavar="MODEL", help="Preset, catalog name or path.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Preset, catalog name or path.",
+            autocompletion=common.complete_name,
+        ),
+    ],
     topology: Annotated[
         str, typer.Option(metavar="NAME", help="A TPU slice (v5e:4x4) or GPUs (gpu:h100x8).")
     ],
     context: Annotated[int, typer.Option(help="Tokens in the caches; when training, in a row.")],
     batch: Annotated[int, typer.Option(help="Rows.")] = 1,
-    dtype: Annotated[DType, typer.Option(help="Of activations and weights.")] = DType.bfloat16,
+    dtype: Annotated[
+        DType, typer.Option(help="Of activations and, unless they are given, of weights.")
+    ] = DType.bfloat16,
     cache_dtype: CacheDTypeOption = None,
-    quant: Annotated[Quant | None, typer.Option(help="Dtype that matrices are stored in.")] = None,
+    weights: Annotated[
+        WeightStorage | None,
+        typer.Option("--weights", "--quant", help="Dtype the weights are stored in."),
+    ] = None,
     mode: Annotated[
         Mode, typer.Option(help="A token for every row, a chunk of prompt, or a training step.")
     ] = Mode.decode,
     mesh: Annotated[
         str | None,
         typer.Option(metavar="AXIS=N,...", help="Devices along data, fsdp, sequence, tensor."),
+    ] = None,
+    memory_fraction: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Share of a GPU's memory for JAX, as XLA_CLIENT_MEM_FRACTION. Default: 0.75.",
+        ),
     ] = None,
     slice_name: SliceOption = None,
     attention_impl: AttentionOption = "auto",
@@ -76,6 +91,8 @@ def command(
     For TPUs the real program is compiled by the TPU's own compiler, which takes seconds to minutes
     and needs the extra gemma-jax[plan]; for H100 and H200 by JAX's CUDA plugin, if it is installed.
     For other GPUs the answer is what shapes alone say.
+
+    Ends with exit code 3 if the model does not fit.
     """
     # The compiler for a TPU must find none, and this process needs no accelerator.
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -85,7 +102,8 @@ def command(
     if search and (fit or mesh):
         raise ValueError("--search tries all meshes for one task; give no --mesh or --fit with it")
     axes = None if mesh is None else common.parse_mesh(mesh)
-    where = planning.find_topology(topology)
+    with flags_for("memory_fraction"):
+        where = planning.find_topology(topology, memory_fraction)
     cfg, _ = common.find_config(source)
     if slice_name is not None:
         cfg = common.submodel_config(slice_name, cfg)
@@ -94,27 +112,32 @@ def command(
         batch=batch,
         context=context,
         dtype=dtype.value,
-        weights=quant and quant.value,
+        weights=weights and weights.value,
         cache_dtype=cache_dtype and cache_dtype.value,
         attention_impl=attention_impl,
     )
     if search:
         plans = _ranked(planning.search(source, cfg, where, work))
         if not plans:
-            raise ValueError(
+            raise NoRoomError(
                 f"no mesh of {topology} holds weights and caches of {source} at batch {batch} and "
-                f"{context:,} tokens; take a larger slice, or --quant int8 and --cache-dtype int8"
+                f"{context:,} tokens; take a larger slice, or --weights int8 and --cache-dtype int8"
             )
         common.print_json({"plans": [p.as_dict() for p in plans]}) if as_json else _rank(plans)
-        return
+        _end(any(plan.fits for plan in plans))
     if fit is None:
         plan = planning.make_plan(source, cfg, where, work, axes)
     elif (plan := planning.fit(source, cfg, where, work, fit.value, axes)) is None:
-        raise ValueError(
+        raise NoRoomError(
             f"{source} does not fit {topology} with any {fit.value}; take a larger slice, another "
-            "mesh, or --quant int8 and --cache-dtype int8"
+            "mesh, or --weights int8 and --cache-dtype int8"
         )
-    common.print_json(plan.as_dict()) if as_json else _print(plan)
+    common.print_json(plan.as_dict()) if as_json else _print(plan, where)
+    _end(plan.fits)
+
+
+def _end(fits: bool) -> NoReturn:
+    raise typer.Exit(0 if fits else NO_ROOM)
 
 
 def _ranked(plans: "Iterable[Plan]") -> "list[Plan]":
@@ -133,11 +156,21 @@ def _axes(plan: "Plan") -> str:
 def _verdict(plan: "Plan") -> str:
     if plan.refusal:
         return f"does not fit: {plan.refusal}"
-    share = f"{_gigabytes(plan.peak_bytes)} of {_gigabytes(plan.memory_bytes)}"
+    usable = " usable" if plan.usable_bytes < plan.memory_bytes else ""
+    share = f"{_gigabytes(plan.peak_bytes)} of {_gigabytes(plan.usable_bytes)}{usable}"
     return f"{'fits' if plan.fits else 'does not fit'}, {share} per device"
 
 
-def _print(plan: "Plan") -> None:
+def _memory(plan: "Plan", where: "Topology") -> str:
+    if not where.is_gpu:
+        return _gigabytes(plan.memory_bytes)
+    return (
+        f"{_gigabytes(plan.memory_bytes)} by CUDA; JAX takes {where.memory_fraction:.0%} "
+        "(--memory-fraction)"
+    )
+
+
+def _print(plan: "Plan", where: "Topology") -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -147,6 +180,7 @@ def _print(plan: "Plan") -> None:
     rows = {
         "verdict": _verdict(plan),
         "devices": f"{plan.devices}, mesh {_axes(plan)}",
+        "memory per device": _memory(plan, where),
         "weights per device": _gigabytes(plan.weights_bytes),
         "moments of Adam per device" if work.mode == "train" else "caches per device": (
             _gigabytes(plan.cache_bytes)
@@ -174,7 +208,9 @@ def _print(plan: "Plan") -> None:
     )
     if plan.link_seconds:
         rows["links"] = f"about {plan.link_seconds * 1e3:,.3f} ms a step besides"
-    rows["at most"] = f"{plan.tokens_per_second:,.0f} tokens/s"
+    rows["at most"] = (
+        f"{plan.tokens_per_second:,.0f} tokens/s by the roofline; real programs are slower"
+    )
     for name, value in rows.items():
         table.add_row(name, value)
     Console().print(table)
@@ -184,7 +220,7 @@ def _rank(plans: "list[Plan]") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("mesh", "per device", "roofline, ms", "links, ms", "tokens/s at most")
+    table = Table("mesh", "per device", "roofline, ms", "links, ms", "tokens/s, roofline")
     for plan in plans:
         links = "?" if plan.link_seconds is None else f"{plan.link_seconds * 1e3:,.3f}"
         table.add_row(

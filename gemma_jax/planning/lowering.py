@@ -20,6 +20,7 @@ from gemma_jax.inference.session import CHUNK
 from gemma_jax.quantise import store_weights
 from gemma_jax.runtime import Runtime
 from gemma_jax.sharding import Partition
+from gemma_jax.storages import BITS, WeightStorage
 from gemma_jax.training.objectives import next_token
 from gemma_jax.training.step import make_step
 from gemma_jax.training.trainable import trainable
@@ -39,7 +40,7 @@ class Work:
       batch: Rows.
       context: Tokens that the caches hold; in training, the length of a row.
       dtype: Of activations and, unless they are given, of weights and caches.
-      weights: `"int8"` or `"bfloat16"`: how matrices are stored.
+      weights: How matrices are stored, as in `LoadOptions`: `"int8"`, `"bfloat16"`, `"float32"`.
       cache_dtype: Of keys and values.
     """
 
@@ -47,7 +48,7 @@ class Work:
     batch: int
     context: int
     dtype: str = "bfloat16"
-    weights: str | None = None
+    weights: WeightStorage | None = None
     cache_dtype: str | None = None
     attention_impl: str = "auto"
 
@@ -66,10 +67,12 @@ def placed_model(cfg: GemmaConfig, work: Work, partition: Partition) -> Gemma:
         remat=training,
         partition=partition,
     )
-    # What is trained are arrays: stored weights have no gradients.
-    stored = work.weights if not training else None
-    store = store_weights(stored) if stored else lambda param, array: array
-    dtype = work.weights or work.dtype if training else work.dtype
+    stored = work.weights
+    # As in loading: arrays, unless what is stored is narrower than the arithmetic. What is trained
+    # are arrays always: stored weights have no gradients.
+    narrower = stored and not training and BITS[stored] < 8 * jnp.dtype(work.dtype).itemsize
+    store = store_weights(stored) if stored and narrower else lambda param, array: array
+    dtype = work.dtype if narrower else stored or work.dtype
 
     def narrow(param: nnx.Param) -> Weight:
         return store(param, param.get_value().astype(dtype))

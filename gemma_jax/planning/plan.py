@@ -59,10 +59,12 @@ class Plan:
       cache_bytes: On each device, positions with them; in training, the optimiser's moments.
       peak_bytes: On each device at once: all of these, and temporaries if the program was compiled.
       memory_bytes: What a device has.
+      usable_bytes: What of it is for all of these; see `Topology.memory_fraction`.
       operations, read_bytes: Of a step on each device, at least.
       roofline_seconds: The longer of both at the full speed of the device.
       link_seconds: Of what passes between devices; `None` if nothing was compiled.
-      tokens_per_second: New tokens of all rows, at the roofline and with the links' time.
+      tokens_per_second: New tokens of all rows, at the roofline and with the links' time: a bound
+        that real programs stay below.
       refusal: Why the compiler gives no program, if it does not.
     """
 
@@ -76,6 +78,7 @@ class Plan:
     cache_bytes: int
     peak_bytes: int
     memory_bytes: int
+    usable_bytes: int
     operations: float
     read_bytes: int
     roofline_seconds: float
@@ -86,7 +89,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.refusal is None and self.peak_bytes <= self.memory_bytes
+        return self.refusal is None and self.peak_bytes <= self.usable_bytes
 
     def as_dict(self) -> dict:
         return {**asdict(self), "fits": self.fits}
@@ -136,6 +139,7 @@ def make_plan(
         cache_bytes=cache,
         peak_bytes=weights["all"] + cache,
         memory_bytes=device.memory,
+        usable_bytes=topology.usable_bytes,
         operations=operations,
         read_bytes=read,
         roofline_seconds=roofline,
@@ -154,7 +158,7 @@ def check(cfg: GemmaConfig, work: Work) -> None:
         raise ValueError(
             f"context={work.context} exceeds the model's {cfg.max_positions} positions"
         )
-    if work.mode == "train" and BITS.get(work.weights, 32) < 16:
+    if work.mode == "train" and work.weights and BITS[work.weights] < 16:
         raise ValueError(f"{work.weights} weights have no gradients; train in bfloat16 or float32")
 
 
@@ -247,7 +251,7 @@ def fit(
         found = plan(low, True)
         if found.fits:
             return found
-        over = found.peak_bytes - found.memory_bytes
+        over = found.peak_bytes - found.usable_bytes
         smaller = plan(max(low - 1, 1), False)
         each = max(1, plan(low, False).peak_bytes - smaller.peak_bytes)
         # By as many as what is over takes, if that is known; one in sixteen where it is not.

@@ -11,7 +11,8 @@ def test_gpus(cli):
     assert (ran.code, ran.err) == (0, "")
     told = json.loads(ran.out)
     assert told["devices"] == 4 and told["mesh"] == {"tensor": 4} and told["fits"] is True
-    assert told["compiled"] is None and told["memory_bytes"] == 141 * 10**9
+    assert told["compiled"] is None and told["memory_bytes"] == int(139.72 * 2**30)
+    assert told["usable_bytes"] == int(0.75 * told["memory_bytes"])  # JAX's default
     assert told["work"]["mode"] == "decode" and told["work"]["batch"] == 1
     assert told["peak_bytes"] == told["weights_bytes"] + told["cache_bytes"]
     roofline = told["read_bytes"] / 4.8e12
@@ -23,7 +24,49 @@ def test_for_people(cli):
     ran = cli("plan", "gemma3-1b", "--topology", "gpu:t4", "--context", "8192", "--quant", "int8")
     assert ran.code == 0
     assert "gemma3-1b on gpu:t4: decode, 1 x 8,192 tokens" in ran.out
-    assert "fits" in ran.out and "tokens/s" in ran.out
+    lines = {words[0]: " ".join(words[1:]) for words in _rows(ran.out)}
+    assert lines["verdict"].startswith("fits, ") and "of 11.73 GB usable" in lines["verdict"]
+    assert lines["memory per device"].startswith("15.63 GB by CUDA; JAX takes 75%")
+    assert lines["at most"].endswith("tokens/s by the roofline; real programs are slower")
+
+
+def _rows(table: str) -> list[list[str]]:
+    """Cells of a table, each line; what is wrapped is joined to its row."""
+    rows: list[list[str]] = []
+    for line in table.splitlines():
+        cells = [cell.strip() for cell in line.split("│")[1:-1]]
+        if cells and cells[0]:
+            rows.append(cells)
+        elif cells:
+            rows[-1] += cells[1:]
+    return rows
+
+
+@pytest.mark.parametrize("how", [["--json"], ["--search"], ["--fit", "batch"]])
+def test_no_room_is_an_answer_with_a_code_of_its_own(cli, how):
+    where = ("gemma3-27b", "--topology", "gpu:t4", "--context", "1024")
+    ran = cli("plan", *where, *how)
+    assert ran.code == 3
+    if how == ["--json"]:
+        assert json.loads(ran.out)["fits"] is False and ran.err == ""
+    else:
+        assert ran.out == "" and ran.err.count("\n") == 1 and "--weights int8" in ran.err
+
+
+def test_a_share_of_the_memory(cli):
+    where = ("plan", "gemma3-12b", "--topology", "gpu:l4", "--context", "1024", "--json")
+    small, large = cli(*where), cli(*where, "--memory-fraction", "0.92", "--weights", "int8")
+    assert (small.code, large.code) == (3, 0)
+    told = json.loads(large.out)
+    assert told["usable_bytes"] == int(0.92 * told["memory_bytes"])
+
+
+def test_both_spellings_of_narrow_weights(cli):
+    where = ("plan", "gemma3-1b", "--topology", "gpu:l4", "--context", "1024", "--json")
+    told = [json.loads(cli(*where, name, "int8").out) for name in ("--weights", "--quant")]
+    assert told[0] == told[1] and told[0]["work"]["weights"] == "int8"
+    wide, plain = cli(*where, "--weights", "float32"), cli(*where)
+    assert json.loads(wide.out)["weights_bytes"] == 2 * json.loads(plain.out)["weights_bytes"]
 
 
 def test_a_mesh(cli):
@@ -45,10 +88,10 @@ def test_ranking(cli):
 
 
 def test_longest(cli):
-    where = ("--topology", "gpu:t4", "--context", "1024", "--json")
-    told = json.loads(cli("plan", "gemma3-12b", *where, "--quant", "int8", "--fit", "context").out)
+    where = ("--topology", "gpu:l4", "--context", "1024", "--json", "--fit", "context")
+    told = json.loads(cli("plan", "gemma3-12b", *where, "--weights", "int8").out)
     assert told["fits"] and told["work"]["context"] % 1024 == 0
-    assert told["memory_bytes"] - told["peak_bytes"] < 1024 * 8 * 2 * 8 * 256 * 2 + 1
+    assert told["usable_bytes"] - told["peak_bytes"] < 1024 * 8 * 2 * 8 * 256 * 2 + 1
 
 
 def test_a_slice(cli):
@@ -64,10 +107,19 @@ def test_a_slice(cli):
         (["--topology", "v9:4x4"], "unknown topology 'v9:4x4'; give a TPU slice (v5e, "),
         (["--topology", "gpu:h100", "--mesh", "tensor"], "--mesh 'tensor': expected AXIS=N,..."),
         (["--topology", "gpu:h100", "--mesh", "model=1"], "unknown mesh axes ['model']"),
-        (["--topology", "gpu:h100", "--mesh", "tensor=2"], "does not make use of exactly 1"),
+        (
+            ["--topology", "gpu:h100", "--mesh", "tensor=2"],
+            "is for 2 devices, but there is 1",
+        ),
         (["--topology", "gpu:h100x3"], "3 devices cannot share the model's heads"),
         (["--topology", "gpu:h100x8", "--mesh", "data=8"], "B=1 cannot be split over mesh axis"),
         (["--topology", "gpu:t4", "--search", "--mesh", "tensor=1"], "give no --mesh or --fit"),
+        (["--topology", "gpu:h100", "--memory-fraction", "1.5"], "--memory-fraction 1.5 must be"),
+        (
+            ["--topology", "v5e:4x4", "--memory-fraction", "0.9"],
+            "is about GPUs; TPUs have",
+        ),
+        (["--topology", "gpu:h100", "--weights", "int2"], "--weights / --quant: 'int2' is not one"),
         (["--topology", "gpu:h100", "--batch", "0"], "batch=0 and context=1024 must be at least 1"),
     ],
 )

@@ -269,9 +269,11 @@ def test_gpus_by_their_figures():
     assert most.fits and most.mesh == {"tensor": 8}
     more = dataclasses.replace(most.work, batch=most.work.batch + 1)
     assert not make_plan("gemma3-27b", cfg, machine, more).fits
-    alone = find_topology("gpu:a100")
-    longest = fit("gemma3-27b", cfg, alone, Work("decode", 1, 1024), "context")
-    assert longest.work.context == 131_072
+    for share, context in ((None, 102_400), (0.92, 131_072)):
+        alone = find_topology("gpu:a100", share)
+        longest = fit("gemma3-27b", cfg, alone, Work("decode", 1, 1024), "context")
+        assert longest.work.context == context
+        assert longest.peak_bytes <= longest.usable_bytes < longest.memory_bytes
     assert fit("gemma3-27b", cfg, find_topology("gpu:t4"), Work("decode", 1, 1), "context") is None
 
 
@@ -297,7 +299,7 @@ def test_what_cannot_be_planned():
         make_plan("gemma3-1b", cfg, one, Work("decode", 1, 40_000))
     with pytest.raises(ValueError, match="batch=0 and context=5 must be at least 1"):
         make_plan("gemma3-1b", cfg, one, Work("decode", 0, 5))
-    with pytest.raises(ValueError, match="mesh tensor=2 does not make use of exactly 1 devices"):
+    with pytest.raises(ValueError, match="mesh tensor=2 is for 2 devices, but there is 1; leave"):
         make_plan("gemma3-1b", cfg, one, Work("decode", 1, 5), {"tensor": 2})
     with pytest.raises(ValueError, match="int8 weights have no gradients"):
         make_plan("gemma3-1b", cfg, one, Work("train", 1, 5, weights="int8"))
