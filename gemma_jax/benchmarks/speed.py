@@ -30,21 +30,50 @@ START_PROMPT, START_TOKENS = "The capital of France is", 16
 
 Rows = Sequence[Sequence[int]]
 Summary = dict[str, Any]  # median, and runs: all values in the order they were measured
+Tell = Callable[[str], None]  # is given a line as soon as something was measured
+
+
+def silent(line: str) -> None:
+    """The `Tell` that says nothing."""
+
+
+def check_lengths(context: int, prompt_tokens: int, new_tokens: int) -> None:
+    """Raises `ValueError` if `steady_state` would not fit the context of a model."""
+    short = min(DECODE_PROMPT, prompt_tokens)
+    needed = {
+        f"{prompt_tokens=} and a token after it": prompt_tokens + 1,
+        f"{new_tokens=} after a prompt of {short}": short + new_tokens + 1,
+    }
+    for what, length in needed.items():
+        if length > context:
+            raise ValueError(f"{what} take {length:,} places; the model's context has {context:,}")
 
 
 def steady_state(
-    model: Gemma, *, prompt_tokens: int, new_tokens: int, batch: int, repeats: int
+    model: Gemma,
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    batch: int,
+    repeats: int,
+    tell: Tell = silent,
 ) -> dict[str, Summary]:
     """Tokens per second, over all rows of a batch, of reading a prompt and of the token loop."""
+    check_lengths(model.cfg.max_positions, prompt_tokens, new_tokens)
     prompt = random_rows(model, batch, prompt_tokens)
     short = random_rows(model, batch, min(DECODE_PROMPT, prompt_tokens))
     speeds = {"prefill_tokens_per_s": [], "decode_tokens_per_s": []}
     for turn in range(-1, repeats):  # the first turn compiles
         read_s, _ = prefill(model, prompt)
         write_s, _ = decode(model, short, new_tokens)
-        if turn >= 0:
-            speeds["prefill_tokens_per_s"].append(batch * prompt_tokens / read_s)
-            speeds["decode_tokens_per_s"].append(batch * new_tokens / write_s)
+        read, write = batch * prompt_tokens / read_s, batch * new_tokens / write_s
+        if turn < 0:
+            tell("compiled prefill and decoding")
+            continue
+        speeds["prefill_tokens_per_s"].append(read)
+        speeds["decode_tokens_per_s"].append(write)
+        which = _count(turn, repeats)
+        tell(f"{which}: prefill {read:,.1f} tokens/s, decoding {write:,.1f} tokens/s")
     return {name: summary(runs) for name, runs in speeds.items()}
 
 
@@ -83,7 +112,9 @@ def random_rows(model: Gemma, batch: int, length: int) -> list[list[int]]:
     return np.random.default_rng(0).integers(0, model.cfg.vocab_size, (batch, length)).tolist()
 
 
-def starts(options: Sequence[str], repeats: int) -> dict[str, dict[str, Summary]]:
+def starts(
+    options: Sequence[str], repeats: int, *, tell: Tell = silent
+) -> dict[str, dict[str, Summary]]:
     """From the start of `gemma-jax generate` to the first byte of text, and the peak memory.
 
     `cold_start` has an empty compilation cache, `warm_start` one that holds the programs. Files are
@@ -93,10 +124,12 @@ def starts(options: Sequence[str], repeats: int) -> dict[str, dict[str, Summary]
       options: Of `generate`: `--model` and what else matters.
     """
     cold, warm = [], []
-    for _ in range(repeats):
+    for turn in range(repeats):
         with tempfile.TemporaryDirectory(prefix="gemma-jax-bench-") as cache:
-            cold.append(_start(options, cache))
-            warm.append(_start(options, cache))
+            for runs, state in ((cold, "empty"), (warm, "filled")):
+                runs.append(_start(options, cache))
+                which = _count(turn, repeats)
+                tell(f"{which}: first token, compile cache {state}: {runs[-1][0]:.2f} s")
     return {
         name: {"first_token_s": summary(seconds), "peak_rss_bytes": summary(sizes)}
         for name, (seconds, sizes) in {"cold_start": zip(*cold), "warm_start": zip(*warm)}.items()
@@ -124,19 +157,27 @@ def _start(options: Sequence[str], cache: str) -> tuple[float, int]:
         if child.returncode or not first:
             errors.seek(0)
             last = errors.read().strip().rpartition("\n")[2].removeprefix("error: ")
-            raise RuntimeError(f"gemma-jax generate failed with code {child.returncode}: {last}")
+            kind = ValueError if child.returncode == 2 else RuntimeError  # what the user can mend
+            raise kind(f"gemma-jax generate failed with code {child.returncode}: {last}")
     return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def import_seconds(repeats: int) -> Summary:
+def _count(turn: int, repeats: int) -> str:
+    return f"run {turn + 1} of {repeats}"
+
+
+def import_seconds(repeats: int, *, tell: Tell = silent) -> Summary:
     """What `import gemma_jax` adds to `import jax`."""
     code = (
         "import time, jax; start = time.perf_counter(); import gemma_jax; "
         "print(time.perf_counter() - start)"
     )
     command = [sys.executable, "-c", code]
-    runs = [subprocess.run(command, capture_output=True, check=True) for _ in range(repeats)]
-    return summary([float(run.stdout) for run in runs])
+    runs = []
+    for turn in range(repeats):
+        runs.append(float(subprocess.run(command, capture_output=True, check=True).stdout))
+        tell(f"{_count(turn, repeats)}: import {runs[-1]:.3f} s")
+    return summary(runs)
 
 
 def summary(runs: Sequence[float]) -> Summary:

@@ -1,11 +1,13 @@
 """`gemma-jax bench`: how fast a model runs on this machine."""
 
+import sys
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
 from gemma_jax.cli import common
+from gemma_jax.cli.errors import flags_for
 from gemma_jax.cli.model_options import ModelOptions, model_options
 
 
@@ -26,19 +28,23 @@ def command(
         return
     common.set_up_jax()
     from gemma_jax.benchmarks import speed as benchmark
-    from gemma_jax.loading import load_tokenizer
 
-    load_tokenizer(model)  # starts are measured with text; a bad source ends here, with one line
+    _check(model, options, prompt_tokens, new_tokens)
     with common.stderr.status("starting processes") as status:
         # Children come first: once this process holds an accelerator they could not have it.
-        outside = benchmark.starts(["--model", model, *options.words()], repeats)
-        outside["import_s"] = benchmark.import_seconds(repeats)
+        outside = benchmark.starts(["--model", model, *options.words()], repeats, tell=_tell)
+        outside["import_s"] = benchmark.import_seconds(repeats, tell=_tell)
         status.stop()
         gemma = options.load(model)
         status.update("reading and writing tokens")
         status.start()
         inside = benchmark.steady_state(
-            gemma, prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch, repeats=repeats
+            gemma,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            batch=batch,
+            repeats=repeats,
+            tell=_tell,
         )
     result = {
         "model": model,
@@ -58,6 +64,26 @@ def command(
         common.print_json(result)
     else:
         _print_table(result)
+
+
+def _check(model: str, options: ModelOptions, prompt_tokens: int, new_tokens: int) -> None:
+    """Refuses before the first measurement what would fail after it, without taking a device."""
+    from gemma_checkpoints import describe, resolve
+    from gemma_jax.benchmarks import speed as benchmark
+    from gemma_jax.loading import load_tokenizer
+
+    options.for_library()  # values that do not go together
+    common.find_slice(options.slice, model)
+    load_tokenizer(model)  # starts are measured with text
+    with flags_for("prompt_tokens", "new_tokens"):
+        benchmark.check_lengths(
+            describe(resolve(model)).config.max_positions, prompt_tokens, new_tokens
+        )
+
+
+def _tell(line: str) -> None:
+    """A measurement, as soon as it is made: on a terminal, and in a pipe as well."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _print_table(result: dict[str, Any]) -> None:

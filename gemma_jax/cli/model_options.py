@@ -112,7 +112,13 @@ class ModelOptions:
     def for_library(self, layout: "Layout | None" = None) -> "LoadOptions":
         """The same for `gemma_jax.load`; a slice is a view of what it loads."""
         from gemma_jax.loading import LoadOptions
+        from gemma_kernels.attention import IMPLEMENTATIONS
 
+        known = ("auto", *IMPLEMENTATIONS)
+        if self.attention_impl not in known:
+            raise ValueError(
+                f"--attention-impl {self.attention_impl!r}: choose one of: {', '.join(known)}"
+            )
         values = {name: _plain(value) for name, value in asdict(self).items() if name != "slice"}
         mesh = None if self.mesh is None else common.parse_mesh(self.mesh)
         with flags_for(*values):

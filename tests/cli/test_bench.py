@@ -51,8 +51,10 @@ def test_medians_come_with_all_runs():
 def test_table_names_every_figure(folder, capsys, monkeypatch):
     figure = {"median": 1.5, "runs": [1.5]}
     start = {"first_token_s": figure, "peak_rss_bytes": figure}
-    monkeypatch.setattr(benchmark, "starts", lambda *_: dict.fromkeys(STARTS, start))
-    table = bench(folder, capsys)
+    monkeypatch.setattr(benchmark, "starts", lambda *_, tell: dict.fromkeys(STARTS, start))
+    run(["bench", "--model", str(folder), "--prompt-tokens", "8", "--new-tokens", "4"])
+    table, told = capsys.readouterr()
+    assert told.count("\n") == 7  # compilation, three speeds, three imports
     for word in ("prefill", "decode", "first token", "peak memory", "import", "tokens/s"):
         assert word in table
 
@@ -65,7 +67,7 @@ def test_decoding_takes_as_many_steps_as_asked():
 
 
 def test_failing_start_says_why(tmp_path):
-    with pytest.raises(RuntimeError, match="generate failed with code 2"):
+    with pytest.raises(ValueError, match="generate failed with code 2"):
         benchmark.starts(["--model", str(tmp_path)], repeats=1)
 
 
@@ -75,9 +77,55 @@ def test_sizes_must_be_positive(folder, option, capsys):
     assert option in capsys.readouterr().err
 
 
-def test_prompt_beyond_the_context_is_one_line(folder, capsys, monkeypatch):
-    monkeypatch.setattr(benchmark, "starts", lambda *_: {})
-    words = ["--prompt-tokens", "5000", "--repeats", "1"]
-    assert run(["bench", "--model", str(folder), *words]) == 2
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("error: ") and "\n" not in error
+@pytest.fixture
+def nothing_starts(monkeypatch):
+    """No process starts and no model is loaded: arguments are wrong before."""
+    monkeypatch.setattr(benchmark, "starts", None)
+    monkeypatch.setattr("gemma_jax.loading.load_model", None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            "--prompt-tokens 5000",
+            "--prompt-tokens 5000 and a token after it take 5,001 places; the model's context has",
+        ),
+        (
+            "--prompt-tokens 8 --new-tokens 5000",
+            "--new-tokens 5000 after a prompt of 8 take 5,009 places; the model's context has",
+        ),
+        ("--slice e2b", "slice 'e2b' is made for the 35 layers of E4B"),
+        ("--attention-impl fast", "--attention-impl 'fast': choose one of: auto, "),
+        ("--mesh tensor", "--mesh 'tensor': expected AXIS=N,..."),
+        ("--mesh tensor=2 --per-layer-table host", "--per-layer-table 'host' is for one device"),
+    ],
+)
+def test_arguments_are_checked_before_the_first_measurement(
+    folder, refused, nothing_starts, options, message
+):
+    assert refused("bench", "--model", folder, *options.split()).startswith(message)
+
+
+def test_a_line_comes_with_every_start(monkeypatch):
+    seconds = iter([3.0, 2.0, 1.0, 0.5])
+    monkeypatch.setattr(benchmark, "_start", lambda *_: (next(seconds), 1))
+    lines = []
+    benchmark.starts([], repeats=2, tell=lines.append)
+    assert lines == [
+        "run 1 of 2: first token, compile cache empty: 3.00 s",
+        "run 1 of 2: first token, compile cache filled: 2.00 s",
+        "run 2 of 2: first token, compile cache empty: 1.00 s",
+        "run 2 of 2: first token, compile cache filled: 0.50 s",
+    ]
+
+
+def test_a_line_comes_with_every_speed():
+    model = tiny.model(tiny.gemma3(layers=1))
+    lines = []
+    sizes = {"prompt_tokens": 8, "new_tokens": 4, "batch": 1, "repeats": 1}
+    benchmark.steady_state(model, **sizes, tell=lines.append)
+    assert [line.partition(":")[0] for line in lines] == [
+        "compiled prefill and decoding",
+        "run 1 of 1",
+    ]
