@@ -1,7 +1,8 @@
 """`gemma-jax info`: what a model is and what it needs."""
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +17,14 @@ CONTEXTS = (1_024, 8_192, 32_768, 131_072)
 
 @refuse_options(all_but("slice", because="info reads no weights"))
 def command(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="Preset, catalog name or path.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="Preset, catalog name or path.",
+            autocompletion=common.complete_name,
+        ),
+    ],
     placement: Annotated[
         bool,
         typer.Option("--placement", help="Bytes on device, host and disk by place of the table."),
@@ -26,8 +34,9 @@ def command(
 ) -> None:
     """Show what a model is and what it needs.
 
-    Parameters, bytes, layers by kind, the vision tower, and cache bytes per context length. Reads
-    no weights.
+    Parameters, layers by kind, the vision tower, where answers end, bytes of weights, and of caches
+    by context length. Reads no weights. For people in round units (1 GB = 10^9 bytes); exact
+    numbers with --json.
     """
     facts = _facts(source, slice_name)
     if placement:
@@ -38,28 +47,15 @@ def command(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=source, show_header=False)
-    for name, value in facts.items():
-        if not isinstance(value, dict):
-            table.add_row(
-                name.replace("_", " "), f"{value:,}" if type(value) is int else str(value)
-            )
-    for encoding, size in facts.get("file_bytes_by_encoding", {}).items():
-        table.add_row(f"in the file as {encoding}", _megabytes(size))
-    for length, size in facts["cache_bytes_bfloat16"].items():
-        full = facts["cache_bytes_if_all_layers_were_global_bfloat16"][length]
-        share = f", {size / full:.1%} of a full one"
-        table.add_row(f"cache at {int(length):,} tokens (bfloat16)", f"{size:,} bytes{share}")
-    for dtype, size in facts["weight_bytes"].items():
-        table.add_row(f"weights ({dtype})", _megabytes(size))
-    for place, by_dtype in facts.get("placement", {}).items():
-        for dtype, bytes_on in by_dtype.items():
-            where = ", ".join(f"{size:,} bytes on {name}" for name, size in bytes_on.items())
-            table.add_row(f"per-layer table on {place} ({dtype})", where)
-    Console().print(table)
+    table = Table(title=source, title_justify="left", show_header=False, box=None)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in _rows(facts):
+        table.add_row(*row)
+    Console(highlight=False).print(table)
 
 
-def _facts(source: str, slice_name: str | None) -> dict:
+def _facts(source: str, slice_name: str | None) -> dict[str, Any]:
     from gemma_checkpoints.params import params_by_part
     from gemma_jax.decoder.cache import cache_bytes
 
@@ -84,12 +80,10 @@ def _facts(source: str, slice_name: str | None) -> dict:
         **({} if cfg.vision is None else _by_part(parts)),
         "embedding_parameters": cfg.vocab_size * cfg.d_model,
         **({} if cfg.tied_head else {"head_parameters": cfg.vocab_size * cfg.d_model}),
-        **({} if cfg.per_layer is None else _gemma3n(cfg, parameters)),
-        **stored,
         "layers": len(cfg.layers),
         "local_layers": len(local),
         "global_layers": len(cfg.layers) - len(local),
-        "window": local[0].window if local else 0,
+        "window": local[0].window if local else None,
         "d_model": cfg.d_model,
         "d_ff": _one_or_all([spec.d_ff for spec in cfg.layers]),
         "query_heads": cfg.num_heads,
@@ -97,14 +91,34 @@ def _facts(source: str, slice_name: str | None) -> dict:
         "head_dim": cfg.head_dim,
         "vocabulary": cfg.vocab_size,
         "context": cfg.max_positions,
-        **text,
+        **({} if cfg.per_layer is None else _gemma3n(cfg, parameters)),
         **({} if cfg.vision is None else _vision(cfg.vision)),
-        "weight_bytes": {"float32": 4 * parameters, "bfloat16": 2 * parameters},
+        **text,
+        **stored,
+        "weight_bytes": {
+            "float32": 4 * parameters,
+            "bfloat16": 2 * parameters,
+            "int8": _int8_bytes(cfg),
+        },
         "cache_bytes_bfloat16": {str(n): cache_bytes(cfg, 1, n, "bfloat16") for n in contexts},
         "cache_bytes_if_all_layers_were_global_bfloat16": {
             str(n): 4 * n * len(cfg.layers) * cfg.num_kv_heads * cfg.head_dim for n in contexts
         },
     }
+
+
+def _int8_bytes(cfg: "GemmaConfig") -> int:
+    """Of a model loaded with `weights="int8"`: scales are float32, vectors bfloat16 here."""
+    import jax
+
+    from gemma_jax.decoder.model import abstract_model
+    from gemma_jax.quantise import store_weights
+    from gemma_jax.weights.tree import map_params
+
+    store = store_weights("int8")
+    narrow = lambda param: store(param, param.get_value().astype("bfloat16"))  # noqa: E731
+    shapes = jax.eval_shape(lambda model: map_params(model, narrow), abstract_model(cfg))
+    return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(shapes))
 
 
 def _text(source: str) -> dict:
@@ -176,5 +190,55 @@ def _vision(vision: "VisionConfig") -> dict:
     }
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
+NOTES = {  # published files hold keys and values for layers that share those of others
+    "effective_parameters": ", tables left out",
+    "published_parameters": ", unused keys and values counted",
+    "published_effective_parameters": ", likewise",
+}
+
+
+def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """The same for people: round, and with a word on what a name does not say."""
+    rows = []
+    for name, value in facts.items():
+        if isinstance(value, dict) or name in ("stop_pieces", "stop_ids_from"):
+            continue
+        rows.append((name.replace("_", " "), _shown(name, value, facts) + NOTES.get(name, "")))
+    if "sampling" in facts:
+        sampling = ", ".join(f"{name} {value}" for name, value in facts["sampling"].items())
+        rows.append(("sampling", sampling))
+    for encoding, size in facts.get("file_bytes_by_encoding", {}).items():
+        rows.append((f"in the file as {encoding}", _bytes(size)))
+    for dtype, size in facts["weight_bytes"].items():
+        rows.append((f"weights ({dtype})", _bytes(size)))
+    for length, size in facts["cache_bytes_bfloat16"].items():
+        full = facts["cache_bytes_if_all_layers_were_global_bfloat16"][length]
+        share = "" if size == full else f", {size / full:.1%} of one without windows"
+        rows.append((f"cache at {int(length):,} tokens (bfloat16)", _bytes(size) + share))
+    for place, by_dtype in facts.get("placement", {}).items():
+        for dtype, bytes_on in by_dtype.items():
+            where = ", ".join(f"{_bytes(size)} on {name}" for name, size in bytes_on.items())
+            rows.append((f"table on {place} ({dtype})", where))
+    return rows
+
+
+def _shown(name: str, value: Any, facts: dict[str, Any]) -> str:
+    if value is None:
+        return "none"
+    if name == "stop_ids":
+        pieces = zip(value, facts["stop_pieces"], strict=True)
+        return ", ".join(f"{i} {piece}" for i, piece in pieces) + f" ({facts['stop_ids_from']})"
+    if isinstance(value, list):  # layer by layer
+        runs = [(width, len(list(run))) for width, run in groupby(value)]
+        return ", ".join(f"{width:,} in {n} layer{'s' * (n > 1)}" for width, n in runs)
+    if name.endswith("parameters") and value >= 1e6:
+        return f"{value / 1e9:,.2f} B" if value >= 1e9 else f"{value / 1e6:,.1f} M"
+    if name.endswith("bytes"):
+        return _bytes(value)
+    return f"{value:,}" if type(value) is int else str(value)
+
+
+def _bytes(size: int) -> str:
+    if size < 1e6:
+        return f"{size / 1e3:,.1f} kB"
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"

@@ -63,6 +63,52 @@ def test_table(cli, mute):
         assert words in out
 
 
+def rows(cli, *words) -> dict[str, str]:
+    """The lines for people, which fit into 80 columns."""
+    lines = cli("info", *words).out.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    return {name.strip(): value for name, _, value in (line.partition("  ") for line in lines)}
+
+
+def test_people_see_round_units(cli, no_network):
+    told = {name: value.strip() for name, value in rows(cli, "gemma3-4b").items()}
+    assert told["parameters"] == "4.30 B"
+    assert told["embedding parameters"] == "671.3 M"
+    assert [told[f"weights ({dtype})"] for dtype in ("float32", "bfloat16", "int8")] == [
+        "17.20 GB", "8.60 GB", "4.31 GB",
+    ]  # fmt: skip
+    assert told["cache at 1,024 tokens (bfloat16)"] == "142.6 MB"
+
+
+def test_a_model_without_local_layers_has_no_window(cli, no_network):
+    assert facts(cli, "gemma-2b")["window"] is None
+    assert rows(cli, "gemma-2b")["window"].strip() == "none"
+
+
+def test_int8_bytes_are_those_that_are_planned(cli, no_network):
+    from gemma_jax.planning import Work, find_topology, make_plan
+    from gemma_jax.presets import preset
+
+    work = Work("decode", 1, 1024, weights="int8")
+    cfg = preset("gemma3n-e2b")
+    plan = make_plan("", cfg, find_topology("gpu:h100"), work, compiles=False)
+    assert facts(cli, "gemma3n-e2b")["weight_bytes"]["int8"] == plan.weights_bytes
+
+
+def test_layers_come_before_oddities_and_counts_are_explained(cli, no_network):
+    told = rows(cli, "gemma3n-e4b")
+    names = list(told)
+    assert names.index("layers") < names.index("altup streams")
+    assert told["published parameters"].strip() == "6.87 B, unused keys and values counted"
+
+
+def test_where_an_answer_ends(cli, talker):
+    told = facts(cli, talker)
+    assert told["stop_ids"] and len(told["stop_pieces"]) == len(told["stop_ids"])
+    first, piece = told["stop_ids"][0], told["stop_pieces"][0]
+    assert f"{first} {piece}" in rows(cli, talker)["stop ids"]
+
+
 def test_real_gguf(cli, real_gguf):
     told = facts(cli, real_gguf)
     assert (told["format"], told["parameters"]) == ("GGUF", 268_098_176)
@@ -84,8 +130,8 @@ def test_gemma_3n(cli, no_network):
     assert device["device"] - host["device"] == host["host"] == 4_697_620_480
     assert disk == {"device": host["device"], "disk": host["host"]}
     out = cli("info", "gemma3n-e4b", "--placement").out
-    assert "4,697,620,480 bytes on host" in out
-    assert "285,212,672 bytes, 12.1%" in out
+    assert "4.70 GB on host" in out
+    assert "285.2 MB, 12.1%" in out
 
 
 def test_a_slice(cli, refused, no_network, tmp_path):
