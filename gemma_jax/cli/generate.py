@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemma_jax.cli import common, progress
+from gemma_jax.cli.errors import flags_for
 from gemma_jax.cli.inputs import check_for_model, read_inputs, real_tokens, utf8
 from gemma_jax.cli.model_options import ModelOptions, model_options
 
@@ -69,13 +70,15 @@ def command(
     arrays = read_inputs(inputs) if inputs else None
     from gemma_jax.inference.sampling import Sampling
 
-    sampling = Sampling(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-    )
+    values = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
+    with flags_for(*values):
+        sampling = Sampling(**values)
     start = time.perf_counter()
     common.set_up_jax()
     from gemma_jax.inference.generate import generate

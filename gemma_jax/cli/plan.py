@@ -117,7 +117,8 @@ def command(
         attention_impl=attention_impl,
     )
     if search:
-        plans = _ranked(planning.search(source, cfg, where, work))
+        with flags_for("batch", "context"):
+            plans = _ranked(planning.search(source, cfg, where, work))
         if not plans:
             raise NoRoomError(
                 f"no mesh of {topology} holds weights and caches of {source} at batch {batch} and "
@@ -125,9 +126,13 @@ def command(
             )
         common.print_json({"plans": [p.as_dict() for p in plans]}) if as_json else _rank(plans)
         _end(any(plan.fits for plan in plans))
-    if fit is None:
-        plan = planning.make_plan(source, cfg, where, work, axes)
-    elif (plan := planning.fit(source, cfg, where, work, fit.value, axes)) is None:
+    with flags_for("batch", "context"):
+        plan = (
+            planning.make_plan(source, cfg, where, work, axes)
+            if fit is None
+            else planning.fit(source, cfg, where, work, fit.value, axes)
+        )
+    if fit is not None and plan is None:
         raise NoRoomError(
             f"{source} does not fit {topology} with any {fit.value}; take a larger slice, another "
             "mesh, or --weights int8 and --cache-dtype int8"

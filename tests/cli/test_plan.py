@@ -120,7 +120,7 @@ def test_a_slice(cli):
             "is about GPUs; TPUs have",
         ),
         (["--topology", "gpu:h100", "--weights", "int2"], "--weights / --quant: 'int2' is not one"),
-        (["--topology", "gpu:h100", "--batch", "0"], "batch=0 and context=1024 must be at least 1"),
+        (["--topology", "gpu:h100", "--batch", "0"], "--batch 0 and --context 1024 must"),
     ],
 )
 def test_what_cannot_be_planned(cli, arguments, said):
