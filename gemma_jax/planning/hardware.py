@@ -32,7 +32,7 @@ GIB = 2**30
 # Speeds from data sheets of the manufacturer: SXM versions where there are several. Memory as CUDA
 # tells programs (cudaMemGetInfo), which PyTorch quotes when there is not enough ("GPU 0 has a total
 # capacity of 22.03 GiB", ArcInstitute/evo2 issue 190); the least that was found, as drivers differ.
-# nvidia-smi shows 1 to 3% more: 15,360 MiB for a T4, 23,034 for an L4, 40,960 and 81,920 for an
+# nvidia-smi shows 1 to 5% more: 15,360 MiB for a T4, 23,034 for an L4, 40,960 and 81,920 for an
 # A100, 81,559 for an H100 (modal-labs/modal-client pull request 2797), 143,771 for an H200.
 GPUS = {
     "t4": Device(int(14.56 * GIB), 320e9, 32e9, 65e12),

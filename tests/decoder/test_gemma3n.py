@@ -32,11 +32,11 @@ def gradients(model, tokens):
         logits = forward(join(trained, frozen), tokens).logits[:, :-1]
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
-    step = jax.jit(jax.grad(loss))
-    return step(trained), step.lower(trained).compile().memory_analysis().temp_size_in_bytes
+    step = jax.jit(jax.grad(loss)).lower(trained).compile()
+    return step(trained), step.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("layout, layers", [("unrolled", (5, 2)), *nightly(("scan", (9, 3)))])
+@pytest.mark.parametrize("layout, layers", [("unrolled", (4, 1)), *nightly(("scan", (9, 3)))])
 def test_rematerialised_gradients_are_the_same(layout, layers):
     """Lent keys and values cross the layers that are computed twice; less is kept meanwhile."""
     model, tokens = tiny.model(tiny.gemma3n(*layers), layout), tiny.tokens(CFG, 4, 64)

@@ -43,9 +43,8 @@ def test_sensitivity_is_what_slices_lose(model):
     found = sensitivity(model, TEXT, (1.0, 0.5))
     assert found.shape == (6, 2)
     np.testing.assert_allclose(found[:, 0], 0, atol=1e-6)
-    for layer in (USELESS, 5):
-        submodel = slice_model(model, narrowed(layer, 24))
-        assert found[layer, 1] == pytest.approx(loss(submodel) - loss(model), abs=2e-5)
+    submodel = slice_model(model, narrowed(5, 24))
+    assert found[5, 1] == pytest.approx(loss(submodel) - loss(model), abs=2e-5)
     assert abs(found[USELESS, 1]) < 1e-6
     assert np.abs(np.delete(found[:, 1], USELESS)).min() > 1e-4
 

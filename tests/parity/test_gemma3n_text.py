@@ -57,8 +57,8 @@ def test_padded_batch(model, name):
 @pytest.mark.parametrize(
     "folder, name",
     [
-        ("g3n_text", "generate_left_pad"),
-        *nightly(("g3n_text", "generate"), ("g3n_e2b_like", "generate")),
+        ("g3n_e2b_like", "generate"),
+        *nightly(("g3n_text", "generate"), ("g3n_text", "generate_left_pad")),
     ],
 )
 def test_greedy_continuations(folder, name):

@@ -63,8 +63,8 @@ def test_shapes(model):
 @pytest.mark.parametrize(
     "cuts",
     [
-        [tiny.WINDOW - 1, 2 * tiny.WINDOW + 1, 2 * tiny.WINDOW + 2],
-        *nightly([tiny.WINDOW], [17, 18, 19]),
+        [2 * tiny.WINDOW + 1, 4 * tiny.WINDOW + 2],
+        *nightly([tiny.WINDOW], [tiny.WINDOW - 1, 17, 18], [17, 18, 19]),
     ],
 )
 def test_chunks_equal_one_pass(model, cuts):

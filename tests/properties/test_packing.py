@@ -7,7 +7,7 @@ import tiny
 
 from gemma_jax import Batch, forward, init_cache, loss
 
-LENGTHS = (7, 1, 9)
+LENGTHS = (8, 1, 8)
 DOCUMENTS = np.repeat(np.arange(len(LENGTHS), dtype=np.int32), LENGTHS)[None]
 
 

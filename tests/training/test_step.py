@@ -194,7 +194,7 @@ def test_next_token_counts_what_is_weighted():
 
 
 def test_elastic_is_the_mean_over_the_models_inside():
-    model = tiny.model(tiny.gemma3n(layers=6, num_shared=2), "unrolled")
+    model = tiny.model(tiny.gemma3(3), "unrolled")
     layers, tokens = len(model.cfg.layers), tiny.tokens(model.cfg, 2, 9)
     half = Slice(ffn_widths=(24,) * layers)
     narrow = gj.Batch(tokens, ffn_widths_L=np.full(layers, 12))
