@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from gemma_jax.cli import common, progress
+from gemma_jax.cli.errors import flags_for
 from gemma_jax.cli.inputs import utf8
 from gemma_jax.cli.model_options import ModelOptions, model_options
 
@@ -22,6 +23,15 @@ def command(
     token_ids: Annotated[
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="JSON list of token ids, taken as it is."),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Score texts longer than the context in windows, N tokens in each; the context "
+            "itself is lm-eval's way.",
+        ),
     ] = None,
     *,
     options: ModelOptions,
@@ -42,8 +52,8 @@ def command(
     if ids is None:
         ids = load_tokenizer(model).encode(text, bos=True)
     gemma = options.load(model)
-    with progress.reading() as bar:
-        log_probs = score(gemma, ids, progress=bar)
+    with progress.reading() as bar, flags_for("stride"):
+        log_probs = score(gemma, ids, stride=stride, progress=bar)
     mean = float(log_probs.mean())
     perplexity = math.exp(-mean) if -mean < 700 else math.inf
     if as_json:

@@ -1,6 +1,6 @@
 """Log-probabilities of given text."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import jax
@@ -12,6 +12,7 @@ from gemma_jax.decoder.cache import Cache
 from gemma_jax.decoder.forward import forward
 from gemma_jax.decoder.losses import token_losses
 from gemma_jax.decoder.model import Gemma
+from gemma_jax.evaluation.windows import Window, rolling_windows
 from gemma_jax.inference.prefill import bucket
 from gemma_jax.placement import empty_cache
 
@@ -22,6 +23,7 @@ def score(
     model: Gemma,
     token_ids: Sequence[int],
     *,
+    stride: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
     """Computes the log-probability (nats) of every token but the first, given those before it.
@@ -31,54 +33,88 @@ def score(
 
     Args:
       token_ids: One text, beginning with BOS if the model should see one.
+      stride: For texts longer than the context: they are scored in windows as long as it, each of
+        which scores the next `stride` tokens, given those before them that still fit in. A small
+        stride leaves every token more of a past, and takes longer; the context itself is the stride
+        of lm-eval's rolling log-likelihood. See `gemma_jax.evaluation.windows`.
+      progress: Told how many tokens have been read, and how many there are to read.
 
     Returns:
       float32 `[len(token_ids) - 1]`.
 
     Raises:
-      ValueError: Text in the place of ids, fewer than two tokens, more than the context holds, or
-        ids outside `[0, V)`.
+      ValueError: Text in the place of ids, fewer than two tokens, without a stride more than the
+        context holds, a stride longer than the context, or ids outside `[0, V)`.
 
     Examples:
       >>> import gemma_jax as gj
       >>> model, tok = gj.load("checkpoints/digits")
       >>> gj.score(model, tok.encode("Which digit is left?", bos=True)).round(1)
       array([-5.4, -7.2, -6. , -6.1, -9.1], dtype=float32)
+      >>> long = tok.encode("Which digit is left? " * 300, bos=True)
+      >>> len(long), model.cfg.max_positions, gj.score(model, long, stride=512).shape
+      (1801, 1024, (1800,))
     """
     ids = np.asarray(token_array(token_ids), np.int64)
     cfg = model.cfg
     if ids.ndim != 1 or len(ids) < 2:
         raise ValueError(f"scoring needs a list of at least two token ids, got {ids.shape=}")
-    if len(ids) > cfg.max_positions:
-        raise ValueError(f"{len(ids)} tokens do not fit the context of {cfg.max_positions}")
+    context = cfg.max_positions
+    if stride is None and len(ids) > context:
+        raise ValueError(
+            f"{len(ids)} tokens do not fit the context of {context}; stride={context} scores them "
+            "in windows, as lm-eval does, and a smaller one with more of a past"
+        )
     if ids.min() < 0 or ids.max() >= cfg.vocab_size:
         raise ValueError(f"ids must lie in [0, {cfg.vocab_size}), got {ids.min()} to {ids.max()}")
-    width = min(CHUNK, bucket(len(ids) - 1))
-    cache = empty_cache(model, 1, bucket(len(ids)))
-    scores = []
-    for start in range(0, len(ids) - 1, width):
-        inputs, targets = ids[start : start + width], ids[start + 1 : start + width + 1]
-        inputs = inputs[: len(targets)]
-        padding = (0, width - len(targets))
-        positions = np.pad(np.arange(start, start + len(targets)), padding, constant_values=-1)
+    windows = [Window(0, 1, len(ids) - 1)]
+    if stride is not None:
+        windows = list(rolling_windows(len(ids), context, stride))
+    total, read, scores = sum(window.stop - window.start for window in windows), 0, []
+    for window in windows:
+        for tokens, logs in _score_window(model, ids, window):
+            scores.append(logs)
+            if progress is not None:
+                progress(read := read + tokens, total)
+    return np.concatenate(scores)
+
+
+def _score_window(
+    model: Gemma, ids: np.ndarray, window: Window
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Tokens read and scores of each chunk; none in those in front of what the window scores."""
+    length = window.stop - window.start
+    width = min(CHUNK, bucket(length))
+    cache = empty_cache(model, 1, bucket(min(length + 1, model.cfg.max_positions)))
+    for start in range(window.start, window.stop, width):
+        stop = min(start + width, window.stop)
+        padding = (0, width - (stop - start))
+        positions = np.pad(np.arange(start, stop) - window.start, padding, constant_values=-1)
+        skipped = min(max(window.first - 1 - start, 0), stop - start)
+        targets = np.where(np.arange(stop - start) < skipped, -1, ids[start + 1 : stop + 1])
+        targets = np.pad(targets, padding, constant_values=-1)
         logs_T, cache = _score_chunk(
             model,
             cache,
-            jnp.asarray(np.pad(inputs, padding)[None], jnp.int32),
+            jnp.asarray(np.pad(ids[start:stop], padding)[None], jnp.int32),
             jnp.asarray(positions[None], jnp.int32),
-            jnp.asarray(np.pad(targets, padding, constant_values=-1)[None], jnp.int32),
+            jnp.asarray(targets[None], jnp.int32) if skipped < stop - start else None,
         )
-        scores.append(np.asarray(logs_T)[: len(targets)])
-        if progress is not None:
-            progress(start + len(targets), len(ids) - 1)
-    return np.concatenate(scores)
+        scores = np.zeros(0, np.float32) if logs_T is None else np.asarray(logs_T)
+        yield stop - start, scores[skipped : stop - start]
 
 
 @partial(jax.jit, donate_argnames=("cache",))
 def _score_chunk(
-    model: Gemma, cache: Cache, tokens_BT: jax.Array, positions_BT: jax.Array, targets_BT: jax.Array
-) -> tuple[jax.Array, Cache]:
+    model: Gemma,
+    cache: Cache,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    targets_BT: jax.Array | None,
+) -> tuple[jax.Array | None, Cache]:
     out = forward(
         model, Batch(tokens_BT, positions_BT), cache=cache, logits="none", capture=("final_norm",)
     )
+    if targets_BT is None:
+        return None, out.cache
     return -token_losses(model, out.captured["final_norm"], targets_BT)[0], out.cache

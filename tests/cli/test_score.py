@@ -72,3 +72,19 @@ def test_wrong_text(refused, talker, tmp_path):
 
 def test_either_a_text_or_ids(refused, mute):
     assert "--text-file or --token-ids" in refused("score", "--model", mute)
+
+
+def test_longer_texts_are_scored_in_windows(cli, refused, mute, tmp_path):
+    """How is asked in evaluation/test_windows.py."""
+    ids = np.random.default_rng(0).integers(4, 300, 600).tolist()
+    (tmp_path / "ids.json").write_text(json.dumps(ids))
+    words = ("score", "--model", mute, "--token-ids", tmp_path / "ids.json")
+    assert "; --stride 512 scores them in windows, as lm-eval does" in refused(*words)
+    assert "--stride 513 must lie between 1 and 512" in refused(*words, "--stride", 513)
+    assert "--stride" in refused(*words, "--stride", 0)
+    told = json.loads(cli(*words, "--stride", 512, "--json").out)
+    assert len(told["log_probs"]) == 599
+    mean = np.mean(told["log_probs"])
+    assert told["mean_log_prob"] == pytest.approx(mean, rel=1e-6)
+    assert told["perplexity"] == pytest.approx(math.exp(-mean), rel=1e-6)
+    assert "599 tokens, mean log-probability" in cli(*words, "--stride", 512).out
