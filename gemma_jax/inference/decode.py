@@ -25,8 +25,15 @@ from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.cache import Cache, init_cache
 from gemma_jax.decoder.forward import forward
 from gemma_jax.decoder.model import Gemma
+from gemma_jax.inference.logits_processors import (
+    LogitsProcessor,
+    process,
+    process_drafts,
+    put_behind,
+    put_prompt,
+)
 from gemma_jax.inference.prefill import PrefillChunk
-from gemma_jax.inference.sampling import SamplingRows, sample
+from gemma_jax.inference.sampling import SamplingRows, penalised, sample
 from gemma_jax.inference.verification import verify
 from gemma_jax.nn.layer_groups import LayerGroup
 from gemma_jax.sharding import Partition
@@ -52,6 +59,8 @@ class State:
         under the model, before any sampling rule; -1 and 0 after the end of a row.
       seen_BV: Tokens met so far, for the repetition penalty; `None` if no row has one.
       drafts: What `Propose` keeps from pass to pass; `None` without it.
+      text_BS: int32, the token at each position, prompt included, -1 where there is none; `None`
+        without logits processors.
     """
 
     cache: Cache
@@ -66,6 +75,7 @@ class State:
     log_probs_BX: jax.Array
     seen_BV: jax.Array | None = None
     drafts: Any = None
+    text_BS: jax.Array | None = None
 
     @property
     def active_B(self) -> jax.Array:
@@ -144,6 +154,7 @@ def advance(
     loop: bool,
     propose: Propose | None = None,
     allow: Allow | None = None,
+    processors: tuple[LogitsProcessor, ...] = (),
 ) -> State:
     """Reads a chunk of prompt, then chooses tokens until every row meets its limit or its end.
 
@@ -154,15 +165,16 @@ def advance(
       propose: Speculation.
       allow: Constrains what may be chosen. It may depend on no more than what it is given: where
         the host works out what is legal, one call must choose one token.
+      processors: Change logits, see `LogitsProcessor`; pytrees. What `allow` forbids stays so.
     """
     partition = model.runtime.partition
     if prompt is not None:
-        state = constrained(_prefill(model, state, prompt, propose, allow), partition)
+        state = constrained(_prefill(model, state, prompt, propose, allow, processors), partition)
     if not loop:
         return state
 
     def body(state: State) -> State:
-        return constrained(_decode(model, state, propose, allow), partition)
+        return constrained(_decode(model, state, propose, allow, processors), partition)
 
     return constrained(jax.lax.while_loop(lambda s: jnp.any(s.active_B), body, state), partition)
 
@@ -173,7 +185,12 @@ def constrained(tree: Tree, partition: Partition | None) -> Tree:
 
 
 def _prefill(
-    model: Gemma, state: State, prompt: PrefillChunk, propose: Propose | None, allow: Allow | None
+    model: Gemma,
+    state: State,
+    prompt: PrefillChunk,
+    propose: Propose | None,
+    allow: Allow | None,
+    processors: tuple[LogitsProcessor, ...],
 ) -> State:
     """Reads the chunk and chooses the first token of the rows that end in it."""
     out = forward(
@@ -193,12 +210,19 @@ def _prefill(
         log_probs_BX=jnp.where(ends_B1, 0, state.log_probs_BX),
         seen_BV=_mark_seen(state.seen_BV, real_BT),
         drafts=state.drafts if propose is None else propose.prefill(state.drafts, prompt),
+        text_BS=put_prompt(state.text_BS, prompt.batch.tokens_BT, prompt.batch.positions_BT),
     )
-    chosen_BT = _choose(state, out.logits, out.cache.length_B, allow)
+    chosen_BT = _choose(state, out.logits, out.cache.length_B, allow, processors)
     return _append(state, chosen_BT, jnp.where(prompt.ends_B, 1, 0), out.logits)
 
 
-def _decode(model: Gemma, state: State, propose: Propose | None, allow: Allow | None) -> State:
+def _decode(
+    model: Gemma,
+    state: State,
+    propose: Propose | None,
+    allow: Allow | None,
+    processors: tuple[LogitsProcessor, ...],
+) -> State:
     """Feeds the last token of every active row to the model and chooses the next, or several."""
     active_B, start_B = state.active_B, state.cache.length_B
     if propose is None:
@@ -206,7 +230,7 @@ def _decode(model: Gemma, state: State, propose: Propose | None, allow: Allow | 
         out = forward(
             model, Batch(state.last_B[:, None], position_BT), cache=state.cache, logits="last"
         )
-        chosen_BT = _choose(state, out.logits, start_B + 1, allow)
+        chosen_BT = _choose(state, out.logits, start_B + 1, allow, processors)
         state = replace(state, cache=out.cache)
         return _append(state, chosen_BT, jnp.where(active_B, 1, 0), out.logits)
 
@@ -215,8 +239,9 @@ def _decode(model: Gemma, state: State, propose: Propose | None, allow: Allow | 
     position_BT = start_B[:, None] + jnp.arange(read_BT.shape[1])
     position_BT = jnp.where(active_B[:, None], position_BT, -1)
     out = forward(model, Batch(read_BT, position_BT), cache=proposal.cache)
+    logits_BTV = process_drafts(processors, out.logits, state.text_BS, proposal.drafts_BX)
     chosen_BT, kept_B = verify(
-        _legal(allow, state, proposal.drafts_BX, out.logits), proposal.drafts_BX,
+        _legal(allow, state, proposal.drafts_BX, logits_BTV), proposal.drafts_BX,
         proposal.log_q_BXV, state.keys_B, start_B, state.sampling,
     )  # fmt: skip
     kept_B, before_B = jnp.where(active_B, kept_B, 0), state.step_B
@@ -227,13 +252,20 @@ def _decode(model: Gemma, state: State, propose: Propose | None, allow: Allow | 
 
 
 def _choose(
-    state: State, logits_BTV: jax.Array, position_B: jax.Array, allow: Allow | None
+    state: State,
+    logits_BTV: jax.Array,
+    position_B: jax.Array,
+    allow: Allow | None,
+    processors: tuple[LogitsProcessor, ...],
 ) -> jax.Array:
     """One token per row for `position`, `[B, 1]`."""
     keys_B = jax.vmap(jax.random.fold_in)(state.keys_B, position_B)
     none_BX = jnp.zeros((len(keys_B), 0), jnp.int32)
-    logits_BV = _legal(allow, state, none_BX, logits_BTV)[:, 0]
-    return sample(logits_BV, keys_B, state.seen_BV, state.sampling)[:, None]
+    logits_BV = penalised(logits_BTV[:, 0], state.seen_BV, state.sampling)
+    logits_BV = process(processors, logits_BV, state.text_BS)
+    if allow is not None:
+        logits_BV = _legal(allow, state, none_BX, logits_BV[:, None])[:, 0]
+    return sample(logits_BV, keys_B, state.sampling)[:, None]
 
 
 def _legal(
@@ -273,6 +305,7 @@ def _append(state: State, chosen_BT: jax.Array, count_B: jax.Array, logits_BTV: 
         tokens_BX=put(state.tokens_BX, chosen_BT),
         log_probs_BX=put(state.log_probs_BX, log_probs_BT),
         seen_BV=_mark_seen(state.seen_BV, jnp.where(within_BT, chosen_BT, -1)),
+        text_BS=put_behind(state.text_BS, chosen_BT, within_BT),
     )
 
 
@@ -347,6 +380,7 @@ def emptied(
         keys_B=jnp.where(empty_B, keys_B, state.keys_B),
         seen_BV=None if seen_BV is None else seen_BV & ~empty_B[:, None],
         drafts=None if state.drafts is None else state.drafts.cleared(empty_B),
+        text_BS=None if state.text_BS is None else jnp.where(empty_B[:, None], -1, state.text_BS),
     )
     return constrained(state, partition)
 

@@ -141,20 +141,26 @@ def _among(count: int, all_rows: int) -> Among:
     return "none" if count == 0 else "all" if count == all_rows else "some"
 
 
-def sample(
-    logits_BV: jax.Array, keys_B: jax.Array, seen_BV: jax.Array | None, rows: SamplingRows
-) -> jax.Array:
-    """Chooses one token id per row, int32 `[B]`.
+def penalised(logits_BV: jax.Array, seen_BV: jax.Array | None, rows: SamplingRows) -> jax.Array:
+    """Logits after the repetition penalty, the first of the rules.
+
+    Args:
+      seen_BV: bool, tokens met so far; `None` if no row has a penalty.
+    """
+    if not rows.penalty:
+        return logits_BV
+    penalty_B1 = rows.repetition_penalty_B[:, None]
+    penalised_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
+    return jnp.where(seen_BV, penalised_BV, logits_BV)
+
+
+def sample(logits_BV: jax.Array, keys_B: jax.Array, rows: SamplingRows) -> jax.Array:
+    """Chooses one token id per row by all rules but the repetition penalty, int32 `[B]`.
 
     Args:
       logits_BV: float32; -inf for tokens that are not to be chosen.
       keys_B: A random key per row.
-      seen_BV: bool, tokens met so far; needed for the repetition penalty only.
     """
-    if rows.penalty:
-        penalty_B1 = rows.repetition_penalty_B[:, None]
-        penalised_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
-        logits_BV = jnp.where(seen_BV, penalised_BV, logits_BV)
     if rows.greedy == "all":
         return _best(logits_BV)
     drawn_B = jax.vmap(_draw)(logits_BV, keys_B, rows)

@@ -12,6 +12,7 @@ import numpy as np
 
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.inference.decode import Allow, Propose, advance, emptied, empty_state, rewound
+from gemma_jax.inference.logits_processors import LogitsProcessor, as_processors
 from gemma_jax.inference.prefill import PrefillChunk, PromptRow, bucket, prefill_chunk
 from gemma_jax.inference.sampling import Sampling, SamplingRows
 from gemma_jax.multimodal.modality import modalities_of
@@ -37,6 +38,8 @@ class Session:
       chunk: Longest stretch of prompt read in one pass; longer prompts take several.
       propose: Drafts tokens for the model to check, see `SpeculativeSession`.
       allow: Says which tokens are legal, see `decode.Allow`.
+      logits_processors: Functions `(logits_BV, text_BS) -> logits_BV` that change logits before a
+        token is chosen, see `generate`.
 
     Raises:
       ValueError: `max_len` exceeds the context of the model, or a repetition penalty with drafts.
@@ -62,6 +65,7 @@ class Session:
         chunk: int = CHUNK,
         propose: Propose | None = None,
         allow: Allow | None = None,
+        logits_processors: LogitsProcessor | Sequence[LogitsProcessor] = (),
     ):
         cfg = model.cfg
         if max_len > cfg.max_positions:
@@ -70,6 +74,7 @@ class Session:
                 f"{cfg.max_positions}; shorten the prompt or ask for fewer new tokens"
             )
         self.model, self.chunk, self.propose, self.allow = model, chunk, propose, allow
+        self._processors = as_processors(logits_processors)
         self._modalities = modalities_of(cfg)
         self.max_len = min(bucket(max_len), cfg.max_positions)
         self.chosen: list[list[int]] = [[] for _ in range(batch)]  # since the row's last `prefill`
@@ -81,7 +86,7 @@ class Session:
         seed_B = _seeds(seeds, batch)
         self._state = empty_state(
             np.array(seed_B, np.uint32),
-            self._sampling_rows(),
+            self._sampling_rows(self._sampling),
             _padded(self.stop_ids),
             cfg=cfg,
             layer_groups=model.layer_groups,
@@ -92,6 +97,9 @@ class Session:
         )
         if propose is not None:
             self._state = replace(self._state, drafts=propose.start(batch, self.max_len))
+        if self._processors:
+            text_BS = np.full((batch, self.max_len), -1, np.int32)
+            self._state = replace(self._state, text_BS=text_BS)
 
     def prefill(
         self,
@@ -183,11 +191,23 @@ class Session:
             self.stop_ids[row] = tuple(int(i) for i in stop_ids)
             self._state = replace(self._state, stop_ids_BI=_padded(self.stop_ids))
         if sampling is not None:
-            self._sampling[row] = sampling
-            self._state = replace(self._state, sampling=self._sampling_rows())
-            if self._state.sampling.penalty and self._state.seen_BV is None:
-                shape = len(self.chosen), self.model.cfg.vocab_size
-                self._state = replace(self._state, seen_BV=np.zeros(shape, bool))
+            self.sample_by(row, sampling)
+
+    def sample_by(self, row: int, sampling: Sampling) -> None:
+        """Changes how the next tokens of a row are chosen.
+
+        Raises:
+          ValueError: A repetition penalty with drafts, or the first one of the session for a row
+            that has a text already, of which it would know nothing.
+        """
+        each = [sampling if i == row else old for i, old in enumerate(self._sampling)]
+        rows, seen_BV = self._sampling_rows(each), self._state.seen_BV
+        if rows.penalty and seen_BV is None:
+            if self._lengths[row]:
+                raise ValueError("a repetition penalty cannot begin in the middle of a text")
+            seen_BV = np.zeros((len(each), self.model.cfg.vocab_size), bool)
+        self._sampling = each
+        self._state = replace(self._state, sampling=rows, seen_BV=seen_BV)
 
     @property
     def done(self) -> list[bool]:
@@ -214,8 +234,8 @@ class Session:
     def _slack(self) -> int:
         return 0 if self.propose is None else self.propose.count
 
-    def _sampling_rows(self) -> SamplingRows:
-        rows = SamplingRows.of(self._sampling, self.model.cfg.vocab_size)
+    def _sampling_rows(self, each: Sequence[Sampling]) -> SamplingRows:
+        rows = SamplingRows.of(each, self.model.cfg.vocab_size)
         if rows.penalty and self.propose is not None:
             raise ValueError("speculation knows no repetition penalty; leave one of the two out")
         return rows
@@ -226,7 +246,13 @@ class Session:
 
     def _advance(self, prompt: PrefillChunk | None, *, loop: bool) -> None:
         self._state = advance(
-            self.model, self._state, prompt, loop=loop, propose=self.propose, allow=self.allow
+            self.model,
+            self._state,
+            prompt,
+            loop=loop,
+            propose=self.propose,
+            allow=self.allow,
+            processors=self._processors,
         )
 
     def _prompts(

@@ -21,6 +21,7 @@ from gemma_jax.decoder.cache import Cache
 from gemma_jax.decoder.forward import forward
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.inference.decode import Proposal, State
+from gemma_jax.inference.logits_processors import LogitsProcessor
 from gemma_jax.inference.prefill import PrefillChunk
 from gemma_jax.inference.sampling import Sampling, distribution
 from gemma_jax.inference.session import CHUNK, Session
@@ -176,10 +177,11 @@ class SpeculativeSession(Session):
         seeds: int | Sequence[int] = 0,
         stop_ids: Sequence[int] = (),
         chunk: int = CHUNK,
+        logits_processors: LogitsProcessor | Sequence[LogitsProcessor] = (),
     ):
         super().__init__(
             model, batch, max_len, sampling=sampling, seeds=seeds, stop_ids=stop_ids, chunk=chunk,
-            propose=DraftModel.of(model, draft, draft_tokens),
+            propose=DraftModel.of(model, draft, draft_tokens), logits_processors=logits_processors,
         )  # fmt: skip
 
     @property

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gemma_jax import Sampling
-from gemma_jax.inference.sampling import SamplingRows, distribution, sample
+from gemma_jax.inference.sampling import SamplingRows, distribution, penalised, sample
 
 PROBS = np.array([0.5, 0.25, 0.15, 0.07, 0.03])
 LOGITS = jnp.log(jnp.asarray(PROBS, jnp.float32))
@@ -23,7 +23,7 @@ def draw(seen=None, **fields):
     logits = jnp.tile(LOGITS, (DRAWS, 1))
     seen = None if seen is None else jnp.tile(jnp.asarray(seen), (DRAWS, 1))
     rules = rows(DRAWS, **{"temperature": 1.0, **fields})
-    tokens = jax.jit(sample)(logits, keys, seen, rules)
+    tokens = jax.jit(sample)(penalised(logits, seen, rules), keys, rules)
     return np.bincount(tokens, minlength=len(PROBS)) / DRAWS
 
 
@@ -68,23 +68,21 @@ def test_repetition_penalty_divides_positive_logits():
     rules = rows(1, repetition_penalty=2.0)
     logits = jnp.array([[3.0, 2.0, 1.0]])
     seen = jnp.array([[True, False, False]])
-    assert sample(logits, jax.random.split(jax.random.key(0), 1), seen, rules).tolist() == [1]
+    assert penalised(logits, seen, rules).tolist() == [[1.5, 2.0, 1.0]]
 
 
 def test_greedy_takes_the_first_of_equals():
     logits = jnp.array([[0.0, 2.0, 2.0], [1.0, 0.0, -1.0]])
     keys = jax.random.split(jax.random.key(0), 2)
-    assert sample(logits, keys, None, rows(2)).tolist() == [1, 0]
+    assert sample(logits, keys, rows(2)).tolist() == [1, 0]
 
 
 def test_a_draw_depends_on_its_own_key_alone():
     rules = dict(temperature=1.0, top_p=0.9)
     keys = jax.random.split(jax.random.key(3), 6)
     logits = jax.random.normal(jax.random.key(4), (6, 50))
-    together = sample(logits, keys, None, rows(6, 50, **rules))
-    alone = [
-        sample(logits[i : i + 1], keys[i : i + 1], None, rows(1, 50, **rules))[0] for i in range(6)
-    ]
+    together = sample(logits, keys, rows(6, 50, **rules))
+    alone = [sample(logits[i : i + 1], keys[i : i + 1], rows(1, 50, **rules))[0] for i in range(6)]
     assert together.tolist() == [int(token) for token in alone]
 
 
@@ -108,11 +106,12 @@ def test_rules_of_one_row_do_not_change_those_of_another():
     together = SamplingRows.of(each, 50)
     for seed in range(20):
         keys_B = jax.random.split(jax.random.key(seed), len(RULES))
-        mixed_B = sample(logits_BV, keys_B, seen_BV, together).tolist()
+        mixed_B = sample(penalised(logits_BV, seen_BV, together), keys_B, together).tolist()
         for i, sampling in enumerate(each):
             row = slice(i, i + 1)
             alone = SamplingRows.of([sampling], 50)
-            assert mixed_B[i] == sample(logits_BV[row], keys_B[row], seen_BV[row], alone).item()
+            own_BV = penalised(logits_BV[row], seen_BV[row], alone)
+            assert mixed_B[i] == sample(own_BV, keys_B[row], alone).item()
 
 
 def test_a_greedy_row_is_certain_among_rows_that_draw():
@@ -133,7 +132,7 @@ def test_temperatures_at_the_limits_of_float32(temperature, rules):
     logits_BV = jnp.tile(jnp.array([-5.0, 0.0, 30.0, 29.0, -jnp.inf]), (64, 1))
     keys = jax.random.split(jax.random.key(0), 64)
     rows_ = rows(64, temperature=temperature, **rules)
-    tokens = set(jax.jit(sample)(logits_BV, keys, None, rows_).tolist())
+    tokens = set(jax.jit(sample)(logits_BV, keys, rows_).tolist())
     if temperature <= 1e-10 or "top_p" in rules:
         assert tokens == {2}
     else:

@@ -185,7 +185,7 @@ def test_distribution_is_what_sample_draws_from():
         sampling = Sampling(**rules)
         keys_B = jax.random.split(jax.random.key(1), 4000)
         rows = SamplingRows.of([sampling] * 4000, 12)
-        drawn_B = sample(jnp.broadcast_to(logits_V, (4000, 12)), keys_B, None, rows)
+        drawn_B = sample(jnp.broadcast_to(logits_V, (4000, 12)), keys_B, rows)
         shares = np.bincount(drawn_B, minlength=12) / 4000
         one = SamplingRows.of([sampling], 12)
         p_V = np.exp(distribution(logits_V[None, None], one)[0, 0])
