@@ -26,9 +26,11 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names (tests/test_p
     from gemma_jax.evaluation.scoring import score as score
     from gemma_jax.evaluation.shieldgemma import Verdict as Verdict, shield as shield
     from gemma_jax.inference.conversation import Conversation as Conversation
-    from gemma_jax.inference.generate import Completion as Completion, generate as generate
+    from gemma_jax.inference.generate import generate as generate
+    from gemma_jax.inference.completion import Completion as Completion
     from gemma_jax.inference.sampling import Sampling as Sampling
     from gemma_jax.inference.session import Session as Session
+    from gemma_jax.inference.streaming import TextStream as TextStream, stream as stream
     from gemma_jax.loading import (
         LoadOptions as LoadOptions,
         load as load,
@@ -65,10 +67,12 @@ _HOMES = {
     "gemma_jax.decoder.model": ("Gemma",),
     "gemma_jax.evaluation.scoring": ("score",),
     "gemma_jax.evaluation.shieldgemma": ("Verdict", "shield"),
+    "gemma_jax.inference.completion": ("Completion",),
     "gemma_jax.inference.conversation": ("Conversation",),
-    "gemma_jax.inference.generate": ("Completion", "generate"),
+    "gemma_jax.inference.generate": ("generate",),
     "gemma_jax.inference.sampling": ("Sampling",),
     "gemma_jax.inference.session": ("Session",),
+    "gemma_jax.inference.streaming": ("TextStream", "stream"),
     "gemma_jax.loading": ("LoadOptions", "load", "load_model", "load_sampling", "load_tokenizer"),
     "gemma_jax.multimodal.image_prompt": ("image_prompt",),
     "gemma_jax.multimodal.prompts": ("Prompt",),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from gemma_jax.decoder.model import Gemma
-    from gemma_jax.inference.generate import Completion
+    from gemma_jax.inference.completion import Completion
     from gemma_jax.multimodal.prompts import Prompt
 
 

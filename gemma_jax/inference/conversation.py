@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from gemma_jax.decoder.model import Gemma
+from gemma_jax.inference.logits_processors import LogitsProcessor
 from gemma_jax.inference.sampling import Sampling
 from gemma_jax.inference.session import Session
-from gemma_jax.inference.text_writer import TextWriter, steps
+from gemma_jax.inference.text_writer import TextWriter, write
 from gemma_jax.multimodal.modality import modalities_of
 from gemma_jax.multimodal.prompts import Prompt, PromptReader, encode_prompt
 from gemma_jax.text import (
@@ -27,7 +28,7 @@ class Conversation:
       system: Text put in front of the first user message, or wherever the chat template puts it.
       sampling, seed: As in `generate`; `gemma_jax.load_sampling` has what the checkpoint asks for.
         Default: what the published checkpoints recommend, temperature 1, top-k 64, top-p 0.95.
-      pan_and_scan: As in `generate`.
+      pan_and_scan, logits_processors: As in `generate`.
 
     Examples:
       >>> import gemma_jax as gj
@@ -48,20 +49,33 @@ class Conversation:
         sampling: Sampling | None = None,
         seed: int = 0,
         pan_and_scan: PanAndScan | bool | None = None,
+        logits_processors: LogitsProcessor | Sequence[LogitsProcessor] = (),
     ):
         self.model, self.tokenizer, self.system = model, tokenizer, system
         self.messages: list[Mapping[str, object]] = []
         self._read = PromptReader(tokenizer, modalities_of(model.cfg, pan_and_scan=pan_and_scan))
+        sampling = sampling or Sampling(temperature=1.0, top_k=64, top_p=0.95)
         self._session = Session(
             model,
             1,
             max_len or min(8192, model.cfg.max_positions),
-            sampling=sampling or Sampling(temperature=1.0, top_k=64, top_p=0.95),
+            sampling=sampling,
             seeds=seed,
             stop_ids=chat_stop_ids(tokenizer),
+            logits_processors=logits_processors,
         )
-        self._seed = seed
+        self._sampling, self._seed = sampling, seed
         self._rendered = ""  # what the cache holds as text, where the template is not Gemma's
+
+    @property
+    def sampling(self) -> Sampling:
+        """How answers are chosen; may be set from turn to turn."""
+        return self._sampling
+
+    @sampling.setter
+    def sampling(self, sampling: Sampling) -> None:
+        self._session.sample_by(0, sampling)
+        self._sampling = sampling
 
     def stream(self, content: str | Sequence, *, max_new_tokens: int = 1024) -> Iterator[str]:
         """Says `content`, text or a list of texts and media, and yields the answer as it comes.
@@ -83,10 +97,7 @@ class Conversation:
         self._session.prefill([ids], soft=soft, max_new_tokens=new)
         writer = TextWriter(self.tokenizer, (), self._session.stop_ids[0])
         try:
-            for chosen in steps(self._session, new, True):
-                if piece := writer.extend(chosen[0]):
-                    yield piece
-            if piece := writer.close():
+            for _, piece in write(self._session, [writer], new, True):
                 yield piece
         finally:  # also when the reader stops listening half-way
             answer = {"role": "assistant", "content": writer.text}

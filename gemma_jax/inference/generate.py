@@ -1,58 +1,17 @@
-"""Text in, text out: completions, streams, conversations."""
+"""Text in, text out."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
-from functools import partial
-from inspect import signature
+from collections.abc import Callable, Sequence
 
 from gemma_jax.decoder.model import Gemma
+from gemma_jax.inference.completion import Completion, Progress, begin, check_names
+from gemma_jax.inference.logits_processors import LogitsProcessor
 from gemma_jax.inference.sampling import Sampling
-from gemma_jax.inference.session import CHUNK, Session
-from gemma_jax.inference.speculation import DRAFT_TOKENS, SpeculativeSession
-from gemma_jax.inference.text_writer import TextWriter, split_stops, steps
+from gemma_jax.inference.session import CHUNK
+from gemma_jax.inference.speculation import DRAFT_TOKENS
 from gemma_jax.matformer import Slice
-from gemma_jax.multimodal.modality import modalities_of
-from gemma_jax.multimodal.prompts import Messages, Prompt, PromptReader, encode_prompt, is_chat
-from gemma_jax.text import Tokenizer, chat_stop_ids
+from gemma_jax.multimodal.prompts import Messages, Prompt, is_chat
+from gemma_jax.text import Tokenizer
 from gemma_jax.vision.pan_and_scan import PanAndScan
-
-Progress = Callable[[int, int], None]  # tokens of prompt read so far, in total
-
-
-@dataclass(frozen=True)
-class Completion:
-    """Holds what a model wrote after one prompt; `str()` of it is the text.
-
-    Attributes:
-      text: The continuation, without special tokens, cut before a stop text; empty if there was no
-        tokenizer.
-      token_ids: New tokens, a stop token included.
-      prompt_token_ids: What the model was given.
-      finish_reason: `"stop"` (stop token or stop text) or `"length"`.
-      log_probs: Log-probability of each new token under the model, before sampling rules; nats.
-      proposed_drafts, accepted_drafts: With a draft model, how many tokens it proposed, and how
-        many of them were kept.
-
-    Examples:
-      >>> import gemma_jax as gj
-      >>> model, tok = gj.load("checkpoints/digits")
-      >>> picture = "checkpoints/digits/three.png"
-      >>> done = gj.generate(model, tok, "Read the digits.", images=[picture])
-      >>> done.text, done.finish_reason, len(done.token_ids), len(done.log_probs)
-      ('964', 'stop', 4, 4)
-    """
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    prompt_token_ids: list[int] = field(default_factory=list)
-    finish_reason: str = "length"
-    log_probs: list[float] = field(default_factory=list)
-    proposed_drafts: int = 0
-    accepted_drafts: int = 0
-
-    def __str__(self) -> str:
-        return self.text
 
 
 def generate(
@@ -72,6 +31,7 @@ def generate(
     on_text: Callable[[int, str], None] | None = None,
     draft: Gemma | Slice | None = None,
     draft_tokens: int = DRAFT_TOKENS,
+    logits_processors: LogitsProcessor | Sequence[LogitsProcessor] = (),
     **sampling_fields: float,
 ) -> Completion | list[Completion]:
     """Generates text after one prompt, or after each of a batch of prompts of any lengths.
@@ -100,6 +60,11 @@ def generate(
         the model checks several at once. The text stays the model's; see
         `gemma_jax.inference.speculation`.
       draft_tokens: How many at once.
+      logits_processors: Functions `(logits_BV, text_BS) -> logits_BV` of your own that change the
+        logits before a token is chosen, by jnp, inside the compiled loop: after the repetition
+        penalty, before all other rules. `text_BS` is int32, the token at each position of a row,
+        prompt included, -1 behind the last. A function that is defined anew compiles anew; see
+        `gemma_jax.inference.logits_processors`.
 
     Returns:
       One `Completion`, or a list of them for a batch.
@@ -118,117 +83,35 @@ def generate(
       >>> texts = ["Which digit is left?", "Which digit is right?"]
       >>> [str(done) for done in gj.generate(model, tok, texts, images=2 * [[picture]])]
       ['9', '4']
+      >>> nine = tok.encode("9")[0]
+      >>> def no_nine(logits_BV, text_BS):
+      ...     return logits_BV.at[:, nine].set(float("-inf"))
+      >>> print(gj.generate(model, tok, texts[0], images=[picture], logits_processors=no_nine))
+      0
     """
-    _check_names(sampling_fields)
+    check_names(generate, sampling_fields)
     single = isinstance(prompt, (str, Prompt)) or is_chat(prompt)
-    given = [prompt] if single else list(prompt)
-    if not given:
-        raise ValueError("no prompt given; give at least one")
-    if stop and tokenizer is None:
-        raise ValueError("stop texts need a tokenizer; give one, or stop_ids")
-    if stop_ids is None:
-        stop_ids = _default_stops(tokenizer, given)
-    if tokenizer is not None:
-        stop, special = split_stops(tokenizer, stop)
-        stop_ids = (*stop_ids, *special)
-    reader = PromptReader(tokenizer, modalities_of(model.cfg, pan_and_scan=pan_and_scan))
-    prompts = reader.all(given, {"image": [images] if single else images})
-    longest, new = _lengths(model, prompts, max_new_tokens)
-    session_class = Session
-    if draft is not None:
-        session_class = partial(SpeculativeSession, draft=draft, draft_tokens=draft_tokens)
-    session = session_class(
+    written = begin(
         model,
-        len(prompts),
-        longest + new,
-        sampling=_resolve(sampling, sampling_fields),
-        seeds=seed,
+        tokenizer,
+        [prompt] if single else list(prompt),
+        images=[images] if single else images,
+        pan_and_scan=pan_and_scan,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        sampling_fields=sampling_fields,
+        seed=seed,
+        stop=stop,
         stop_ids=stop_ids,
         chunk=chunk,
-    )
-    streaming = on_text is not None or bool(stop)
-    session.prefill(
-        [p.token_ids for p in prompts],
-        soft=[encode_prompt(model, p) for p in prompts],
-        max_new_tokens=new,
-        run=not streaming,
         progress=progress,
+        draft=draft,
+        draft_tokens=draft_tokens,
+        logits_processors=logits_processors,
+        streaming=on_text is not None,
     )
-    writers = [TextWriter(tokenizer, stop, ids) for ids in session.stop_ids]
-    _write(session, writers, new, on_text, streaming)
-    completions = _completions(session, writers, prompts)
+    for row, text in written.pieces():
+        if on_text is not None:
+            on_text(row, text)
+    completions = written.completions()
     return completions[0] if single else completions
-
-
-def _check_names(sampling_fields: Mapping[str, float]) -> None:
-    """Refuses a keyword that is neither an argument of `generate` nor a field of `Sampling`."""
-    own = [name for name in signature(generate).parameters if name != "sampling_fields"]
-    known = [*own, *(field.name for field in fields(Sampling))]
-    for name in sampling_fields:
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
-            raise TypeError(f"generate has no argument {name!r}; {hint}")
-
-
-def _default_stops(tokenizer: Tokenizer | None, prompts: Sequence) -> tuple[int, ...]:
-    if tokenizer is None:
-        return ()
-    return chat_stop_ids(tokenizer) if any(map(is_chat, prompts)) else tuple(tokenizer.stop_ids)
-
-
-def _lengths(model: Gemma, prompts: list[Prompt], max_new_tokens: int) -> tuple[int, int]:
-    """Tokens of the longest prompt, and how many new ones the context leaves room for."""
-    longest = max(len(prompt.token_ids) for prompt in prompts)
-    new = min(max_new_tokens, model.cfg.max_positions - longest)
-    if max_new_tokens > 0 and new < 1:
-        raise ValueError(
-            f"a prompt of {longest} tokens leaves no room in the model's context of "
-            f"{model.cfg.max_positions}; shorten it"
-        )
-    return longest, new
-
-
-def _write(
-    session: Session,
-    writers: list[TextWriter],
-    new_tokens: int,
-    on_text: Callable[[int, str], None] | None,
-    streaming: bool,
-) -> None:
-    """Runs the session to its end and tells `on_text` what each row says."""
-    for chosen in steps(session, new_tokens, streaming):
-        for i, (writer, ids) in enumerate(zip(writers, chosen)):
-            if (text := writer.extend(ids)) and on_text is not None:
-                on_text(i, text)
-            if writer.stopped:
-                session.stop(i)
-    for i, writer in enumerate(writers):
-        if (text := writer.close()) and on_text is not None:
-            on_text(i, text)
-
-
-def _completions(
-    session: Session, writers: list[TextWriter], prompts: list[Prompt]
-) -> list[Completion]:
-    ended, proposed, accepted = session.done, session.proposed, session.accepted
-    return [
-        Completion(
-            text=writer.text,
-            token_ids=session.chosen[i][: writer.count],
-            prompt_token_ids=prompt.token_ids,
-            finish_reason="stop" if ended[i] else "length",
-            log_probs=session.log_probs[i][: writer.count],
-            proposed_drafts=proposed[i],
-            accepted_drafts=accepted[i],
-        )
-        for i, (writer, prompt) in enumerate(zip(writers, prompts, strict=True))
-    ]
-
-
-def _resolve(
-    sampling: Sampling | Sequence[Sampling] | None, named: Mapping[str, float]
-) -> Sampling | Sequence[Sampling]:
-    if sampling is not None and named:
-        raise ValueError(f"give sampling, or its fields {sorted(named)}, not both")
-    return sampling or Sampling(**named)

@@ -65,6 +65,25 @@ class TextWriter:
         return text
 
 
+def write(
+    session: Session, writers: Sequence[TextWriter], limit: int, streaming: bool
+) -> Iterator[tuple[int, str]]:
+    """Row and new text of it as tokens come, until there are `limit` or all rows are done.
+
+    Nothing runs between two pieces: who stops asking for them has stopped the model.
+    """
+    for chosen in steps(session, limit, streaming):
+        for row, (writer, ids) in enumerate(zip(writers, chosen)):
+            text = writer.extend(ids)
+            if writer.stopped:
+                session.stop(row)
+            if text:
+                yield row, text
+    for row, writer in enumerate(writers):
+        if text := writer.close():
+            yield row, text
+
+
 def steps(session: Session, limit: int, streaming: bool) -> Iterator[list[list[int]]]:
     """Tokens chosen so far, again and again until there are `limit` or all rows are done.
 

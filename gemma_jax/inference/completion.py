@@ -1,0 +1,199 @@
+"""What is written after prompts: the one path of `generate`, `stream` and their command."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from functools import partial
+from inspect import signature
+
+from gemma_jax.decoder.model import Gemma
+from gemma_jax.inference.logits_processors import LogitsProcessor
+from gemma_jax.inference.sampling import Sampling
+from gemma_jax.inference.session import Session
+from gemma_jax.inference.speculation import SpeculativeSession
+from gemma_jax.inference.text_writer import TextWriter, split_stops, write
+from gemma_jax.matformer import Slice
+from gemma_jax.multimodal.modality import modalities_of
+from gemma_jax.multimodal.prompts import Prompt, PromptReader, encode_prompt, is_chat
+from gemma_jax.text import Tokenizer, chat_stop_ids
+from gemma_jax.vision.pan_and_scan import PanAndScan
+
+Progress = Callable[[int, int], None]  # tokens of prompt read so far, in total
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Holds what a model wrote after one prompt; `str()` of it is the text.
+
+    Attributes:
+      text: The continuation, without special tokens, cut before a stop text; empty if there was no
+        tokenizer.
+      token_ids: New tokens, a stop token included.
+      prompt_token_ids: What the model was given.
+      finish_reason: `"stop"` (stop token or stop text), `"length"`, or `"left"` of a stream that
+        was not read to its end.
+      log_probs: Log-probability of each new token under the model, before sampling rules; nats.
+      proposed_drafts, accepted_drafts: With a draft model, how many tokens it proposed, and how
+        many of them were kept.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> model, tok = gj.load("checkpoints/digits")
+      >>> picture = "checkpoints/digits/three.png"
+      >>> done = gj.generate(model, tok, "Read the digits.", images=[picture])
+      >>> done.text, done.finish_reason, len(done.token_ids), len(done.log_probs)
+      ('964', 'stop', 4, 4)
+    """
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    prompt_token_ids: list[int] = field(default_factory=list)
+    finish_reason: str = "length"
+    log_probs: list[float] = field(default_factory=list)
+    proposed_drafts: int = 0
+    accepted_drafts: int = 0
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Prompts that a session has read, and what it writes after them.
+
+    Attributes:
+      new_tokens: How many are written at most.
+      streaming: Whether to look at the tokens while they come.
+    """
+
+    session: Session
+    prompts: list[Prompt]
+    writers: list[TextWriter]
+    new_tokens: int
+    streaming: bool
+
+    def pieces(self) -> Iterator[tuple[int, str]]:
+        """Row and new text, until all rows have ended."""
+        return write(self.session, self.writers, self.new_tokens, self.streaming)
+
+    def completions(self) -> list[Completion]:
+        """What each row says; so far, if the pieces were not read to their end."""
+        ended, session = self.session.done, self.session
+        proposed, accepted = session.proposed, session.accepted
+        return [
+            Completion(
+                text=writer.text,
+                token_ids=session.chosen[i][: writer.count],
+                prompt_token_ids=prompt.token_ids,
+                finish_reason=self._reason(writer, ended[i]),
+                log_probs=session.log_probs[i][: writer.count],
+                proposed_drafts=proposed[i],
+                accepted_drafts=accepted[i],
+            )
+            for i, (writer, prompt) in enumerate(zip(self.writers, self.prompts, strict=True))
+        ]
+
+    def _reason(self, writer: TextWriter, ended: bool) -> str:
+        if ended:
+            return "stop"
+        return "length" if writer.count >= self.new_tokens else "left"
+
+
+def begin(
+    model: Gemma,
+    tokenizer: Tokenizer | None,
+    prompts: Sequence,
+    *,
+    images: Sequence | None,
+    pan_and_scan: PanAndScan | bool | None,
+    max_new_tokens: int,
+    sampling: Sampling | Sequence[Sampling] | None,
+    sampling_fields: Mapping[str, float],
+    seed: int | Sequence[int],
+    stop: Sequence[str],
+    stop_ids: Sequence[int] | None,
+    chunk: int,
+    progress: Progress | None,
+    draft: Gemma | Slice | None,
+    draft_tokens: int,
+    logits_processors: LogitsProcessor | Sequence[LogitsProcessor],
+    streaming: bool,
+) -> Continuation:
+    """Reads prompts and chooses the first token after each; arguments as those of `generate`.
+
+    Args:
+      images: One list per prompt.
+      streaming: See `Continuation`; stop texts are looked for in any case.
+    """
+    if not prompts:
+        raise ValueError("no prompt given; give at least one")
+    if stop and tokenizer is None:
+        raise ValueError("stop texts need a tokenizer; give one, or stop_ids")
+    if stop_ids is None:
+        stop_ids = _default_stops(tokenizer, prompts)
+    if tokenizer is not None:
+        stop, special = split_stops(tokenizer, stop)
+        stop_ids = (*stop_ids, *special)
+    reader = PromptReader(tokenizer, modalities_of(model.cfg, pan_and_scan=pan_and_scan))
+    read = reader.all(prompts, {"image": images})
+    longest, new = _lengths(model, read, max_new_tokens)
+    session_class = Session
+    if draft is not None:
+        session_class = partial(SpeculativeSession, draft=draft, draft_tokens=draft_tokens)
+    session = session_class(
+        model,
+        len(read),
+        longest + new,
+        sampling=_resolve(sampling, sampling_fields),
+        seeds=seed,
+        stop_ids=stop_ids,
+        chunk=chunk,
+        logits_processors=logits_processors,
+    )
+    streaming = streaming or bool(stop)
+    session.prefill(
+        [p.token_ids for p in read],
+        soft=[encode_prompt(model, p) for p in read],
+        max_new_tokens=new,
+        run=not streaming,
+        progress=progress,
+    )
+    writers = [TextWriter(tokenizer, stop, ids) for ids in session.stop_ids]
+    return Continuation(session, read, writers, new, streaming)
+
+
+def check_names(function: Callable, sampling_fields: Mapping[str, float]) -> None:
+    """Refuses a keyword that is neither an argument of a function nor a field of `Sampling`."""
+    own = [name for name in signature(function).parameters if name != "sampling_fields"]
+    known = [*own, *(field.name for field in fields(Sampling))]
+    for name in sampling_fields:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
+            raise TypeError(f"{function.__name__} has no argument {name!r}; {hint}")
+
+
+def _default_stops(tokenizer: Tokenizer | None, prompts: Sequence) -> tuple[int, ...]:
+    if tokenizer is None:
+        return ()
+    return chat_stop_ids(tokenizer) if any(map(is_chat, prompts)) else tuple(tokenizer.stop_ids)
+
+
+def _lengths(model: Gemma, prompts: list[Prompt], max_new_tokens: int) -> tuple[int, int]:
+    """Tokens of the longest prompt, and how many new ones the context leaves room for."""
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    new = min(max_new_tokens, model.cfg.max_positions - longest)
+    if max_new_tokens > 0 and new < 1:
+        raise ValueError(
+            f"a prompt of {longest} tokens leaves no room in the model's context of "
+            f"{model.cfg.max_positions}; shorten it"
+        )
+    return longest, new
+
+
+def _resolve(
+    sampling: Sampling | Sequence[Sampling] | None, named: Mapping[str, float]
+) -> Sampling | Sequence[Sampling]:
+    if sampling is not None and named:
+        raise ValueError(f"give sampling, or its fields {sorted(named)}, not both")
+    return sampling or Sampling(**named)
