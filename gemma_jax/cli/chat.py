@@ -1,15 +1,17 @@
 """`gemma-jax chat`: talk to a model in the terminal."""
 
-import os
+import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemma_jax.cli import common, progress
+from gemma_jax.cli import common
+from gemma_jax.cli.chat_commands import COMMANDS, Chat, tell
+from gemma_jax.cli.errors import flags_for
 from gemma_jax.cli.inputs import utf8
 from gemma_jax.cli.model_options import ModelOptions, model_options
 
@@ -18,9 +20,7 @@ RECOMMENDED = {"temperature": 1.0, "top_k": 64, "top_p": 0.95}
 ASKED = "As in `generate`. Default: as generation_config.json says, else {}."
 
 if TYPE_CHECKING:
-    from gemma_jax.decoder.model import Gemma
-    from gemma_jax.inference.conversation import Conversation
-    from gemma_jax.vision.images import Image
+    from gemma_jax.text import Tokenizer
 
 
 @model_options()
@@ -42,8 +42,8 @@ def command(
 ) -> None:
     """Chat with a model; the cache is kept between turns.
 
-    /image FILE puts an image in front of the next message, /reset starts anew, /quit or the end of
-    input leaves. Ctrl-C stops an answer.
+    /help lists what else may be said: /image FILE, /temperature X, /save FILE, /reset, /quit.
+    Ctrl-C stops an answer.
     """
     if system is not None:
         system = utf8(system, "--system")
@@ -51,7 +51,8 @@ def command(
 
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     given = {name: value for name, value in given.items() if value is not None}
-    Sampling(**given)  # refused before anything is loaded
+    with flags_for(*given):
+        Sampling(**given)  # refused before anything is loaded
     common.set_up_jax()
     from gemma_jax.inference.conversation import Conversation
     from gemma_jax.loading import load_sampling, load_tokenizer
@@ -71,59 +72,37 @@ def command(
             pan_and_scan=pan_and_scan,
         )
 
-    conversation, images = start(), []
+    chat = Chat(start, max_new_tokens)
+    if not was_trained_to_chat(model, tokenizer):
+        tell(
+            f"warning: nothing says that {model} was trained to chat; a base model continues text "
+            "and is no assistant (gemma3-1b-it is one)"
+        )
+    if sys.stdin.isatty():
+        tell(f"{model}: {', '.join(COMMANDS)}; Ctrl-C stops an answer")
     for line in _lines():
-        word, _, rest = line.partition(" ")
-        if line == "/quit":
+        if line.split()[0] == "/quit":
             return
-        if line == "/reset":
-            conversation, images = start(), []
-        elif word == "/image":
-            with _lenient():
-                images.append(_open(rest.strip(), gemma))
-        else:
-            with _lenient(", or /reset"):  # the conversation may have outgrown its room
-                content = [*images, line] if images else line
-                _answer(conversation, content, max_new_tokens)
-            images = []
+        chat.enter(line)
 
 
-@contextmanager
-def _lenient(way_on: str = "") -> Iterator[None]:
-    """Lets the chat go on after Ctrl-C, and on a terminal after an error, which becomes a line."""
-    from gemma_jax.cli.errors import one_line
+def was_trained_to_chat(source: str, tokenizer: "Tokenizer") -> bool:
+    """Whether a checkpoint says that it answers: by its name, or by what lies beside its weights.
 
-    try:
-        yield
-    except KeyboardInterrupt:
-        print()  # what was written stays part of the conversation
-    except (ValueError, OSError, ImportError) as error:
-        if not sys.stdin.isatty():
-            raise
-        print(f"error: {one_line(error)}{way_on}", file=sys.stderr)
+    Names of the catalog say so by "-it", and so does the name of a file or folder ("it" or
+    "instruct" as a part of it). Else a chat template says so, or <end_of_turn> among the stop ids
+    of its files: transformers' conversion scripts write both for instruction-tuned models alone
+    (5.24, `convert_gemma3_weights.py`, --include_chat_template).
+    """
+    from gemma_checkpoints import CATALOG, generation_defaults, resolve
 
-
-def _open(file: str, model: "Gemma") -> "Image":
-    """The image for the next message."""
-    from gemma_jax.multimodal.image_prompt import require_vision
-    from gemma_jax.vision.images import Image
-
-    require_vision(model.cfg.vision)
-    if not file:
-        raise ValueError("expected a file, as in /image picture.png")
-    image = Image(os.path.expanduser(file))
-    size = f"{image.width} x {image.height} pixels"
-    print(f"{file}, {size}, goes with your next message", file=sys.stderr)
-    return image
-
-
-def _answer(conversation: "Conversation", content: "str | list", max_new_tokens: int) -> None:
-    with progress.compiling() as bar:
-        for piece in conversation.stream(content, max_new_tokens=max_new_tokens):
-            bar.stop()
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    print()
+    if source in CATALOG and not Path(source).exists():
+        return source.endswith("-it")
+    if {"it", "instruct"} & set(re.split(r"[^a-z0-9]+", Path(source).name.lower())):
+        return True
+    end_of_turn = tokenizer.special_ids.get("<end_of_turn>")
+    stops = generation_defaults(resolve(source)).stop_ids or ()
+    return tokenizer.chat_template is not None or end_of_turn in stops
 
 
 def _lines() -> Iterator[str]:

@@ -94,7 +94,7 @@ def write_model(folder: Path, cfg: GemmaConfig, vocabulary: bytes) -> Path:
 def talker(tmp_path_factory, vocabulary) -> Path:
     """A tiny random Gemma 3 with a tokenizer."""
     cfg = tiny.gemma3(layers=3, vocab_size=VOCABULARY)
-    return write_model(tmp_path_factory.mktemp("talker") / "hf", cfg, vocabulary)
+    return write_model(tmp_path_factory.mktemp("talker") / "tiny-it", cfg, vocabulary)
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +102,7 @@ def seer(tmp_path_factory, vocabulary) -> Path:
     """A tiny random Gemma 3 with a tokenizer and a vision tower; its image token has no piece."""
     vision = tiny.vision(num_layers=1, image_token=VOCABULARY, start_token=6, end_token=7)
     cfg = tiny.gemma3(layers=1, window=512, vocab_size=VOCABULARY, vision=vision)
-    return write_model(tmp_path_factory.mktemp("seer") / "hf", cfg, vocabulary)
+    return write_model(tmp_path_factory.mktemp("seer") / "tiny-it", cfg, vocabulary)
 
 
 @pytest.fixture

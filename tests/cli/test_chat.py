@@ -1,5 +1,14 @@
 """`gemma-jax chat`, with a pipe in place of the user."""
 
+import json
+import shutil
+
+import pytest
+
+from gemma_jax import load_tokenizer
+from gemma_jax.cli.chat import was_trained_to_chat
+from gemma_jax.cli.chat_commands import COMMANDS
+
 GREEDY = ("--temperature", 0, "--max-new-tokens", 5)
 
 
@@ -45,7 +54,7 @@ def test_input_that_is_no_utf8(refused, talker):
 
 
 def test_impossible_values(refused, talker):
-    assert "top_p=2.0" in refused("chat", "--model", talker, "--top-p", 2)
+    assert "--top-p 2.0" in refused("chat", "--model", talker, "--top-p", 2)
     assert "--max-len" in refused("chat", "--model", talker, "--max-len", 0)
     assert "--max-new-tokens" in refused("chat", "--model", talker, "--max-new-tokens", 0)
 
@@ -82,7 +91,98 @@ def test_bad_image_on_a_terminal_is_a_line(cli, seer, tmp_path):
     lines = f"/image {tmp_path / 'none.png'}\n/image\nHi\n".encode()
     ran = cli("chat", "--model", seer, *WILD, stdin=lines, terminal=True)
     assert ran.code == 0
-    missing, nothing = ran.err.splitlines()
+    banner, missing, nothing = ran.err.splitlines()
+    assert str(seer) in banner and all(name in banner for name in COMMANDS)
     assert missing.startswith("error: No such file") and missing.endswith("none.png")
     assert nothing == "error: expected a file, as in /image picture.png"
     assert len(ran.out.split()) > 3  # three prompts and an answer
+
+
+def test_an_unknown_command_is_not_sent_to_the_model(cli, refused, talker):
+    words = ("chat", "--model", talker, *GREEDY)
+    assert (
+        refused(*words, stdin=b"/bogus\n")
+        == "there is no command /bogus; there are /image FILE, /temperature X, /save FILE, /reset, "
+        "/help, /quit"
+    )
+    ran = cli(*words, stdin=b"/bogus now\n/\n/quit now\n", terminal=True)
+    assert ran.out.split() == [">"] * 3  # prompts alone
+    assert [line.split(";")[0] for line in ran.err.splitlines()[1:]] == [
+        "error: there is no command /bogus",
+        "error: there is no command /",
+    ]
+
+
+def test_a_path_is_a_message(cli, talker):
+    words = ("chat", "--model", talker, *GREEDY)
+    ran = cli(*words, stdin=b"/etc/hosts\n")
+    assert (ran.code, ran.err) == (0, "") and ran.out
+
+
+def test_help_names_every_command(cli, talker):
+    ran = cli("chat", "--model", talker, stdin=b"/help\n")
+    assert ran.out == ""
+    assert [line.split("  ")[0] for line in ran.err.splitlines()] == list(COMMANDS)
+
+
+def test_temperature(cli, refused, talker):
+    words = ("chat", "--model", talker, "--max-new-tokens", 5)
+    greedy = cli(*words, "--temperature", 0, stdin=b"Hi\nHi\n")
+    set_once = cli(*words, "--temperature", 2, stdin=b"/temperature 0\n/reset\nHi\nHi\n")
+    assert (set_once.out, set_once.err) == (greedy.out, "")
+    assert "expected a number, as in /temperature 0.7" in refused(*words, stdin=b"/temperature\n")
+    assert "temperature=-1.0 must be" in refused(*words, stdin=b"/temperature -1\n")
+
+
+def test_save(cli, refused, seer, picture, tmp_path):
+    file, image = tmp_path / "chat.json", picture("a b.png")
+    words = ("chat", "--model", seer, *GREEDY)
+    lines = f"/image {image}\nHi\nR\u00e4ksm\u00f6rg\u00e5s\n/save {file}\n".encode()
+    ran = cli(*words, "--system", "Short.", stdin=lines)
+    assert ran.err.endswith(f"5 messages are in {file}\n")
+    system, first, answer, second, last = json.loads(file.read_text("utf-8"))
+    assert system == {"role": "system", "content": "Short."}
+    items = [{"type": "image", "path": str(image)}, {"type": "text", "text": "Hi"}]
+    assert first == {"role": "user", "content": items}
+    assert second == {"role": "user", "content": "Räksmörgås"}
+    assert [m["role"] for m in (answer, last)] == ["assistant"] * 2
+    assert "".join(m["content"] + "\n" for m in (answer, last)) == ran.out
+    assert "File exists" in refused(*words, stdin=f"/save {file}\n".encode())
+    assert "expected a file, as in /save chat.json" in refused(*words, stdin=b"/save\n")
+
+
+def test_a_base_model_is_no_assistant(cli, talker, tmp_path):
+    shutil.copytree(talker, tmp_path / "tiny")
+    ran = cli("chat", "--model", tmp_path / "tiny", *GREEDY, stdin=b"Hi\n")
+    assert ran.code == 0 and ran.out
+    assert ran.err.startswith(f"warning: nothing says that {tmp_path / 'tiny'} was trained to chat")
+    assert ran.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "name, files, chats",
+    [
+        ("gemma3-270m", {}, False),
+        ("gemma3-4b-it", {}, True),
+        ("gemma3-4b-pt", {}, False),
+        ("gemma-3-4b-it", {}, True),
+        ("my_model.Instruct", {}, True),
+        ("with", {}, False),  # holds "it"
+        ("tuned", {"chat_template.jinja": "{{ messages }}"}, True),
+        ("tuned", {"generation_config.json": '{"eos_token_id": [1, 5]}'}, True),
+        ("base", {"generation_config.json": '{"eos_token_id": 1}'}, False),
+    ],
+)
+def test_what_says_that_a_model_was_trained_to_chat(
+    talker, tmp_path, monkeypatch, name, files, chats
+):
+    monkeypatch.chdir(tmp_path)
+    source = name
+    if not name.startswith("gemma3"):
+        source = str(tmp_path / name)
+        shutil.copytree(talker, source)
+    for file, text in files.items():
+        (tmp_path / name / file).write_text(text)
+    tokenizer = load_tokenizer(source if source != name else str(talker))
+    assert tokenizer.special_ids["<end_of_turn>"] == 5
+    assert was_trained_to_chat(source, tokenizer) == chats
