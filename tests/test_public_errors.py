@@ -43,9 +43,10 @@ def test_forward_takes_ids_in_every_form(model, logits, ids):
         (None, "expected an array of token ids|must be integers"),
     ],
 )
-def test_forward_refuses_what_are_no_ids_of_the_model(model, ids, words):
+@pytest.mark.parametrize("run", [gj.forward, gj.loss])
+def test_what_are_no_ids_of_the_model_is_refused(model, run, ids, words):
     with pytest.raises(ValueError, match=words):
-        gj.forward(model, ids)
+        run(model, ids)
 
 
 @pytest.mark.parametrize("names", ["layer_outputs", ["layer_outputs"], ("layer_outputs",)])
@@ -115,3 +116,20 @@ def test_models_and_tokenizers_say_how_they_are_used(model):
         model(IDS)
     with pytest.raises(TypeError, match=r"tok.encode\(text"):
         gj.load_tokenizer("checkpoints/digits")("text")
+
+
+def test_ids_of_one_prompt_need_no_list_around_them(model):
+    (several,) = gj.generate(model, None, IDS, max_new_tokens=2)
+    for ids in (IDS[0], np.array(IDS[0])):
+        assert gj.generate(model, None, ids, max_new_tokens=2) == several
+
+
+@pytest.mark.parametrize("prompt", [None, b"text", 7, [None]])
+def test_what_is_no_prompt_is_refused(model, prompt):
+    with pytest.raises(ValueError, match="expected a text, a list of token ids, .* got "):
+        gj.generate(model, None, prompt)
+
+
+def test_a_stride_is_a_whole_number(model):
+    with pytest.raises(ValueError, match="stride=2.5 must be an integer"):
+        gj.score(model, IDS[0], stride=2.5)

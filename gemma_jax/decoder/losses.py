@@ -1,5 +1,6 @@
 """Losses of next tokens. The logits of all tokens never exist at one time."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -10,10 +11,9 @@ from gemma_jax.decoder.forward import forward
 from gemma_jax.decoder.model import Gemma
 
 
-@partial(jax.jit, static_argnames=("z_loss",))
 def loss(
     model: Gemma,
-    batch: Batch | jax.Array,
+    batch: Batch | jax.typing.ArrayLike | Sequence[Sequence[int]],
     *,
     targets_BT: jax.Array | None = None,
     weights_BT: jax.Array | None = None,
@@ -32,6 +32,9 @@ def loss(
     Returns:
       The weighted mean; 0 if nothing counts.
 
+    Raises:
+      ValueError: Tokens or widths that `forward` refuses.
+
     Examples:
       >>> import gemma_jax as gj
       >>> import jax
@@ -42,6 +45,8 @@ def loss(
       >>> print(f"{loss:.2f}")
       6.74
     """
+    batch = Batch.of(batch)
+    batch.check(model.cfg)
     return loss_and_weight(
         model, batch, targets_BT=targets_BT, weights_BT=weights_BT, z_loss=z_loss
     )[0]

@@ -6,6 +6,7 @@ were equal for all texts of up to 129 tokens, contexts up to 40 and strides.
 """
 
 from collections.abc import Iterator
+from numbers import Integral
 from typing import NamedTuple
 
 
@@ -31,12 +32,14 @@ def rolling_windows(length: int, context: int, stride: int) -> Iterator[Window]:
       stride: Tokens that a window scores at most, but for the first window.
 
     Raises:
-      ValueError: A stride outside [1, context].
+      ValueError: A stride that is no integer, or outside [1, context].
 
     Examples:
       >>> [(w.start, w.first, w.stop) for w in rolling_windows(10, context=4, stride=2)]
       [(0, 1, 4), (2, 5, 6), (4, 7, 8), (5, 9, 9)]
     """
+    if not isinstance(stride, Integral):
+        raise ValueError(f"{stride=} must be an integer, of tokens")
     if not 1 <= stride <= context:
         raise ValueError(f"stride={stride} must lie between 1 and {context}, the model's context")
     last, stop = length - 1, min(context, length - 1)

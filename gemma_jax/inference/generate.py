@@ -9,7 +9,7 @@ from gemma_jax.inference.sampling import Sampling
 from gemma_jax.inference.session import CHUNK
 from gemma_jax.inference.speculation import DRAFT_TOKENS
 from gemma_jax.matformer import Slice
-from gemma_jax.multimodal.prompts import Messages, Prompt, is_chat
+from gemma_jax.multimodal.prompts import Messages, Prompt, is_one_prompt
 from gemma_jax.text import Tokenizer
 from gemma_jax.vision.pan_and_scan import PanAndScan
 
@@ -17,7 +17,11 @@ from gemma_jax.vision.pan_and_scan import PanAndScan
 def generate(
     model: Gemma,
     tokenizer: Tokenizer | None,
-    prompt: str | Messages | Prompt | Sequence[str | Messages | Prompt | Sequence[int]],
+    prompt: str
+    | Messages
+    | Prompt
+    | Sequence[int]
+    | Sequence[str | Messages | Prompt | Sequence[int]],
     *,
     images: Sequence | None = None,
     pan_and_scan: PanAndScan | bool | None = None,
@@ -38,8 +42,8 @@ def generate(
 
     Args:
       prompt: One text (BOS is added once), chat messages (dicts with `role` and `content`, see
-        `gemma_jax.text.chat`) or `Prompt`; or a list of these, or of lists of token ids, which are
-        taken as they are and need no tokenizer.
+        `gemma_jax.text.chat`), `Prompt`, or token ids, which are taken as they are and need no
+        tokenizer; or a list of these.
       images: Images of one text, or one list of images per text of a batch: files, arrays, or
         whatever else `Image` takes. They go where the text says `<start_of_image>`, or come
         first. Messages hold theirs in their content.
@@ -90,7 +94,7 @@ def generate(
       0
     """
     check_names(generate, sampling_fields)
-    single = isinstance(prompt, (str, Prompt)) or is_chat(prompt)
+    single = is_one_prompt(prompt)
     written = begin(
         model,
         tokenizer,

@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.inference.completion import Completion, Continuation, Progress, begin, check_names
 from gemma_jax.inference.logits_processors import LogitsProcessor
@@ -11,7 +9,7 @@ from gemma_jax.inference.sampling import Sampling
 from gemma_jax.inference.session import CHUNK
 from gemma_jax.inference.speculation import DRAFT_TOKENS
 from gemma_jax.matformer import Slice
-from gemma_jax.multimodal.prompts import Messages, Prompt, is_chat
+from gemma_jax.multimodal.prompts import Messages, Prompt, is_one_prompt
 from gemma_jax.text import Tokenizer
 from gemma_jax.vision.pan_and_scan import PanAndScan
 
@@ -91,7 +89,7 @@ def stream(
     check_names(stream, sampling_fields)
     if tokenizer is None:
         raise ValueError("a stream of text needs a tokenizer; generate works without one")
-    if not (isinstance(prompt, (str, Prompt)) or is_chat(prompt) or _is_ids(prompt)):
+    if not is_one_prompt(prompt):
         raise ValueError("stream takes one prompt; for several, generate has on_text")
     return TextStream(
         begin(
@@ -113,10 +111,4 @@ def stream(
             logits_processors=logits_processors,
             streaming=True,
         )
-    )
-
-
-def _is_ids(prompt: object) -> bool:
-    return isinstance(prompt, (Sequence, np.ndarray)) and all(
-        isinstance(token, (int, np.integer)) for token in prompt
     )

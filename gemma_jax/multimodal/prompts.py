@@ -1,7 +1,8 @@
 """What callers give, in any form, as token ids and what the encoders read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from types import MappingProxyType
 
 import jax
@@ -54,6 +55,22 @@ def is_chat(prompt: object) -> bool:
         and len(prompt) > 0
         and all(isinstance(m, Mapping) for m in prompt)
     )
+
+
+def is_token_ids(prompt: object) -> bool:
+    """Whether this is one prompt as token ids, and not a list of prompts."""
+    return (
+        isinstance(prompt, (Sequence, np.ndarray))
+        and not isinstance(prompt, (str, bytes))
+        and all(isinstance(token, Integral) for token in prompt)
+    )
+
+
+def is_one_prompt(prompt: object) -> bool:
+    """Whether this is one prompt, right or wrong, and not a list of them."""
+    if isinstance(prompt, (str, bytes, Prompt)) or not isinstance(prompt, Iterable):
+        return True
+    return is_chat(prompt) or (is_token_ids(prompt) and len(prompt) > 0)
 
 
 def build_prompt(
@@ -158,6 +175,11 @@ class PromptReader:
             return prompt
         if is_chat(prompt):
             return self.chat(prompt)
+        if not is_token_ids(prompt):
+            raise ValueError(
+                "expected a text, a list of token ids, chat messages or a Prompt, got "
+                f"{prompt!r:.80}"
+            )
         return Prompt([int(i) for i in prompt])
 
 

@@ -116,7 +116,7 @@ def test_the_arguments_are_those_of_generate():
 
 
 @pytest.mark.parametrize(
-    "prompts", [["w1", "w2"], [[2, 5], [2, 6]], [Prompt([2, 5])], [np.array([2, 5])], 5, None]
+    "prompts", [["w1", "w2"], [[2, 5], [2, 6]], [Prompt([2, 5])], [np.array([2, 5])]]
 )
 def test_several_prompts_are_refused(model, words, prompts):
     with pytest.raises(ValueError, match="stream takes one prompt; for several, generate has on_t"):
