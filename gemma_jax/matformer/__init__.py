@@ -8,7 +8,8 @@ slice of E4B.
 """
 
 from .presets import PRESETS, preset
-from .sensitivity import Point, search, sensitivity
+from .sensitivity import sensitivity
+from .slice_search import Point, search
 from .slicing import at, slice_model
 from .submodel import Slice, shares_cache, slice_config
 

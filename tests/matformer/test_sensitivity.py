@@ -10,6 +10,7 @@ import tiny
 
 from gemma_jax import forward
 from gemma_jax.matformer import Slice, search, sensitivity, slice_config, slice_model
+from gemma_jax.matformer.slice_search import WidthSlices
 from gemma_jax.matformer.slicing import parameters
 
 CFG = tiny.gemma3n(6, 3)
@@ -54,26 +55,57 @@ def test_search_measures_what_it_returns_and_meets_the_budget(model):
     points = search(model, TEXT, budget, fractions=(0.5, 0.25), skip_blocks=False)
     assert points[0].submodel == Slice.whole(CFG)
     assert [p.parameters <= budget for p in points] == [False] * (len(points) - 1) + [True]
-    for point in (points[0], points[1], points[-1]):
+    for point in (points[0], points[-1]):
         assert point.parameters == parameters(slice_config(CFG, point.submodel))
         assert point.loss == pytest.approx(loss(slice_model(model, point.submodel)), abs=2e-5)
-    for before, after in pairwise(points):
+    sizes = [point.parameters for point in points]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_layers_are_narrowed_one_by_one(model):
+    slices = WidthSlices(model, TEXT, (), (0.5, 0.25))
+    budget = parameters(CFG) - 5000
+    path = [slices.point(slices.full), *slices.narrow(slices.full, budget)]
+    assert [p.parameters <= budget for p in path] == [False] * (len(path) - 1) + [True]
+    for before, after in pairwise(path):
         changed = np.subtract(before.submodel.ffn_widths, after.submodel.ffn_widths)
         assert (changed > 0).sum() == 1 and (changed >= 0).all()
 
 
 def test_what_costs_nothing_goes_first(model):
     """Steps that gain are free as well; among those that cost, none comes before the useless."""
-    points = search(model, TEXT, parameters(CFG) - 12_000, fractions=(0.5,), skip_blocks=False)
+    slices = WidthSlices(model, TEXT, (), (0.5,))
+    path = [slices.point(slices.full), *slices.narrow(slices.full, parameters(CFG) - 12_000)]
     costs = sensitivity(model, TEXT, (0.5,))[:, 0]
     order = [
         int(np.flatnonzero(np.subtract(a.submodel.ffn_widths, b.submodel.ffn_widths))[0])
-        for a, b in pairwise(points)
+        for a, b in pairwise(path)
     ]
     dear = [layer for layer in order if costs[layer] > 1e-5]
     assert USELESS in order and dear
     assert order.index(USELESS) < order.index(dear[0])
     assert dear == sorted(dear, key=lambda layer: costs[layer])
+
+
+def test_no_uniform_slice_of_the_size_is_better(model):
+    slices = WidthSlices(model, TEXT, (), ())
+    uniform = [slices.point((width,) * 6) for width in (36, 24, 12)]
+    for budget in (*(p.parameters for p in uniform), uniform[0].parameters - 1):
+        best = search(model, TEXT, budget, skip_blocks=False)[-1]
+        assert best.parameters <= budget
+        assert best.loss <= min(p.loss for p in uniform if p.parameters <= budget)
+
+
+def test_channels_move_to_where_they_are_worth_more(model):
+    """From the layer whose second half does nothing to one that loses by being narrow."""
+    slices = WidthSlices(model, TEXT, (), (0.5,))
+    costs = sensitivity(model, TEXT, (0.5,))[:, 0]
+    dear = int(costs.argmax())
+    wasteful = slices.point(tuple(24 if i == dear else 48 for i in range(6)))
+    better = slices.exchange(wasteful, wasteful.parameters)
+    assert better.parameters <= wasteful.parameters
+    assert better.loss < wasteful.loss - costs[dear] / 2
+    assert better.submodel.ffn_widths[dear] == 48
 
 
 def test_whole_blocks_are_left_out_where_that_is_best(model):
