@@ -5,8 +5,11 @@ from dataclasses import dataclass, field
 import jax.numpy as jnp
 
 from gemma_jax.numerics import NUMERICS, Numerics
+from gemma_jax.platforms import leave_out_absent_tpu
 from gemma_jax.sharding import Partition
 from gemma_jax.storages import CACHE_STORAGES, one_of
+
+leave_out_absent_tpu()  # every model needs this module: nobody who runs one can forget it
 
 
 @dataclass(frozen=True, kw_only=True)
