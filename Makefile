@@ -10,7 +10,7 @@ FAST = tests/test_imports.py tests/test_public_names.py tests/test_docs.py tests
   tests/cli/test_errors.py tests/cli/test_tokenize.py tests/cli/test_info.py \
   tests/parity/test_gemma3_text.py
 
-.PHONY: setup check lint types fast test nightly docs
+.PHONY: setup check lint types fast test nightly notebooks docs
 
 setup:
 	python3 -m venv .venv
@@ -33,6 +33,10 @@ test:
 
 nightly:
 	$(PYTHON) -m pytest -q -n 2 --dist worksteal -m "nightly or not nightly"
+
+# Runs the notebooks and stores their outputs: after a change of one, or of what they show.
+notebooks:
+	$(PYTHON) notebooks/execute.py
 
 docs:
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict

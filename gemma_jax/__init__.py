@@ -3,7 +3,7 @@
     import gemma_jax as gj
 
     model, tok = gj.load("gemma3-270m")
-    print(gj.generate(model, tok, "The capital of France is"))
+    print(gj.generate(model, tok, "Photosynthesis is the process by which"))
 
 Names below are imported at first use: `import gemma_jax` itself costs next to nothing.
 """

@@ -5,6 +5,8 @@
 
     gj.viz.draw_crops(image, gj.PanAndScan().boxes(image.width, image.height))
 
+    plt.style.use(gj.viz.STYLE)  # for plots of your own to look like these
+    gj.viz.plot_layers(norms, model.cfg.layers, label="norm of the gradient")
     gj.viz.plot_sensitivity(matformer.sensitivity(model, tokens_BT, fractions), fractions)
     gj.viz.plot_slices(matformer.search(model, tokens_BT, budget))
 
@@ -12,12 +14,14 @@ Images are whatever `gemma_jax.Image` takes, and come back as PIL images of the 
 drawn with matplotlib (extra `notebook`) and come back as its axes.
 """
 
+import functools
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 
+from gemma_jax.config import LayerSpec
 from gemma_jax.vision.images import Image, pillow
 from gemma_jax.vision.pan_and_scan import Box
 
@@ -31,7 +35,47 @@ if TYPE_CHECKING:
 Colour = tuple[int, int, int]
 RED: Colour = (255, 32, 0)
 # Told apart by the colour-blind as well (Okabe and Ito, "Color Universal Design").
-CROP_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7")
+BLUE, ORANGE, GREEN, PURPLE, SKY = COLOURS = (
+    "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9",
+)  # fmt: skip
+CROP_COLOURS = (ORANGE, SKY, GREEN, PURPLE)
+
+# Settings of matplotlib, for `plt.style.use`; all plots of this module have them.
+STYLE: dict[str, Any] = {
+    "axes.prop_cycle": f"cycler('color', {list(COLOURS)})",
+    "axes.axisbelow": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": "medium",
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 90,
+    "grid.color": "#e6e6e6",
+    "image.cmap": "viridis",
+    "legend.frameon": False,
+    "lines.markersize": 5,
+}
+
+P = ParamSpec("P")
+
+
+def _styled(plot: "Callable[P, Axes]") -> "Callable[P, Axes]":
+    """Draws in `STYLE`, and sets back what that has changed.
+
+    Not with `rc_context`, which sets back more: that figures are shown, for one, if matplotlib
+    loads a notebook's backend meanwhile.
+    """
+
+    @functools.wraps(plot)
+    def styled(*args: P.args, **kwargs: P.kwargs) -> "Axes":
+        settings = _pyplot().rcParams
+        before = {name: settings[name] for name in STYLE}
+        settings.update(STYLE)
+        try:
+            return plot(*args, **kwargs)
+        finally:
+            settings.update(before)
+
+    return styled
 
 
 def image_attention(
@@ -108,6 +152,37 @@ def draw_crops(image, boxes: Sequence[Box]) -> "PilImage":
     return picture
 
 
+@_styled
+def plot_layers(
+    values: Sequence[float],
+    layers: Sequence[LayerSpec],
+    *,
+    label: str = "",
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """A bar for each layer, of one colour for local layers and of another for global ones.
+
+    Args:
+      values: One for each layer.
+      layers: `model.cfg.layers`.
+      label: What the values are.
+      ax: Where to draw; default: a figure of its own.
+    """
+    if len(values) != len(layers):
+        raise ValueError(f"{len(values)} values for {len(layers)} layers; give one for each")
+    ax = _axes(ax, (7, 2.6))
+    for kind, colour in (("local", SKY), ("global", BLUE)):
+        places = [i for i, spec in enumerate(layers) if spec.kind == kind]
+        if places:
+            ax.bar(places, [values[i] for i in places], color=colour, label=f"{kind} layer")
+    ax.set(xlabel="layer", ylabel=label)
+    ax.grid(axis="y")
+    _number_layers(ax, len(layers))
+    ax.legend()
+    return ax
+
+
+@_styled
 def plot_sensitivity(
     matrix: np.ndarray, fractions: Sequence[float], *, ax: "Axes | None" = None
 ) -> "Axes":
@@ -124,24 +199,32 @@ def plot_sensitivity(
             f"expected a matrix [L, {len(fractions)}], a column for each fraction; got shape "
             f"{list(matrix.shape)}"
         )
-    ax = _axes(ax, (8, 2.4))
+    ax = _axes(ax, (7, 2.4))
     # White is no loss at all; what narrowing happens to improve is not worth a colour of its own.
     heat = ax.imshow(matrix.T, cmap="Reds", vmin=0, aspect="auto")
     ax.set(xlabel="layer", ylabel="width kept", yticks=range(len(fractions)))
-    ax.set_yticklabels([f"{fraction:.0%}" for fraction in fractions])
-    ax.set_xticks(range(0, len(matrix), 1 + len(matrix) // 20))
+    ax.set_yticklabels([f"{100 * fraction:g}%" for fraction in fractions])
+    _number_layers(ax, len(matrix))
     ax.figure.colorbar(heat, ax=ax, label="added loss\n(nats per token)")
     return ax
 
 
+@_styled
 def plot_slices(
-    points: "Sequence[Point]", *, names: Sequence[str] = (), ax: "Axes | None" = None
+    points: "Sequence[Point]",
+    *,
+    names: Sequence[str] = (),
+    label: str | None = None,
+    line: bool = True,
+    ax: "Axes | None" = None,
 ) -> "Axes":
     """Loss of slices against their parameters; a line joins those that none smaller is as good as.
 
     Args:
       points: Slices that were measured, as from `matformer.search`, in any order.
       names: To write beside the points, in their order; `""` for none, or fewer names than points.
+      label: What the points are, for the legend.
+      line: Whether to draw the line; without it the points are diamonds.
       ax: Where to draw, for instance over other points; default: a figure of its own.
     """
     if not points:
@@ -149,29 +232,53 @@ def plot_slices(
     if len(names) > len(points):
         raise ValueError(f"{len(names)} names for {len(points)} points")
     ax = _axes(ax, (6, 4))
+    sizes, losses = zip(*[(point.parameters, point.loss) for point in points])
+    dots = ax.scatter(sizes, losses, label=label, zorder=3 - line, marker="o" if line else "D")
+    if line:
+        best = _none_smaller_as_good(points)
+        joined = [p.parameters for p in best], [p.loss for p in best]
+        ax.plot(*joined, color=dots.get_facecolor()[0], marker="")
+    # Below and to the left of the best there is nothing that a name could cover.
+    where = {"xytext": (-6, -6), "textcoords": "offset points", "ha": "right", "va": "top"}
+    for name, size, loss in zip(names, sizes, losses):
+        ax.annotate(name, (size, loss), **where)
+    ax.set(xlabel="effective parameters", ylabel="loss (nats per token)")
+    ax.margins(0.1)
+    ax.grid()
+    ax.xaxis.set_major_formatter(_short)
+    if label is not None:
+        ax.legend()
+    return ax
+
+
+def _none_smaller_as_good(points: "Sequence[Point]") -> "list[Point]":
     best = []
     for point in sorted(points, key=lambda point: (point.parameters, point.loss)):
         if not best or point.loss < best[-1].loss:
             best.append(point)
-    (line,) = ax.plot([p.parameters for p in best], [p.loss for p in best])
-    sizes, losses = zip(*[(point.parameters, point.loss) for point in points])
-    ax.scatter(sizes, losses, color=line.get_color(), zorder=2)
-    for name, size, loss in zip(names, sizes, losses):
-        ax.annotate(name, (size, loss), xytext=(5, 5), textcoords="offset points")
-    ax.set(xlabel="effective parameters", ylabel="loss (nats per token)")
-    ax.xaxis.set_major_formatter("{x:,.0f}" if max(sizes) < 1e7 else _billions)
-    return ax
+    return best
 
 
-def _billions(parameters: float, _) -> str:
-    return f"{parameters / 1e9:.2f} B"
+def _short(parameters: float, _=None) -> str:
+    """In billions, millions or thousands."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if parameters >= size:
+            return f"{parameters / size:.3g} {unit}"
+    return f"{parameters:g}"
 
 
-def _axes(ax: "Axes | None", size: tuple[float, float]) -> "Axes":
-    if ax is not None:
-        return ax
+def _number_layers(ax: "Axes", layers: int) -> None:
+    """Whole numbers below a plot, at most about twenty of them."""
+    ax.set_xticks(range(0, layers, 1 + layers // 20))
+
+
+def _pyplot() -> Any:
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         raise ImportError("plots need matplotlib: pip install 'gemma-jax[notebook]'") from None
-    return plt.subplots(figsize=size, layout="constrained")[1]
+    return plt
+
+
+def _axes(ax: "Axes | None", size: tuple[float, float]) -> "Axes":
+    return ax if ax is not None else _pyplot().subplots(figsize=size)[1]

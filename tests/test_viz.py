@@ -169,6 +169,49 @@ def test_sensitivity_has_layers_across_and_widths_down(plt):
         gj.viz.plot_sensitivity(matrix, (0.75, 0.5, 0.25))
 
 
+def test_widths_are_not_rounded(plt):
+    ax = gj.viz.plot_sensitivity(np.zeros((3, 2)), (0.5, 0.125))
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["50%", "12.5%"]
+
+
+def test_layers_have_whole_numbers_and_the_colour_of_their_kind(plt):
+    layers = tiny.gemma3(layers=3).layers
+    kinds = [spec.kind for spec in layers]
+    ax = gj.viz.plot_layers([3.0, 1.0, 2.0], layers, label="norm")
+    bars = {round(bar.get_x() + bar.get_width() / 2): bar for bar in ax.patches}
+    assert [bars[i].get_height() for i in range(3)] == [3, 1, 2]
+    colours = {(kinds[i], bars[i].get_facecolor()) for i in range(3)}
+    assert len(colours) == len(set(kinds)) == 2
+    assert ax.get_xticks().tolist() == [0, 1, 2] and ax.get_ylabel() == "norm"
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
+        "local layer",
+        "global layer",
+    ]
+    with pytest.raises(ValueError, match="2 values for 3 layers"):
+        gj.viz.plot_layers([1.0, 2.0], layers)
+
+
+def test_plots_leave_the_settings_of_matplotlib_alone(plt):
+    plt.figure()  # chooses a backend
+    before = dict(plt.rcParams)
+    gj.viz.plot_sensitivity(np.zeros((3, 1)), (0.5,))
+    assert dict(plt.rcParams) == before
+    with pytest.raises(ValueError, match="no points"):
+        gj.viz.plot_slices([])
+    assert dict(plt.rcParams) == before
+    with plt.style.context(gj.viz.STYLE):  # all of it is known to matplotlib
+        assert plt.rcParams["axes.prop_cycle"].by_key()["color"] == list(gj.viz.COLOURS)
+
+
+def test_what_a_backend_sets_at_the_first_figure_stays(plt, monkeypatch):
+    """Notebooks show figures because their backend says so when it is loaded."""
+    subplots = plt.subplots
+    monkeypatch.setattr(plt, "subplots", lambda **options: [plt.ion(), subplots(**options)][1])
+    with plt.ioff():
+        gj.viz.plot_sensitivity(np.zeros((3, 1)), (0.5,))
+        assert plt.isinteractive()
+
+
 def test_the_line_joins_the_slices_that_none_smaller_is_as_good_as(plt):
     submodel = gj.matformer.Slice(ffn_widths=(1,))
     sizes = {300: 1.0, 100: 3.0, 200: 2.0, 250: 2.5, 260: 2.0}
@@ -180,7 +223,10 @@ def test_the_line_joins_the_slices_that_none_smaller_is_as_good_as(plt):
         "full": (300, 1.0),
         "half": (200, 2.0),
     }
-    assert gj.viz.plot_slices(points[:1], ax=ax) is ax and len(ax.lines) == 2
+    assert ax.get_legend() is None
+    assert gj.viz.plot_slices(points[:1], line=False, label="by hand", ax=ax) is ax
+    assert len(ax.lines) == 1 and len(ax.collections) == 2
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["by hand"]
     for wrong, message in (([], "no points"), (points[:1], "2 names for 1 points")):
         with pytest.raises(ValueError, match=message):
             gj.viz.plot_slices(wrong, names=("a", "b"))

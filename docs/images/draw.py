@@ -1,25 +1,22 @@
-"""Draws the picture of the README: `python docs/images/draw.py`, with the extra `notebook`.
+"""Draws the picture of the README: `python docs/images/draw.py`.
 
-It runs notebooks/02_vision.ipynb and keeps what the cell that draws attention over an image shows.
+It is stored in notebooks/02_vision.ipynb, below the cell that draws attention over an image.
 """
 
 import base64
+import json
 from pathlib import Path
 
-import nbclient
-import nbformat
-
 HERE = Path(__file__).parent
-NOTEBOOKS = HERE.parent.parent / "notebooks"
+NOTEBOOK = HERE.parent.parent / "notebooks" / "02_vision.ipynb"
 
 
 def main() -> None:
-    notebook = nbformat.read(NOTEBOOKS / "02_vision.ipynb", as_version=4)
-    resources = {"metadata": {"path": str(NOTEBOOKS)}}
-    nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute()
-    (cell,) = (cell for cell in notebook.cells if "image_attention" in cell.source)
-    (png,) = (o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {}))
-    (HERE / "attention.png").write_bytes(base64.b64decode(png))
+    cells = json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
+    (cell,) = (cell for cell in cells if "image_attention" in "".join(cell["source"]))
+    pictures = [output.get("data", {}).get("image/png") for output in cell["outputs"]]
+    (png,) = (picture for picture in pictures if picture)
+    (HERE / "attention.png").write_bytes(base64.b64decode("".join(png)))
 
 
 if __name__ == "__main__":
