@@ -27,7 +27,8 @@ NOT_TELLING = ("TPU_LIBRARY_PATH", "TPU_SKIP_MDS_QUERY")
 
 def leave_out_absent_tpu() -> None:
     """Keeps JAX from looking for a TPU where there is none; must come before the first array."""
-    if jax.config.jax_platforms is None and _cpu_alone():
+    chosen = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+    if chosen is None and _cpu_alone():
         jax.config.update("jax_platforms", "cpu")
 
 

@@ -18,7 +18,6 @@ from typing import Any
 
 HERE = Path(__file__).parent
 SHOWN_TWICE = ("image/jpeg", "text/html")  # where a picture, or plain text, is there too
-COLOURS = 128
 
 
 def digest(notebook: dict[str, Any]) -> str:
@@ -82,11 +81,11 @@ def without_machine(text: str) -> str:
 
 
 def _small(png: str) -> str:
-    """The picture in few colours: plots have no more."""
+    """The picture in as many colours as a plot needs."""
     from PIL import Image
 
     picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
-    few = picture.quantize(COLOURS, dither=Image.Dither.NONE)
+    few = picture.quantize(256, kmeans=1, dither=Image.Dither.NONE)
     few.save(written := io.BytesIO(), "PNG", optimize=True)
     return base64.b64encode(written.getvalue()).decode()
 

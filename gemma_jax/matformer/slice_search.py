@@ -154,20 +154,25 @@ class WidthSlices:
 
     def _better(self, point: Point, budget: int) -> Iterator[Point]:
         """Slices that are better by one exchange; first those that promise most."""
-        widths, layers = point.submodel.ffn_widths, range(len(self.full))
-        wider = {i: self.loss(w) - point.loss for i in layers if (w := self.step(widths, i, -1))}
-        narrower = {i: self.loss(w) - point.loss for i in layers if (w := self.step(widths, i, 1))}
-        promised = {
-            (i, j): gain + cost
-            for i, gain in wider.items()
-            for j, cost in {**narrower, None: 0.0}.items()
-            if i != j and gain + cost < 0
-        }
-        for i, j in sorted(promised, key=promised.__getitem__):
-            changed = self.step(widths, i, -1)
-            changed = changed if j is None else self.step(changed, j, 1)
+        wider, narrower = self._moves(point, -1), [(0.0, {}), *self._moves(point, 1)]
+        promising = [
+            (gain + cost, widened | narrowed)
+            for gain, widened in wider
+            for cost, narrowed in narrower
+            if gain + cost < 0 and not widened.keys() & narrowed.keys()
+        ]
+        for _, move in sorted(promising, key=lambda pair: pair[0]):
+            changed = tuple(move.get(i, w) for i, w in enumerate(point.submodel.ffn_widths))
             if self.size(changed) <= budget and self.loss(changed) < point.loss:
                 yield self.point(changed)
+
+    def _moves(self, point: Point, by: int) -> list[tuple[float, dict[int, int]]]:
+        """Steps of single layers: what each adds to the loss, and layer -> new width."""
+        widths, moves = point.submodel.ffn_widths, []
+        for layer in range(len(widths)):
+            if after := self.step(widths, layer, by):
+                moves.append((self.loss(after) - point.loss, {layer: after[layer]}))
+        return moves
 
 
 def _skippable(cfg: GemmaConfig) -> Iterator[tuple[int, ...]]:
