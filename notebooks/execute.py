@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-SHOWN_TWICE = ("image/jpeg", "text/html")  # where a picture, or plain text, is there too
+SHOWN_TWICE = {"image/png": "image/jpeg", "text/html": "text/plain"}  # the second says the same
 
 
 def digest(notebook: dict[str, Any]) -> str:
@@ -52,9 +52,9 @@ def _tidied(output: Any) -> Any:
     if "text" in output:
         output["text"] = without_machine(output["text"])
     data = output.get("data", {})
-    for kind in SHOWN_TWICE:
-        if kind in data and len(data) > 1:
-            del data[kind]
+    for kind, again in SHOWN_TWICE.items():
+        if kind in data:
+            data.pop(again, None)
     if "text/plain" in data:
         data["text/plain"] = without_machine(data["text/plain"])
     if "image/png" in data:
