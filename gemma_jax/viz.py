@@ -176,7 +176,7 @@ def plot_layers(
         if places:
             ax.bar(places, [values[i] for i in places], color=colour, label=f"{kind} layer")
     ax.set(xlabel="layer", ylabel=label)
-    ax.grid(axis="y")
+    ax.grid(visible=True, axis="y")
     _number_layers(ax, len(layers))
     ax.legend()
     return ax
@@ -244,7 +244,7 @@ def plot_slices(
         ax.annotate(name, (size, loss), **where)
     ax.set(xlabel="effective parameters", ylabel="loss (nats per token)")
     ax.margins(0.1)
-    ax.grid()
+    ax.grid(visible=True)
     ax.xaxis.set_major_formatter(_short)
     if label is not None:
         ax.legend()

@@ -65,7 +65,7 @@ def search(
         found += uniform
         too_large = [point for point in uniform if point.parameters > budget]
         for start in dict.fromkeys(too_large[:1] + too_large[-1:]):
-            found += slices.narrow(start.submodel.ffn_widths, budget)
+            found += slices.narrow(start.submodel.widths(model.cfg), budget)
     if not (fitting := [point for point in found if point.parameters <= budget]):
         least = min(point.parameters for point in found)
         raise ValueError(f"no slice has {budget:,} parameters; the smallest tried has {least:,}")
@@ -162,13 +162,14 @@ class WidthSlices:
             if gain + cost < 0 and not widened.keys() & narrowed.keys()
         ]
         for _, move in sorted(promising, key=lambda pair: pair[0]):
-            changed = tuple(move.get(i, w) for i, w in enumerate(point.submodel.ffn_widths))
+            widths = point.submodel.widths(self.cfg)
+            changed = tuple(move.get(i, w) for i, w in enumerate(widths))
             if self.size(changed) <= budget and self.loss(changed) < point.loss:
                 yield self.point(changed)
 
     def _moves(self, point: Point, by: int) -> list[tuple[float, dict[int, int]]]:
         """Steps of single layers: what each adds to the loss, and layer -> new width."""
-        widths, moves = point.submodel.ffn_widths, []
+        widths, moves = point.submodel.widths(self.cfg), []
         for layer in range(len(widths)):
             if after := self.step(widths, layer, by):
                 moves.append((self.loss(after) - point.loss, {layer: after[layer]}))
