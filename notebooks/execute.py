@@ -18,6 +18,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 SHOWN_TWICE = {"image/png": "image/jpeg", "text/html": "text/plain"}  # the second says the same
+LARGE = 60_000  # bytes of a picture
 
 
 def digest(notebook: dict[str, Any]) -> str:
@@ -81,13 +82,16 @@ def without_machine(text: str) -> str:
 
 
 def _small(png: str) -> str:
-    """The picture in as many colours as a plot needs."""
+    """The picture in as many colours as a plot needs, or fewer if it would be large."""
     from PIL import Image
 
-    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
-    few = picture.quantize(256, kmeans=1, dither=Image.Dither.NONE)
-    few.save(written := io.BytesIO(), "PNG", optimize=True)
-    return base64.b64encode(written.getvalue()).decode()
+    picture, data = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), b""
+    for colours in (256, 64, 32):
+        few = picture.quantize(colours, kmeans=1, dither=Image.Dither.NONE)
+        few.save(written := io.BytesIO(), "PNG", optimize=True)
+        if len(data := written.getvalue()) < LARGE:
+            break
+    return base64.b64encode(data).decode()
 
 
 def main(names: list[str]) -> None:

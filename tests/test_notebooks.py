@@ -51,7 +51,7 @@ def faults_of_cell(cell: dict) -> list[str]:
             found.append("an error or a warning")
     if machine := of_this_machine("\n".join("".join(text) for text in texts)):
         found.append(f"something of this machine: {machine}")
-    if max(pictures) > 60_000 * 4 / 3:  # in base 64
+    if max(pictures) > execute.LARGE * 4 / 3:  # in base 64
         found.append("a large picture")
     if cell["metadata"].get("execution"):
         found.append("times of its run")
