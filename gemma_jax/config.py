@@ -12,6 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from gemma_jax.field_types import check_positive, check_types
+
+Activation = Literal["gelu_tanh", "gelu", "silu", "relu"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
@@ -45,17 +49,14 @@ class LayerSpec:
     kv: Literal["own", "lent", "shared"] = "own"
 
     def __post_init__(self):
-        if self.kv not in ("own", "lent", "shared"):
-            raise ValueError(f"kv={self.kv!r} must be 'own', 'lent' or 'shared'")
+        check_types(self)
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity={self.sparsity} must lie in [0, 1)")
-        if self.kind not in ("local", "global"):
-            raise ValueError(f"kind={self.kind!r} must be 'local' or 'global'")
         if (self.window is not None) != (self.kind == "local"):
             raise ValueError(f"a {self.kind} layer cannot have window={self.window}")
-        _check_positive(self, "rope_theta", "rope_scale", "d_ff")
+        check_positive(self, "rope_theta", "rope_scale", "d_ff")
         if self.window is not None:
-            _check_positive(self, "window")
+            check_positive(self, "window")
 
 
 def share_kv(specs: Sequence[LayerSpec], num_shared: int) -> tuple[LayerSpec, ...]:
@@ -99,7 +100,8 @@ class AltUpConfig:
     correct_scale: bool = True
 
     def __post_init__(self):
-        _check_positive(self, "num_streams")
+        check_types(self)
+        check_positive(self, "num_streams")
         if not 0 <= self.active < self.num_streams:
             raise ValueError(f"active={self.active} must lie in [0, {self.num_streams})")
 
@@ -117,7 +119,8 @@ class PerLayerConfig:
     vocab_size: int
 
     def __post_init__(self):
-        _check_positive(self, "width", "vocab_size")
+        check_types(self)
+        check_positive(self, "width", "vocab_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +141,8 @@ class ModalityVocabulary:
     norm_eps: float = 1e-6
 
     def __post_init__(self):
-        _check_positive(self, "first_id", "vocab_size", "width", "norm_eps")
+        check_types(self)
+        check_positive(self, "first_id", "vocab_size", "width", "norm_eps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +167,8 @@ class ImageProcessing:
     min_ratio: float = 1.2
 
     def __post_init__(self):
-        _check_positive(self, "rescale", "min_crop_size", "max_num_crops", "min_ratio")
+        check_types(self)
+        check_positive(self, "rescale", "min_crop_size", "max_num_crops", "min_ratio")
         if len(self.mean) != 3 or len(self.std) != 3 or not all(one > 0 for one in self.std):
             raise ValueError(f"mean={self.mean} and std={self.std} must be three numbers each")
         if self.resample not in RESAMPLING:
@@ -201,7 +206,8 @@ class VisionConfig:
     images: ImageProcessing = field(default_factory=ImageProcessing)
 
     def __post_init__(self):
-        _check_positive(
+        check_types(self)
+        check_positive(
             self, "d_tower", "d_ff", "num_layers", "num_heads", "image_size", "patch_size",
             "num_soft_tokens", "norm_eps",
         )  # fmt: skip
@@ -259,6 +265,8 @@ class GemmaConfig:
       norm_eps: Added to the mean square in every RMSNorm.
       qk_norm: RMSNorm over each query and key head (Gemma 3).
       post_norms: RMSNorm after attention and feed-forward, before the residual sum (Gemma 2, 3).
+      activation: Function of the feed-forward's gate: `"gelu_tanh"` (all published models; GELU by
+        its tanh approximation), `"gelu"`, `"silu"` or `"relu"`.
       attn_soft_cap, final_soft_cap: `cap * tanh(x / cap)` on scores / logits (Gemma 2).
       optional_final_cap: The final cap is one that the numerics may leave out (Gemma 3n; see
         `Numerics.optional_final_cap`).
@@ -297,6 +305,7 @@ class GemmaConfig:
     norm_eps: float = 1e-6
     qk_norm: bool = False
     post_norms: bool = False
+    activation: Activation = "gelu_tanh"
     attn_soft_cap: float | None = None
     final_soft_cap: float | None = None
     optional_final_cap: bool = False
@@ -311,13 +320,14 @@ class GemmaConfig:
     origin: str | None = field(default=None, compare=False)
 
     def __post_init__(self):
-        _check_positive(
+        check_types(self)
+        check_positive(
             self, "vocab_size", "d_model", "num_heads", "num_kv_heads", "head_dim", "max_positions",
             "query_pre_attn_scalar", "norm_eps",
         )  # fmt: skip
         for cap in ("attn_soft_cap", "final_soft_cap"):
             if getattr(self, cap) is not None:
-                _check_positive(self, cap)
+                check_positive(self, cap)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
@@ -327,7 +337,7 @@ class GemmaConfig:
         if not self.layers:
             raise ValueError("layers must hold at least one LayerSpec")
         if self.laurel_rank is not None:
-            _check_positive(self, "laurel_rank")
+            check_positive(self, "laurel_rank")
         _check_sharing(self.layers)
 
     @property
@@ -358,9 +368,3 @@ def _check_sharing(layers: tuple[LayerSpec, ...]) -> None:
             raise ValueError(f"layer {i} has keys and values of its own after others are shared")
         if spec.kv == "lent":
             lent.add(spec.kind)
-
-
-def _check_positive(owner, *names: str) -> None:
-    for name in names:
-        if not getattr(owner, name) > 0:
-            raise ValueError(f"{name}={getattr(owner, name)} must be positive")

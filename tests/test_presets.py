@@ -1,9 +1,11 @@
 """Released sizes by their published numbers, without weights."""
 
 import dataclasses
+import json
 from functools import partial
 
 import jax
+import numpy as np
 import pytest
 import tiny
 
@@ -11,6 +13,7 @@ from gemma_jax import PRESETS, cache_bytes, forward, preset
 from gemma_jax.config import (
     AltUpConfig,
     GemmaConfig,
+    ImageProcessing,
     LayerSpec,
     ModalityVocabulary,
     PerLayerConfig,
@@ -186,9 +189,9 @@ def test_every_config_field_matters():
     changes = dict(
         vocab_size=97, d_model=36, num_heads=8, num_kv_heads=1, head_dim=8,
         query_pre_attn_scalar=13, layers=base.layers[:2], norm_eps=1e-5, qk_norm=False,
-        post_norms=False, attn_soft_cap=2.0, final_soft_cap=2.0, vision=tiny.vision(),
-        scale_plus_one=False, v_norm=True, altup=AltUpConfig(num_streams=2), laurel_rank=3,
-        tied_head=False,
+        post_norms=False, activation="silu", attn_soft_cap=2.0, final_soft_cap=2.0,
+        vision=tiny.vision(), scale_plus_one=False, v_norm=True, tied_head=False,
+        altup=AltUpConfig(num_streams=2), laurel_rank=3,
         per_layer=PerLayerConfig(width=4, vocab_size=90),
         modality_vocabularies=(ModalityVocabulary(first_id=90, vocab_size=4, width=5),),
     )  # fmt: skip
@@ -263,6 +266,60 @@ def test_impossible_layers_are_refused():
         LayerSpec(kind="global", window=4, d_ff=8)
     with pytest.raises(ValueError, match="kind='sliding' must be 'local' or 'global'"):
         LayerSpec(kind="sliding", d_ff=8)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(d_model=64.5), "d_model must be an integer, got 64.5"),
+        (dict(vocab_size="10"), "vocab_size must be an integer, got '10'"),
+        (dict(num_heads=None), "num_heads must be an integer, got None"),
+        (dict(head_dim=True), "head_dim must be an integer, got True"),
+        (dict(norm_eps="1e-6"), "norm_eps must be a number, got '1e-6'"),
+        (dict(attn_soft_cap="50"), "attn_soft_cap must be a number or None, got '50'"),
+        (dict(laurel_rank=4.0), "laurel_rank must be an integer or None, got 4.0"),
+        (dict(qk_norm="no"), "qk_norm must be True or False, got 'no'"),
+        (dict(post_norms=1), "post_norms must be True or False, got 1"),
+        (dict(activation="swish"), "activation='swish' must be 'gelu_tanh', 'gelu', 'silu' or"),
+        (dict(origin=3), "origin must be a string or None, got 3"),
+        (dict(layers=3), "layers must be a tuple of LayerSpec, got 3"),
+        (dict(layers=["local"]), r"layers\[0\] must be a LayerSpec, got 'local'"),
+        (dict(altup={"num_streams": 2}), "altup must be an AltUpConfig or None, got {'num_"),
+        (dict(vision=tiny.gemma3()), "vision must be a VisionConfig or None, got GemmaConfig"),
+    ],
+)
+def test_wrong_types_are_refused(change, message):
+    with pytest.raises(ValueError, match="^" + message):
+        dataclasses.replace(tiny.gemma3(), **change)
+
+
+@pytest.mark.parametrize(
+    "kind, fields, message",
+    [
+        (LayerSpec, dict(kind="local", window=2.5, d_ff=8), "window must be an integer or None"),
+        (LayerSpec, dict(kind="global", d_ff=[8]), r"d_ff must be an integer, got \[8\]"),
+        (LayerSpec, dict(kind=None, d_ff=8), "kind=None must be 'local' or 'global'"),
+        (AltUpConfig, dict(num_streams="4"), "num_streams must be an integer, got '4'"),
+        (PerLayerConfig, dict(width=8, vocab_size=9e3), "vocab_size must be an integer, got 9000"),
+        (ModalityVocabulary, dict(first_id=None, vocab_size=1, width=2), "first_id must be an"),
+        (ImageProcessing, dict(mean=(0.5, "x", 0.5)), r"mean\[1\] must be a number, got 'x'"),
+        (ImageProcessing, dict(mean=0.5), "mean must be a tuple of float, got 0.5"),
+    ],
+)
+def test_wrong_types_in_the_parts_are_refused(kind, fields, message):
+    with pytest.raises(ValueError, match="^" + message):
+        kind(**fields)
+    with pytest.raises(ValueError, match="^image_size must be an integer, got 56.0"):
+        tiny.vision(image_size=56.0)
+
+
+def test_configs_are_plain_data_whatever_they_are_made_of():
+    """They are hashed, compared and written as JSON."""
+    plain = tiny.gemma3()
+    sizes = dict(d_model=np.int64(32), norm_eps=np.float64(1e-6), query_pre_attn_scalar=np.int8(12))
+    same = dataclasses.replace(plain, layers=list(plain.layers), **sizes)
+    assert same == plain and hash(same) == hash(plain)
+    assert json.dumps(dataclasses.asdict(same)) == json.dumps(dataclasses.asdict(plain))
 
 
 def test_unknown_preset_names_all():

@@ -8,17 +8,19 @@ from flax import nnx
 from jax.scipy.stats import norm
 
 from gemma_jax.config import GemmaConfig, LayerSpec
+from gemma_jax.nn.activations import ACTIVATIONS
 from gemma_jax.nn.einsum import Einsum
 
 
 class FeedForward(nnx.Module):
-    """`down(gelu(gate x) * up x)` with the tanh approximation of GELU.
+    """`down(activation(gate x) * up x)`; Gemma's activation is GELU by its tanh approximation.
 
     In a sparse layer the gate keeps what exceeds a threshold, and less that (hf `_gaussian_topk`).
     """
 
     def __init__(self, cfg: GemmaConfig, spec: LayerSpec, *, rngs: nnx.Rngs):
         sizes = {**cfg.sizes, "F": spec.d_ff}
+        self.activation = cfg.activation
         self.gate = Einsum("BTD,FD->BTF", sizes, rngs=rngs)
         self.up = Einsum("BTD,FD->BTF", sizes, rngs=rngs)
         self.down = Einsum("BTF,DF->BTD", sizes, rngs=rngs)
@@ -40,7 +42,7 @@ class FeedForward(nnx.Module):
         if deviations is not None:
             gate_BTF = gaussian_top(gate_BTF, deviations, keep_F)
             captured["sparsity_masks"] = gate_BTF > 0
-        hidden_BTF = jax.nn.gelu(gate_BTF, approximate=True) * self.up(x_BTD)
+        hidden_BTF = ACTIVATIONS[self.activation](gate_BTF) * self.up(x_BTD)
         if keep_F is not None:
             hidden_BTF = jnp.where(keep_F, hidden_BTF, 0)
         return self.down(hidden_BTF), captured

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gemma_jax.config import GemmaConfig
+from gemma_jax.nn.activations import ACTIVATIONS
 from gemma_jax.nn.einsum import Einsum
 from gemma_jax.nn.norm import RMSNorm
 from gemma_jax.numerics import Numerics
@@ -45,9 +46,10 @@ class PerLayerEmbedder(nnx.Module):
 
 
 class PerLayerInput(nnx.Module):
-    """One layer's use of its vector: `norm(proj(gelu(gate x) * vector))`."""
+    """One layer's use of its vector: `norm(proj(activation(gate x) * vector))`."""
 
     def __init__(self, cfg: GemmaConfig, *, rngs: nnx.Rngs):
+        self.activation = cfg.activation
         self.gate = Einsum("BTD,PD->BTP", cfg.sizes, rngs=rngs)
         self.proj = Einsum("BTP,DP->BTD", cfg.sizes, rngs=rngs)
         self.norm = RMSNorm(cfg, "D")
@@ -56,5 +58,5 @@ class PerLayerInput(nnx.Module):
         self, x_BTD: jax.Array, vector_BTP: jax.Array, numerics: Numerics
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """`[B, T, D]` to add to the stream, and captured intermediates."""
-        gate_BTP = jax.nn.gelu(self.gate(x_BTD), approximate=True)
+        gate_BTP = ACTIVATIONS[self.activation](self.gate(x_BTD))
         return self.norm(self.proj(gate_BTP * vector_BTP), numerics), {"per_layer_gates": gate_BTP}

@@ -177,8 +177,12 @@ def test_broken_ways_into_the_text_are_refused(changes, message):
         ({"model_type": "llama"}, "model_type 'llama' is not supported"),
         ({"model_type": None}, "model_type None"),
         ({"model_type": []}, "model_type"),
-        ({"hidden_activation": "silu"}, "hidden_activation 'silu'"),
-        ({"hidden_activation": "gelu"}, "hidden_activation 'gelu'"),
+        (
+            {"hidden_activation": "mish"},
+            "hidden_activation 'mish' is not supported; expected 'gelu_",
+        ),
+        ({"hidden_activation": ["silu"]}, r"hidden_activation \['silu'\] is not supported"),
+        ({"hidden_act": "silu"}, "hidden_act 'silu' has no effect .* gemma3_text reads hidden_act"),
         ({"attention_bias": True}, "attention_bias is set"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention is set"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is set"),
@@ -202,6 +206,46 @@ def test_broken_ways_into_the_text_are_refused(changes, message):
 def test_what_is_unknown_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         config_from_hf(PUBLISHED["gemma3-1b"] | changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (None, "gelu_tanh"),
+        ("gelu_pytorch_tanh", "gelu_tanh"),
+        ("gelu_new", "gelu_tanh"),
+        ("gelu", "gelu"),
+        ("silu", "silu"),
+        ("swish", "silu"),
+        ("relu", "relu"),
+    ],
+)
+def test_activations_by_their_names(name, expected):
+    """`ACT2FN` of transformers 5.24; every class but Gemma 1's reads `hidden_activation`."""
+    for family in ("gemma2", "gemma3_text", "gemma3n_text"):
+        raw = {"model_type": family, "hidden_activation": name}
+        assert config_from_hf(raw).activation == expected
+        inside = {"model_type": "gemma3n", "text_config": raw}
+        if family == "gemma3n_text":
+            assert config_from_hf(inside).activation == expected
+
+
+def test_activations_of_gemma_1():
+    """`GemmaMLP` reads `hidden_act`, and `GemmaConfig` takes "gelu" for the tanh approximation."""
+    for act, expected in (("gelu", "gelu_tanh"), ("gelu_python", "gelu"), ("silu", "silu")):
+        raw = {"model_type": "gemma", "hidden_act": act}
+        assert config_from_hf(raw).activation == expected
+        assert config_from_hf(raw | {"hidden_activation": act}).activation == expected
+    both = {"model_type": "gemma", "hidden_act": "gelu", "hidden_activation": "silu"}
+    with pytest.raises(ValueError, match="hidden_activation 'silu' has no effect.*gemma reads"):
+        config_from_hf(both)
+
+
+@pytest.mark.parametrize("name", ["gemma-2b", "gemma2-2b", "gemma3-1b", "gemma3-4b", "gemma3n-e2b"])
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "silu", "relu"])
+def test_activations_there_and_back(name, activation):
+    cfg = replace(preset(name), activation=activation)
+    assert config_from_hf(config_to_hf(cfg)) == cfg
 
 
 def test_only_what_transformers_has_is_exported():

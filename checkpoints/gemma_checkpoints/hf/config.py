@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from gemma_jax.config import (
+    Activation,
     AltUpConfig,
     GemmaConfig,
     LayerSpec,
@@ -18,6 +19,7 @@ from gemma_jax.config import (
     PerLayerConfig,
     share_kv,
 )
+from gemma_jax.storages import one_of
 
 from ..json_values import Json, depth, flag, nested, positive, whole
 from .config_keys import refuse_unknown_keys
@@ -101,6 +103,20 @@ KINDS: dict[str, Kind] = {
     "full_attention": "global",
     "sliding_attention": "local",
 }
+# By the names of transformers; of two names for one function the first is written.
+ACTIVATIONS: Mapping[str, Activation] = {
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu": "gelu",
+    "gelu_python": "gelu",  # the only exact one of Gemma 1, where "gelu" is none
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+}
+ACTIVATION_KEYS = (
+    "hidden_act",
+    "hidden_activation",
+)  # Gemma 1 reads the first, all others the last
 # Models with a tower around a `gemma3_text`. ShieldGemma 2 differs in what it was trained for.
 MULTIMODAL = ("gemma3", "shieldgemma2")
 # Towers for images and sound around a `gemma3n_text`; they are not read, their vocabularies are.
@@ -158,7 +174,6 @@ def config_from_hf(raw: Json, *, images: bool = True) -> GemmaConfig:
             f"expected one of: {', '.join([*DEFAULTS, *MULTIMODAL, DECODER_ONLY])}"
         )
     refuse_unknown_keys(raw, images=images)
-    _refuse_activations(text)
     text = DEFAULTS[family] | text
     layers = depth(text, "num_hidden_layers")
     gemma3n = family == "gemma3n_text"
@@ -175,6 +190,7 @@ def config_from_hf(raw: Json, *, images: bool = True) -> GemmaConfig:
         norm_eps=positive(text, "rms_norm_eps"),
         qk_norm=family in ("gemma3_text", "gemma3n_text"),
         post_norms=family != "gemma",
+        activation=_activation(text),
         # Gemma3Attention never applies attn_logit_softcapping, whatever its config says.
         attn_soft_cap=_cap(text, "attn_logit_softcapping") if family == "gemma2" else None,
         final_soft_cap=None if family == "gemma" else _cap(text, "final_logit_softcapping"),
@@ -229,12 +245,27 @@ def _gemma3n_parts(text: Json) -> Json:
     )
 
 
-def _refuse_activations(text: Json) -> None:
-    for key in ("hidden_activation", "hidden_act"):
-        # Gemma 1's published configs say "gelu", and mean the tanh approximation.
-        allowed = (None, "gelu_pytorch_tanh", *(["gelu"] if text["model_type"] == "gemma" else []))
-        if text.get(key) not in allowed:
-            raise ValueError(f"{key} {text[key]!r} is not supported; expected 'gelu_pytorch_tanh'")
+def _activation(text: Json) -> Activation:
+    """By the key that the transformers class reads; the other one may only say the same."""
+    family = text["model_type"]
+    key, other = ACTIVATION_KEYS if family == "gemma" else ACTIVATION_KEYS[::-1]
+    found = _named_activation(text, key) or "gelu_tanh"
+    if _named_activation(text, other) not in (None, found):
+        raise ValueError(
+            f"{other} {text[other]!r} has no effect in transformers: {family} reads {key}; "
+            "remove one of them"
+        )
+    return found
+
+
+def _named_activation(text: Json, key: str) -> Activation | None:
+    name = text.get(key)
+    if name is None:
+        return None
+    if name not in tuple(ACTIVATIONS):
+        raise ValueError(f"{key} {name!r} is not supported; expected {one_of(tuple(ACTIVATIONS))}")
+    # Gemma 1's published configs say "gelu", and mean the tanh approximation.
+    return "gelu_tanh" if text["model_type"] == "gemma" and name == "gelu" else ACTIVATIONS[name]
 
 
 def _kinds(text: Json, layers: int) -> list[Kind]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from gemma_jax.config import GemmaConfig, LayerSpec
 
 from ..json_values import Json
-from .config import ARCHITECTURES, DEFAULTS, KINDS
+from .config import ACTIVATION_KEYS, ACTIVATIONS, ARCHITECTURES, DEFAULTS, KINDS
 from .vision_config import vision_to_hf
 
 
@@ -56,8 +56,7 @@ def _text_to_hf(cfg: GemmaConfig) -> Json:
         "rms_norm_eps": cfg.norm_eps,
         "attention_bias": False,
         "tie_word_embeddings": cfg.tied_head,
-        "hidden_act": "gelu_pytorch_tanh",
-        "hidden_activation": "gelu_pytorch_tanh",
+        **dict.fromkeys(ACTIVATION_KEYS, _activation_name(cfg, family)),
         "bos_token_id": 2,
         "eos_token_id": 1,
         "pad_token_id": 0,
@@ -82,6 +81,15 @@ def _text_to_hf(cfg: GemmaConfig) -> Json:
             "attn_logit_softcapping": cfg.attn_soft_cap,
         }
     return out | _gemma3n_to_hf(cfg) if family == "gemma3n_text" else out
+
+
+def _activation_name(cfg: GemmaConfig, family: str) -> str:
+    """The first name that reads back as this activation."""
+    return next(
+        name
+        for name, ours in ACTIVATIONS.items()
+        if ours == cfg.activation and (family, name) != ("gemma", "gelu")
+    )
 
 
 def _kind_facts(spec: LayerSpec) -> LayerSpec:

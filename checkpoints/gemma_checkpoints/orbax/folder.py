@@ -4,7 +4,7 @@ Names do not depend on how layers are stacked, so a folder loads into either lay
 """
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -142,18 +142,21 @@ class OrbaxFolder:
 
 
 def _config(fields: dict) -> GemmaConfig:
-    layers = tuple(LayerSpec(**spec) for spec in fields["layers"])
     parts = {"vision": VisionConfig, "altup": AltUpConfig, "per_layer": PerLayerConfig}
+    vision = fields.get("vision") or {}
+    if "images" in vision:
+        images = ImageProcessing(**vision["images"])
+        fields = fields | {"vision": vision | {"images": images}}
     own = {  # absent from folders that are older than the part
         name: kind(**fields[name]) for name, kind in parts.items() if fields.get(name) is not None
     }
-    if "images" in (fields.get("vision") or {}):
-        images = fields["vision"]["images"]
-        lists = {name: tuple(images[name]) for name in ("mean", "std")}
-        own["vision"] = replace(own["vision"], images=ImageProcessing(**images | lists))
-    vocabularies = (ModalityVocabulary(**ids) for ids in fields.get("modality_vocabularies", ()))
-    lists = {"layers": layers, "modality_vocabularies": tuple(vocabularies)}
-    return GemmaConfig(**{**fields, **lists, **own})
+    lists = {
+        "layers": [LayerSpec(**spec) for spec in fields["layers"]],
+        "modality_vocabularies": [
+            ModalityVocabulary(**ids) for ids in fields.get("modality_vocabularies", ())
+        ],
+    }
+    return GemmaConfig(**fields | lists | own)
 
 
 def _info(entry: Any) -> TensorInfo:

@@ -1,0 +1,63 @@
+"""Holds the fields of a frozen dataclass against their annotations, with one line for a wrong one.
+
+Annotations may be `int`, `float`, `bool`, `str`, a class, `Literal[...]`, `... | None`, and
+`tuple[...]` of these.
+"""
+
+from dataclasses import fields
+from numbers import Integral, Real
+from reprlib import repr as shortened
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin
+
+from gemma_jax.storages import one_of
+
+_EXPECTED = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
+_NUMBERS = {int: Integral, float: Real}  # those of NumPy too
+
+
+def check_types(owner: Any) -> None:
+    """Refuses fields of a wrong type; for use in `__post_init__`.
+
+    Numbers of NumPy become those of Python, and lists tuples: configs are hashed and stored.
+
+    Raises:
+      ValueError: A field of a wrong type: `d_model must be an integer, got 64.5`.
+    """
+    for field in fields(owner):
+        value = _checked(field.name, getattr(owner, field.name), field.type)
+        object.__setattr__(owner, field.name, value)
+
+
+def check_positive(owner: Any, *names: str) -> None:
+    """Raises `ValueError` for the first of these fields that is not above zero."""
+    for name in names:
+        if not getattr(owner, name) > 0:
+            raise ValueError(f"{name}={getattr(owner, name)} must be positive")
+
+
+def _checked(name: str, value: Any, kind: Any, or_none: str = "") -> Any:
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is UnionType:  # such as `int | None`
+        (kind,) = (arg for arg in args if arg is not NoneType)
+        return None if value is None else _checked(name, value, kind, " or None")
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"{name}={value!r} must be {one_of(args)}")
+        return value
+    if origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(_checked(f"{name}[{i}]", one, args[0]) for i, one in enumerate(value))
+    elif kind in _NUMBERS:
+        if isinstance(value, _NUMBERS[kind]) and not isinstance(value, bool):
+            return int(value) if isinstance(value, Integral) else float(value)
+    elif isinstance(value, kind):
+        return value
+    raise ValueError(f"{name} must be {_expected(kind)}{or_none}, got {shortened(value)}")
+
+
+def _expected(kind: Any) -> str:
+    if get_origin(kind) is tuple:
+        return f"a tuple of {get_args(kind)[0].__name__}"
+    name = kind.__name__
+    return _EXPECTED.get(kind) or f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
