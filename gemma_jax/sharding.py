@@ -149,8 +149,8 @@ class Partition:
         return jax.tree.map(of, tree, is_leaf=lambda x: isinstance(x, nnx.Param | HasLetters))
 
     def param_shardings(self, param: nnx.Param) -> Any:
-        """Of its array, or of the arrays in the place of one."""
-        value, dims = param.get_value(), param.dims
+        """Of its array, or of the arrays in the place of one; without letters, whole everywhere."""
+        value, dims = param.get_value(), param.get_metadata().get("dims", "")
         letters = value.array_dims(dims) if isinstance(value, HasArrayDims) else dims
         return jax.tree.map(lambda a, dims: self.sharding(dims, a.shape), value, letters)
 

@@ -16,7 +16,7 @@ from gemma_jax.config import (
     VisionConfig,
     share_kv,
 )
-from gemma_jax.decoder.model import Gemma, abstract_model
+from gemma_jax.decoder.model import Block, Gemma, abstract_model
 from gemma_jax.runtime import Runtime
 from gemma_jax.weights.tree import map_params
 
@@ -113,7 +113,7 @@ def gemma3n(layers: int = 9, num_shared: int = 3) -> GemmaConfig:
 FAMILIES = {"gemma": gemma1, "gemma2": gemma2, "gemma3": gemma3, "gemma3n": gemma3n}
 
 
-def model(cfg: GemmaConfig, layout="scan", seed: int = 0, **runtime) -> Gemma:
+def model(cfg: GemmaConfig, layout="scan", seed: int = 0, block=Block, **runtime) -> Gemma:
     """Random weights, with norm scales away from their neutral values.
 
     NumPy makes them: compiling the initialisers would take most of the time of a small test.
@@ -125,12 +125,13 @@ def model(cfg: GemmaConfig, layout="scan", seed: int = 0, **runtime) -> Gemma:
         scale = math.prod(shape[len(shape) - len(inputs) :]) ** -0.5 if inputs else 0.3
         return jnp.asarray(scale * random.standard_normal(shape), jnp.float32)
 
-    return map_params(abstract_model(cfg, runtime=Runtime(**runtime), layout=layout), fill)
+    empty = abstract_model(cfg, runtime=Runtime(**runtime), layout=layout, block=block)
+    return map_params(empty, fill)
 
 
 def relayout(gemma: Gemma, layout: str) -> Gemma:
     """The same parameters in the other layout."""
-    other = model(gemma.cfg, layout)
+    other = model(gemma.cfg, layout, block=gemma.make_block)
     other.runtime = gemma.runtime
     _restack(gemma, other)
     other.embed, other.final_norm = gemma.embed, gemma.final_norm

@@ -10,15 +10,16 @@ corrects them all by its result.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 from flax import nnx
 
 from gemma_jax.config import GemmaConfig, LayerSpec
 from gemma_jax.decoder.attention import Attention
-from gemma_jax.decoder.cache import LayerCache
+from gemma_jax.decoder.cache import KeysValues, LayerCache
 from gemma_jax.decoder.context import Context
 from gemma_jax.nn.altup import AltUp, Streams
 from gemma_jax.nn.embed import Embedder, ModalityEmbedder
@@ -48,10 +49,34 @@ class LayerInputs:
 
 
 class Block(nnx.Module):
-    """One decoder layer: attention and feed-forward, each between norms, on a residual stream.
+    """Computes one decoder layer: attention and feed-forward, each between norms, on a stream.
 
     With AltUp, LAuReL and per-layer inputs as far as the config has them (hf
     `Gemma3nTextDecoderLayer`).
+
+    A subclass may put other modules in the place of its own, or have another `compute`;
+    `Gemma(cfg, block=...)` makes a model of it. The feed-forward `ffn` may be any module that maps
+    `[B, T, D]` to the same; what some models have besides (widths of MatFormers, sparsity) it is
+    given by name. Attention writes caches: another one is best made as a subclass of `Attention`.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> from flax import nnx
+      >>> class Squared(nnx.Module):
+      ...     def __init__(self, cfg, spec, *, rngs):
+      ...         self.up = nnx.Linear(cfg.d_model, spec.d_ff, rngs=rngs)
+      ...         self.down = nnx.Linear(spec.d_ff, cfg.d_model, rngs=rngs)
+      ...
+      ...     def __call__(self, x_BTD):
+      ...         return self.down(nnx.relu(self.up(x_BTD)) ** 2)
+      >>> class SquaredBlock(gj.Block):
+      ...     def __init__(self, cfg, spec, *, rngs):
+      ...         super().__init__(cfg, spec, rngs=rngs)
+      ...         self.ffn = Squared(cfg, spec, rngs=rngs)
+      >>> cfg = gj.load_model("checkpoints/digits").cfg
+      >>> model = gj.Gemma(cfg, rngs=nnx.Rngs(0), block=SquaredBlock)
+      >>> model.blocks[0][0].ffn.up.kernel.shape[-2:]  # in front: layers that are stacked
+      (64, 256)
     """
 
     def __init__(self, cfg: GemmaConfig, spec: LayerSpec, *, rngs: nnx.Rngs):
@@ -82,7 +107,7 @@ class Block(nnx.Module):
             with jax.named_scope("altup"):
                 x, extra["altup_mixtures"] = self.altup.predict(x, numerics)
                 extra["altup_predictions"] = x
-        y_BTD, cache, kv, captured = self._compute(
+        y_BTD, cache, kv, captured = self.compute(
             x if self.altup is None else x[self.altup.active], ctx, cache, inputs.width
         )
         if self.altup is None:
@@ -101,14 +126,25 @@ class Block(nnx.Module):
         captured |= extra | {"layer_outputs": x}
         return LayerOutput(x=x, cache=cache, captured=captured, shared_kv=shared_kv)
 
-    def _compute(
+    def compute(
         self,
         x_BTD: jax.Array,
         ctx: Context,
         cache: LayerCache | None,
         width: jax.Array | None,
-    ):
-        """Attention, with LAuReL beside it, and feed-forward, on one stream."""
+    ) -> tuple[jax.Array, LayerCache | None, KeysValues, dict[str, jax.Array]]:
+        """Attention, with LAuReL beside it, and feed-forward, on one stream.
+
+        Args:
+          x_BTD: The residual stream.
+          ctx: What the pass knows: positions, masks, the `Runtime`.
+          cache: The layer's, or `None`.
+          width: Of the feed-forward; `None` for all of it.
+
+        Returns:
+          The stream after the layer, the cache after this pass, what attention attended to, and
+          captured intermediates by name.
+        """
         numerics = ctx.runtime.numerics
         normed_BTD = self.pre_attn_norm(x_BTD, numerics)
         with jax.named_scope("attention"):
@@ -120,14 +156,38 @@ class Block(nnx.Module):
                 x_BTD = (x_BTD + captured["laurel"]) / math.sqrt(2)
         with jax.named_scope("ffn"):
             sparsity = self.spec.sparsity
-            deviations = ctx.deviations[sparsity] if sparsity else None
-            y_BTD, masks = self.ffn(self.pre_ffn_norm(x_BTD, numerics), width, deviations)
+            given = {"width": width, "deviations": ctx.deviations[sparsity] if sparsity else None}
+            given = {name: value for name, value in given.items() if value is not None}
+            out = self.ffn(self.pre_ffn_norm(x_BTD, numerics), **given)
+            y_BTD, masks = out if isinstance(out, tuple) else (out, {})
             x_BTD += y_BTD if self.post_ffn_norm is None else self.post_ffn_norm(y_BTD, numerics)
         return x_BTD, cache, kv, captured | masks
 
 
+MakeBlock = Callable[..., nnx.Module]  # of config and spec, and of `rngs` by name
+
+
 class Gemma(nnx.Module):
     """Holds the parameters of a model. Stateless: caches go into `forward` and come back from it.
+
+    A new one has random weights: those of linear maps come from a normal distribution with a
+    variance of one over the number of inputs, those of the embedding with one over `d_model` (rows
+    are scaled by `sqrt(d_model)` when read), and norms begin as the identity. Streams and logits
+    have a variance near one then, and losses lie half a nat above a uniform guess.
+
+    Layers that are alike are stacked: a parameter in `blocks[group][position]` has an axis in front
+    of its own, of the layers that are stacked there; in the layout `"unrolled"` it is one layer.
+    `block` is mapped over that axis and need not know of it. A module that is put into a finished
+    model has to have it.
+
+    Args:
+      cfg: What the model is.
+      rngs: Where its random weights come from.
+      runtime: How it computes.
+      layout: How layers are stacked; see `gemma_jax.nn.layer_groups`.
+      block: Makes a layer, `(cfg, spec, *, rngs) -> module`, which is called as `Block` is: a
+        subclass of it, as a rule. `save_orbax` notes what its modules are called, and loading asks
+        for the same `block`; other formats refuse such a model.
 
     Examples:
       >>> import gemma_jax as gj
@@ -146,15 +206,16 @@ class Gemma(nnx.Module):
         rngs: nnx.Rngs,
         runtime: Runtime = Runtime(),
         layout: Layout = "scan",
+        block: MakeBlock = Block,
     ):
-        self.cfg, self.runtime = cfg, runtime
+        self.cfg, self.runtime, self.make_block = cfg, runtime, block
         self.layer_groups = group_layers(cfg.layers, layout)
         self.embed = Embedder(cfg, rngs=rngs)
         self.modality_embedders = nnx.List(
             [ModalityEmbedder(cfg, ids, rngs=rngs) for ids in cfg.modality_vocabularies]
         )
         self.blocks = stack_layers(
-            lambda spec, r: Block(cfg, spec, rngs=r), self.layer_groups, rngs
+            lambda spec, r: block(cfg, spec, rngs=r), self.layer_groups, rngs
         )
         self.per_layer = PerLayerEmbedder(cfg, rngs=rngs) if cfg.per_layer else None
         self.streams = Streams(cfg, rngs=rngs) if cfg.altup else None
@@ -176,7 +237,12 @@ class Gemma(nnx.Module):
 
 @lru_cache(maxsize=32)  # tracing takes a while, and many callers want the same one
 def abstract_model(
-    cfg: GemmaConfig, *, runtime: Runtime = Runtime(), layout: Layout = "scan"
+    cfg: GemmaConfig,
+    *,
+    runtime: Runtime = Runtime(),
+    layout: Layout = "scan",
+    block: MakeBlock = Block,
 ) -> Gemma:
     """The model with `jax.ShapeDtypeStruct`s for arrays. Shared by callers: not to be changed."""
-    return jax.eval_shape(lambda: Gemma(cfg, rngs=nnx.Rngs(0), runtime=runtime, layout=layout))
+    make = partial(Gemma, cfg, runtime=runtime, layout=layout, block=block)
+    return jax.eval_shape(lambda: make(rngs=nnx.Rngs(0)))

@@ -10,7 +10,7 @@ from gemma_jax.config import GemmaConfig
 from gemma_jax.decoder.model import Gemma, abstract_model
 from gemma_jax.nn.layer_groups import Layout
 from gemma_jax.weights.protocol import Index, Weight
-from gemma_jax.weights.tree import ParamPath, flat_params, with_params
+from gemma_jax.weights.tree import ParamPath, dims_of, flat_params, with_params
 from gemma_jax.weights.view import Part
 
 from .submodel import Slice, slice_config
@@ -43,7 +43,7 @@ def slice_model(
     cfg = slice_config(model.cfg, submodel, allow_irregular=allow_irregular)
     layout = layout or ("unrolled" if _is_unrolled(model) else "scan")
     target, parts = (
-        abstract_model(cfg, runtime=model.runtime, layout=layout),
+        abstract_model(cfg, runtime=model.runtime, layout=layout, block=model.make_block),
         _parts(model, submodel),
     )
 
@@ -86,7 +86,8 @@ def at(model: Gemma, submodel: Slice, *, allow_irregular: bool = False) -> Gemma
             "matformer.slice"
         )
     cfg = slice_config(model.cfg, submodel, allow_irregular=allow_irregular)
-    target = abstract_model(cfg, runtime=model.runtime, layout="unrolled")
+    made = {"runtime": model.runtime, "block": model.make_block}
+    target = abstract_model(cfg, layout="unrolled", **made)
     kept, parts = submodel.kept(len(model.cfg.layers)), _parts(model, submodel)
 
     def value(path: ParamPath) -> Weight:
@@ -129,9 +130,10 @@ def _parts(model: Gemma, submodel: Slice) -> Callable[[ParamPath, int | None], W
 
 
 def _part(param: nnx.Param, value: Weight, letter: str, index: Index, narrower: bool) -> Weight:
-    if not narrower or letter not in param.dims:
+    dims = dims_of(param)
+    if not narrower or letter not in dims:
         return value
-    return Part.of(value, param.dims.index(letter) - len(param.dims), index)
+    return Part.of(value, dims.index(letter) - len(dims), index)
 
 
 def _taken(value: Weight) -> Weight:

@@ -98,6 +98,8 @@ def run_layers(
       inputs: Arrays with one entry per layer along their first axis, which its block gets besides.
     """
 
+    for i, group in enumerate(layer_groups):
+        _check_stacked(blocks[i], group, f"blocks.{i}")
     run_block = jax.checkpoint(_run_block) if ctx.runtime.remat else _run_block
 
     def run_period(ctx, x, blocks, old_caches, inputs):
@@ -132,12 +134,27 @@ def run_layers(
     return x, None if caches is None else tuple(new_caches), captured
 
 
+def _check_stacked(blocks: nnx.List, group: LayerGroup, name: str) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(blocks):
+        if leaf.shape[:1] != (group.repeats,):
+            inside = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+            raise ValueError(
+                f"{name}.{inside} has shape {list(leaf.shape)}, expected [{group.repeats}, ...]: "
+                "parameters of blocks have an axis in front, of the layers that are stacked there; "
+                "give it one, or make the model with Gemma(cfg, block=...)"
+            )
+
+
 @jax.jit
 def _run_block(
     block: nnx.Module, x: jax.Array, ctx: Context, cache: LayerCache | None, *extra: Any
 ) -> LayerOutput:
     """Part of the program around it, but traced once for all blocks that are alike."""
-    return block(x, ctx, cache, *extra)
+    out = block(x, ctx, cache, *extra)
+    if not isinstance(out, LayerOutput):
+        kind = type(block).__name__
+        raise TypeError(f"{kind} must return a LayerOutput, got {type(out).__name__}")
+    return out
 
 
 def _by_position(inputs: Any, group: LayerGroup, numbers: tuple[jax.Array, ...]) -> tuple[Any, ...]:

@@ -37,7 +37,7 @@ def muon(model: Gemma, rate: optax.ScalarOrSchedule) -> optax.GradientTransforma
 
 def _matrix(param: nnx.Param) -> optax.contrib.MuonDimensionNumbers | None:
     """Which axes of a parameter are its rows and columns; `None` for what is no linear map."""
-    inputs, dims = param.get_metadata().get("inputs", ""), param.get_metadata()["dims"]
+    inputs, dims = (param.get_metadata().get(name, "") for name in ("inputs", "dims"))
     if not inputs or "V" in dims:
         return None
     ndim = len(param.get_value().shape)

@@ -14,6 +14,11 @@ def flat_params(model: nnx.Module) -> dict[ParamPath, nnx.Param]:
     return dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
 
 
+def dims_of(param: nnx.Param) -> str:
+    """The letters of a parameter's last axes; none, where a module of a user's own gave none."""
+    return param.get_metadata().get("dims", "")
+
+
 def with_params(model: Model, values: Mapping[ParamPath, Any]) -> Model:
     """Makes a model with other values in some of its parameters; it shares all else.
 
