@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gemma_jax.decoder.model import Gemma
+from gemma_jax.config import GemmaConfig
+from gemma_jax.decoder.model import Block, Gemma, MakeBlock
 from gemma_jax.inference.sampling import Sampling
 from gemma_jax.nn.layer_groups import Layout
 from gemma_jax.numerics import Numerics, resolve_numerics
@@ -99,6 +100,8 @@ def load(
     source: str,
     options: LoadOptions = LoadOptions(),
     *,
+    config: Callable[[GemmaConfig], GemmaConfig] | None = None,
+    block: MakeBlock = Block,
     progress: Callable[[int, int], None] | None = None,
     **changes: Unpack[LoadKeywords],
 ) -> tuple[Gemma, Tokenizer]:
@@ -107,27 +110,41 @@ def load(
     Args:
       source: Name or path. Paths never touch the network; `gemma_checkpoints.catalog` lists names.
       options: How to load it.
+      config: Makes another config of the checkpoint's, for the same weights: with other windows or
+        rope, or without some of the last layers, whose weights are not read then.
+      block: Makes the layers, as in `Gemma`; what was saved with blocks of its own needs the same.
       progress: Called with bytes read so far and in total.
       **changes: Fields of `LoadOptions` by name, in place of those of `options`.
 
     Raises:
-      ValueError: Unknown name, or a checkpoint that cannot be read; says all that is wrong.
+      ValueError: Unknown name, or a checkpoint that cannot be read; says all that is wrong. Or a
+        config with other weights than the checkpoint's.
 
     Examples:
+      >>> import dataclasses
       >>> import gemma_jax as gj
       >>> model, tok = gj.load("checkpoints/digits")  # shipped with the repository
       >>> len(model.cfg.layers), tok.vocab_size
       (3, 359)
+      >>> shallow, tok = gj.load(
+      ...     "checkpoints/digits",
+      ...     config=lambda cfg: dataclasses.replace(cfg, layers=cfg.layers[:2]),
+      ... )
+      >>> len(shallow.cfg.layers)
+      2
     """
     options = replace(options, **changes)
     tokenizer = load_tokenizer(source)
-    return load_model(source, options, progress=progress), tokenizer
+    model = load_model(source, options, config=config, block=block, progress=progress)
+    return model, tokenizer
 
 
 def load_model(
     source: str,
     options: LoadOptions = LoadOptions(),
     *,
+    config: Callable[[GemmaConfig], GemmaConfig] | None = None,
+    block: MakeBlock = Block,
     progress: Callable[[int, int], None] | None = None,
     **changes: Unpack[LoadKeywords],
 ) -> Gemma:
@@ -169,6 +186,8 @@ def load_model(
         placement=partition and partition.placement,
         per_layer_table=options.per_layer_table,
         per_layer_dtype=jnp.bfloat16 if narrower else None,
+        config=config,
+        block=block,
         progress=progress,
     )
 
@@ -180,10 +199,11 @@ def partition_for(
     modalities: Collection[str] | None = None,
 ) -> Partition:
     """For the model of a checkpoint; see `LoadOptions`."""
-    from gemma_checkpoints import describe, resolve
+    from gemma_checkpoints import open_source, resolve
+    from gemma_checkpoints.select_parts import config_for
 
     if not isinstance(mesh, Mesh):
-        mesh = make_mesh(describe(resolve(source), modalities=modalities).config, None, **mesh)
+        mesh = make_mesh(config_for(open_source(resolve(source)), modalities), None, **mesh)
     return Partition.of(mesh, rules)
 
 

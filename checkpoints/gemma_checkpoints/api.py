@@ -5,12 +5,13 @@ from pathlib import Path
 
 import jax
 
-from gemma_jax.decoder.model import Gemma
+from gemma_jax.decoder.model import Block, Gemma, MakeBlock
 from gemma_jax.nn.layer_groups import Layout
 from gemma_jax.runtime import Runtime
 from gemma_jax.weights.off_device import Place
 
 from .catalog import Notify, resolve
+from .changed_config import ChangeConfig
 from .errors import CheckpointError
 from .formats import is_checkpoint, no_checkpoint, open_source
 from .load import Placement, Transform, load_source
@@ -28,6 +29,8 @@ def load_weights(
     transform: Transform | None = None,
     per_layer_table: Place = "device",
     per_layer_dtype: jax.typing.DTypeLike | None = None,
+    config: ChangeConfig | None = None,
+    block: MakeBlock = Block,
     progress: Callable[[int, int], None] | None = None,
     notify: Notify | None = None,
 ) -> Gemma:
@@ -49,6 +52,10 @@ def load_weights(
         parameters, to the memory of the host, or nowhere: it stays in its safetensors file. Off the
         device it is not transformed.
       per_layer_dtype: Of the rows of that table off the device; default: `dtype`.
+      config: Makes another config of the checkpoint's, for the same tensors: other windows or rope,
+        say, or without some of the last layers, whose tensors are not read then.
+      block: Makes the layers; see `gemma_jax.Gemma`. A model that was saved with blocks of its own
+        is loaded with these alone.
       progress: Called with (bytes done, bytes in all), counted after decoding.
       notify: See `resolve`.
 
@@ -72,6 +79,8 @@ def load_weights(
         transform=transform,
         per_layer_table=per_layer_table,
         per_layer_dtype=per_layer_dtype,
+        config=config,
+        block=block,
         progress=progress,
     )
 

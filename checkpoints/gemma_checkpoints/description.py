@@ -8,6 +8,7 @@ from pathlib import Path
 from gemma_jax.config import GemmaConfig
 from gemma_jax.decoder.model import abstract_model
 
+from .beside_config import check_block
 from .formats import open_source
 from .matching import match
 from .params import named_slots, params_by_part
@@ -63,6 +64,7 @@ def describe(path: str | Path, *, modalities: Collection[str] | None = None) -> 
     """
     source = open_source(path)
     cfg = config_for(source, modalities)
+    check_block(source, cfg)
     moves = match(source, named_slots(abstract_model(cfg, layout="scan")))
     by_encoding = Counter()
     for move in moves:

@@ -15,6 +15,7 @@ from gemma_jax.decoder.model import Gemma
 from gemma_jax.weights.protocol import StandIn
 from gemma_jax.weights.tree import ParamPath, flat_params, with_attributes
 
+from .beside_config import refuse_beside_config
 from .catalog import resolve
 from .errors import CheckpointError
 from .folders import new_folder
@@ -124,6 +125,7 @@ def save_hf(
         model = _decoder(model)
     target, params = Path(folder), flat_params(model)
     refuse_inexact(target, params)
+    refuse_beside_config(target, model)
     if not all(param.get_value().is_fully_addressable for param in params.values()):
         raise CheckpointError(
             target,
@@ -133,7 +135,7 @@ def save_hf(
     source = None if source is None else resolve(source)
     try:
         config, origin = _from_source(source, model.cfg)
-        config = config_to_hf(model.cfg) if config is None else config
+        config = _new_config(model.cfg) if config is None else config
     except ValueError as error:
         raise CheckpointError(target, f"cannot be exported: {error}") from None
     tensors: list[AnyTensor] = [
@@ -268,6 +270,13 @@ def _from_source(source: Path | None, cfg: GemmaConfig) -> tuple[Json | None, HF
         has_weights = (source / SINGLE).exists() or (source / INDEX).exists()
         return _with_head(raw, cfg), HFFolder(source) if has_weights else None
     return _with_head(text, cfg) if _describes(text, cfg) else None, None
+
+
+def _new_config(cfg: GemmaConfig) -> Json:
+    try:
+        return config_to_hf(cfg)
+    except ValueError as error:
+        raise ValueError(f"{error}; save_orbax keeps it") from None
 
 
 def _describes(raw: Json, cfg: GemmaConfig) -> bool:

@@ -18,14 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gemma_jax.decoder.model import Gemma, abstract_model
+from gemma_jax.decoder.model import Block, Gemma, MakeBlock, abstract_model
 from gemma_jax.nn.layer_groups import Layout
 from gemma_jax.runtime import Runtime
 from gemma_jax.weights.off_device import DiskTable, Place
 from gemma_jax.weights.protocol import Weight
-from gemma_jax.weights.tree import ParamPath, flat_params, with_params
+from gemma_jax.weights.tree import ParamPath, dims_of, flat_params, with_params
 
+from .beside_config import check_block
 from .buffers import Box, Buffer, TableBuffer, local_boxes, make_buffer
+from .changed_config import ChangeConfig, changed_config
 from .errors import CheckpointError
 from .matching import Move, match
 from .params import named_slots
@@ -74,6 +76,8 @@ def load_source(
     transform: Transform | None = None,
     per_layer_table: Place = "device",
     per_layer_dtype: jax.typing.DTypeLike | None = None,
+    config: ChangeConfig | None = None,
+    block: MakeBlock = Block,
     progress: Callable[[int, int], None] | None = None,
 ) -> Gemma:
     """Loads the model of a source that is open; the arguments are those of `load_weights`.
@@ -83,8 +87,10 @@ def load_source(
       >>> gc.load_source(gc.open_source("checkpoints/digits"), dtype="float32").embed.table.dtype
       dtype('float32')
     """
-    cfg = config_for(source, modalities)
-    model = abstract_model(cfg, runtime=runtime, layout=layout)
+    declared = config_for(source, modalities)
+    check_block(source, declared, block)
+    cfg = declared if config is None else changed_config(source, declared, config, block)
+    model = abstract_model(cfg, runtime=runtime, layout=layout, block=block)
     params = flat_params(model)
     moves = match(source, named_slots(model))
     arrays, non_finite = {}, Counter()
@@ -100,7 +106,7 @@ def load_source(
     def sharding(path: ParamPath) -> jax.sharding.Sharding | None:
         if placement is None or (path == TABLE and per_layer_table == "host"):
             return None
-        return placement(path, params[path].dims, params[path].get_value().shape)
+        return placement(path, dims_of(params[path]), params[path].get_value().shape)
 
     def buffer(path: ParamPath, stored: np.dtype) -> Buffer:
         shape = params[path].get_value().shape

@@ -30,9 +30,11 @@ def match(source: Source, slots: dict[str, Slot]) -> list[Move]:
     rows = expand(source.table, depths(source.config))
     problems, moves = [], []
     for name, slot in slots.items():
-        row = rows[name]
-        info = source.tensors.get(row.theirs)
-        if info is None:
+        row = rows.get(name)
+        info = None if row is None else source.tensors.get(row.theirs)
+        if row is None:
+            problems.append(f"{name}: the model has such a parameter, a {source.format} file none")
+        elif info is None:
             problems.append(f"{row.theirs} is missing: expected {list(_theirs(row, slot))}")
         elif problem := _misfit(row, slot, info):
             problems.append(problem)

@@ -5,12 +5,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
+from string import ascii_lowercase
 
 from flax import nnx
 
 from gemma_jax.config import GemmaConfig
 from gemma_jax.decoder.model import Gemma, abstract_model
-from gemma_jax.weights.tree import ParamPath, flat_params
+from gemma_jax.weights.tree import ParamPath, dims_of, flat_params
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,25 @@ def params_by_part(cfg: GemmaConfig) -> dict[str, int]:
     return dict(counts)
 
 
-def _slots(path: ParamPath, param: nnx.Param, model: Gemma) -> Iterator[tuple[str, Slot]]:
-    shape, dims = tuple(param.get_value().shape), param.dims
-    if "blocks" not in path:
-        yield ".".join(map(str, path)), Slot(path, None, dims, shape)
+def layer_names(path: ParamPath, model: Gemma) -> Iterator[tuple[str, int | None]]:
+    """Names of what lies at a path, one per layer that is stacked there, each with its row.
+
+    What lies in no layer has one name, and no row.
+    """
+    if "blocks" not in path or len(path) < path.index("blocks") + 3:
+        yield ".".join(map(str, path)), None
         return
     at = path.index("blocks")
     owner, (_, group, position, *rest) = path[:at], path[at:]
     groups = reduce(getattr, owner, model).layer_groups
-    for repeat in range(shape[0]):
+    for repeat in range(groups[group].repeats):
         layer = groups[group].layer_index(position, repeat)
-        name = ".".join(map(str, (*owner, "blocks", layer, *rest)))
-        yield name, Slot(path, repeat, dims, shape[1:])
+        yield ".".join(map(str, (*owner, "blocks", layer, *rest))), repeat
+
+
+def _slots(path: ParamPath, param: nnx.Param, model: Gemma) -> Iterator[tuple[str, Slot]]:
+    shape = tuple(param.get_value().shape)
+    for name, row in layer_names(path, model):
+        own = shape if row is None else shape[1:]
+        # Modules of a user's own may have no letters.
+        yield name, Slot(path, row, dims_of(param) or ascii_lowercase[: len(own)], own)

@@ -39,6 +39,8 @@ class Source(Protocol):
       table: Which of its tensors is which parameter.
       tensors: Name as in `table` -> what is known of it.
       spoilt: Modality (`"image"`) that it declares and that cannot be read -> why.
+      beside_config: What the model was besides its config, as `beside_config.py` says it; `None`
+        where the format does not know.
       reads_rows: Whether some rows of a tensor can be had without reading all of it.
 
     Examples:
@@ -54,6 +56,7 @@ class Source(Protocol):
     table: Table
     tensors: Mapping[str, TensorInfo]
     spoilt: Mapping[str, str]
+    beside_config: tuple[str, ...] | None
     reads_rows: bool
 
     def read(

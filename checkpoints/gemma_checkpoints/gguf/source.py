@@ -32,6 +32,7 @@ class GGUFFile:
     table: Table = field(init=False)
     tensors: dict[str, TensorInfo] = field(init=False)
     spoilt: dict[str, str] = field(init=False, default_factory=dict)
+    beside_config = None
     format = "GGUF"
     reads_rows = True
 

@@ -69,7 +69,10 @@ def _text_to_hf(cfg: GemmaConfig) -> Json:
         out |= {"rope_parameters": rope, "rope_theta": rope["rope_theta"]}
         out |= {"rope_scaling": _legacy_scaling(rope)} if "factor" in rope else {}
     else:
-        raise ValueError(f"{family} of transformers has one rope for all layers")
+        raise ValueError(
+            "without QK norm this is no Gemma 3 of transformers, whose Gemma 2 has one rope for "
+            "all layers"
+        )
     if family != "gemma":
         local = by_kind.get("local")
         theirs = {ours: name for name, ours in KINDS.items()}

@@ -36,6 +36,7 @@ class HFFolder:
     table: Table = field(init=False)
     tensors: dict[str, TensorInfo] = field(init=False)
     spoilt: dict[str, str] = field(init=False)
+    beside_config = None
     format = "Hugging Face"
     reads_rows = True
 

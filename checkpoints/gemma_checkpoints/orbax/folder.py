@@ -24,14 +24,15 @@ from gemma_jax.config import (
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.weights.tree import flat_params
 
+from ..beside_config import noted_beside_config
 from ..catalog import resolve
 from ..errors import CheckpointError
 from ..export import host_array, refuse_inexact, tensor_bytes
 from ..folders import new_folder
 from ..hf.names import hf_table
 from ..json_values import read_json
-from ..name_table import Row, Table
-from ..params import named_slots
+from ..name_table import Row, Table, expand
+from ..params import depths, named_slots
 from ..source import TensorInfo
 from ..tokenizers import copy_companions
 
@@ -40,6 +41,9 @@ MANIFEST, ARRAYS, VERSION = "gemma_jax.json", "arrays", 1
 
 def save_orbax(model: Gemma, folder: str | Path, *, source: str | Path | None = None) -> Path:
     """Saves `model` as a new Orbax folder, which appears whole or not at all.
+
+    A model of `Gemma(cfg, block=...)` is loaded by `gemma_jax.load(folder, block=...)` again: what
+    the modules of its blocks are called is noted, and another `block`, or none, is refused.
 
     A model on the devices of several processes is written by all of them, each its own shards; they
     must call this together, on one file system, and have room for a second copy of their shards.
@@ -50,7 +54,8 @@ def save_orbax(model: Gemma, folder: str | Path, *, source: str | Path | None = 
       source: Checkpoint whose tokenizer goes along, and settings of the images' processor.
 
     Raises:
-      CheckpointError: the folder is taken, or cannot be written.
+      CheckpointError: the folder is taken, or cannot be written; or the model was changed after it
+        was made, in a way that neither its config nor its `block` says.
 
     Examples:
       >>> import gemma_checkpoints as gc
@@ -66,12 +71,14 @@ def save_orbax(model: Gemma, folder: str | Path, *, source: str | Path | None = 
     target = Path(folder)
     params = flat_params(model)
     refuse_inexact(target, params)
+    noted = noted_beside_config(target, model)
     source = None if source is None else resolve(source)
     slots = named_slots(model)
     arrays = {name: _array(params[slot.path], slot.row) for name, slot in slots.items()}
     with new_folder(target, needed=tensor_bytes(params)) as part:
         if jax.process_index() == 0:
             manifest = {"version": VERSION, "config": asdict(model.cfg)}
+            manifest |= {"beside_config": noted} if noted else {}
             (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
             if source is not None:
                 copy_companions(source, part, images=model.cfg.vision is not None)
@@ -97,6 +104,7 @@ class OrbaxFolder:
     table: Table = field(init=False)
     tensors: dict[str, TensorInfo] = field(init=False)
     spoilt: dict[str, str] = field(init=False, default_factory=dict)
+    beside_config: tuple[str, ...] = field(init=False)
     format = "Orbax"
     reads_rows = False
 
@@ -107,10 +115,14 @@ class OrbaxFolder:
             raise CheckpointError(self.path / MANIFEST, f"version {found!r}; expected {VERSION}")
         try:
             self.config = _config(manifest["config"])
+            self.beside_config = tuple(manifest.get("beside_config", ()))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(self.path / MANIFEST, f"broken config: {error}") from None
         self.tensors = {name: _info(entry) for name, entry in self._metadata().items()}
         self.table = tuple(Row(r.ours, r.ours) for r in hf_table(self.config) if r.ours is not None)
+        if self.beside_config:  # blocks of a user's own may have parameters of their own
+            known = expand(self.table, depths(self.config))
+            self.table += tuple(Row(name, name) for name in self.tensors if name not in known)
 
     def read(
         self, name: str, rows: slice = slice(None), columns: slice = slice(None)
