@@ -21,6 +21,7 @@ from .errors import CheckpointError
 from .params import layer_names, named_slots
 from .source import Source
 
+NO_PLACE = "has no place in this format"
 # How a model computes, how its layers are stacked; and what is compared by what it made.
 _NOT_COMPARED = ("runtime", "layer_groups", "make_block")
 
@@ -96,7 +97,7 @@ def _params(model: Gemma, plain: Gemma) -> Iterator[str]:
     slots, expected = named_slots(model), named_slots(plain)
     for name, slot in slots.items():
         if name not in expected:
-            yield f"parameter {name} has no place in this format"
+            yield f"parameter {name} {NO_PLACE}"
         elif slot.shape != (shape := expected[name].shape):
             yield f"parameter {name} has shape {list(slot.shape)}, not {list(shape)}"
     yield from (f"parameter {name} is missing" for name in expected if name not in slots)
@@ -135,13 +136,11 @@ def _is_ours(kind: type) -> bool:
 
 
 def _problems(lines: Iterable[str]) -> list[str]:
-    return [f"{line}: {_HINTS[line.startswith('parameter')]}" for line in _grouped(lines)]
+    return [f"{line}: {_MERGE if NO_PLACE in line else _SAVE}" for line in _grouped(lines)]
 
 
-_HINTS = {
-    True: "merge it first, or make the model with Gemma(cfg, block=...) and use save_orbax",
-    False: "no config says so; save_orbax keeps what Gemma(cfg, block=...) makes",
-}
+_MERGE = "merge it first, or make the model with Gemma(cfg, block=...) and use save_orbax"
+_SAVE = "no config says so; save_orbax keeps what Gemma(cfg, block=...) makes"
 
 
 def _some(lines: Iterable[str]) -> str:

@@ -58,7 +58,7 @@ def slice_model(
             return rows[0]
         return jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *rows)
 
-    return with_params(target, {path: value(path) for path in flat_params(target)})
+    return _with_parts(target, value)
 
 
 def at(model: Gemma, submodel: Slice, *, allow_irregular: bool = False) -> Gemma:
@@ -96,7 +96,19 @@ def at(model: Gemma, submodel: Slice, *, allow_irregular: bool = False) -> Gemma
         _, _, position, *rest = path
         return parts(("blocks", *rest), kept[position])
 
-    return with_params(target, {path: value(path) for path in flat_params(target)})
+    return _with_parts(target, value)
+
+
+def _with_parts(target: Gemma, value: Callable[[ParamPath], Weight]) -> Gemma:
+    values = {path: value(path) for path in flat_params(target)}
+    for path, param in flat_params(target).items():
+        if (found := tuple(values[path].shape)) != (shape := param.get_value().shape):
+            raise ValueError(
+                f"{'.'.join(map(str, path))} cannot be sliced: {list(shape)} of {list(found)} is "
+                f"wanted, and its letters {dims_of(param)!r} do not say which axis is F; make it "
+                "with `dims`, as Einsum does"
+            )
+    return with_params(target, values)
 
 
 def _parts(model: Gemma, submodel: Slice) -> Callable[[ParamPath, int | None], Weight]:

@@ -134,6 +134,19 @@ def test_a_mesh(ids):
     np.testing.assert_allclose(gj.forward(spread, ids).logits, expected, atol=2e-5)
 
 
+def test_slices_need_to_know_which_axis_is_cut():
+    model = tiny.model(CFG, "unrolled", block=SquaredBlock)
+    half = gj.matformer.Slice(ffn_widths=(24,) * 3)
+    message = (
+        r"blocks.0.0.ffn.down.kernel cannot be sliced: \[1, 24, 32\] of \[1, 48, 32\] is wanted"
+    )
+    for cut in (gj.matformer.slice, gj.matformer.at):
+        with pytest.raises(ValueError, match=message):
+            cut(model, half)
+    gated = tiny.model(CFG, "unrolled", block=GatedBlock)
+    assert isinstance(gj.matformer.slice(gated, half).blocks[0][0].attn, GatedAttention)
+
+
 def test_a_factory_may_choose_by_the_spec(ids):
     """Global layers alone have other blocks."""
 
