@@ -86,8 +86,7 @@ def at(model: Gemma, submodel: Slice, *, allow_irregular: bool = False) -> Gemma
             "matformer.slice"
         )
     cfg = slice_config(model.cfg, submodel, allow_irregular=allow_irregular)
-    made = {"runtime": model.runtime, "block": model.make_block}
-    target = abstract_model(cfg, layout="unrolled", **made)
+    target = abstract_model(cfg, runtime=model.runtime, layout="unrolled", block=model.make_block)
     kept, parts = submodel.kept(len(model.cfg.layers)), _parts(model, submodel)
 
     def value(path: ParamPath) -> Weight:
