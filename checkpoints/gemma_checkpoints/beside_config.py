@@ -7,6 +7,7 @@ made, a line each, and the lines are compared when it is loaded.
 
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import fields, is_dataclass
 from inspect import isfunction
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from .errors import CheckpointError
 from .params import layer_names, named_slots
 from .source import Source
 
-NO_PLACE = "has no place in this format"
+OURS, MISSING = "gemma_jax", "is missing"
 # How a model computes, how its layers are stacked; and what is compared by what it made.
 _NOT_COMPARED = ("runtime", "layer_groups", "make_block")
 
@@ -29,7 +30,12 @@ _NOT_COMPARED = ("runtime", "layer_groups", "make_block")
 def beside_config(model: Gemma) -> tuple[str, ...]:
     """Facts of a model that its config does not say, a line each; its values are not looked at."""
     plain = abstract_model(model.cfg)
-    return tuple(sorted([*_modules(model, plain), *_params(model, plain), *_states(model)]))
+    modules = dict(_modules(model, plain))
+    lines = [*modules.values(), *_attributes(model, plain), *_states(model)]
+    for name, line in _params(model, plain):
+        inside = any(name.startswith(f"{module}.") for module in modules)
+        lines += [] if inside and line.endswith(MISSING) else [line]
+    return tuple(sorted(lines))
 
 
 def refuse_beside_config(target: Path, model: Gemma) -> None:
@@ -77,30 +83,50 @@ def check_block(source: Source, cfg: GemmaConfig, block: MakeBlock = Block) -> N
     raise CheckpointError(source.path, f"{problem}; {hint}: gemma_jax.load(..., block=...)")
 
 
-def _modules(model: Gemma, plain: Gemma) -> Iterator[str]:
+def _modules(model: Gemma, plain: Gemma) -> Iterator[tuple[str, str]]:
+    """Modules that are of another class than usual, or new, or have other code, by name."""
     expected = dict(_named_modules(plain))
     for name, module in _named_modules(model):
-        kind, other = type(module), expected.get(name)
-        if other is None:
-            yield f"{name} is a {kind.__name__}"
-        elif kind is not type(other):
-            yield f"{name} is a {kind.__name__}, not a {type(other).__name__}"
-        elif not _is_ours(kind):
-            yield f"{name} is a {kind.__name__} with other code"
-        else:
-            for key, value in _static(module).items():
-                if value != (said := getattr(other, key, None)):
-                    yield f"{name}.{key} is {value!r}, not {said!r}"
+        kind, usual = type(module), type(expected.get(name))
+        if name not in expected and _package(kind) != OURS:
+            yield name, f"{name} is {kind.__name__}"
+        elif name in expected and kind is not usual:
+            yield name, f"{name} is {kind.__name__}, not {usual.__name__}"
+        elif name in expected and not _has_our_code(kind):
+            yield name, f"{name} is {kind.__name__} with other code"
 
 
-def _params(model: Gemma, plain: Gemma) -> Iterator[str]:
+def _attributes(model: Gemma, plain: Gemma) -> Iterator[str]:
+    """All of modules of the usual classes; of a user's own classes, what can be written down."""
+    expected = dict(_named_modules(plain))
+    for name, module in _named_modules(model):
+        other = expected.get(name)
+        for key, value in _static(module).items():
+            if type(other) is type(module):
+                yield from _differing(f"{name}.{key}", value, getattr(other, key, None))
+            elif _package(type(module)) not in (OURS, "flax") and (shown := _written(value)):
+                if not hasattr(other, key) or getattr(other, key) != value:
+                    yield f"attribute {name}.{key} is {shown}"
+
+
+def _differing(name: str, found: Any, said: Any) -> Iterator[str]:
+    if is_dataclass(found) and type(found) is type(said):
+        for field in fields(found):
+            values = (getattr(one, field.name) for one in (found, said))
+            yield from _differing(f"{name}.{field.name}", *values)
+    elif found != said:
+        said = type(said).__name__ if isinstance(said, nnx.Module) else repr(said)
+        yield f"attribute {name} is {found!r}, not {said}"
+
+
+def _params(model: Gemma, plain: Gemma) -> Iterator[tuple[str, str]]:
     slots, expected = named_slots(model), named_slots(plain)
     for name, slot in slots.items():
         if name not in expected:
-            yield f"parameter {name} {NO_PLACE}"
+            yield name, f"parameter {name} has no place in this format"
         elif slot.shape != (shape := expected[name].shape):
-            yield f"parameter {name} has shape {list(slot.shape)}, not {list(shape)}"
-    yield from (f"parameter {name} is missing" for name in expected if name not in slots)
+            yield name, f"parameter {name} has shape {list(slot.shape)}, not {list(shape)}"
+    yield from ((n, f"parameter {n} {MISSING}") for n in expected if n not in slots)
 
 
 def _states(model: Gemma) -> Iterator[str]:
@@ -129,18 +155,35 @@ def _static(module: nnx.Module) -> dict[str, Any]:
     }
 
 
-def _is_ours(kind: type) -> bool:
+def _written(value: Any) -> str | None:
+    """A plain value, or the name of a function; `None` for what may look another way tomorrow."""
+    if isinstance(value, tuple):
+        parts = [_written(one) for one in value]
+        return None if None in parts else f"({', '.join(map(str, parts))})"
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value)
+    return getattr(value, "__name__", None)
+
+
+def _package(kind: Any) -> str:
+    return kind.__module__.split(".")[0]
+
+
+def _has_our_code(kind: type) -> bool:
     """Whether a class and its functions are as this project wrote them."""
     functions = [value for value in vars(kind).values() if isfunction(value)]
-    return all(one.__module__.split(".")[0] == "gemma_jax" for one in (kind, *functions))
+    return all(_package(one) == OURS for one in (kind, *functions))
 
 
 def _problems(lines: Iterable[str]) -> list[str]:
-    return [f"{line}: {_MERGE if NO_PLACE in line else _SAVE}" for line in _grouped(lines)]
+    return [f"{line}: {_HINTS.get(line.split()[0], OTHERWISE)}" for line in _grouped(lines)]
 
 
-_MERGE = "merge it first, or make the model with Gemma(cfg, block=...) and use save_orbax"
-_SAVE = "no config says so; save_orbax keeps what Gemma(cfg, block=...) makes"
+OTHERWISE = "no config says so; save_orbax keeps what Gemma(cfg, block=...) makes"
+_HINTS = {
+    "parameter": "merge it first, or make the model with Gemma(cfg, block=...) and use save_orbax",
+    "attribute": "give another config when the model is made or loaded, in place of changing it",
+}
 
 
 def _some(lines: Iterable[str]) -> str:

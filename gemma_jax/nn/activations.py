@@ -5,9 +5,7 @@ from functools import partial
 
 import jax
 
-from gemma_jax.config import Activation
-
-ACTIVATIONS: Mapping[Activation, Callable[[jax.Array], jax.Array]] = {
+ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
     "gelu": partial(jax.nn.gelu, approximate=False),
     "silu": jax.nn.silu,
