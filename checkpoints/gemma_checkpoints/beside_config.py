@@ -110,11 +110,13 @@ def _attributes(model: Gemma, plain: Gemma) -> Iterator[str]:
 
 
 def _differing(name: str, found: Any, said: Any) -> Iterator[str]:
+    if found == said:
+        return
     if is_dataclass(found) and type(found) is type(said):
         for field in fields(found):
             values = (getattr(one, field.name) for one in (found, said))
             yield from _differing(f"{name}.{field.name}", *values)
-    elif found != said:
+    else:
         said = type(said).__name__ if isinstance(said, nnx.Module) else repr(said)
         yield f"attribute {name} is {found!r}, not {said}"
 

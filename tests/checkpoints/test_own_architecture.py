@@ -222,6 +222,7 @@ def test_models_as_they_are_made_are_their_config(name):
 
 def test_models_that_went_through_something_are_their_config():
     assert not beside_config(gj.Gemma(CFG, rngs=nnx.Rngs(0)))
+    assert not beside_config(tiny.model(replace(CFG, origin="gemma3_text")))
     trained, frozen, join = gj.trainable(tiny.model(CFG))
     assert not beside_config(join(trained, frozen))
     elastic = tiny.model(tiny.gemma3n(), "unrolled")
