@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names (tests/test_p
     from gemma_jax.numerics import Numerics as Numerics
     from gemma_jax.presets import PRESETS as PRESETS, preset as preset
     from gemma_jax.runtime import Runtime as Runtime
+    from gemma_jax.saving import save as save
     from gemma_jax.text import Tokenizer as Tokenizer, encode_chat as encode_chat
     from gemma_jax.training.objectives import (
         TrainBatch as TrainBatch,
@@ -79,6 +80,7 @@ _HOMES = {
     "gemma_jax.numerics": ("Numerics",),
     "gemma_jax.presets": ("PRESETS", "preset"),
     "gemma_jax.runtime": ("Runtime",),
+    "gemma_jax.saving": ("save",),
     "gemma_jax.text": ("Tokenizer", "encode_chat"),
     "gemma_jax.training.objectives": ("TrainBatch", "elastic", "next_token"),
     "gemma_jax.training.optimizers": ("muon",),

@@ -1,5 +1,7 @@
 """Every released size, as data: the numbers of the technical reports and published configs.
 
+And one tiny model of every generation.
+
 Gemma 3's 4B, 12B and 27B see, all three through one tower: SigLIP So400m, 14-pixel patches, images
 of 896 pixels (Gemma 3 report, section 2.1). Their vocabulary has 64 extra rows: the placeholder of
 soft tokens, and padding.
@@ -8,6 +10,7 @@ Gemma 3n's E2B is a slice of its E4B: fewer layers, and half the feed-forward wi
 has 256 rows more than its per-layer table, for images and audio.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from gemma_jax.config import (
@@ -153,15 +156,42 @@ PRESETS: dict[str, GemmaConfig] = {
 }
 
 
+def _tiny(cfg: GemmaConfig, **changes: Any) -> GemmaConfig:
+    """The same architecture in miniature, for the vocabulary of checkpoints/elastic."""
+    layers = tuple(replace(spec, window=spec.window and 64) for spec in cfg.layers)
+    sizes = dict(vocab_size=1_024, d_model=64, num_heads=4, head_dim=16, max_positions=1_024)
+    return replace(cfg, layers=layers, **sizes, **changes)
+
+
+# For tests and teaching: under a million parameters each, with all that the generation has.
+TINY: dict[str, GemmaConfig] = {
+    "tiny-gemma": _tiny(_gemma1(4, 64, 256, (4, 1)), query_pre_attn_scalar=16),
+    "tiny-gemma2": _tiny(_gemma2(4, 64, 256, (4, 2), 16, 16)),
+    "tiny-gemma3": _tiny(_gemma3(6, 64, 256, (4, 2), 16, 16, vision=None)),
+    "tiny-gemma3n": _tiny(
+        _gemma3n(15, 128, 5, num_sparse=5),
+        laurel_rank=8,
+        per_layer=PerLayerConfig(width=16, vocab_size=1_000),
+    ),
+}
+
+
 def preset(name: str) -> GemmaConfig:
-    """Returns the config of a released size; an unknown name raises `ValueError` with all of them.
+    """Returns the config of a released size, or of a tiny model (`"tiny-gemma3"`) to try ideas on.
+
+    Raises:
+      ValueError: An unknown name; says all of them.
 
     Examples:
       >>> import gemma_jax as gj
       >>> cfg = gj.preset("gemma3-4b")
       >>> len(cfg.layers), cfg.d_model, [spec.kind for spec in cfg.layers].count("global")
       (34, 2560, 5)
+      >>> tiny = gj.preset("tiny-gemma3")
+      >>> len(tiny.layers), tiny.d_model, [spec.kind for spec in tiny.layers].count("global")
+      (6, 64, 1)
     """
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; choose one of: {', '.join(PRESETS)}")
-    return PRESETS[name]
+    known = PRESETS | TINY
+    if name not in known:
+        raise ValueError(f"unknown preset {name!r}; choose one of: {', '.join(known)}")
+    return known[name]

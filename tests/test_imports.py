@@ -39,14 +39,14 @@ FLOORS = (
     ("placement",),
     ("inference", "training"),
     ("planning", "evaluation", "serving", "viz"),
-    ("loading", "experiments", "benchmarks"),
+    ("loading", "saving", "experiments", "benchmarks"),
     ("cli", "__main__"),
 )  # fmt: skip
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 # The parts where checkpoints come in.
 DOORS = tuple(
     f"gemma_jax.{part}"
-    for part in ("loading", "experiments", "evaluation", "serving", "benchmarks", "cli")
+    for part in ("loading", "saving", "experiments", "evaluation", "serving", "benchmarks", "cli")
 )
 
 
@@ -88,7 +88,7 @@ def forbidden(module: str) -> tuple[str, ...]:
     if inside(module, "gemma_jax") and not inside(module, *DOORS):
         return (*rivals, "gemma_checkpoints")
     if inside(module, "gemma_checkpoints"):
-        return (*rivals, "gemma_jax.cli", "gemma_jax.loading")
+        return (*rivals, "gemma_jax.cli", "gemma_jax.loading", "gemma_jax.saving")
     return rivals
 
 

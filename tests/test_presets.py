@@ -24,6 +24,7 @@ from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.model import abstract_model
 from gemma_jax.multimodal.placeholders import soft_tokens
 from gemma_jax.nn.layer_groups import group_layers
+from gemma_jax.presets import TINY
 
 # Parameters of the decoders, tied heads counted once, as transformers counts them.
 PARAMETERS = {
@@ -320,6 +321,24 @@ def test_configs_are_plain_data_whatever_they_are_made_of():
     same = dataclasses.replace(plain, layers=list(plain.layers), **sizes)
     assert same == plain and hash(same) == hash(plain)
     assert json.dumps(dataclasses.asdict(same)) == json.dumps(dataclasses.asdict(plain))
+
+
+@pytest.mark.parametrize("name", list(TINY))
+def test_tiny_models_have_what_their_generation_has(name):
+    """All fields that the released sizes switch on but the tower, and all kinds of layers."""
+
+    def features(cfg: GemmaConfig) -> set:
+        kinds = {(spec.kind, spec.kv) for spec in cfg.layers}
+        return (
+            kinds
+            | {spec.sparsity > 0 for spec in cfg.layers}
+            | {f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name)}
+        )
+
+    tiny, generation = preset(name), name.removeprefix("tiny-")
+    released = [cfg for key, cfg in PRESETS.items() if key.startswith(f"{generation}-")]
+    assert released and all(features(tiny) == features(cfg) - {"vision"} for cfg in released)
+    assert sum(x.size for x in jax.tree.leaves(abstract_model(tiny))) < 1_000_000
 
 
 def test_unknown_preset_names_all():

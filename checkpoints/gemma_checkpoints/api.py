@@ -101,5 +101,9 @@ def tokenizer_path(src: str | Path, *, notify: Notify | None = None) -> Path:
     if found is None:
         if not is_checkpoint(path):
             raise no_checkpoint(path)
-        raise CheckpointError(path, f"no tokenizer found: expected {' or '.join(VOCABULARIES[:2])}")
+        raise CheckpointError(
+            path,
+            f"no tokenizer found: expected {' or '.join(VOCABULARIES[:2])}; gemma_jax.save "
+            "puts one beside the weights, load_model needs none",
+        )
     return found

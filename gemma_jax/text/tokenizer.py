@@ -48,6 +48,7 @@ class Tokenizer:
       stop_ids_from: who says so.
       add_bos: whether a prompt of plain text begins with <bos>.
       chat_template: the checkpoint's own; `None` for Gemma 3's format.
+      path: the file that it was read from, if it was one.
       special_ids: name -> id of every piece that `parse_special` and `skip_special` are about.
 
     Examples:
@@ -93,6 +94,7 @@ class Tokenizer:
         self.stop_ids_from = "the tokenizer"
         self.add_bos = config.add_bos
         self.chat_template: ChatTemplate | None = config.chat_template
+        self.path: Path | None = None
 
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size}, stop_ids={self.stop_ids})"
@@ -136,9 +138,11 @@ class Tokenizer:
             )
         try:
             with _collector_paused():
-                return make(content, config)
+                tokenizer = make(content, config)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        tokenizer.path = path
+        return tokenizer
 
     @classmethod
     def from_folder(cls, path: str | os.PathLike) -> Tokenizer:
@@ -165,6 +169,16 @@ class Tokenizer:
     def from_gguf_header(cls, header: dict[str, object]) -> Tokenizer:
         """From what `gguf_header.read_header` returned for a GGUF file."""
         return _from_gguf(header)
+
+    def to_sentencepiece_bytes(self) -> bytes:
+        """The content of a `tokenizer.model` with this vocabulary.
+
+        Raises:
+          ValueError: tokens whose flags (`lstrip` and the like) no such file can say.
+        """
+        if self._finder is not None:
+            raise ValueError("a tokenizer.model cannot say the flags of added tokens")
+        return self._engine.serialized_model_proto()
 
     # --- what it does ----------------------------------------------------------------------------
 
