@@ -18,6 +18,19 @@ from .added_tokens import AddedToken
 from .vocabulary import BYTE_PIECES, MAX_HOLES, SPACE, Kind, Vocabulary
 
 _TO_MARK = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE.decode()}
+_FROM_MARK = {"type": "Replace", "pattern": {"String": SPACE.decode()}, "content": " "}
+_DECODERS = (_FROM_MARK, {"type": "ByteFallback"}, {"type": "Fuse"})
+# Keys of the file and of its model; each is read below, or changes nothing:
+# - `truncation`, `padding`: what the last caller chose; transformers sets them anew for every text.
+# - `unk_token`, `fuse_unk`: of characters without a piece, which are spelled in bytes here.
+_KEYS = frozenset(
+    "version truncation padding added_tokens normalizer pre_tokenizer post_processor decoder "
+    "model".split()
+)
+_MODEL_KEYS = frozenset(
+    "type dropout unk_token continuing_subword_prefix end_of_word_suffix fuse_unk byte_fallback "
+    "ignore_merges vocab merges".split()
+)
 
 
 def read_tokenizer_json(data: bytes | str) -> Vocabulary:
@@ -53,6 +66,10 @@ def read_tokenizer_json(data: bytes | str) -> Vocabulary:
 
 
 def _check_algorithm(root: dict, model: dict) -> None:
+    unknown = [key for key in root if key not in _KEYS]
+    unknown += [f"model.{key}" for key in model if key not in _MODEL_KEYS]
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: not known here; it may change how texts are read")
     kind = model.get("type", "BPE")  # files of old versions leave it out
     if kind != "BPE":
         raise ValueError(f"expected model.type 'BPE', got {kind!r}")
@@ -69,10 +86,40 @@ def _check_algorithm(root: dict, model: dict) -> None:
         raise ValueError(
             f"expected a normalizer that writes ' ' as U+2581, got {normalizer!r:.200}"
         )
+    _check_decoder(root.get("decoder"))
+    _check_ends(root.get("post_processor"))
     splitter = root.get("pre_tokenizer")
     # Splitting at spaces is what Gemma's file says, and does nothing: none is left by then.
     if splitter is not None and _get(root, "pre_tokenizer", dict).get("pattern") != {"String": " "}:
         raise ValueError(f"expected no pre_tokenizer but a split at ' ', got {splitter!r:.200}")
+
+
+def _check_decoder(decoder: object) -> None:
+    """Pieces become text by U+2581 as ' ', and bytes; a step more would make another text of it."""
+    steps = _steps(decoder, "decoders")
+    if other := [step for step in steps if step not in _DECODERS]:
+        raise ValueError(
+            f"expected a decoder that writes U+2581 as ' ' and joins bytes, got {other[0]!r:.200}"
+        )
+
+
+def _check_ends(processor: object) -> None:
+    """What is put around a text: <bos> in front, which `tokenizer_config.json` switches, or
+    nothing (`TemplateProcessing` of `tokenizers` 0.23)."""
+    for step in _steps(processor, "processors"):
+        parts = step.get("single") if isinstance(step, dict) else None
+        if not isinstance(parts, list) or step.get("type") != "TemplateProcessing":
+            raise ValueError(f"expected a post_processor that adds <bos>, got {step!r:.200}")
+        names = [part.get("SpecialToken", {}).get("id") for part in parts]
+        if names not in ([None], ["<bos>", None]):
+            raise ValueError(f"expected a post_processor that adds <bos> alone, got {parts!r:.200}")
+
+
+def _steps(value: object, name: str) -> list:
+    """The steps of a sequence of them, of one that is none, or of nothing."""
+    if isinstance(value, dict) and value.get("type") == "Sequence":
+        value = value.get(name)
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _added_token(entry: object) -> tuple[int, AddedToken]:

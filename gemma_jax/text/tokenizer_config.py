@@ -65,6 +65,9 @@ _NEUTRAL = {
     "unk_token": (None, "<unk>"),
 }
 
+# What `GemmaTokenizer` of transformers calls them in a folder that does not say.
+_TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"}
+
 
 @dataclass(frozen=True)
 class TokenizerConfig:
@@ -165,7 +168,7 @@ def _name(value: object) -> str | None:
 
 def _tokens(named: dict) -> dict[str, str]:
     """What a template may ask for by name (transformers' `special_tokens_map`)."""
-    names = {key: value for key, value in named.items() if key.endswith("_token")}
+    names = {key: value for key, value in (_TOKENS | named).items() if key.endswith("_token")}
     return {
         key: content
         for key, value in names.items()

@@ -51,6 +51,15 @@ def test_other_files(tmp_path):
         Tokenizer.from_file(tmp_path / "none.model")
 
 
+STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}  # Llama 2's decoder has it
+
+
+def around(*names):
+    """A post-processor, as EmbeddingGemma's file has one that adds <eos>."""
+    single = [{"SpecialToken": {"id": name}} if name else {"Sequence": {"id": "A"}} for name in names]
+    return {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}}
+
+
 CHANGES = [
     (lambda r: r.pop("model"), "'model'"),
     (lambda r: r["model"].update(type="WordPiece"), "'BPE', got 'WordPiece'"),
@@ -69,6 +78,13 @@ CHANGES = [
     (lambda r: r.update(normalizer={"type": "NFC"}), "normalizer"),
     (lambda r: r.update(pre_tokenizer={"type": "ByteLevel"}), "pre_tokenizer"),
     (lambda r: r.update(pre_tokenizer=3), "pre_tokenizer"),
+    (lambda r: r.update(vocabulary={}), "vocabulary: not known here"),
+    (lambda r: r["model"].update(lowercase=True), "model.lowercase: not known here"),
+    (lambda r: r["decoder"]["decoders"].append(STRIP), "got .'type': 'Strip'"),
+    (lambda r: r.update(decoder={"type": "Metaspace"}), "decoder"),
+    (lambda r: r.update(post_processor={"type": "ByteLevel"}), "post_processor"),
+    (lambda r: r.update(post_processor=around("<bos>", None, "<eos>")), "adds <bos> alone"),
+    (lambda r: r.update(post_processor=around("<pad>", None)), "adds <bos> alone"),
     (lambda r: r.update(added_tokens=[3]), "object per added token"),
     (lambda r: r["added_tokens"][0].update(lstrip="yes"), "lstrip"),
     (lambda r: r["added_tokens"][0].update(id=77), "in model.vocab 0"),
@@ -80,6 +96,13 @@ def test_json_of_another_tokenizer(tiny, tmp_path, change, match):
     root = json.loads(tiny.json.read_text(encoding="utf-8"))
     change(root)
     assert_refused(tmp_path / "tokenizer.json", json.dumps(root).encode(), match)
+
+
+def test_what_published_files_put_around_a_text(tiny):
+    root = json.loads(tiny.json.read_text(encoding="utf-8"))
+    for processor in (None, around(None), around("<bos>", None)):
+        root["post_processor"] = processor
+        assert Tokenizer.from_hf_json(json.dumps(root)).add_bos
 
 
 def test_gguf_of_another_tokenizer(tiny, tmp_path):

@@ -207,6 +207,14 @@ def test_ids_are_those_of_apply_chat_template(tiny, tmp_path, tokenizer):
     assert render_chat(gemma, [USER]) == render([USER])
 
 
+def test_a_template_may_ask_for_tokens_that_no_file_names(tiny, tmp_path):
+    """`GemmaTokenizer` of transformers 5.24 calls them so, without a tokenizer_config.json."""
+    found = written(tiny, tmp_path, chat_template="{{ bos_token }}{{ eos_token }}{{ unk_token }}")
+    assert render_chat(found, [USER]) == "<bos><eos><unk>"
+    found = written(tiny, tmp_path, tokenizer_config={"bos_token": None})
+    assert render_chat(found, [USER]) == "<eos><unk>"
+
+
 def test_a_gguf_file_brings_its_own(tiny):
     """llama.cpp begins every prompt with <bos> where the file asks for it, and never twice."""
     header = read_header(tiny.gguf)
@@ -227,6 +235,7 @@ def test_a_gguf_file_brings_its_own(tiny):
 STOPS = [
     ({}, {"<eos>", "<end_of_turn>"}),
     ({"eos_token_id": 5}, {5, "<end_of_turn>"}),
+    ({"eos_token_id": 1, "fim_pad_token_id": 9}, {1, 9, "<end_of_turn>"}),
     ({"eos_token_id": 1, "eot_token_id": 7, "eom_token_id": 8}, {1, 7, 8, "<end_of_turn>"}),
 ]
 
@@ -245,3 +254,35 @@ def test_stop_ids_of_a_gguf_file(tiny, tokenizer, keys, expected):
 def test_a_stop_id_that_is_no_piece_is_refused(tiny, value):
     with pytest.raises(ValueError, match=r"tokenizer\.ggml\.eot_token_id must be the id"):
         Tokenizer.from_gguf_header(read_header(tiny.gguf) | {"tokenizer.ggml.eot_token_id": value})
+
+
+# --- what else a GGUF file says of its vocabulary ------------------------------------------------
+
+OF_NO_ACCOUNT = {
+    "ggml.pre": b"default",
+    "ggml.padding_token_id": 0,
+    "ggml.prefix_token_id": 67,  # CodeGemma
+    "ggml.add_sep_token": False,
+    "ggml.remove_extra_whitespaces": False,
+    "chat_template.tool_use": b"T",
+    "chat_templates": [b"tool_use"],
+}
+
+
+def test_keys_of_no_account_change_nothing(tiny, tokenizer):
+    header = read_header(tiny.gguf)
+    more = {f"tokenizer.{key}": value for key, value in OF_NO_ACCOUNT.items()}
+    found = Tokenizer.from_gguf_header(header | more)
+    assert found.encode("a b", bos=True) == tokenizer.encode("a b", bos=True)
+    assert found.chat_template is None
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("ggml.foo", b"x"), ("foo", 1), ("ggml.add_sep_token", True), ("rwkv.world", b"x"),
+     ("ggml.normalizer.lowercase", True), ("ggml.suppress_tokens", [3])],
+)  # fmt: skip
+def test_keys_that_may_change_ids_are_refused_by_name(tiny, key, value):
+    """The keys are those of `LLM_KV_TOKENIZER_*` in llama.cpp's src/llama-arch.cpp."""
+    with pytest.raises(ValueError, match=rf"tokenizer\.{key} is "):
+        Tokenizer.from_gguf_header(read_header(tiny.gguf) | {f"tokenizer.{key}": value})
