@@ -11,8 +11,11 @@ from typing import Any
 from gemma_jax.inference.sampling import Sampling
 
 from .errors import CheckpointError
+from .gguf.header import read_gguf_header
+from .gguf.sampling import sampling_from_gguf
 from .hf.folder import CONFIG
 from .json_values import Json, read_json
+from .tokenizers import VOCABULARIES, find_tokenizer
 
 GENERATION = "generation_config.json"
 # Key of ours -> key of theirs, and what transformers takes where `do_sample` is set without it.
@@ -118,6 +121,8 @@ class GenerationDefaults:
 def generation_defaults(path: str | Path) -> GenerationDefaults:
     """Reads `generation_config.json`, and the stop ids of `config.json` where it is missing.
 
+    Of a GGUF file, or an export of one, the sampling is read; its tokenizer knows the stop ids.
+
     Raises:
       CheckpointError: A broken file, or one that asks for what this library does not do.
 
@@ -136,13 +141,25 @@ def generation_defaults(path: str | Path) -> GenerationDefaults:
         eos = config.get("eos_token_id", inner.get("eos_token_id"))
         raw, where = {"eos_token_id": eos}, path / CONFIG
     else:
-        return GenerationDefaults()
+        return GenerationDefaults(sampling=_gguf_sampling(path))
     try:
         _refuse(raw)
         stop_ids, sampling = _stop_ids(raw.get("eos_token_id")), _sampling(raw)
+        sampling = _gguf_sampling(path) if where.name == CONFIG else sampling
     except ValueError as error:
         raise CheckpointError(where, str(error)) from None
     return GenerationDefaults(stop_ids, where.name if stop_ids else None, sampling)
+
+
+def _gguf_sampling(path: Path) -> Sampling | None:
+    """What the header says that a checkpoint is, or carries as its tokenizer."""
+    header = find_tokenizer(path)
+    if header is None or (path.is_dir() and header.name != VOCABULARIES[-1]):
+        return None
+    try:
+        return sampling_from_gguf(read_gguf_header(header).metadata)
+    except ValueError as error:
+        raise CheckpointError(header, str(error)) from None
 
 
 def _refuse(raw: Json) -> None:

@@ -113,6 +113,38 @@ def test_without_one_the_config_names_the_stop_ids(tmp_path):
         assert (found.stop_ids, found.stop_ids_from) == ((1, 9), "config.json")
 
 
+def gguf_header(path, **keys):
+    """A GGUF file of keys alone."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, "gemma3")
+    for name, value in keys.items():
+        add = writer.add_float32 if isinstance(value, float) else writer.add_int32
+        add(f"general.sampling.{name}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_file_says_how_to_choose_tokens(tmp_path):
+    """`common_init_sampler_from_model` in llama.cpp's common/common.cpp; what is missing is as in
+    its common/common.h."""
+    file = gguf_header(tmp_path / "tokenizer.gguf", temp=0.7, top_k=64, mirostat=0)
+    expected = Sampling(temperature=0.7, top_k=64, top_p=0.95, min_p=0.05)
+    assert gc.generation_defaults(file).sampling == expected
+    assert gc.generation_defaults(tmp_path).sampling == expected  # an export carries the header
+    (tmp_path / "generation_config.json").write_text('{"do_sample": false}')
+    assert gc.generation_defaults(tmp_path).sampling == Sampling()
+    assert gc.generation_defaults(gguf_header(tmp_path / "silent.gguf")).sampling is None
+
+
+@pytest.mark.parametrize("key, value", [("mirostat", 2), ("penalty_last_n", 64), ("foo", 1)])
+def test_sampling_of_a_gguf_that_is_not_done_is_refused(tmp_path, key, value):
+    file = gguf_header(tmp_path / "a.gguf", temp=1.0, **{key: value})
+    with pytest.raises(gc.CheckpointError, match=rf"general\.sampling\.{key} is "):
+        gc.generation_defaults(file)
+
+
 @pytest.mark.parametrize(
     "said, message",
     [

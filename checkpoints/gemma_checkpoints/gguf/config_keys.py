@@ -28,8 +28,8 @@ READ: Mapping[str, frozenset[str]] = {
 }
 
 UNREAD: Mapping[str, str] = {
-    "general.*": "describes the file; the architecture and the alignment are read elsewhere",
-    "tokenizer.*": "the tokenizer's, which reads it elsewhere",
+    "general.*": "describes the file; architecture, alignment and sampling are read elsewhere",
+    "tokenizer.*": "the tokenizer's: `gemma_jax.text.gguf_config` says what becomes of each",
     "split.*": "of files in parts, which `parts.py` puts together",
     "quantize.imatrix.*": "how the file was quantised",
     "imatrix.*": "how the file was quantised",
