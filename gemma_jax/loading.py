@@ -231,7 +231,7 @@ def load_tokenizer(source: str) -> Tokenizer:
 
 
 def load_sampling(source: str) -> Sampling | None:
-    """Reads how a checkpoint wants its tokens chosen, from `generation_config.json` or a GGUF header.
+    """Reads how a checkpoint wants its tokens chosen: `generation_config.json`, a GGUF header.
 
     Returns:
       Sampling for `generate` or `Conversation`; `None` if the checkpoint does not say.

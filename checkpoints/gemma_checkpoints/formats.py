@@ -54,5 +54,10 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def no_checkpoint(path: Path) -> CheckpointError:
-    """The error for what is none."""
+    """The error for what is none: an adapter alone is named as one."""
+    if path.is_dir():
+        try:
+            check_companions(path)
+        except CheckpointError as error:
+            return error
     return CheckpointError(path, f"not a checkpoint: {EXPECTED}")

@@ -47,7 +47,7 @@ class Sampling:
     def __post_init__(self):
         checks = {
             "temperature": (0 <= self.temperature <= LARGEST, f"between 0 and {LARGEST:g}"),
-            "top_k": (self.top_k >= 0 and self.top_k == int(self.top_k), "an integer, 0 or more"),
+            "top_k": (self.top_k >= 0 and self.top_k % 1 == 0, "an integer, 0 or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
             "repetition_penalty": (
@@ -58,6 +58,7 @@ class Sampling:
         for name, (fine, wanted) in checks.items():
             if not fine:
                 raise ValueError(f"{name}={getattr(self, name)} must be {wanted}")
+        object.__setattr__(self, "top_k", int(self.top_k))  # JSON may say 64.0
 
     @property
     def greedy(self) -> bool:

@@ -57,6 +57,12 @@ def test_files_that_change_the_model_are_refused_by_name(name, tmp_path):
         gc.describe(folder)
 
 
+def test_an_adapter_alone_is_called_one(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(gc.CheckpointError, match="adapter_config.json: an adapter"):
+        gc.describe(tmp_path)
+
+
 @given(st.text("abcxyz_-.0", min_size=1, max_size=20))
 def test_any_name_has_a_fate(name):
     assert fate(name)
@@ -103,6 +109,11 @@ def test_what_a_generation_config_says(said, stop_ids, sampling, tmp_path):
     assert (found.stop_ids, found.sampling) == (stop_ids, sampling)
     assert found.stop_ids_from == (stop_ids and "generation_config.json")
     assert load_sampling(str(tmp_path)) == sampling
+
+
+def test_a_whole_top_k_may_be_written_as_a_float(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"do_sample": true, "top_k": 64.0}')
+    assert type(gc.generation_defaults(tmp_path).sampling.top_k) is int
 
 
 def test_without_one_the_config_names_the_stop_ids(tmp_path):

@@ -56,7 +56,9 @@ STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}  # Llama 2's de
 
 def around(*names):
     """A post-processor, as EmbeddingGemma's file has one that adds <eos>."""
-    single = [{"SpecialToken": {"id": name}} if name else {"Sequence": {"id": "A"}} for name in names]
+    single = [
+        {"SpecialToken": {"id": name}} if name else {"Sequence": {"id": "A"}} for name in names
+    ]
     return {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}}
 
 

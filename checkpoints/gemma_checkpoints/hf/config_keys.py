@@ -59,7 +59,8 @@ UNREAD: Mapping[str, str] = {
             _output_attentions output_hidden_states torchscript chunk_size_feed_forward
             attn_implementation _attn_implementation _attn_implementation_autoset
             _attn_implementation_internal experts_implementation _experts_implementation
-            pretraining_tp base_model_tp_plan base_model_pp_plan base_model_fsdp_plan""",
+            transformers.js_config pretraining_tp base_model_tp_plan base_model_pp_plan
+            base_model_fsdp_plan""",
         "for training with transformers": """
             initializer_range initializer_factor attention_dropout gradient_checkpointing loss_type
             keys_to_ignore_at_inference""",
