@@ -133,3 +133,30 @@ def test_what_is_no_prompt_is_refused(model, prompt):
 def test_a_stride_is_a_whole_number(model):
     with pytest.raises(ValueError, match="stride=2.5 must be an integer"):
         gj.score(model, IDS[0], stride=2.5)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(stop_ids=[9_999_999]), r"stop_ids must be token ids in \[0, 96\), got 9999999"),
+        (dict(stop_ids=["a"]), "stop_ids must be token ids .* got 'a'"),
+        (dict(max_new_tokens=4.0), "max_new_tokens=4.0 must be an integer"),
+    ],
+)
+def test_impossible_options_are_refused(model, options, words):
+    with pytest.raises(ValueError, match=words):
+        gj.generate(model, None, IDS, **options)
+
+
+def test_a_single_stop_needs_no_list(model):
+    free = gj.generate(model, None, IDS[0], max_new_tokens=4).token_ids
+    one, several = (
+        gj.generate(model, None, IDS[0], max_new_tokens=4, stop_ids=stop).token_ids
+        for stop in (free[1], [free[1]])
+    )
+    assert one == several == free[: free.index(free[1]) + 1]
+
+
+def test_model_and_tokenizer_are_not_swapped(model):
+    with pytest.raises(TypeError, match="expected a model and a tokenizer, got int first"):
+        gj.generate(7, model, IDS)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import partial
 from inspect import signature
+from numbers import Integral
 
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.inference.logits_processors import LogitsProcessor
@@ -125,12 +126,17 @@ def begin(
       images: One list per prompt.
       streaming: See `Continuation`; stop texts are looked for in any case.
     """
+    if not isinstance(model, Gemma):
+        raise TypeError(f"expected a model and a tokenizer, got {type(model).__name__} first")
     if not prompts:
         raise ValueError("no prompt given; give at least one")
+    stop = [stop] if isinstance(stop, str) else stop
     if stop and tokenizer is None:
         raise ValueError("stop texts need a tokenizer; give one, or stop_ids")
     if stop_ids is None:
         stop_ids = _default_stops(tokenizer, prompts)
+    else:
+        stop_ids = _given_stops(stop_ids, model.cfg.vocab_size)
     if tokenizer is not None:
         stop, special = split_stops(tokenizer, stop)
         stop_ids = (*stop_ids, *special)
@@ -179,8 +185,18 @@ def _default_stops(tokenizer: Tokenizer | None, prompts: Sequence) -> tuple[int,
     return chat_stop_ids(tokenizer) if any(map(is_chat, prompts)) else tuple(tokenizer.stop_ids)
 
 
+def _given_stops(stop_ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+    ids = (stop_ids,) if isinstance(stop_ids, Integral) else tuple(stop_ids)
+    for i in ids:
+        if not isinstance(i, Integral) or not 0 <= i < vocab_size:
+            raise ValueError(f"stop_ids must be token ids in [0, {vocab_size}), got {i!r}")
+    return ids
+
+
 def _lengths(model: Gemma, prompts: list[Prompt], max_new_tokens: int) -> tuple[int, int]:
     """Tokens of the longest prompt, and how many new ones the context leaves room for."""
+    if not isinstance(max_new_tokens, Integral):
+        raise ValueError(f"{max_new_tokens=} must be an integer")
     longest = max(len(prompt.token_ids) for prompt in prompts)
     new = min(max_new_tokens, model.cfg.max_positions - longest)
     if max_new_tokens > 0 and new < 1:

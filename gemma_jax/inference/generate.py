@@ -28,8 +28,8 @@ def generate(
     max_new_tokens: int = 128,
     sampling: Sampling | Sequence[Sampling] | None = None,
     seed: int | Sequence[int] = 0,
-    stop: Sequence[str] = (),
-    stop_ids: Sequence[int] | None = None,
+    stop: str | Sequence[str] = (),
+    stop_ids: int | Sequence[int] | None = None,
     chunk: int = CHUNK,
     progress: Progress | None = None,
     on_text: Callable[[int, str], None] | None = None,
@@ -52,9 +52,10 @@ def generate(
       max_new_tokens: Bound on the continuation; the context of the model may end before.
       sampling: How to choose tokens, one for all prompts or one per prompt; or its fields directly
         (`temperature=0.7, top_k=64`). Default: greedy.
-      seed: One integer, or one per prompt. The same seed and prompt give the same text, also
-        inside a larger batch.
-      stop: Texts that end the continuation; they are not part of it. One may be a special token.
+      seed: One integer (modulo 2**32), or one per prompt. The same seed and prompt give the same
+        text, also inside a larger batch: `[prompt] * 4` with `seed=range(4)` gives four texts.
+      stop: Text or texts that end the continuation, of which they are no part. One may be a special
+        token.
       stop_ids: Tokens that end it. Default: the tokenizer's, which are those that the checkpoint
         names (1 and 106 for Gemma 3).
       chunk: Longest stretch of prompt read in one pass.
@@ -67,7 +68,8 @@ def generate(
       logits_processors: Functions `(logits_BV, text_BS) -> logits_BV` of your own that change the
         logits before a token is chosen, by jnp, inside the compiled loop: after the repetition
         penalty, before all other rules. `text_BS` is int32, the token at each position of a row,
-        prompt included, -1 behind the last. A function that is defined anew compiles anew; see
+        prompt included, -1 behind the last. A function that is defined anew compiles anew, and what
+        one reads besides its arguments is what it was at the first call; see
         `gemma_jax.inference.logits_processors`.
 
     Returns:

@@ -15,8 +15,12 @@ LogitsProcessor = Callable[[jax.Array, jax.Array], jax.Array]
 `logits_BV` are float32, after the repetition penalty and before all other rules, as for a custom
 processor of transformers. `text_BS` is int32: the token at position `s` of each row, prompt
 included, and -1 where there is none yet; placeholders of pictures may lie beyond the vocabulary.
-What comes back has the shape of the logits; -inf forbids a token. The function is traced, so it may
-use no Python `if` on values. Rows that wait or are empty are computed, and not used.
+What comes back has the shape of the logits; -inf forbids a token, and a function that forbids all
+of them, or returns NaN, gives id 0. The function is traced once: it may use no Python `if` on
+values, and what else it reads (a variable around it, an attribute) stays what it was then. Arrays
+that change go in by `jax.tree_util.Partial`. Rows that wait or are empty are computed, and not
+used. A draft model does not know the functions, so where they decide much, its drafts are thrown
+away: better without `draft`.
 """
 
 

@@ -15,8 +15,6 @@ def split_stops(tokenizer: Tokenizer, stops: Sequence[str]) -> tuple[list[str], 
     Raises:
       ValueError: A special token amid other text, where it would never be met.
     """
-    if isinstance(stops, str):
-        raise ValueError(f"expected a list of non-empty stop texts, got {stops!r}")
     texts = [stop for stop in stops if stop not in tokenizer.special_ids]
     for stop in texts:
         if inside := [name for name in tokenizer.special_ids if name in stop]:
