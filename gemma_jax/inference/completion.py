@@ -105,7 +105,7 @@ def begin(
     tokenizer: Tokenizer | None,
     prompts: Sequence,
     *,
-    images: Sequence | None,
+    media: Mapping[str, Sequence[Sequence | None] | None],
     pan_and_scan: PanAndScan | bool | None,
     max_new_tokens: int,
     sampling: Sampling | Sequence[Sampling] | None,
@@ -123,7 +123,7 @@ def begin(
     """Reads prompts and chooses the first token after each; arguments as those of `generate`.
 
     Args:
-      images: One list per prompt.
+      media: Name of a modality -> a list of items per prompt, or `None`.
       streaming: See `Continuation`; stop texts are looked for in any case.
     """
     if not isinstance(model, Gemma):
@@ -141,7 +141,7 @@ def begin(
         stop, special = split_stops(tokenizer, stop)
         stop_ids = (*stop_ids, *special)
     reader = PromptReader(tokenizer, modalities_of(model.cfg, pan_and_scan=pan_and_scan))
-    read = reader.all(prompts, {"image": images})
+    read = reader.all(prompts, media)
     longest, new = _lengths(model, read, max_new_tokens)
     session_class = Session
     if draft is not None:

@@ -101,7 +101,7 @@ def generate(
         model,
         tokenizer,
         [prompt] if single else list(prompt),
-        images=[images] if single else images,
+        media={"image": [images] if single else images},
         pan_and_scan=pan_and_scan,
         max_new_tokens=max_new_tokens,
         sampling=sampling,

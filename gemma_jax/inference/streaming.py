@@ -26,7 +26,8 @@ class TextStream(Iterator[str]):
     Examples:
       >>> import gemma_jax as gj
       >>> model, tok = gj.load("checkpoints/digits")
-      >>> text = gj.stream(model, tok, "Read the digits.", images=["checkpoints/digits/three.png"])
+      >>> three = "checkpoints/digits/three.png"
+      >>> text = gj.stream(model, tok, "Read the digits.", images=[three])
       >>> next(text), text.completion.text, text.completion.finish_reason
       ('9', '9', 'left')
       >>> "".join(text), text.completion.text, text.completion.finish_reason
@@ -96,7 +97,7 @@ def stream(
             model,
             tokenizer,
             [prompt],
-            images=[images],
+            media={"image": [images]},
             pan_and_scan=pan_and_scan,
             max_new_tokens=max_new_tokens,
             sampling=sampling,

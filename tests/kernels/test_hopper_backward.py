@@ -138,7 +138,7 @@ def test_gradients(case):
         error, allowed = (np.linalg.norm((x - truth).astype(np.float32)) for x in (mine, theirs))
         assert mine.dtype == case.dtype
         assert error <= 2 * allowed, name
-    if case is CASES[0]:
+    if case is CASES[0] and not SLOW:
         for first, second in zip(ours, run(*arrays)):
             np.testing.assert_array_equal(first, second)
 

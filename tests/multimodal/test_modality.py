@@ -307,14 +307,23 @@ def test_gradients_reach_the_encoder(model, both):
 # The keyword `images=` of `generate` and `pixels` of `Prompt` are for users: what is said of them
 # there is all that shared code says of any one modality.
 FOR_USERS = {
-    "inference/generate.py": {
+    "inference/completion.py": {
         '>>> done = gj.generate(model, tok, "Read the digits.", images=[picture])',
+    },
+    "inference/streaming.py": {
+        "images: Sequence | None = None,",
+        '>>> text = gj.stream(model, tok, "Read the digits.", images=[three])',
+        '>>> for piece in gj.stream(model, tok, "Read the digits.", images=[picture]):',
+        'media={"image": [images]},',
+    },
+    "inference/generate.py": {
         "images: Sequence | None = None,",
         "images: Images of one text, or one list of images per text of a batch: files, arrays, or",
         "whatever else `Image` takes. They go where the text says `<start_of_image>`, or come",
         '>>> print(gj.generate(model, tok, "How many digits?", images=[picture]))',
         ">>> [str(done) for done in gj.generate(model, tok, texts, images=2 * [[picture]])]",
-        'prompts = reader.all(given, {"image": [images] if single else images})',
+        ">>> print(gj.generate(model, tok, texts[0], images=[picture], logits_processors=no_nine))",
+        'media={"image": [images] if single else images},',
     },
     "multimodal/prompts.py": {
         'self.media = dict(media) if pixels is None else {**media, "image": pixels}',

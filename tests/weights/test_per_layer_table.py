@@ -30,7 +30,7 @@ def table(model):
 
 @pytest.mark.parametrize("layout, place", [("unrolled", "disk"), *nightly(("scan", "host"))])
 def test_the_same_numbers(folder, place, layout):
-    """In a pass, and in the token loop; ids beyond the table included."""
+    """In a pass; ids beyond the table included."""
     here, there = (
         load_weights(folder, layout=layout, per_layer_table=p) for p in ("device", place)
     )
@@ -40,7 +40,16 @@ def test_the_same_numbers(folder, place, layout):
     ours, theirs = (forward(model, tokens, capture=capture) for model in (here, there))
     chex.assert_trees_all_equal(ours.logits, theirs.logits)
     chex.assert_trees_all_equal(ours.captured, theirs.captured)
-    done = [generate(model, None, tokens.tolist(), max_new_tokens=6) for model in (here, there)]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("layout, place", [("unrolled", "disk"), ("scan", "host")])
+def test_the_same_text(folder, place, layout):
+    here, there = (
+        load_weights(folder, layout=layout, per_layer_table=p) for p in ("device", place)
+    )
+    tokens = tiny.tokens(CFG, 2, 11).tolist()
+    done = [generate(model, None, tokens, max_new_tokens=6) for model in (here, there)]
     assert done[0] == done[1]
 
 
