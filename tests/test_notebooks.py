@@ -295,3 +295,15 @@ def test_plan_and_shard():
     assert len(outputs(done, "visualize_array_sharding")) >= 2
     one, many = printed(done, "gj.loss").splitlines()
     assert float(one.split()[1]) == pytest.approx(float(many.split()[1]), rel=1e-5)
+
+
+@pytest.mark.nightly
+def test_your_own_architecture():
+    done = run("05_your_own_architecture", ROOT / "notebooks")
+    sizes = re.findall(r"[\d,]+(?= parameters)", printed(done, "class SquaredBlock"))
+    assert len(sizes) == 3 and sizes[0] == sizes[2]
+    assert any("image/png" in o.get("data", {}) for o in outputs(done, "plt.subplots"))
+    counts, *losses = map(float, re.findall(r"\d\.\d\d", printed(done, "plt.subplots")))
+    assert len(losses) == 3 and max(losses) < counts - 0.8
+    *equal, refused = printed(done, "gj.save").splitlines()
+    assert [line.endswith("True") for line in equal] == [True, True] and "block" in refused
