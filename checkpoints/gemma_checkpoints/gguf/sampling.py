@@ -2,7 +2,7 @@
 
 llama.cpp's converter copies them from `generation_config.json`; what is missing is llama.cpp's own.
 Source: `common_init_sampler_from_model` in `common/common.cpp`, `common_params_sampling` in
-`common/common.h` (November 2026).
+`common/common.h`.
 """
 
 from collections.abc import Mapping
@@ -41,6 +41,7 @@ def sampling_from_gguf(metadata: Mapping[str, object]) -> Sampling | None:
         key.removeprefix(PREFIX): value for key, value in metadata.items() if key.startswith(PREFIX)
     }
     names = {theirs for theirs, _ in USED.values()}
+    numbers: dict[str, float] = {}
     for key, value in said.items():
         if key in NEUTRAL and value not in NEUTRAL[key]:
             raise ValueError(f"{PREFIX}{key} is {value!r:.80}, which is not supported; remove it")
@@ -48,9 +49,10 @@ def sampling_from_gguf(metadata: Mapping[str, object]) -> Sampling | None:
             raise ValueError(f"{PREFIX}{key} is not known here: it may change what the model says")
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise ValueError(f"{PREFIX}{key} must be a number, got {value!r:.80}")
-    if not names & said.keys():
+        numbers[key] = value
+    if not names & numbers.keys():
         return None
-    given = {ours: said.get(theirs, default) for ours, (theirs, default) in USED.items()}
+    given = {ours: numbers.get(theirs, default) for ours, (theirs, default) in USED.items()}
     # Stored as float32: 0.7 comes as 0.699999988.
     rounded = {name: round(value, 6) for name, value in given.items()}
     return Sampling(**rounded | {"top_k": max(0, int(rounded["top_k"]))})
