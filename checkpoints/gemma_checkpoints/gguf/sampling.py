@@ -55,4 +55,5 @@ def sampling_from_gguf(metadata: Mapping[str, object]) -> Sampling | None:
     given = {ours: numbers.get(theirs, default) for ours, (theirs, default) in USED.items()}
     # Stored as float32: 0.7 comes as 0.699999988.
     rounded = {name: round(value, 6) for name, value in given.items()}
-    return Sampling(**rounded | {"top_k": max(0, int(rounded["top_k"]))})
+    top_k = max(0, int(rounded.pop("top_k")))
+    return Sampling(top_k=top_k, **rounded)
