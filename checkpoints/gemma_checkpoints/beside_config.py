@@ -21,10 +21,11 @@ from gemma_jax.decoder.model import Block, Gemma, MakeBlock, abstract_model
 from .errors import CheckpointError
 from .params import layer_names, named_slots
 from .source import Source
+from .written_values import NAMELESS, written
 
 OURS, MISSING = "gemma_jax", "is missing"
 # How a model computes, how its layers are stacked; and what is compared by what it made.
-_NOT_COMPARED = ("runtime", "layer_groups", "make_block")
+_NOT_COMPARED = ("runtime", "layer_groups", "make_block", "_length")
 
 
 def beside_config(model: Gemma) -> tuple[str, ...]:
@@ -48,9 +49,12 @@ def noted_beside_config(target: Path, model: Gemma) -> tuple[str, ...]:
     """What has to be noted beside the config of a model that is saved.
 
     Raises:
-      CheckpointError: The model is not what `Gemma(cfg, block=...)` makes, but was changed later.
+      CheckpointError: The model is not what `Gemma(cfg, block=...)` makes, but was changed later;
+        or its modules keep functions that have no name to compare them by.
     """
     lines = beside_config(model)
+    if nameless := [line for line in lines if NAMELESS in line]:
+        raise CheckpointError(target, _problems(nameless))
     made: tuple[str, ...] = ()
     if model.make_block is not Block:
         made = beside_config(abstract_model(model.cfg, block=model.make_block))
@@ -79,8 +83,13 @@ def check_block(source: Source, cfg: GemmaConfig, block: MakeBlock = Block) -> N
     else:
         odd = [line for line in noted if line not in found] or found
         problem = f"it was saved with other blocks than `block` makes ({_some(odd)})"
-    hint = "give the one that made them" if noted else "leave `block` out"
-    raise CheckpointError(source.path, f"{problem}; {hint}: gemma_jax.load(..., block=...)")
+    if block is Block:  # which is how the command line comes here
+        hint = "only Python can give the block that made them: gemma_jax.load(..., block=...)"
+    elif noted:
+        hint = "give the one that made them: gemma_jax.load(..., block=...)"
+    else:
+        hint = "leave `block` out"
+    raise CheckpointError(source.path, f"{problem}; {hint}")
 
 
 def _modules(model: Gemma, plain: Gemma) -> Iterator[tuple[str, str]]:
@@ -97,14 +106,18 @@ def _modules(model: Gemma, plain: Gemma) -> Iterator[tuple[str, str]]:
 
 
 def _attributes(model: Gemma, plain: Gemma) -> Iterator[str]:
-    """All of modules of the usual classes; of a user's own classes, what can be written down."""
-    expected = dict(_named_modules(plain))
-    for name, module in _named_modules(model):
+    """All of modules of the usual classes; of a user's own classes, what can be written down.
+
+    The layers of an `nnx.Sequential` lie in a list, and may be functions.
+    """
+    expected = dict(_named_modules(plain, lists=True))
+    for name, module in _named_modules(model, lists=True):
         other = expected.get(name)
+        own = _package(type(module)) not in (OURS, "flax") or isinstance(module, nnx.List)
         for key, value in _static(module).items():
             if type(other) is type(module):
                 yield from _differing(f"{name}.{key}", value, getattr(other, key, None))
-            elif _package(type(module)) not in (OURS, "flax") and (shown := _written(value)):
+            elif own and (shown := written(value)):
                 if not hasattr(other, key) or getattr(other, key) != value:
                     yield f"attribute {name}.{key} is {shown}"
 
@@ -139,11 +152,11 @@ def _states(model: Gemma) -> Iterator[str]:
                 yield f"{name} is a {type(variable).__name__}, and only parameters are saved"
 
 
-def _named_modules(model: Gemma) -> Iterator[tuple[str, nnx.Module]]:
-    """By names that do not depend on how layers are stacked; lists of modules are left out."""
+def _named_modules(model: Gemma, lists: bool = False) -> Iterator[tuple[str, nnx.Module]]:
+    """By names that do not depend on how layers are stacked; if asked, also lists inside layers."""
     for path, module in nnx.iter_modules(model):
-        if not isinstance(module, nnx.List):
-            for name, _ in layer_names(path, model):
+        for name, row in layer_names(path, model):
+            if not isinstance(module, nnx.List) or (lists and row is not None):
                 yield name, module
 
 
@@ -153,18 +166,10 @@ def _static(module: nnx.Module) -> dict[str, Any]:
     return {
         key: value
         for key, value in vars(module).items()
-        if key[0] != "_" and key not in _NOT_COMPARED and not isinstance(value, inside)
+        if not key.startswith("_pytree__")
+        and key not in _NOT_COMPARED
+        and not isinstance(value, inside)
     }
-
-
-def _written(value: Any) -> str | None:
-    """A plain value, or the name of a function; `None` for what may look another way tomorrow."""
-    if isinstance(value, tuple):
-        parts = [_written(one) for one in value]
-        return None if None in parts else f"({', '.join(map(str, parts))})"
-    if value is None or isinstance(value, bool | int | float | str):
-        return repr(value)
-    return getattr(value, "__name__", None)
 
 
 def _package(kind: Any) -> str:
@@ -178,9 +183,14 @@ def _has_our_code(kind: type) -> bool:
 
 
 def _problems(lines: Iterable[str]) -> list[str]:
-    return [f"{line}: {_HINTS.get(line.split()[0], OTHERWISE)}" for line in _grouped(lines)]
+    return [f"{line}: {_hint(line)}" for line in _grouped(lines)]
 
 
+def _hint(line: str) -> str:
+    return NAME_IT if NAMELESS in line else _HINTS.get(line.split()[0], OTHERWISE)
+
+
+NAME_IT = "keep one that is defined at the top of a module, or make it a method of the class"
 OTHERWISE = "no config says so; save_orbax keeps what Gemma(cfg, block=...) makes"
 _HINTS = {
     "parameter": "merge it first, or make the model with Gemma(cfg, block=...) and use save_orbax",

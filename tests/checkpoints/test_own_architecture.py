@@ -125,7 +125,8 @@ class ScaledBlock(gj.Block):
     ("changes", "message"),
     [
         (dict(factor=4.0), "attribute blocks.0.ffn.factor is 3.0"),
-        (dict(gate=jax.nn.relu), "attribute blocks.0.ffn.gate is silu"),
+        (dict(gate=jax.nn.relu), "attribute blocks.0.ffn.gate is jax.silu"),
+        (dict(gate=lambda x: x), "attribute blocks.0.ffn.gate is jax.silu"),
         (dict(inner=Same), "blocks.0.ffn.inner is Twice"),
     ],
 )
@@ -137,11 +138,73 @@ def test_what_a_block_is_made_with_is_compared(changes, message, tmp_path):
         gc.load_weights(saved, block=partial(ScaledBlock, **changes))
 
 
+def halved(x, by=2):
+    return x / by
+
+
+def local(factor):
+    def halved(x):
+        return factor * x
+
+    return halved
+
+
+def in_a_sequence(gate):
+    def block(cfg, spec, *, rngs):
+        made = gj.Block(cfg, spec, rngs=rngs)
+        made.ffn = nnx.Sequential(nnx.Linear(cfg.d_model, cfg.d_model, rngs=rngs), gate)
+        return made
+
+    return block
+
+
+def test_functions_are_told_apart_by_where_they_lie(tmp_path):
+    kept = [halved, jax.nn.silu, partial(halved, by=3), partial(halved, by=4)]
+    folders = [
+        gc.save_orbax(tiny.model(CFG, block=partial(ScaledBlock, gate=gate)), tmp_path / str(i))
+        for i, gate in enumerate(kept)
+    ]
+    here = f"{halved.__module__}.halved"
+    for said, folder in zip((here, "jax.silu", rf"partial\({here}\) with by=3", "by=4"), folders):
+        with pytest.raises(gc.CheckpointError, match=rf"blocks.0.ffn.gate is .*{said}"):
+            gc.load_weights(folder, block=partial(ScaledBlock, gate=jax.nn.relu))
+    gc.load_weights(folders[2], block=partial(ScaledBlock, gate=partial(halved, by=3)))
+    folder = gc.save_orbax(tiny.model(CFG, block=in_a_sequence(jax.nn.silu)), tmp_path / "list")
+    gc.load_weights(folder, block=in_a_sequence(jax.nn.silu))
+    with pytest.raises(gc.CheckpointError, match="attribute blocks.0.ffn.layers.1 is jax.silu"):
+        gc.load_weights(folder, block=in_a_sequence(jax.nn.relu))
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        lambda x: 2 * x,
+        local(2),
+        partial(local(2)),
+        jax.jit(local(2)),
+        (1, local(2)),
+        partial(halved, by=np.ones(2)),
+        Twice().__call__,
+    ],
+)
+def test_functions_without_a_name_are_refused_when_saved(gate, tmp_path):
+    model = tiny.model(CFG, block=partial(ScaledBlock, gate=gate))
+    with pytest.raises(gc.CheckpointError) as caught:
+        gc.save_orbax(model, tmp_path / "saved")
+    text = str(caught.value)
+    assert "attribute blocks.0.ffn.gate is " in text and "\n" not in text
+    assert "that no name tells from others" in text
+    assert "defined at the top of a module, or make it a method of the class" in text
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(gc.CheckpointError, match="blocks.0.ffn.layers.1 is a function that no"):
+        gc.save_orbax(tiny.model(CFG, block=in_a_sequence(local(2))), tmp_path / "saved")
+
+
 def test_blocks_of_ones_own_do_not_come_back_as_others(tmp_path):
     saved = gc.save_orbax(tiny.model(CFG, block=DoubledBlock), tmp_path / "doubled")
     message = r"blocks of its own \(blocks.0 is DoubledBlock, not Block \(and 2 more layers\); "
     for look in (gc.load_weights, gc.describe):
-        with pytest.raises(gc.CheckpointError, match=message + r".*load\(..., block=...\)"):
+        with pytest.raises(gc.CheckpointError, match=message + r".*only Python can give.*load\("):
             look(saved)
     with pytest.raises(gc.CheckpointError, match="saved with other blocks than `block` makes"):
         gc.load_weights(saved, block=MixedBlock)

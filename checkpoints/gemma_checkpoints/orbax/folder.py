@@ -43,7 +43,9 @@ def save_orbax(model: Gemma, folder: str | Path, *, source: str | Path | None = 
     """Saves `model` as a new Orbax folder, which appears whole or not at all.
 
     A model of `Gemma(cfg, block=...)` is loaded by `gemma_jax.load(folder, block=...)` again: what
-    the modules of its blocks are called is noted, and another `block`, or none, is refused.
+    the modules of its blocks are called is noted, with their attributes that are numbers, text or
+    functions, and another `block`, or none, is refused. Of classes and functions names are
+    compared, not the code behind them: the same name in another notebook is taken for the same.
 
     A model on the devices of several processes is written by all of them, each its own shards; they
     must call this together, on one file system, and have room for a second copy of their shards.
@@ -55,7 +57,8 @@ def save_orbax(model: Gemma, folder: str | Path, *, source: str | Path | None = 
 
     Raises:
       CheckpointError: the folder is taken, or cannot be written; or the model was changed after it
-        was made, in a way that neither its config nor its `block` says.
+        was made, in a way that neither its config nor its `block` says; or its blocks keep a
+        function without a name that leads to it, such as a lambda.
 
     Examples:
       >>> import gemma_checkpoints as gc
