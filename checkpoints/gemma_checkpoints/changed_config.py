@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from gemma_jax.config import GemmaConfig
+from gemma_jax.config import GemmaConfig, LayerSpec
 from gemma_jax.decoder.model import MakeBlock, abstract_model
 
 from .errors import CheckpointError
@@ -17,7 +17,8 @@ def changed_config(
 ) -> GemmaConfig:
     """The config that `change` makes of the declared one.
 
-    Layers at the end may be left out: their tensors are not read then.
+    Layers at the end may be left out: their tensors are not read then. Layers are taken from the
+    front, whichever specs were kept: of specs that are equal it cannot be seen which they were.
 
     Raises:
       CheckpointError: It asks for other tensors than the source has, or has no place for some.
@@ -31,7 +32,9 @@ def changed_config(
     return cfg
 
 
-WAY_OUT = "change what leaves the shapes alone, such as windows and rope, or leave out last layers"
+WAY_OUT = (
+    "change what leaves the weights alone, such as windows and rope, or leave out last layers only"
+)
 
 
 def _problems(declared: GemmaConfig, cfg: GemmaConfig, block: MakeBlock) -> Iterator[str]:
@@ -39,6 +42,9 @@ def _problems(declared: GemmaConfig, cfg: GemmaConfig, block: MakeBlock) -> Iter
     if deep > stored:
         yield f"has {deep} layers, the checkpoint has {stored}"
         return
+    for i, (ours, theirs) in enumerate(zip(cfg.layers, declared.layers)):
+        if _role(ours) != _role(theirs):
+            yield f"makes layer {i} {_role(ours)}, the checkpoint's is {_role(theirs)}"
     theirs, ours = (named_slots(abstract_model(one, block=block)) for one in (declared, cfg))
     for name, slot in ours.items():
         if name not in theirs:
@@ -50,3 +56,8 @@ def _problems(declared: GemmaConfig, cfg: GemmaConfig, block: MakeBlock) -> Iter
         left_out = first == "blocks" and int(rest[0]) >= deep
         if name not in ours and not left_out:
             yield f"has no place for {name} of the checkpoint"
+
+
+def _role(spec: LayerSpec) -> str:
+    """What a layer was trained to do, and no shape says; widths of its feed-forward are shapes."""
+    return f"{spec.kind} with {'shared' if spec.kv == 'shared' else 'its own'} keys and values"

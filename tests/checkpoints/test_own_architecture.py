@@ -340,6 +340,21 @@ def test_last_layers_are_left_out_when_loaded(stored):
     np.testing.assert_allclose(again.captured["layer_outputs"], two_of_three, atol=1e-5)
 
 
+@pytest.mark.parametrize("kept", [slice(1, None), slice(None, None, 2), slice(None, None, -1)])
+def test_other_layers_than_the_last_cannot_be_left_out(kept, tmp_path):
+    """Their weights are those of the first layers, and would be taken for the others'."""
+    saved = gc.save_orbax(tiny.model(CFG), tmp_path / "saved")
+    message = r"makes layer \d (local|global) with its own keys and values, the checkpoint's is "
+    with pytest.raises(gc.CheckpointError, match=message + ".* leave out last layers only$"):
+        gc.load_weights(saved, config=lambda cfg: replace(cfg, layers=cfg.layers[kept]))
+
+
+def test_layers_that_share_keys_and_values_are_no_others(tmp_path):
+    saved = gc.save_orbax(tiny.model(tiny.gemma3n()), tmp_path / "saved")
+    with pytest.raises(gc.CheckpointError, match="shared keys and values, the checkpoint's is"):
+        gc.load_weights(saved, config=lambda c: replace(c, layers=c.layers[3:]))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
