@@ -250,8 +250,14 @@ def test_activations_there_and_back(name, activation):
 
 def test_only_what_transformers_has_is_exported():
     cfg = preset("gemma3-1b")
-    with pytest.raises(ValueError, match="no transformers class"):
+    with pytest.raises(ValueError, match="fits Gemma 3 alone, but not attn_soft_cap=50.0$"):
         config_to_hf(replace(cfg, attn_soft_cap=50.0))
+    with pytest.raises(ValueError, match="fits Gemma 3 alone, but not post_norms=False$"):
+        config_to_hf(replace(cfg, post_norms=False))
+    bare = replace(cfg, qk_norm=False, post_norms=False, query_pre_attn_scalar=8)
+    message = "fit Gemma 1 alone, but not local layers, query_pre_attn_scalar=8 for head_dim=256$"
+    with pytest.raises(ValueError, match=message):
+        config_to_hf(bare)
     with pytest.raises(ValueError, match="without soft caps"):
         config_to_hf(replace(preset("gemma3-4b"), final_soft_cap=30.0))
     with pytest.raises(ValueError, match="without soft caps"):

@@ -131,7 +131,23 @@ def _family(cfg: GemmaConfig) -> str:
     default_scale = cfg.query_pre_attn_scalar == cfg.head_dim
     if plain and default_scale and not (cfg.qk_norm or cfg.post_norms or cfg.attn_soft_cap):
         return "gemma"
-    raise ValueError("no transformers class has these features together; expected Gemma 1, 2 or 3")
+    raise ValueError(_misfits(cfg))
+
+
+def _misfits(cfg: GemmaConfig) -> str:
+    """What keeps a model from being the Gemma that has its norms."""
+    facts = {f"attn_soft_cap={cfg.attn_soft_cap}": cfg.attn_soft_cap is not None}
+    if cfg.qk_norm:
+        norms = "qk_norm=True fits Gemma 3"
+        facts["post_norms=False"] = not cfg.post_norms
+    else:
+        norms = "qk_norm=False and post_norms=False fit Gemma 1"
+        facts["local layers"] = any(spec.kind == "local" for spec in cfg.layers)
+        facts[f"final_soft_cap={cfg.final_soft_cap}"] = cfg.final_soft_cap is not None
+        scale = f"query_pre_attn_scalar={cfg.query_pre_attn_scalar} for head_dim={cfg.head_dim}"
+        facts[scale] = cfg.query_pre_attn_scalar != cfg.head_dim
+    odd = ", ".join(fact for fact, holds in facts.items() if holds)
+    return f"no transformers class has these features together: {norms} alone, but not {odd}"
 
 
 def _rope(spec: LayerSpec) -> Json:
