@@ -111,7 +111,8 @@ def load(
       source: Name or path. Paths never touch the network; `gemma_checkpoints.catalog` lists names.
       options: How to load it.
       config: Makes another config of the checkpoint's, for the same weights: with other windows or
-        rope, or without some of the last layers, whose weights are not read then.
+        rope, or without some of the last layers, whose weights are not read then. Weights are
+        taken from the front, whichever of several equal layers the config keeps.
       block: Makes the layers, as in `Gemma`; what was saved with blocks of its own needs the same.
       progress: Called with bytes read so far and in total.
       **changes: Fields of `LoadOptions` by name, in place of those of `options`.

@@ -53,7 +53,8 @@ def load_weights(
         device it is not transformed.
       per_layer_dtype: Of the rows of that table off the device; default: `dtype`.
       config: Makes another config of the checkpoint's, for the same tensors: other windows or rope,
-        say, or without some of the last layers, whose tensors are not read then.
+        say, or without some of the last layers, whose tensors are not read then. Layers are taken
+        from the front, whichever of several equal ones the config keeps.
       block: Makes the layers; see `gemma_jax.Gemma`. A model that was saved with blocks of its own
         is loaded with these alone.
       progress: Called with (bytes done, bytes in all), counted after decoding.

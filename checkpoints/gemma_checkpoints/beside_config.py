@@ -5,7 +5,6 @@ it was made. No format can say it: `save_hf` refuses such models, an Orbax folde
 made, a line each, and the lines are compared when it is loaded.
 """
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from inspect import isfunction
@@ -18,7 +17,7 @@ from flax import nnx
 from gemma_jax.config import GemmaConfig
 from gemma_jax.decoder.model import Block, Gemma, MakeBlock, abstract_model
 
-from .errors import CheckpointError
+from .errors import CheckpointError, by_layer
 from .params import layer_names, named_slots
 from .source import Source
 from .written_values import NAMELESS, written
@@ -183,7 +182,7 @@ def _has_our_code(kind: type) -> bool:
 
 
 def _problems(lines: Iterable[str]) -> list[str]:
-    return [f"{line}: {_hint(line)}" for line in _grouped(lines)]
+    return [f"{line}: {_hint(line)}" for line in by_layer(lines)]
 
 
 def _hint(line: str) -> str:
@@ -199,15 +198,4 @@ _HINTS = {
 
 
 def _some(lines: Iterable[str]) -> str:
-    return "; ".join(_grouped(lines)[:2])
-
-
-def _grouped(lines: Iterable[str]) -> list[str]:
-    """Lines that differ in their layer alone become one, with their number."""
-    groups: dict[str, list[str]] = {}
-    for line in lines:
-        groups.setdefault(re.sub(r"blocks\.\d+", "blocks", line), []).append(line)
-    return [
-        first + (f" (and {len(more)} more layers)" if more else "")
-        for first, *more in groups.values()
-    ]
+    return "; ".join(by_layer(lines)[:2])

@@ -1,5 +1,6 @@
 """The one error of this room."""
 
+import re
 from collections.abc import Iterable
 
 SHOWN = 8  # of each kind of problem: a wrong config makes every tensor wrong
@@ -31,3 +32,14 @@ class CheckpointError(ValueError):
         if len(self.problems) > SHOWN:
             lines.append(f"and {len(self.problems) - SHOWN} more")
         return "\n  ".join(lines)
+
+
+def by_layer(lines: Iterable[str]) -> list[str]:
+    """Lines that differ in their layer alone become one, with their number."""
+    groups: dict[str, list[str]] = {}
+    for line in lines:
+        groups.setdefault(re.sub(r"blocks\.\d+", "blocks", line), []).append(line)
+    return [
+        first + (f" (and {len(more)} more layers)" if more else "")
+        for first, *more in groups.values()
+    ]

@@ -4,11 +4,16 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from .errors import CheckpointError
+from .errors import CheckpointError, by_layer
 from .name_table import Row, dropped, expand
 from .params import Slot, depths
 from .rearrange import shape as side_shape
 from .source import Source, TensorInfo
+
+COPY = (
+    "make it by Gemma(cfg, block=...) and copy into it what is loaded without `block`: "
+    'nnx.update(model, nnx.state(load_model(..., layout="scan"), nnx.Param))'
+)
 
 
 @dataclass(frozen=True)
@@ -28,18 +33,19 @@ def match(source: Source, slots: dict[str, Slot]) -> list[Move]:
       CheckpointError: with every tensor that is missing, surplus, or of the wrong shape or type.
     """
     rows = expand(source.table, depths(source.config))
-    problems, moves = [], []
+    problems, moves, homeless = [], [], []
     for name, slot in slots.items():
         row = rows.get(name)
         info = None if row is None else source.tensors.get(row.theirs)
         if row is None:
-            problems.append(f"{name}: the model has such a parameter, a {source.format} file none")
+            homeless.append(f"{name}: the model has such a parameter, a {source.format} file none")
         elif info is None:
             problems.append(f"{row.theirs} is missing: expected {list(_theirs(row, slot))}")
         elif problem := _misfit(row, slot, info):
             problems.append(problem)
         else:
             moves.append(Move(name, row, info, slot))
+    problems += [f"{line}; {COPY}" for line in by_layer(homeless)]
     surplus = set(source.tensors) - {row.theirs for row in rows.values()}
     surplus -= set(dropped(source.table, surplus))
     layers = " and ".join(map(str, depths(source.config).values()))

@@ -387,5 +387,25 @@ def test_the_short_way_takes_configs_and_blocks():
     model = gj.load_model(digits, config=wider, block=DoubledBlock, modalities=("text",))
     assert {spec.window for spec in model.cfg.layers} == {None, 4}
     assert isinstance(model.blocks[0][0].ffn, Doubled)
-    with pytest.raises(gc.CheckpointError, match="blocks.0.ffn.mix.kernel: the model has such a"):
+    with pytest.raises(gc.CheckpointError) as caught:
         gj.load(digits, block=MixedBlock)
+    _, kernel = caught.value.problems
+    assert kernel.startswith("blocks.0.ffn.mix.kernel: the model has such a parameter")
+    assert "none (and 2 more layers); make it by Gemma(cfg, block=...) and copy into" in kernel
+
+
+class WithScale(gj.Block):
+    def __init__(self, cfg, spec, *, rngs):
+        super().__init__(cfg, spec, rngs=rngs)
+        self.scale = nnx.Param(jnp.ones(cfg.d_model))
+
+
+def test_what_was_loaded_is_copied_into_blocks_with_more_parameters():
+    """As the refusal says."""
+    plain = tiny.model(CFG)
+    more = tiny.model(CFG, block=WithScale, seed=1)
+    nnx.update(more, nnx.state(plain, nnx.Param))
+    np.testing.assert_array_equal(logits(more), logits(plain))
+    other = tiny.model(CFG, block=MixedBlock)
+    nnx.update(other, nnx.state(plain, nnx.All(nnx.Param, nnx.Not(nnx.PathContains("ffn")))))
+    np.testing.assert_array_equal(other.embed.table, plain.embed.table)
