@@ -340,6 +340,16 @@ def test_last_layers_are_left_out_when_loaded(stored):
     np.testing.assert_allclose(again.captured["layer_outputs"], two_of_three, atol=1e-5)
 
 
+def test_layers_may_become_of_another_kind(tmp_path):
+    def all_global(cfg):
+        wide = dict(kind="global", window=None)
+        return replace(cfg, layers=[replace(spec, **wide) for spec in cfg.layers])
+
+    saved = gc.save_orbax(tiny.model(CFG), tmp_path / "saved")
+    model = gc.load_weights(saved, config=all_global)
+    assert {spec.kind for spec in model.cfg.layers} == {"global"}
+
+
 @pytest.mark.parametrize("kept", [slice(1, None), slice(None, None, 2), slice(None, None, -1)])
 def test_other_layers_than_the_last_cannot_be_left_out(kept, tmp_path):
     """Their weights are those of the first layers, and would be taken for the others'."""
