@@ -181,14 +181,30 @@ def test_the_first_cell_looks_for_all_that_is_imported(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_names_that_they_import_exist(path):
     """By day; at night all cells run."""
+    found = set()
     for cell in json.loads(path.read_text("utf-8"))["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] != "code" or "%pip" in source:  # no Python
             continue
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.ImportFrom) and node.module.startswith("gemma_jax"):
-                for alias in node.names:
-                    pkgutil.resolve_name(f"{node.module}.{alias.name}")
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "gj":
+                found.add(f"gemma_jax.{node.attr}")
+    assert found and {name for name in found if not exists(name)} == set()
+
+
+def exists(name: str) -> bool:
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def test_a_name_that_does_not_exist_is_seen():
+    assert exists("gemma_jax.generate") and exists("gemma_jax.matformer.search")
+    assert not exists("gemma_jax.generat") and not exists("gemma_jax.nowhere.search")
 
 
 def run(name: str, folder: Path):

@@ -49,6 +49,15 @@ Source = Annotated[
         metavar="SRC", help="Catalog name, folder or file.", autocompletion=complete_name
     ),
 ]
+
+
+def architecture(metavar: str):
+    """The argument of commands that need a config and no weights."""
+    return typer.Argument(
+        metavar=metavar, help="Preset, catalog name or path.", autocompletion=complete_name
+    )
+
+
 Images = Annotated[
     list[Path] | None,
     typer.Option(help="Image file; may be repeated. Goes where the prompt says <start_of_image>."),

@@ -17,14 +17,7 @@ CONTEXTS = (1_024, 8_192, 32_768, 131_072)
 
 @refuse_options(all_but("slice", because="info reads no weights"))
 def command(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="SRC",
-            help="Preset, catalog name or path.",
-            autocompletion=common.complete_name,
-        ),
-    ],
+    source: Annotated[str, common.architecture("SRC")],
     placement: Annotated[
         bool,
         typer.Option("--placement", help="Bytes on device, host and disk by place of the table."),

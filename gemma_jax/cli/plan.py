@@ -41,14 +41,7 @@ class Fit(StrEnum):
     }
 )
 def command(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="Preset, catalog name or path.",
-            autocompletion=common.complete_name,
-        ),
-    ],
+    source: Annotated[str, common.architecture("MODEL")],
     topology: Annotated[
         str, typer.Option(metavar="NAME", help="A TPU slice (v5e:4x4) or GPUs (gpu:h100x8).")
     ],

@@ -111,8 +111,8 @@ def begin(
     sampling: Sampling | Sequence[Sampling] | None,
     sampling_fields: Mapping[str, float],
     seed: int | Sequence[int],
-    stop: Sequence[str],
-    stop_ids: Sequence[int] | None,
+    stop: str | Sequence[str],
+    stop_ids: int | Sequence[int] | None,
     chunk: int,
     progress: Progress | None,
     draft: Gemma | Slice | None,
@@ -185,7 +185,7 @@ def _default_stops(tokenizer: Tokenizer | None, prompts: Sequence) -> tuple[int,
     return chat_stop_ids(tokenizer) if any(map(is_chat, prompts)) else tuple(tokenizer.stop_ids)
 
 
-def _given_stops(stop_ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+def _given_stops(stop_ids: int | Sequence[int], vocab_size: int) -> tuple[int, ...]:
     ids = (stop_ids,) if isinstance(stop_ids, Integral) else tuple(stop_ids)
     for i in ids:
         if not isinstance(i, Integral) or not 0 <= i < vocab_size:
