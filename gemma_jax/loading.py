@@ -217,12 +217,12 @@ def load_tokenizer(source: str) -> Tokenizer:
       >>> tok.decode(tok.encode("Which digit is left?"))
       'Which digit is left?'
     """
-    from gemma_checkpoints import generation_defaults, resolve, tokenizer_path
+    from gemma_checkpoints import resolve, stated_in_json, tokenizer_path
 
     path = tokenizer_path(source)
     beside = path.name in ("tokenizer.json", "tokenizer.model") and path.parent == resolve(source)
     tokenizer = Tokenizer.from_folder(path.parent) if beside else Tokenizer.from_file(path)
-    defaults = generation_defaults(resolve(source))
+    defaults = stated_in_json(resolve(source))
     if defaults.stop_ids is None:
         return tokenizer
     if defaults.stop_ids_from == "generation_config.json":

@@ -19,6 +19,7 @@ _HOMES = {
     "resolve": "catalog",
     "save_hf": "export",
     "save_orbax": "orbax.folder",
+    "stated_in_json": "generation_config",
     "tokenizer_path": "api",
 }
 

@@ -94,14 +94,14 @@ def was_trained_to_chat(source: str, tokenizer: "Tokenizer") -> bool:
     of its files: transformers' conversion scripts write both for instruction-tuned models alone
     (5.24, `convert_gemma3_weights.py`, --include_chat_template).
     """
-    from gemma_checkpoints import CATALOG, generation_defaults, resolve
+    from gemma_checkpoints import CATALOG, resolve, stated_in_json
 
     if source in CATALOG and not Path(source).exists():
         return source.endswith("-it")
     if {"it", "instruct"} & set(re.split(r"[^a-z0-9]+", Path(source).name.lower())):
         return True
     end_of_turn = tokenizer.special_ids.get("<end_of_turn>")
-    stops = generation_defaults(resolve(source)).stop_ids or ()
+    stops = stated_in_json(resolve(source)).stop_ids or ()
     return tokenizer.chat_template is not None or end_of_turn in stops
 
 

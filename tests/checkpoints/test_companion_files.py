@@ -292,3 +292,18 @@ def test_what_pictures_cannot_have_done_is_refused(changes, message, tower, tmp_
     with pytest.raises(gc.CheckpointError, match=message) as caught:
         gc.describe(folder)
     assert "preprocessor_config.json" in str(caught.value)
+
+
+def test_such_a_gguf_is_refused_when_its_model_is_loaded(gguf_file, monkeypatch):
+    from gemma_checkpoints.gguf import source
+
+    def with_mirostat(path):
+        headers = read_parts(path)
+        headers[path].metadata["general.sampling.mirostat"] = 2
+        return headers
+
+    read_parts = source.read_parts
+    gc.open_source(gguf_file)
+    monkeypatch.setattr(source, "read_parts", with_mirostat)
+    with pytest.raises(gc.CheckpointError, match=r"general\.sampling\.mirostat is 2"):
+        gc.open_source(gguf_file)

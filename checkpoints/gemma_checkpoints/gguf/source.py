@@ -19,6 +19,7 @@ from .decode import decode
 from .header import GGUFHeader, GGUFTensor
 from .names import EMBEDDING, HEAD, gguf_table
 from .parts import read_parts
+from .sampling import sampling_from_gguf
 
 PLAIN = DTYPES  # the formats agree on these names
 
@@ -48,6 +49,7 @@ class GGUFFile:
         metadata = next(iter(headers.values())).metadata
         try:
             config = config_from_gguf(metadata, embedding.shape[0])
+            sampling_from_gguf(metadata)  # refused here, whoever asks for it later
         except ValueError as error:
             raise CheckpointError(self.path, str(error)) from None
         tied = is_tied(self.read, self.tensors, EMBEDDING, HEAD)
