@@ -7,11 +7,11 @@ of six layers local. Gemma 3n brings parts of its own, each in a config of its o
 per-layer embeddings; its last layers share keys and values, its first ones are sparse.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from gemma_jax.encoder_config import AudioConfig, MobileNetConfig, VisionConfig
 from gemma_jax.field_types import check_positive, check_types
 
 Activation = Literal["gelu_tanh", "gelu", "silu", "relu"]
@@ -146,113 +146,6 @@ class ModalityVocabulary:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageProcessing:
-    """Says how a picture becomes what a tower reads; the defaults are those of published models.
-
-    Attributes:
-      rescale: Factor from levels in [0, 255] to values.
-      mean, std: Per channel: values become `(value - mean) / std`.
-      resample: Name of the filter that resizes, as in Pillow.
-      pan_and_scan: Whether elongated pictures are cropped, unless told otherwise.
-      min_crop_size, max_num_crops, min_ratio: See `gemma_jax.vision.pan_and_scan.PanAndScan`.
-    """
-
-    rescale: float = 1 / 255
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    resample: str = "bilinear"
-    pan_and_scan: bool = False
-    min_crop_size: int = 256
-    max_num_crops: int = 4
-    min_ratio: float = 1.2
-
-    def __post_init__(self):
-        check_types(self)
-        check_positive(self, "rescale", "min_crop_size", "max_num_crops", "min_ratio")
-        if len(self.mean) != 3 or len(self.std) != 3 or not all(one > 0 for one in self.std):
-            raise ValueError(f"mean={self.mean} and std={self.std} must be three numbers each")
-        if self.resample not in RESAMPLING:
-            raise ValueError(f"resample={self.resample!r} must be one of {', '.join(RESAMPLING)}")
-
-
-RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # Pillow's numbers
-
-
-@dataclass(frozen=True, kw_only=True)
-class VisionConfig:
-    """The SigLIP tower that reads images, and how its result enters the text.
-
-    Attributes:
-      d_tower, d_ff, num_layers, num_heads: C, F, layers and N of the tower.
-      image_size, patch_size: Side of the square image and of a patch, in pixels.
-      num_soft_tokens: Tokens an image takes in the text, after pooling; a square number.
-      image_token, start_token, end_token: Ids of the soft-token placeholder and of what stands
-        before and after a run of them.
-      norm_eps: Added to the variance in LayerNorm, and to the mean square in the projector's norm.
-      images: How pictures are prepared.
-    """
-
-    d_tower: int
-    d_ff: int
-    num_layers: int
-    num_heads: int
-    image_size: int
-    patch_size: int
-    num_soft_tokens: int
-    image_token: int
-    start_token: int
-    end_token: int
-    norm_eps: float = 1e-6
-    images: ImageProcessing = field(default_factory=ImageProcessing)
-
-    def __post_init__(self):
-        check_types(self)
-        check_positive(
-            self, "d_tower", "d_ff", "num_layers", "num_heads", "image_size", "patch_size",
-            "num_soft_tokens", "norm_eps",
-        )  # fmt: skip
-        if self.d_tower % self.num_heads:
-            raise ValueError(
-                f"d_tower={self.d_tower} must be a multiple of num_heads={self.num_heads}"
-            )
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"image_size={self.image_size} must be a multiple of patch_size={self.patch_size}"
-            )
-        if math.isqrt(self.num_soft_tokens) ** 2 != self.num_soft_tokens or self.grid % self.pooled:
-            raise ValueError(
-                f"num_soft_tokens={self.num_soft_tokens} must be a square whose side divides the "
-                f"{self.grid} patches along an image's side"
-            )
-
-    @property
-    def grid(self) -> int:
-        """Patches along one side."""
-        return self.image_size // self.patch_size
-
-    @property
-    def pooled(self) -> int:
-        """Soft tokens along one side."""
-        return math.isqrt(self.num_soft_tokens)
-
-    @property
-    def sizes(self) -> Mapping[str, int]:
-        """Dimension letter -> size, inside the tower."""
-        return {
-            "C": self.d_tower,
-            "F": self.d_ff,
-            "N": self.num_heads,
-            "K": self.num_heads,
-            "H": self.d_tower // self.num_heads,
-            "Q": self.grid**2,
-            "U": 3,
-            "Y": self.patch_size,
-            "X": self.patch_size,
-            "L": self.num_layers,
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
 class GemmaConfig:
     """Describes the architecture of one model: sizes, switches and one `LayerSpec` per layer.
 
@@ -279,7 +172,9 @@ class GemmaConfig:
       modality_vocabularies: Ids with embeddings of their own: of images, then of sounds (Gemma 3n).
       tied_head: Logits come from the embedding table (all published models), or from a head of
         its own.
-      vision: The tower of models that read images (Gemma 3 from 4B on); `None` for text alone.
+      vision: The tower of models that read images: SigLIP (Gemma 3 from 4B on) or MobileNetV5
+        (Gemma 3n); `None` without one.
+      audio: The tower of models that hear (Gemma 3n); `None` without one.
       origin: The name of the architecture in the file that this was read from. It says what else
         such files hold, and is never used for arithmetic: two configs that differ in it are equal.
 
@@ -316,7 +211,8 @@ class GemmaConfig:
     per_layer: PerLayerConfig | None = None
     modality_vocabularies: tuple[ModalityVocabulary, ...] = ()
     tied_head: bool = True
-    vision: VisionConfig | None = None
+    vision: VisionConfig | MobileNetConfig | None = None
+    audio: AudioConfig | None = None
     origin: str | None = field(default=None, compare=False)
 
     def __post_init__(self):

@@ -1,11 +1,13 @@
 """Holds the fields of a frozen dataclass against their annotations, with one line for a wrong one.
 
-Annotations may be `int`, `float`, `bool`, `str`, a class, `Literal[...]`, `... | None`, and
-`tuple[...]` of these.
+Annotations may be `int`, `float`, `bool`, `str`, a class, `Literal[...]`, unions of classes, `... |
+None`, and `tuple[...]` of these.
 """
 
 from dataclasses import fields
+from functools import reduce
 from numbers import Integral, Real
+from operator import or_
 from reprlib import repr as shortened
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
@@ -39,8 +41,11 @@ def check_positive(owner: Any, *names: str) -> None:
 def _checked(name: str, value: Any, kind: Any, or_none: str = "") -> Any:
     origin, args = get_origin(kind), get_args(kind)
     if origin is UnionType:  # such as `int | None`
-        (kind,) = (arg for arg in args if arg is not NoneType)
-        return None if value is None else _checked(name, value, kind, " or None")
+        if NoneType in args:
+            left = reduce(or_, (arg for arg in args if arg is not NoneType))
+            return None if value is None else _checked(name, value, left, " or None")
+        if isinstance(value, kind):
+            return value
     if origin is Literal:
         if value not in args:
             raise ValueError(f"{name}={value!r} must be {one_of(args)}")
@@ -57,6 +62,8 @@ def _checked(name: str, value: Any, kind: Any, or_none: str = "") -> Any:
 
 
 def _expected(kind: Any) -> str:
+    if get_origin(kind) is UnionType:
+        return " or ".join(_expected(arg) for arg in get_args(kind))
     if get_origin(kind) is tuple:
         return f"a tuple of {get_args(kind)[0].__name__}"
     name = kind.__name__

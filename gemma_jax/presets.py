@@ -13,14 +13,8 @@ has 256 rows more than its per-layer table, for images and audio.
 from dataclasses import replace
 from typing import Any
 
-from gemma_jax.config import (
-    AltUpConfig,
-    GemmaConfig,
-    LayerSpec,
-    PerLayerConfig,
-    VisionConfig,
-    share_kv,
-)
+from gemma_jax.config import AltUpConfig, GemmaConfig, LayerSpec, PerLayerConfig, share_kv
+from gemma_jax.encoder_config import VisionConfig
 
 SIGLIP = VisionConfig(
     d_tower=1_152,

@@ -13,15 +13,14 @@ from gemma_jax import PRESETS, cache_bytes, forward, preset
 from gemma_jax.config import (
     AltUpConfig,
     GemmaConfig,
-    ImageProcessing,
     LayerSpec,
     ModalityVocabulary,
     PerLayerConfig,
-    VisionConfig,
     share_kv,
 )
 from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.model import abstract_model
+from gemma_jax.encoder_config import ImageProcessing, VisionConfig
 from gemma_jax.multimodal.placeholders import soft_tokens
 from gemma_jax.nn.layer_groups import group_layers
 from gemma_jax.presets import TINY

@@ -8,15 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gemma_jax.config import (
-    AltUpConfig,
-    GemmaConfig,
-    LayerSpec,
-    PerLayerConfig,
-    VisionConfig,
-    share_kv,
-)
+from gemma_jax.config import AltUpConfig, GemmaConfig, LayerSpec, PerLayerConfig, share_kv
 from gemma_jax.decoder.model import Block, Gemma, abstract_model
+from gemma_jax.encoder_config import VisionConfig
 from gemma_jax.runtime import Runtime
 from gemma_jax.weights.tree import map_params
 

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from gemma_jax.config import GemmaConfig, ImageProcessing
+from gemma_jax.config import GemmaConfig
 from gemma_jax.decoder.model import Gemma
+from gemma_jax.encoder_config import ImageProcessing
 from gemma_jax.weights.protocol import StandIn
 from gemma_jax.weights.tree import ParamPath, flat_params, with_attributes
 

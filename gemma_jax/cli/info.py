@@ -10,7 +10,8 @@ from gemma_jax.cli import common
 from gemma_jax.cli.model_options import SliceOption, all_but, refuse_options
 
 if TYPE_CHECKING:
-    from gemma_jax.config import GemmaConfig, VisionConfig
+    from gemma_jax.config import GemmaConfig
+    from gemma_jax.encoder_config import VisionConfig
 
 CONTEXTS = (1_024, 8_192, 32_768, 131_072)
 

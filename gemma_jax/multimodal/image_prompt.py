@@ -15,8 +15,8 @@ from functools import partial
 import jax
 import numpy as np
 
-from gemma_jax.config import ImageProcessing, VisionConfig
 from gemma_jax.decoder.model import Gemma
+from gemma_jax.encoder_config import ImageProcessing, VisionConfig
 from gemma_jax.multimodal.encode_images import encode_images
 from gemma_jax.multimodal.markers import expand_markers
 from gemma_jax.multimodal.modality import Item, Modality, modality_of

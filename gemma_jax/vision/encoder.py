@@ -6,7 +6,8 @@ Local letters: I images; Q patches of an image; C width of the tower.
 import jax
 from flax import nnx
 
-from gemma_jax.config import GemmaConfig, VisionConfig
+from gemma_jax.config import GemmaConfig
+from gemma_jax.encoder_config import VisionConfig
 from gemma_jax.nn.einsum import Einsum
 from gemma_jax.nn.encoders import encoder_of
 from gemma_jax.nn.layer_groups import Layout

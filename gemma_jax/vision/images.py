@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from gemma_jax.config import ImageProcessing
+from gemma_jax.encoder_config import ImageProcessing
 from gemma_jax.vision.pan_and_scan import Box
 
 if TYPE_CHECKING:

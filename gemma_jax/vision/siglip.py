@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gemma_jax.config import VisionConfig
+from gemma_jax.encoder_config import VisionConfig
 from gemma_jax.nn.einsum import Einsum
 from gemma_jax.nn.layer_groups import Layout, group_layers
 from gemma_jax.nn.layer_stack import LayerOutput, run_layers, stack_layers

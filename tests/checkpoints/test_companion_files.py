@@ -14,7 +14,7 @@ from gemma_checkpoints import companions, generation_config
 from gemma_checkpoints.companions import fate
 from gemma_checkpoints.hf import processor_config
 from gemma_jax import Image, PanAndScan, Sampling, load_sampling
-from gemma_jax.config import RESAMPLING, ImageProcessing
+from gemma_jax.encoder_config import RESAMPLING, ImageProcessing
 from gemma_jax.multimodal.image_prompt import image_modality
 from gemma_jax.vision.images import preprocess
 

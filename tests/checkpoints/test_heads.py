@@ -11,7 +11,8 @@ from tiny_checkpoints import by_name, plain, random_model, tiny, write_gguf
 import gemma_checkpoints as gc
 from gemma_checkpoints import heads
 from gemma_checkpoints.hf.config import config_from_hf
-from gemma_jax.config import AltUpConfig, PerLayerConfig, VisionConfig
+from gemma_jax.config import AltUpConfig, PerLayerConfig
+from gemma_jax.encoder_config import VisionConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOWER = VisionConfig(

@@ -8,7 +8,7 @@ from tiny_checkpoints import DATA
 
 from gemma_checkpoints.hf.config import config_from_hf, text_config
 from gemma_checkpoints.hf.config_out import config_to_hf
-from gemma_jax.config import VisionConfig
+from gemma_jax.encoder_config import VisionConfig
 from gemma_jax.presets import PRESETS, preset
 
 TOWER = {

@@ -10,7 +10,7 @@ import pytest
 from words import Words
 
 from gemma_jax import Image, PanAndScan, image_prompt
-from gemma_jax.config import VisionConfig
+from gemma_jax.encoder_config import VisionConfig
 from gemma_jax.multimodal.image_prompt import MARKER, expand
 from gemma_jax.text import images_of, render
 from gemma_jax.vision.images import preprocess

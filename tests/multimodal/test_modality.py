@@ -16,8 +16,9 @@ from words import Words
 
 import gemma_jax
 from gemma_jax import Conversation, Prompt, Sampling, Session, forward, generate, init_cache
-from gemma_jax.config import GemmaConfig, VisionConfig
+from gemma_jax.config import GemmaConfig
 from gemma_jax.decoder.batch import Batch
+from gemma_jax.encoder_config import VisionConfig
 from gemma_jax.inference.prefill import PromptRow, prefill_chunk
 from gemma_jax.multimodal.image_prompt import MARKER
 from gemma_jax.multimodal.modality import Item, Modality, modalities_of, modality_of

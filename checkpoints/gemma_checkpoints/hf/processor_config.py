@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gemma_jax.config import RESAMPLING, GemmaConfig, ImageProcessing, VisionConfig
+from gemma_jax.config import GemmaConfig
+from gemma_jax.encoder_config import RESAMPLING, ImageProcessing, VisionConfig
 
 from ..errors import CheckpointError
 from ..json_values import Json, nested, positive, read_json, whole

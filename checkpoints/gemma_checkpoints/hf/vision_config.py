@@ -7,7 +7,7 @@ Source: `models/{siglip/configuration_siglip,gemma3/configuration_gemma3}.py` of
 
 from collections.abc import Mapping
 
-from gemma_jax.config import VisionConfig
+from gemma_jax.encoder_config import VisionConfig
 
 from ..json_values import Json, depth, nested, positive, whole
 

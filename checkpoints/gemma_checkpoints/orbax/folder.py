@@ -12,16 +12,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from gemma_jax.config import (
-    AltUpConfig,
-    GemmaConfig,
-    ImageProcessing,
-    LayerSpec,
-    ModalityVocabulary,
-    PerLayerConfig,
-    VisionConfig,
-)
+from gemma_jax.config import AltUpConfig, GemmaConfig, LayerSpec, ModalityVocabulary, PerLayerConfig
 from gemma_jax.decoder.model import Gemma
+from gemma_jax.encoder_config import ImageProcessing, VisionConfig
 from gemma_jax.weights.tree import flat_params
 
 from ..beside_config import noted_beside_config

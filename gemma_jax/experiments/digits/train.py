@@ -27,7 +27,8 @@ from flax import nnx
 
 import gemma_jax as gj
 from gemma_checkpoints import save_hf
-from gemma_jax.config import GemmaConfig, LayerSpec, VisionConfig
+from gemma_jax.config import GemmaConfig, LayerSpec
+from gemma_jax.encoder_config import VisionConfig
 from gemma_jax.experiments.digits.scenes import QUESTIONS, SIDE, Scene, draw
 from gemma_jax.multimodal.image_prompt import MARKER, PLACEHOLDER, expand
 from gemma_jax.multimodal.placeholders import soft_tokens
