@@ -127,7 +127,8 @@ class PerLayerConfig:
 class ModalityVocabulary:
     """Ids at the end of the vocabulary that are embedded in a tower's width (Gemma 3n).
 
-    They mark where images and sounds begin and end, and what is missing in them.
+    They mark where images and sounds begin and end, what soft tokens take the place of, and what
+    is missing in them.
 
     Attributes:
       first_id, vocab_size: The ids are `[first_id, first_id + vocab_size)`.
@@ -235,6 +236,17 @@ class GemmaConfig:
         if self.laurel_rank is not None:
             check_positive(self, "laurel_rank")
         _check_sharing(self.layers)
+
+    def vocabulary_of(self, token: int) -> int | None:
+        """Which of `modality_vocabularies` has the id `token`; `None` if none has.
+
+        A tower whose placeholder is such an id gives vectors in its own width, and the embedder of
+        the vocabulary takes them to the decoder's.
+        """
+        for i, ids in enumerate(self.modality_vocabularies):
+            if ids.first_id <= token < ids.first_id + ids.vocab_size:
+                return i
+        return None
 
     @property
     def sizes(self) -> Mapping[str, int]:

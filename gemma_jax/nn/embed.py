@@ -1,6 +1,6 @@
 """Token embedding, and the output head; embeddings of ids for other modalities.
 
-Local letters: C width of the other modality's vectors.
+Local letters: I items that soft tokens come in; C width of the other modality's vectors.
 """
 
 import math
@@ -61,9 +61,11 @@ class Embedder(nnx.Module):
 
 
 class ModalityEmbedder(nnx.Module):
-    """Embeddings in a tower's width, mapped to the decoder's (hf `Gemma3nMultimodalEmbedder`).
+    """Vectors in a tower's width, mapped to the decoder's (hf `Gemma3nMultimodalEmbedder`).
 
-    `norm(proj(norm(row) * scale))`, the outer norm without a scale; not multiplied by sqrt(D).
+    They are rows of its table (hard), for ids of its vocabulary, or come from the tower (soft):
+    `norm(proj(norm(vector) * scale))`, each kind with a scale of its own, the outer norm without
+    one; not multiplied by sqrt(D).
     """
 
     def __init__(self, cfg: GemmaConfig, vocabulary: ModalityVocabulary, *, rngs: nnx.Rngs):
@@ -71,14 +73,24 @@ class ModalityEmbedder(nnx.Module):
         V, C = vocabulary.vocab_size, vocabulary.width
         self.table = nnx.Param(rngs.normal((V, C)), dims="VC", inputs="C")
         self.norm = RMSNorm(cfg, "C", size=C, eps=vocabulary.norm_eps)
+        self.soft_norm = RMSNorm(cfg, "C", size=C, eps=vocabulary.norm_eps)
         self.proj = Einsum("BTC,DC->BTD", {"C": C, "D": cfg.d_model}, rngs=rngs)
+
+    def soft(self, x_ITC: jax.Array, numerics: Numerics) -> jax.Array:
+        """Soft tokens `[I, T, D]` of what the tower makes of items."""
+        return self._project(self.soft_norm(x_ITC, numerics), numerics)
+
+    def hard(self, rows_BT: jax.Array, dtype: jax.typing.DTypeLike, numerics: Numerics):
+        """Embeddings `[B, T, D]` of rows of the table."""
+        rows_BTC = lookup(self.table.get_value(), rows_BT).astype(dtype)
+        return self._project(self.norm(rows_BTC, numerics), numerics)
 
     def insert(self, tokens_BT: jax.Array, x_BTD: jax.Array, numerics: Numerics) -> jax.Array:
         """`x_BTD`, with these embeddings where the ids are of this vocabulary."""
         rows_BT = tokens_BT - self.vocabulary.first_id
         ours_BT = (rows_BT >= 0) & (rows_BT < self.vocabulary.vocab_size)
-        rows_BTC = lookup(self.table.get_value(), jnp.where(ours_BT, rows_BT, 0))
-        rows_BTC = rows_BTC.astype(x_BTD.dtype)
-        y_BTD = self.proj(self.norm(rows_BTC, numerics))
-        y_BTD = rms_norm(y_BTD, self.vocabulary.norm_eps, numerics)
+        y_BTD = self.hard(jnp.where(ours_BT, rows_BT, 0), x_BTD.dtype, numerics)
         return jnp.where(ours_BT[:, :, None], y_BTD, x_BTD)
+
+    def _project(self, x_BTC: jax.Array, numerics: Numerics) -> jax.Array:
+        return rms_norm(self.proj(x_BTC), self.vocabulary.norm_eps, numerics)

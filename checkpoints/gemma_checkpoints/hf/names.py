@@ -84,11 +84,7 @@ OUTPUT_SCALE = Row("blocks.{i}.altup.output_scale", _LAYER + "altup.correct_outp
 _MODALITIES = ("embed_vision", "embed_audio")
 UNREAD: Table = tuple(
     Row(None, part, why="Gemma 3n's towers are not read")
-    for part in (
-        "vision_tower.*",
-        "audio_tower.*",
-        *(f"{embedder}.soft_embedding_norm.weight" for embedder in _MODALITIES),
-    )
+    for part in ("vision_tower.*", "audio_tower.*")
 )
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -189,6 +185,7 @@ def _modalities(cfg: GemmaConfig) -> Table:
         for ours, theirs in (
             ("table", "embedding"),
             ("norm.scale", "hard_embedding_norm"),
+            ("soft_norm.scale", "soft_embedding_norm"),
             ("proj.w", "embedding_projection"),
         )
     )
