@@ -102,7 +102,7 @@ def _see(model: "Gemma", arrays: dict[str, "np.ndarray"], capture: tuple[str, ..
     an image one after the other.
     """
     from gemma_jax.decoder.soft_tokens import SoftTokens
-    from gemma_jax.multimodal.encode_images import encode_images
+    from gemma_jax.multimodal.encode import encode_images
     from gemma_jax.multimodal.image_prompt import image_modality
     from gemma_jax.multimodal.placeholders import locate, runs
 

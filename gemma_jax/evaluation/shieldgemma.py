@@ -18,7 +18,7 @@ from gemma_jax.decoder.forward import forward
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.decoder.soft_tokens import SoftTokens
 from gemma_jax.inference.prefill import bucket
-from gemma_jax.multimodal.encode_images import encode_images
+from gemma_jax.multimodal.encode import encode_images
 from gemma_jax.multimodal.image_prompt import expand, image_modality, require_vision
 from gemma_jax.multimodal.markers import place_markers
 from gemma_jax.multimodal.placeholders import locate

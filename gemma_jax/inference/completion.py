@@ -17,7 +17,6 @@ from gemma_jax.matformer import Slice
 from gemma_jax.multimodal.modality import modalities_of
 from gemma_jax.multimodal.prompts import Prompt, PromptReader, encode_prompt, is_chat
 from gemma_jax.text import Tokenizer, chat_stop_ids
-from gemma_jax.vision.pan_and_scan import PanAndScan
 
 Progress = Callable[[int, int], None]  # tokens of prompt read so far, in total
 
@@ -106,7 +105,7 @@ def begin(
     prompts: Sequence,
     *,
     media: Mapping[str, Sequence[Sequence | None] | None],
-    pan_and_scan: PanAndScan | bool | None,
+    preparation: Mapping[str, object],
     max_new_tokens: int,
     sampling: Sampling | Sequence[Sampling] | None,
     sampling_fields: Mapping[str, float],
@@ -124,6 +123,7 @@ def begin(
 
     Args:
       media: Name of a modality -> a list of items per prompt, or `None`.
+      preparation: How items are prepared, see `modality_of`.
       streaming: See `Continuation`; stop texts are looked for in any case.
     """
     if not isinstance(model, Gemma):
@@ -140,7 +140,7 @@ def begin(
     if tokenizer is not None:
         stop, special = split_stops(tokenizer, stop)
         stop_ids = (*stop_ids, *special)
-    reader = PromptReader(tokenizer, modalities_of(model.cfg, pan_and_scan=pan_and_scan))
+    reader = PromptReader(tokenizer, modalities_of(model.cfg, **preparation))
     read = reader.all(prompts, media)
     longest, new = _lengths(model, read, max_new_tokens)
     session_class = Session

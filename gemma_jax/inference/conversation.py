@@ -28,7 +28,7 @@ class Conversation:
       system: Text put in front of the first user message, or wherever the chat template puts it.
       sampling, seed: As in `generate`; `gemma_jax.load_sampling` has what the checkpoint asks for.
         Default: what the published checkpoints recommend, temperature 1, top-k 64, top-p 0.95.
-      pan_and_scan, logits_processors: As in `generate`.
+      pan_and_scan, pad_audio, logits_processors: As in `generate`.
 
     Examples:
       >>> import gemma_jax as gj
@@ -49,11 +49,14 @@ class Conversation:
         sampling: Sampling | None = None,
         seed: int = 0,
         pan_and_scan: PanAndScan | bool | None = None,
+        pad_audio: bool = True,
         logits_processors: LogitsProcessor | Sequence[LogitsProcessor] = (),
     ):
         self.model, self.tokenizer, self.system = model, tokenizer, system
         self.messages: list[Mapping[str, object]] = []
-        self._read = PromptReader(tokenizer, modalities_of(model.cfg, pan_and_scan=pan_and_scan))
+        self._read = PromptReader(
+            tokenizer, modalities_of(model.cfg, pan_and_scan=pan_and_scan, pad_audio=pad_audio)
+        )
         sampling = sampling or Sampling(temperature=1.0, top_k=64, top_p=0.95)
         self._session = Session(
             model,

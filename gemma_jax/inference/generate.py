@@ -24,7 +24,9 @@ def generate(
     | Sequence[str | Messages | Prompt | Sequence[int]],
     *,
     images: Sequence | None = None,
+    audio: Sequence | None = None,
     pan_and_scan: PanAndScan | bool | None = None,
+    pad_audio: bool = True,
     max_new_tokens: int = 128,
     sampling: Sampling | Sequence[Sampling] | None = None,
     seed: int | Sequence[int] = 0,
@@ -42,13 +44,18 @@ def generate(
 
     Args:
       prompt: One text (BOS is added once), chat messages (dicts with `role` and `content`, see
-        `gemma_jax.text.chat`), `Prompt`, or token ids, which are taken as they are and need no
-        tokenizer; or a list of these.
+        `gemma_jax.text.chat`), what one message says as a list of texts and media
+        (`[gj.Audio("a.wav"), "Transcribe this."]`), `Prompt`, or token ids, which are taken as they
+        are and need no tokenizer; or a list of these.
       images: Images of one text, or one list of images per text of a batch: files, arrays, or
-        whatever else `Image` takes. They go where the text says `<start_of_image>`, or come
-        first. Messages hold theirs in their content.
+        whatever else `Image` takes. They go where the text says `<start_of_image>` (of Gemma 3n
+        `<image_soft_token>`), or come first. Messages hold theirs in their content.
+      audio: The same with sounds: what `Audio` takes, where the text says `<audio_soft_token>`.
+        What is too long to be heard at once is read in pieces, with a warning.
       pan_and_scan: Adds crops of elongated pictures: True, False, or how. Default: as the
         checkpoint says, which for the published ones is not at all.
+      pad_audio: Every clip takes as many tokens as the model was trained with; False is an
+        experiment, and cheaper.
       max_new_tokens: Bound on the continuation; the context of the model may end before.
       sampling: How to choose tokens, one for all prompts or one per prompt; or its fields directly
         (`temperature=0.7, top_k=64`). Default: greedy.
@@ -101,8 +108,11 @@ def generate(
         model,
         tokenizer,
         [prompt] if single else list(prompt),
-        media={"image": [images] if single else images},
-        pan_and_scan=pan_and_scan,
+        media={
+            "image": [images] if single else images,
+            "audio": [audio] if single else audio,
+        },
+        preparation={"pan_and_scan": pan_and_scan, "pad_audio": pad_audio},
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         sampling_fields=sampling_fields,

@@ -1,11 +1,12 @@
-"""A text with images becomes token ids and pixels, as the official processor makes them.
+"""A text with images becomes token ids and pixels, as the official processors make them.
 
-Where an image goes, the text has the marker `<start_of_image>`. It grows into
+Where an image goes, the text has the marker `<start_of_image>` (Gemma 3), or the placeholder
+`<image_soft_token>` itself (Gemma 3n). It grows into
 
     \\n\\n<start_of_image> <image_soft_token> x 256 <end_of_image>\\n\\n
 
-and, with pan and scan, into a sentence that shows the whole image first and then its crops
-(transformers `Gemma3Processor.replace_image_token`). What stands between images is tokenised as one
+and, in Gemma 3 with pan and scan, into a sentence that shows the whole image first and then its
+crops (transformers `Gemma3Processor.replace_image_token`, `Gemma3nProcessor`). What stands between images is tokenised as one
 text: the newlines join those of their neighbours into longer pieces.
 """
 
@@ -16,18 +17,18 @@ import jax
 import numpy as np
 
 from gemma_jax.decoder.model import Gemma
-from gemma_jax.encoder_config import ImageProcessing, VisionConfig
-from gemma_jax.multimodal.encode_images import encode_images
+from gemma_jax.encoder_config import ImageProcessing, MobileNetConfig, VisionConfig
+from gemma_jax.multimodal.encode import encode_images
 from gemma_jax.multimodal.markers import expand_markers
 from gemma_jax.multimodal.modality import Item, Modality, modality_of
 from gemma_jax.multimodal.prompts import Prompt, build_prompt
-from gemma_jax.text import GEMMA3_MEDIA, Tokenizer
+from gemma_jax.text import GEMMA3_MEDIA, GEMMA3N_MEDIA, Tokenizer
 from gemma_jax.vision.images import Image, preprocess
 from gemma_jax.vision.pan_and_scan import PanAndScan
 
 MARKER = GEMMA3_MEDIA["image"]
-PLACEHOLDER = "<image_soft_token>"
-_VIEW = f"\n\n{MARKER}\n\n"  # one view of an image: whole, or a crop
+PLACEHOLDER = GEMMA3N_MEDIA["image"]
+Vision = VisionConfig | MobileNetConfig
 
 
 @modality_of.register
@@ -43,15 +44,41 @@ def image_modality(
     cropping = _cropping(vision.images, pan_and_scan)
     return Modality(
         name="image",
+        items="images",
         marker=MARKER,
         placeholder=vision.image_token,
         begin=vision.start_token,
         end=vision.end_token,
         tokens_per_item=vision.num_soft_tokens,
         bidirectional=True,
-        prepare=partial(_prepare, vision=vision, pan_and_scan=cropping),
+        prepare=partial(_prepare, vision=vision, marker=MARKER, pan_and_scan=cropping),
         encode=_encode,
         placeholder_text=PLACEHOLDER,
+    )
+
+
+@modality_of.register
+def causal_image_modality(
+    vision: MobileNetConfig, *, pan_and_scan: PanAndScan | bool | None = None, **_: object
+) -> Modality:
+    """How images enter the text of a Gemma 3n: whole, and read one soft token after the other.
+
+    Raises:
+      ValueError: Crops are asked for.
+    """
+    if pan_and_scan:
+        raise ValueError("this model was trained on whole images; leave pan and scan out")
+    return Modality(
+        name="image",
+        items="images",
+        marker=PLACEHOLDER,
+        placeholder=vision.image_token,
+        begin=vision.start_token,
+        end=vision.end_token,
+        tokens_per_item=vision.num_soft_tokens,
+        bidirectional=False,
+        prepare=partial(_prepare, vision=vision, marker=PLACEHOLDER, pan_and_scan=None),
+        encode=_encode,
     )
 
 
@@ -59,7 +86,7 @@ def image_prompt(
     tokenizer: Tokenizer,
     text: str,
     images: Sequence[object],
-    vision: VisionConfig | None,
+    vision: Vision | None,
     *,
     pan_and_scan: PanAndScan | bool | None = None,
     bos: bool = True,
@@ -71,7 +98,7 @@ def image_prompt(
         front of it.
       images: What `Image` takes, in the order of the markers.
       vision: `model.cfg.vision`.
-      pan_and_scan: As in `image_modality`.
+      pan_and_scan: How to add crops, see `image_modality`.
       bos: Begin with <bos>; a text that already does keeps its one.
 
     Raises:
@@ -86,17 +113,17 @@ def image_prompt(
       >>> prompt.pixels.shape, prompt.token_ids.count(model.cfg.vision.image_token)
       ((1, 3, 32, 32), 16)
     """
-    modality = image_modality(require_vision(vision), pan_and_scan=pan_and_scan)
+    modality = modality_of(require_vision(vision), pan_and_scan=pan_and_scan)
     prompt = build_prompt(tokenizer, text, (modality,), {modality.name: images}, bos=bos)
     pixels = np.array(prompt.media.get(modality.name, ()), np.float32)
     return Prompt(prompt.token_ids, pixels.reshape(-1, 3, vision.image_size, vision.image_size))
 
 
-def require_vision(vision: VisionConfig | None) -> VisionConfig:
+def require_vision(vision: Vision | None) -> Vision:
     """`vision` itself; ValueError if there is none."""
     if vision is None:
         raise ValueError(
-            "this model reads text alone; images need one with a vision tower, such as gemma3-4b-it"
+            "this model has no vision tower; images need one that has, such as gemma3-4b-it"
         )
     return vision
 
@@ -111,7 +138,7 @@ def expand(
 ) -> list[int]:
     """Ids of a text with one marker per image, with room for every image and its crops."""
     modality = image_modality(vision)
-    items = {modality.name: [_item(crops, vision) for crops in num_crops]}
+    items = {modality.name: [_item(crops, vision, MARKER) for crops in num_crops]}
     return expand_markers(tokenizer, marked, (modality,), items, bos=bos)
 
 
@@ -127,26 +154,29 @@ def _cropping(images: ImageProcessing, pan_and_scan: PanAndScan | bool | None) -
     )
 
 
-def _prepare(source: object, *, vision: VisionConfig, pan_and_scan: PanAndScan | None) -> Item:
+def _prepare(
+    source: object, *, vision: Vision, marker: str, pan_and_scan: PanAndScan | None
+) -> Item:
     image = Image(source)
     boxes = pan_and_scan.boxes(image.width, image.height) if pan_and_scan else ()
     pixels = preprocess(image, vision.image_size, boxes, vision.images)
-    return _item(len(boxes), vision, pixels)
+    return _item(len(boxes), vision, marker, pixels)
 
 
-def _item(crops: int, vision: VisionConfig, pixels: Sequence[np.ndarray] = ()) -> Item:
-    return Item(_views(crops), [vision.num_soft_tokens] * (1 + crops), pixels)
+def _item(crops: int, vision: Vision, marker: str, pixels: Sequence[np.ndarray] = ()) -> Item:
+    return Item(_views(crops, marker), [vision.num_soft_tokens] * (1 + crops), pixels)
 
 
 def _encode(model: Gemma, pixels: jax.Array) -> jax.Array:
     return encode_images(model, pixels)[0]
 
 
-def _views(crops: int) -> str:
-    """What an image's marker becomes; each view in it is a marker again."""
+def _views(crops: int, marker: str) -> str:
+    """What an image's marker becomes; each view in it, whole or a crop, is a marker again."""
+    view = f"\n\n{marker}\n\n"
     if not crops:
-        return _VIEW
+        return view
     return (
-        f"Here is the original image {_VIEW} and here are some crops to help you see better "
-        + " ".join([_VIEW] * crops)
+        f"Here is the original image {view} and here are some crops to help you see better "
+        + " ".join([view] * crops)
     )

@@ -14,19 +14,19 @@ def place_markers(text: str, modality: Modality, count: int) -> str:
     Raises:
       ValueError: The text has markers of its own, but another number; or a placeholder.
     """
-    name, marker, placeholder = modality.name, modality.marker, modality.placeholder_text
+    items, marker, placeholder = modality.items, modality.marker, modality.placeholder_text
     if placeholder is not None and placeholder in text:
         raise ValueError(
             f"the text holds {placeholder}, which would take the place of soft tokens; mark "
-            f"{name}s by {marker}"
+            f"{items} by {marker}"
         )
     found = text.count(marker)
     if found == count:
         return text
     if found:
         raise ValueError(
-            f"places for {name}s in the text ({marker}): {found}, {name}s given: {count}; "
-            f"give as many {name}s as places"
+            f"places for {items} in the text ({marker}): {found}, {items} given: {count}; "
+            f"give as many {items} as places"
         )
     start = BOS if text.startswith(BOS) else ""
     return start + marker * count + text.removeprefix(start)

@@ -37,6 +37,7 @@ class Modality:
 
     Attributes:
       name: As in chat messages, `{"type": name, name: ...}`, and in `Prompt.media`.
+      items: What several of them are called, for messages.
       marker: Text that says where an item goes.
       placeholder: Id of the tokens whose place its soft tokens take; may lie beyond the vocabulary.
       begin, end: Ids before and after each run of placeholders.
@@ -51,6 +52,7 @@ class Modality:
     """
 
     name: str
+    items: str
     marker: str
     placeholder: int
     begin: int
@@ -84,4 +86,4 @@ def check_media(media: Mapping[str, Sequence], modalities: Sequence[Modality]) -
     for name, items in media.items():
         if len(items) and name not in known:
             reads = f"text and {', '.join(known)} alone" if known else "text alone"
-            raise ValueError(f"this model reads {reads}; {name}s need one with an encoder for them")
+            raise ValueError(f"this model reads {reads}; {name} needs one with an encoder for it")

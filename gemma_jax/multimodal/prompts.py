@@ -12,7 +12,15 @@ from gemma_jax.decoder.model import Gemma
 from gemma_jax.multimodal.markers import expand_markers, place_markers
 from gemma_jax.multimodal.modality import Modality, check_media, modalities_of
 from gemma_jax.multimodal.placeholders import check_places
-from gemma_jax.text import GEMMA3_MEDIA, Tokenizer, chat_bos, items_of, render_chat
+from gemma_jax.text import (
+    GEMMA3_MEDIA,
+    GEMMA3N_MEDIA,
+    Tokenizer,
+    chat_bos,
+    items_of,
+    medium_of,
+    render_chat,
+)
 
 Messages = Sequence[Mapping[str, object]]
 _NOTHING: Mapping[str, Sequence] = MappingProxyType({})
@@ -57,6 +65,11 @@ def is_chat(prompt: object) -> bool:
     )
 
 
+def is_content(prompt: object) -> bool:
+    """Whether this is what one message says, texts and media in turn, and not a list of prompts."""
+    return isinstance(prompt, (list, tuple)) and any(medium_of(part) for part in prompt)
+
+
 def is_token_ids(prompt: object) -> bool:
     """Whether this is one prompt as token ids, and not a list of prompts."""
     return (
@@ -70,7 +83,7 @@ def is_one_prompt(prompt: object) -> bool:
     """Whether this is one prompt, right or wrong, and not a list of them."""
     if isinstance(prompt, (str, bytes, Prompt)) or not isinstance(prompt, Iterable):
         return True
-    return is_chat(prompt) or (is_token_ids(prompt) and len(prompt) > 0)
+    return is_chat(prompt) or is_content(prompt) or (is_token_ids(prompt) and len(prompt) > 0)
 
 
 def build_prompt(
@@ -132,8 +145,8 @@ class PromptReader:
         for name, lists in given.items():
             if len(lists) != len(prompts):
                 raise ValueError(
-                    f"{len(lists)} lists of {name}s for {len(prompts)} prompts; give one list for "
-                    "each"
+                    f"{len(lists)} lists of {name} items for {len(prompts)} prompts; give one list "
+                    "for each"
                 )
         return [
             self._one(prompt, {name: lists[i] or () for name, lists in given.items()})
@@ -160,7 +173,8 @@ class PromptReader:
     @property
     def markers(self) -> Mapping[str, str]:
         """Type of an item in a message -> what marks its place in the text."""
-        return {**GEMMA3_MEDIA, **{m.name: m.marker for m in self.modalities}}
+        # Those that the model cannot read as well: they are refused with its reason later.
+        return {**GEMMA3N_MEDIA, **GEMMA3_MEDIA, **{m.name: m.marker for m in self.modalities}}
 
     def media_of(self, messages: Messages) -> Mapping[str, Sequence]:
         """The items in messages: name of a modality -> items in the order of its markers."""
@@ -170,14 +184,18 @@ class PromptReader:
         if isinstance(prompt, str):
             return self.text(prompt, media)
         if given := [name for name, items in media.items() if len(items)]:
-            raise ValueError(f"{given[0]}s go with a text; messages and Prompts hold their own")
+            raise ValueError(
+                f"{given[0]} items go with a text; messages and Prompts hold their own"
+            )
         if isinstance(prompt, Prompt):
             return prompt
         if is_chat(prompt):
             return self.chat(prompt)
+        if is_content(prompt):
+            return self.chat([{"role": "user", "content": prompt}])
         if not is_token_ids(prompt):
             raise ValueError(
-                "expected a text, a list of token ids, chat messages or a Prompt, got "
+                "expected a text, a list of token ids, chat messages, texts and media in one list, or a Prompt, got "
                 f"{prompt!r:.80}"
             )
         return Prompt([int(i) for i in prompt])

@@ -11,8 +11,10 @@ The format is the `chat_template` in the tokenizer configuration of the released
 
 There is no system role; a system message is put in front of the first user message. Messages are
 dicts as in Hugging Face's API, `{"role": "user", "content": "Hi"}`. A content is a text, an image,
-or a list of items: `{"type": "text", "text": ...}`, `{"type": "image", "image": ...}`, or texts and
-images themselves, `[Path("cat.png"), "What is this?"]`. A string is always a text, never a path.
+a sound, or a list of items: `{"type": "text", "text": ...}`, `{"type": "image", "image": ...}`,
+`{"type": "audio", "audio": ...}`, or texts, images and sounds themselves, `[Path("cat.png"), "What
+is this?"]`. A string is always a text, never a path; a path is that of a sound if its name ends as
+those of sounds do (`SOUND_FILES`), else of an image.
 
 What the template would pass over in silence (unknown roles and item types, a system message that no
 user message follows) is refused here: the model would not see what the caller wrote.
@@ -34,6 +36,7 @@ GEMMA3N_MEDIA: Mapping[str, str] = {"image": "<image_soft_token>", "audio": "<au
 
 Message = Mapping[str, object]
 _ROLES = {"user": "user", "assistant": "model", "model": "model"}
+SOUND_FILES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".caf", ".w64")
 _SOURCES = ("path", "url")  # where an item may name what it holds, beside its own type
 
 
@@ -207,11 +210,11 @@ def _system_text(message: Message) -> str:
 def _items(message: Message) -> list[Mapping[str, object]]:
     """The content, in whatever form it comes, as items of Hugging Face's form."""
     content = message.get("content")
-    if isinstance(content, str) or _is_image(content):
+    if isinstance(content, str) or medium_of(content):
         content = [content]
     if not isinstance(content, Sequence):
         raise ValueError(
-            "Invalid content type: expected text, an image or a list of items, "
+            "Invalid content type: expected text, an image, a sound or a list of items, "
             f"got {content!r:.200}"
         )
     return [_item(part) for part in content]
@@ -222,21 +225,28 @@ def _item(part: object) -> Mapping[str, object]:
         return part
     if isinstance(part, str):
         return {"type": "text", "text": part}
-    if _is_image(part):
-        return {"type": "image", "image": part}
+    if kind := medium_of(part):
+        return {"type": kind, kind: part}
     raise ValueError(
-        f"Invalid content type: expected a text, an image or an item of either, got {part!r:.200}"
+        "Invalid content type: expected a text, an image, a sound or an item of one of them, "
+        f"got {part!r:.200}"
     )
 
 
-def _is_image(part: object) -> bool:
-    """Whether this is an image without an item around it. Its content is not looked at."""
-    # By what they have, so that neither Pillow nor JAX need be there: `gemma_jax.Image` has `rgb`,
-    # arrays and PIL's images have the others.
+def medium_of(part: object) -> str | None:
+    """Whether this is an `"image"` or an `"audio"` clip without an item around it, or neither.
+
+    Its content is not looked at.
+    """
+    # By what they have, so that neither Pillow nor JAX need be there: `gemma_jax.Audio` has a rate,
+    # `gemma_jax.Image` has `rgb`, arrays and PIL's images have the others.
+    if hasattr(part, "sampling_rate"):
+        return "audio"
+    if isinstance(part, os.PathLike) and os.fsdecode(part).lower().endswith(SOUND_FILES):
+        return "audio"
     looks = ("rgb", "__array__", "__array_interface__")
-    if isinstance(part, (bytes, bytearray, memoryview, os.PathLike)):
-        return True
-    return any(hasattr(part, name) for name in looks)
+    is_file = isinstance(part, (bytes, bytearray, memoryview, os.PathLike))
+    return "image" if is_file or any(hasattr(part, name) for name in looks) else None
 
 
 def _source(item: Mapping[str, object]) -> object:

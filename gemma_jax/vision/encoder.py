@@ -15,7 +15,6 @@ from gemma_jax.nn.norm import RMSNorm
 from gemma_jax.runtime import Runtime
 from gemma_jax.vision.siglip import Tower, TowerContext
 
-CAPTURES = ("vision.layer_outputs", "vision.tower", "vision.soft_tokens")
 _PREFIX = "vision."
 
 
@@ -40,22 +39,38 @@ class Projector(nnx.Module):
 
 
 class VisionEncoder(nnx.Module):
-    """Tower and projector: `pixels [I, 3, size, size]` to soft tokens `[I, T, D]`."""
+    """Tower and projector: `pixels [I, 3, size, size]` to soft tokens `[I, T, D]`.
+
+    Attributes:
+      captures: What may be captured: `vision.layer_outputs [L, I, Q, C]`, after each layer of the
+        tower, and `vision.tower [I, Q, C]`, after its last norm.
+    """
+
+    captures = ("vision.layer_outputs", "vision.tower")
 
     def __init__(self, cfg: GemmaConfig, *, rngs: nnx.Rngs, layout: Layout):
+        self.image_size = cfg.vision.image_size
         self.tower = Tower(cfg.vision, rngs=rngs, layout=layout)
         self.projector = Projector(cfg, rngs=rngs)
 
     def __call__(
         self, pixels: jax.Array, runtime: Runtime, capture: frozenset[str] = frozenset()
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Soft tokens in the tower's dtype, and what `capture` names out of `CAPTURES`."""
+        """Soft tokens in the tower's dtype, and what `capture` names.
+
+        Raises:
+          ValueError: The images have another size than the tower takes.
+        """
+        expected = (3, self.image_size, self.image_size)
+        if pixels.ndim != 4 or pixels.shape[1:] != expected:
+            sizes = ", ".join(map(str, expected))
+            raise ValueError(f"pixels must be [I, {sizes}], got {list(pixels.shape)}")
         inside = frozenset(name.removeprefix(_PREFIX) for name in capture)
         ctx = TowerContext(runtime=runtime, capture=inside)
         with jax.named_scope("vision"):
             x_IQC, captured = self.tower(pixels.astype(runtime.vision_dtype or runtime.dtype), ctx)
             soft_ITD = self.projector(x_IQC, runtime)
-        captured |= {"tower": x_IQC, "soft_tokens": soft_ITD}
+        captured["tower"] = x_IQC
         return soft_ITD, {name: captured[name.removeprefix(_PREFIX)] for name in capture}
 
 

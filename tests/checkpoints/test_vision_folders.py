@@ -12,7 +12,7 @@ from tiny_checkpoints import DATA, by_name, random_model, tiny
 import gemma_checkpoints as gc
 from gemma_checkpoints import load
 from gemma_jax import load_model
-from gemma_jax.multimodal.encode_images import encode_images
+from gemma_jax.multimodal.encode import encode_images
 
 SOURCE = DATA / "g3_mm"
 WEIGHTS = "model.safetensors"

@@ -84,7 +84,7 @@ def test_bad_image_ends_a_script(refused, seer, talker, tmp_path):
     missing = f"/image {tmp_path / 'none.png'}\n".encode()
     assert "none.png" in refused("chat", "--model", seer, stdin=missing)
     assert "expected a file, as in /image" in refused("chat", "--model", seer, stdin=b"/image\n")
-    assert "reads text alone" in refused("chat", "--model", talker, stdin=missing)
+    assert "has no vision tower" in refused("chat", "--model", talker, stdin=missing)
 
 
 def test_bad_image_on_a_terminal_is_a_line(cli, seer, tmp_path):

@@ -86,7 +86,7 @@ def unloadable(monkeypatch):
 
 def test_model_without_a_tower(refused, talker, picture, unloadable):
     words = ("generate", "Who?", "--image", picture("a.png"), "--model", talker)
-    assert "reads text alone" in refused(*words)
+    assert "has no vision tower" in refused(*words)
 
 
 def test_unreadable_images(refused, seer, tmp_path, unloadable):

@@ -27,7 +27,7 @@ def test_refused(refused, seer, talker, picture, tmp_path):
     file = picture("a.png")
     wrong = refused("shield", file, "--model", seer, "--policy", "hate")
     assert wrong == "unknown policy 'hate'; choose from dangerous, sexual, violence"
-    assert "reads text alone" in refused("shield", file, "--model", talker)
+    assert "has no vision tower" in refused("shield", file, "--model", talker)
     assert "none.png" in refused("shield", tmp_path / "none.png", "--model", seer)
     assert "--model" in refused("shield", file)
 

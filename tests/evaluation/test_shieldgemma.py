@@ -112,7 +112,7 @@ def test_refused_policies(model, tokenizer, policies, match):
 
 
 def test_refused_models_and_images(model, tokenizer):
-    with pytest.raises(ValueError, match="reads text alone"):
+    with pytest.raises(ValueError, match="has no vision tower"):
         shield(SimpleNamespace(cfg=tiny.gemma3()), tokenizer, IMAGE)
     with pytest.raises(ValueError, match="no image"):
         shield(model, tokenizer, b"no image")

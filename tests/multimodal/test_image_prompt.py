@@ -152,5 +152,5 @@ def test_missing_file(words):
 
 
 def test_model_without_a_tower(words):
-    with pytest.raises(ValueError, match="reads text alone; images need one with a vision tower"):
+    with pytest.raises(ValueError, match="has no vision tower; images need one that has"):
         image_prompt(words, "a", [picture()], None)

@@ -65,6 +65,7 @@ def sound_encoder(config: SoundConfig, cfg: GemmaConfig, *, rngs: nnx.Rngs, **_:
 def sounds(config: SoundConfig, **_: object) -> Modality:
     return Modality(
         name="sound",
+        items="sounds",
         marker=SOUND,
         placeholder=config.placeholder,
         begin=85,
@@ -185,9 +186,9 @@ def test_lists_of_items_beside_texts(model):
     reader = PromptReader(Words(96), modalities_of(model.cfg))
     one, two = reader.all(["a", f"b{SOUND}"], {"sound": [None, [sound(0)]], "image": None})
     assert 200 not in one.token_ids and two.token_ids.count(200) == 3
-    with pytest.raises(ValueError, match="1 lists of sounds for 2 prompts"):
+    with pytest.raises(ValueError, match="1 lists of sound items for 2 prompts"):
         reader.all(["a", "b"], {"sound": [[sound(0)]]})
-    with pytest.raises(ValueError, match="sounds go with a text"):
+    with pytest.raises(ValueError, match="sound items go with a text"):
         reader.all([[3, 4]], {"sound": [[sound(0)]]})
 
 
@@ -195,7 +196,7 @@ def test_lists_of_items_beside_texts(model):
     ("marked", "media", "match"),
     [
         (SOUND, {}, "places for sounds in the text .<sound>.: 1, sounds given: 0"),
-        ("a", {"smell": [1]}, "reads text and image, sound alone; smells need one"),
+        ("a", {"smell": [1]}, "reads text and image, sound alone; smell needs one"),
     ],
 )
 def test_refused(model, marked, media, match):
@@ -205,7 +206,7 @@ def test_refused(model, marked, media, match):
 
 def test_a_model_without_the_modality_says_so():
     blind = tiny.model(tiny.gemma3())
-    with pytest.raises(ValueError, match="reads text alone; sounds need one"):
+    with pytest.raises(ValueError, match="reads text alone; sound needs one"):
         generate(blind, None, Prompt([3], media={"sound": [sound(0)]}), max_new_tokens=1)
 
 
@@ -315,16 +316,17 @@ FOR_USERS = {
         "images: Sequence | None = None,",
         '>>> text = gj.stream(model, tok, "Read the digits.", images=[three])',
         '>>> for piece in gj.stream(model, tok, "Read the digits.", images=[picture]):',
-        'media={"image": [images]},',
+        'media={"image": [images], "audio": [audio]},',
     },
     "inference/generate.py": {
         "images: Sequence | None = None,",
         "images: Images of one text, or one list of images per text of a batch: files, arrays, or",
-        "whatever else `Image` takes. They go where the text says `<start_of_image>`, or come",
+        "whatever else `Image` takes. They go where the text says `<start_of_image>` (of Gemma 3n",
         '>>> print(gj.generate(model, tok, "How many digits?", images=[picture]))',
         ">>> [str(done) for done in gj.generate(model, tok, texts, images=2 * [[picture]])]",
         ">>> print(gj.generate(model, tok, texts[0], images=[picture], logits_processors=no_nine))",
-        'media={"image": [images] if single else images},',
+        '"image": [images] if single else images,',
+        "`<image_soft_token>`), or come first. Messages hold theirs in their content.",
     },
     "multimodal/prompts.py": {
         'self.media = dict(media) if pixels is None else {**media, "image": pixels}',

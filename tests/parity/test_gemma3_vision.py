@@ -16,10 +16,9 @@ from gemma_checkpoints import load_weights, save_hf
 from gemma_jax import Prompt, Runtime, forward, generate
 from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.soft_tokens import SoftTokens
-from gemma_jax.multimodal.encode_images import encode_images
+from gemma_jax.multimodal.encode import encode_images
 from gemma_jax.multimodal.modality import modalities_of
 from gemma_jax.multimodal.placeholders import locate, runs, soft_tokens
-from gemma_jax.vision.encoder import CAPTURES
 
 TEXT_CAPTURES = ("embeddings", "layer_outputs", "final_norm")
 THEIRS = {
@@ -36,7 +35,7 @@ def model(request):
 
 def test_tower_and_projector(model):
     given, expected, tolerance = case("g3_mm", "forward")
-    _, captured = encode_images(model, given["pixel_values"], capture=CAPTURES)
+    _, captured = encode_images(model, given["pixel_values"], capture=tuple(THEIRS))
     for ours, theirs in THEIRS.items():
         assert_close(captured[ours], expected[theirs], tolerance[theirs])
 

@@ -11,7 +11,7 @@ import tiny
 from marks import nightly
 
 from gemma_jax import forward, generate, init_cache, loss, matformer
-from gemma_jax.multimodal.encode_images import encode_images
+from gemma_jax.multimodal.encode import encode_images
 from gemma_jax.placement import shard, with_partition
 from gemma_jax.quantise import quantise
 from gemma_jax.sharding import INFERENCE, LONG_CONTEXT, TRAINING, Partition, make_mesh

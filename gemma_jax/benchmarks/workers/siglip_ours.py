@@ -12,7 +12,7 @@ from protocol import serve
 from safetensors.numpy import load_file, save_file
 
 from gemma_jax.loading import load_model
-from gemma_jax.multimodal.encode_images import encode_images
+from gemma_jax.multimodal.encode import encode_images
 
 
 class Tower:
