@@ -6,8 +6,8 @@ Where an image goes, the text has the marker `<start_of_image>` (Gemma 3), or th
     \\n\\n<start_of_image> <image_soft_token> x 256 <end_of_image>\\n\\n
 
 and, in Gemma 3 with pan and scan, into a sentence that shows the whole image first and then its
-crops (transformers `Gemma3Processor.replace_image_token`, `Gemma3nProcessor`). What stands between images is tokenised as one
-text: the newlines join those of their neighbours into longer pieces.
+crops (transformers `Gemma3Processor.replace_image_token`, `Gemma3nProcessor`). What stands between
+images is tokenised as one text: the newlines join those of their neighbours into longer pieces.
 """
 
 from collections.abc import Sequence

@@ -195,8 +195,8 @@ class PromptReader:
             return self.chat([{"role": "user", "content": prompt}])
         if not is_token_ids(prompt):
             raise ValueError(
-                "expected a text, a list of token ids, chat messages, texts and media in one list, or a Prompt, got "
-                f"{prompt!r:.80}"
+                "expected a text, a list of token ids, chat messages, a list of texts and media, "
+                f"or a Prompt, got {prompt!r:.80}"
             )
         return Prompt([int(i) for i in prompt])
 
