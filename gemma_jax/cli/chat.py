@@ -42,8 +42,8 @@ def command(
 ) -> None:
     """Chat with a model; the cache is kept between turns.
 
-    /help lists what else may be said: /image FILE, /temperature X, /save FILE, /reset, /quit.
-    Ctrl-C stops an answer.
+    /help lists what else may be said: /image FILE, /audio FILE, /temperature X, /save FILE, /reset,
+    /quit. Ctrl-C stops an answer.
     """
     if system is not None:
         system = utf8(system, "--system")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "/image FILE": "puts an image in front of the next message",
+    "/audio FILE": "puts a sound in front of the next message",
     "/temperature X": "chooses the next answers at another temperature",
     "/save FILE": "writes the conversation to a new file, as JSON",
     "/reset": "starts anew",
@@ -35,7 +36,7 @@ class Chat:
 
     def __init__(self, start: "Callable[[], Conversation]", max_new_tokens: int):
         self._start, self._max_new_tokens = start, max_new_tokens
-        self._conversation, self._images = start(), []
+        self._conversation, self._media = start(), []
 
     def enter(self, line: str) -> None:
         """Does what a line says, which is a message or a command."""
@@ -43,11 +44,12 @@ class Chat:
         if not re.fullmatch(r"/\w*", word):  # a path, say, is no command
             with _lenient(", or /reset"):  # the conversation may have outgrown its room
                 self._say(line)
-            self._images = []
+            self._media = []
             return
         with _lenient():
             run = {
                 "/image": self._image,
+                "/audio": self._audio,
                 "/temperature": self._temperature,
                 "/save": self._save,
                 "/reset": self._reset,
@@ -58,7 +60,7 @@ class Chat:
             run(rest.strip())
 
     def _say(self, line: str) -> None:
-        content = [*self._images, line] if self._images else line
+        content = [*self._media, line] if self._media else line
         with progress.compiling() as bar:
             answer = self._conversation.stream(content, max_new_tokens=self._max_new_tokens)
             for piece in answer:
@@ -73,8 +75,17 @@ class Chat:
 
         require_vision(self._conversation.model.cfg.vision)
         image = Image(_path(file, "/image picture.png"))
-        self._images.append({"type": "image", "image": image, "path": file})
+        self._media.append({"type": "image", "image": image, "path": file})
         tell(f"{file}, {image.width} x {image.height} pixels, goes with your next message")
+
+    def _audio(self, file: str) -> None:
+        from gemma_jax.audio.waves import Audio
+        from gemma_jax.multimodal.audio_prompt import require_audio
+
+        require_audio(self._conversation.model.cfg.audio)
+        clip = Audio(_path(file, "/audio question.wav"))
+        self._media.append({"type": "audio", "audio": clip, "path": file})
+        tell(f"{file}, {clip.seconds:.1f} s, goes with your next message")
 
     def _temperature(self, value: str) -> None:
         try:
@@ -87,7 +98,7 @@ class Chat:
     def _save(self, file: str) -> None:
         conversation = self._conversation
         system = [{"role": "system", "content": conversation.system}] if conversation.system else []
-        messages = [*system, *map(_without_pixels, conversation.messages)]
+        messages = [*system, *map(_without_media, conversation.messages)]
         with open(_path(file, "/save chat.json"), "x", encoding="utf-8") as target:
             json.dump(messages, target, ensure_ascii=False, indent=2)
             target.write("\n")
@@ -95,7 +106,7 @@ class Chat:
 
     def _reset(self, _: str) -> None:
         sampling = self._conversation.sampling
-        self._conversation, self._images = self._start(), []
+        self._conversation, self._media = self._start(), []
         self._conversation.sampling = sampling
 
     def _help(self, _: str) -> None:
@@ -128,8 +139,8 @@ def _path(file: str, example: str) -> str:
     return os.path.expanduser(file)
 
 
-def _without_pixels(message: Mapping) -> Mapping:
-    """A message as JSON can hold it: an image is named by its file."""
+def _without_media(message: Mapping) -> Mapping:
+    """A message as JSON can hold it: an image or a sound is named by its file."""
     content = message["content"]
     if isinstance(content, str):
         return message

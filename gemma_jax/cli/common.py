@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from gemma_checkpoints.description import Description
+    from gemma_jax.audio.waves import Audio
     from gemma_jax.config import GemmaConfig
     from gemma_jax.decoder.model import Gemma
     from gemma_jax.matformer import Slice
@@ -60,7 +61,16 @@ def architecture(metavar: str):
 
 Images = Annotated[
     list[Path] | None,
-    typer.Option(help="Image file; may be repeated. Goes where the prompt says <start_of_image>."),
+    typer.Option(
+        help="Image file; may be repeated. Goes where the prompt says <start_of_image>, for Gemma "
+        "3n <image_soft_token>."
+    ),
+]
+Clips = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Sound file; may be repeated. Goes where the prompt says <audio_soft_token>."
+    ),
 ]
 PanAndScanOption = Annotated[
     bool | None,
@@ -211,3 +221,16 @@ def open_images(files: list[Path] | None, source: str) -> "list[Image]":
     images = [Image(file) for file in files]
     require_vision(describe(resolve(source)).config.vision)
     return images
+
+
+def open_clips(files: list[Path] | None, source: str) -> "list[Audio]":
+    """The sounds, read and checked before a model is loaded for them."""
+    if not files:
+        return []
+    from gemma_checkpoints import describe, resolve
+    from gemma_jax.audio.waves import Audio
+    from gemma_jax.multimodal.audio_prompt import require_audio
+
+    clips = [Audio(file) for file in files]
+    require_audio(describe(resolve(source)).config.audio)
+    return clips

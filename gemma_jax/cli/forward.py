@@ -3,6 +3,7 @@
 Local letters: I items that soft tokens come in.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,8 +45,7 @@ def command(
 
     from gemma_jax.atomic_files import replacing
     from gemma_jax.decoder.batch import Batch
-    from gemma_jax.decoder.forward import forward
-    from gemma_jax.vision import encoder
+    from gemma_jax.decoder.forward import CAPTURES, forward
 
     arrays = read_inputs(inputs)
     ids, positions, rope = arrays["input_ids"], *_positions(arrays, inputs)
@@ -53,10 +53,9 @@ def command(
     with replacing(output) as path:  # entered first: a wrong path should not cost a model's loading
         gemma = options.load(model)
         check_for_model(arrays, gemma.cfg, inputs)
-        if gemma.cfg.vision is None and (asked := [n for n in names if n in encoder.CAPTURES]):
-            raise ValueError(f"this model has no vision tower to capture {', '.join(asked)} from")
+        _check_towers(gemma, arrays, names)
         with progress.compiling():
-            soft, seen = _see(gemma, arrays, tuple(n for n in names if n in encoder.CAPTURES))
+            soft, seen = _soft_tokens(gemma, arrays, names)
             out = forward(
                 gemma,
                 Batch(
@@ -65,9 +64,9 @@ def command(
                     rope_positions_BT=jnp.asarray(rope, jnp.int32),
                     soft=soft,
                 ),
-                capture=tuple(n for n in names if n not in encoder.CAPTURES),
+                capture=tuple(name for name in names if name in CAPTURES),
             )
-            results = {"logits": out.logits, **_by_layer(out.captured), **seen}
+            results = {"logits": out.logits, **_by_layer(out.captured | seen)}
             common.save_arrays(
                 {name: np.asarray(array, np.float32) for name, array in results.items()},
                 path,
@@ -84,37 +83,66 @@ def _by_layer(captured: dict) -> dict:
     return arrays
 
 
-def _captures(names: str) -> tuple[str, ...]:
-    from gemma_jax.decoder.forward import CAPTURES
-    from gemma_jax.vision import encoder
+# Tower, with which the names of its captures begin -> inputs without which it has nothing to do.
+TOWERS = {"vision": "pixel_values", "audio": "input_features"}
 
-    known = (*CAPTURES, *encoder.CAPTURES)
+
+def _captures(names: str) -> tuple[str, ...]:
+    from gemma_jax.audio.encoder import AudioEncoder
+    from gemma_jax.decoder.forward import CAPTURES
+    from gemma_jax.multimodal.encode import AUDIO_TOKENS, IMAGE_TOKENS
+    from gemma_jax.vision.encoder import VisionEncoder
+    from gemma_jax.vision.mobilenet import MobileNetEncoder
+
+    towers = (*VisionEncoder.captures, *MobileNetEncoder.captures, *AudioEncoder.captures)
+    known = tuple(dict.fromkeys((*CAPTURES, *towers, IMAGE_TOKENS, AUDIO_TOKENS)))
     wanted = tuple(name.strip() for name in names.split(",") if name.strip())
     if unknown := [name for name in wanted if name not in known]:
         raise ValueError(f"cannot capture {', '.join(unknown)}; choose from {', '.join(known)}")
     return wanted
 
 
-def _see(model: "Gemma", arrays: dict[str, "np.ndarray"], capture: tuple[str, ...]):
-    """Soft tokens for the images in the inputs, and what was captured on the way to them.
+def _check_towers(model: "Gemma", arrays: dict[str, "np.ndarray"], names: tuple[str, ...]) -> None:
+    for part, inputs in TOWERS.items():
+        if asked := [name for name in names if name.startswith(f"{part}.")]:
+            if getattr(model, part, None) is None:
+                raise ValueError(
+                    f"this model has no {part} tower to capture {', '.join(asked)} from"
+                )
+            if inputs not in arrays:
+                raise ValueError(f"no {inputs} in the inputs to capture {', '.join(asked)} from")
 
-    The images are where `token_type_ids` says so; without it transformers reads even the tokens of
-    an image one after the other.
+
+def _soft_tokens(model: "Gemma", arrays: dict[str, "np.ndarray"], names: tuple[str, ...]):
+    """Soft tokens for the images and clips in the inputs, and what was captured on the way to them.
+
+    Blocks that see each other both ways are where `token_type_ids` says so; without it transformers
+    reads even the tokens of an image one after the other.
     """
-    from gemma_jax.decoder.soft_tokens import SoftTokens
-    from gemma_jax.multimodal.encode import encode_images
-    from gemma_jax.multimodal.image_prompt import image_modality
-    from gemma_jax.multimodal.placeholders import locate, runs
+    from gemma_jax.multimodal.encode import Clips, encode_audio, encode_images
+    from gemma_jax.multimodal.modality import modalities_of
+    from gemma_jax.multimodal.placeholders import place, runs
 
-    if "pixel_values" not in arrays:
-        if capture:
-            raise ValueError(f"no pixel_values in the inputs to capture {', '.join(capture)} from")
+    modalities = {modality.name: modality for modality in modalities_of(model.cfg)}
+    found, seen = {}, {}
+    if "pixel_values" in arrays:
+        asked = tuple(name for name in names if name.startswith("vision."))
+        found["image"], seen = encode_images(model, arrays["pixel_values"], capture=asked)
+    if "input_features" in arrays:
+        asked = tuple(name for name in names if name.startswith("audio."))
+        mask = arrays.get("input_features_mask")
+        lengths_I = None if mask is None else (mask != 0).sum(axis=1).astype("int32")
+        clips = Clips(arrays["input_features"], lengths_I)
+        found["audio"], heard = encode_audio(model, clips, capture=asked)
+        seen |= heard
+    if not found:
         return None, {}
-    embeddings_ITD, captured = encode_images(model, arrays["pixel_values"], capture=capture)
-    index_BT, _ = locate(arrays["input_ids"], image_modality(model.cfg.vision))
-    block_BT = runs(arrays["token_type_ids"] == 1) if "token_type_ids" in arrays else None
-    soft = SoftTokens(embeddings_ITD=embeddings_ITD, index_BT=index_BT, block_BT=block_BT)
-    return soft, captured
+    used = [modalities[name] for name in found]
+    soft = place(arrays["input_ids"], used, list(found.values()))
+    if soft.block_BT is not None:
+        given = arrays.get("token_type_ids")
+        soft = replace(soft, block_BT=None if given is None else runs(given == 1))
+    return soft, seen
 
 
 def _positions(arrays: dict[str, "np.ndarray"], file: Path) -> tuple["np.ndarray", "np.ndarray"]:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 
 from gemma_jax.cli import common, progress
 from gemma_jax.cli.errors import flags_for
-from gemma_jax.cli.inputs import check_for_model, read_inputs, real_tokens, utf8
+from gemma_jax.cli.inputs import check_for_model, items_of, read_inputs, real_tokens, utf8
 from gemma_jax.cli.model_options import ModelOptions, model_options
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def command(
         ),
     ] = None,
     image: common.Images = None,
+    audio: common.Clips = None,
     pan_and_scan: common.PanAndScanOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Bound on the continuation.")] = 128,
     temperature: common.Temperature = 0.0,
@@ -61,8 +63,10 @@ def command(
     """Continue PROMPT and stream the text to stdout."""
     if (prompt is None) == (inputs is None):
         raise typer.BadParameter("give a PROMPT or --inputs FILE, one of the two")
-    if inputs and (image or pan_and_scan):
-        raise typer.BadParameter("--image goes with a PROMPT; --inputs FILE holds its own images")
+    if inputs and (image or audio or pan_and_scan):
+        raise typer.BadParameter(
+            "--image and --audio go with a PROMPT; --inputs FILE holds its own images and sounds"
+        )
     if not all(stop or ()):
         raise typer.BadParameter("a --stop text needs at least one character")
     if prompt is not None:
@@ -84,7 +88,7 @@ def command(
     from gemma_jax.inference.generate import generate
     from gemma_jax.loading import has_tokenizer, load_tokenizer
 
-    images = common.open_images(image, model)
+    images, clips = common.open_images(image, model), common.open_clips(audio, model)
     tokenizer = load_tokenizer(model) if prompt is not None or has_tokenizer(model) else None
     submodel = common.find_slice(options.slice, model)
     draft = common.find_slice(speculative, model)
@@ -92,7 +96,7 @@ def command(
     gemma = common.view(whole, submodel)
     loaded = time.perf_counter()
     if arrays is None:
-        content = [*images, prompt] if images else prompt
+        content = [*images, *clips, prompt] if images or clips else prompt
         prompts = [[{"role": "user", "content": content}] if chat else prompt]
     else:
         prompts = _prompts_of(arrays, gemma, inputs)
@@ -113,6 +117,7 @@ def command(
             tokenizer,
             prompts,
             images=[images] if images and not chat else None,
+            audio=[clips] if clips and not chat else None,
             pan_and_scan=pan_and_scan,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
@@ -143,19 +148,22 @@ def command(
 
 
 def _prompts_of(arrays: dict[str, "np.ndarray"], model: "Gemma", path: Path) -> "list[Prompt]":
-    """One prompt per row: its real tokens, and the images that its placeholders stand for."""
+    """One prompt per row: its real tokens, and the items that its placeholders stand for."""
     import numpy as np
 
+    from gemma_jax.multimodal.modality import modalities_of
     from gemma_jax.multimodal.prompts import Prompt
 
     check_for_model(arrays, model.cfg, path)
     rows = [row[keep] for row, keep in zip(arrays["input_ids"], real_tokens(arrays, path))]
-    if "pixel_values" not in arrays:
-        return [Prompt(row.tolist()) for row in rows]
-    vision = model.cfg.vision
-    counts = [int((row == vision.image_token).sum()) // vision.num_soft_tokens for row in rows]
-    pixels = np.split(arrays["pixel_values"], np.cumsum(counts)[:-1])
-    return [Prompt(row.tolist(), own) for row, own in zip(rows, pixels)]
+    media: list[dict[str, list[np.ndarray]]] = [{} for _ in rows]
+    for modality in modalities_of(model.cfg):
+        if (items := items_of(arrays, modality.name)) is not None:
+            left = iter(items)
+            for row, own in zip(rows, media):
+                count = int((row == modality.placeholder).sum()) // modality.tokens_per_item
+                own[modality.name] = list(islice(left, count))
+    return [Prompt(row.tolist(), media=own) for row, own in zip(rows, media)]
 
 
 def _result(completions: "list[Completion]", batch: bool) -> dict[str, Any]:

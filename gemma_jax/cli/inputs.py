@@ -1,4 +1,7 @@
-"""What comes from outside: texts, and safetensors files of token ids and pixels."""
+"""What comes from outside: texts, and safetensors files of token ids, pixels and mel frames.
+
+Local letters: I items that soft tokens come in; M mel bands.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,6 +10,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from gemma_jax.config import GemmaConfig
+    from gemma_jax.encoder_config import AudioConfig, MobileNetConfig, VisionConfig
 
 # Hugging Face's names. The last two are known, and change nothing in a forward pass.
 NAMES = (
@@ -15,9 +19,14 @@ NAMES = (
     "position_ids",
     "token_type_ids",
     "pixel_values",
+    "input_features",
+    "input_features_mask",
     "num_crops",
     "labels",
 )
+
+# Name of a modality -> of the array that its encoder reads.
+ITEMS = {"image": "pixel_values", "audio": "input_features"}
 
 
 def utf8(text: str | bytes, what: str) -> str:
@@ -71,34 +80,83 @@ def check_for_model(arrays: dict[str, "np.ndarray"], cfg: "GemmaConfig", path: P
     """Holds inputs against the model they are for.
 
     Raises:
-      ValueError: Ids outside the vocabulary, images for a model that reads text alone, images of
-        another size or number than the model and the ids ask for.
+      ValueError: Ids outside the vocabulary, images or sounds for a model without a tower for them,
+        or of another size or number than the model and the ids ask for.
     """
-    ids, pixels, vision = arrays["input_ids"], arrays.get("pixel_values"), cfg.vision
-    places = 0 if vision is None else int((ids == vision.image_token).sum())
-    words = ids if vision is None else ids[ids != vision.image_token]
+    import numpy as np
+
+    from gemma_jax.multimodal.modality import modalities_of
+
+    ids, modalities = arrays["input_ids"], modalities_of(cfg)
+    words = ids[~np.isin(ids, [modality.placeholder for modality in modalities])]
     if words.size and (words.min() < 0 or words.max() >= cfg.vocab_size):
         raise ValueError(
             f"{path}: input_ids must lie in [0, {cfg.vocab_size}), the model's vocabulary; "
             f"got {words.min()} to {words.max()}"
         )
-    if pixels is None:
-        if places:
-            raise ValueError(f"{path}: {places} places for soft tokens, but no pixel_values")
+    _check_pixels(arrays, cfg.vision, path)
+    _check_features(arrays, cfg.audio, path)
+    for modality in modalities:
+        name, items = ITEMS[modality.name], arrays.get(ITEMS[modality.name])
+        places = int((ids == modality.placeholder).sum())
+        if items is None and places:
+            raise ValueError(f"{path}: {places} places for soft tokens, but no {name}")
+        if items is not None and places != (need := len(items) * modality.tokens_per_item):
+            raise ValueError(
+                f"{path}: {len(items)} {modality.items} need {need} places "
+                f"(id {modality.placeholder}) in input_ids; there are {places}"
+            )
+
+
+def items_of(arrays: dict[str, "np.ndarray"], name: str) -> "np.ndarray | list[np.ndarray] | None":
+    """What the encoder of a modality reads, item by item; frames that are not real are left out."""
+    items, mask = arrays.get(ITEMS[name]), arrays.get("input_features_mask")
+    if name != "audio" or items is None or mask is None:
+        return items
+    return [frames_TM[real_T != 0] for frames_TM, real_T in zip(items, mask)]
+
+
+def _check_pixels(arrays, vision: "VisionConfig | MobileNetConfig | None", path: Path) -> None:
+    from gemma_jax.encoder_config import VisionConfig
+
+    if (pixels := arrays.get("pixel_values")) is None:
         return
     if vision is None:
-        raise ValueError(f"{path}: pixel_values given, but this model reads text alone")
-    size = vision.image_size
+        raise ValueError(f"{path}: pixel_values given, but this model has no vision tower")
+    # MobileNetV5 takes other sizes too, and says itself which.
+    size = vision.image_size if isinstance(vision, VisionConfig) else pixels.shape[-1]
     if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size) or pixels.dtype.kind != "f":
         raise ValueError(
-            f"{path}: pixel_values must be floats [I, 3, {size}, {size}], got {pixels.dtype} "
-            f"{list(pixels.shape)}"
+            f"{path}: pixel_values must be floats [I, 3, {vision.image_size}, "
+            f"{vision.image_size}], got {pixels.dtype} {list(pixels.shape)}"
         )
-    if places != len(pixels) * vision.num_soft_tokens:
+
+
+def _check_features(arrays, audio: "AudioConfig | None", path: Path) -> None:
+    """The mel frames of clips, and which of them are real: a stretch from the first on."""
+    import numpy as np
+
+    features, mask = arrays.get("input_features"), arrays.get("input_features_mask")
+    if features is None:
+        if mask is not None:
+            raise ValueError(f"{path}: input_features_mask given, but no input_features")
+        return
+    if audio is None:
+        raise ValueError(f"{path}: input_features given, but this model has no audio tower")
+    if features.ndim != 3 or features.shape[2] != audio.num_mels or features.dtype.kind != "f":
         raise ValueError(
-            f"{path}: {len(pixels)} images need {len(pixels) * vision.num_soft_tokens} places "
-            f"(id {vision.image_token}) in input_ids; there are {places}"
+            f"{path}: input_features must be floats [I, T, {audio.num_mels}], got "
+            f"{features.dtype} {list(features.shape)}"
         )
+    if mask is not None and mask.shape != features.shape[:2]:
+        raise ValueError(
+            f"{path}: input_features_mask {list(mask.shape)} must be {list(features.shape[:2])}, "
+            "as input_features"
+        )
+    if mask is not None and not (mask != 0).any(axis=1).all():
+        raise ValueError(f"{path}: a clip without a single real frame in input_features_mask")
+    if mask is not None and (np.diff((mask != 0).astype(np.int8), axis=1) > 0).any():
+        raise ValueError(f"{path}: input_features_mask must be ones, then zeros, in every row")
 
 
 def real_tokens(inputs: dict[str, "np.ndarray"], path: Path) -> "np.ndarray":
@@ -107,8 +165,6 @@ def real_tokens(inputs: dict[str, "np.ndarray"], path: Path) -> "np.ndarray":
     Raises:
       ValueError: The mask does not match the ids, has holes, or leaves a row empty.
     """
-    import numpy as np
-
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask", np.ones_like(ids)) != 0
     if mask.shape != ids.shape:

@@ -16,6 +16,7 @@ from gemma_jax.nn.layer_stack import run_layers
 
 CAPTURES = (
     "embeddings",
+    "inputs_embeds",
     "per_layer_inputs",
     "layer_outputs",
     "attention_weights",
@@ -71,8 +72,9 @@ def forward(
       batch: A `Batch`, or int32 token ids `[B, T]` of plain text, as an array or as lists.
       cache: Keys and values of earlier tokens, from `init_cache` or an earlier pass.
       logits: For every token, for the last real one of each row, or for none.
-      capture: One name out of `CAPTURES`, or several. `attention_weights` are dense `[B, N, T, S]`;
-        `sparsity_masks` come from the sparse layers alone.
+      capture: One name out of `CAPTURES`, or several. `embeddings` are those of the token ids,
+        `inputs_embeds` what enters the layers, soft tokens in their places. `attention_weights` are
+        dense `[B, N, T, S]`; `sparsity_masks` come from the sparse layers alone.
 
     Raises:
       ValueError: Tokens that are not `[B, T]`, names that cannot be captured, widths that the
@@ -122,6 +124,7 @@ def _forward(
         x_BTD = embedder.insert(tokens_BT, x_BTD, model.runtime.numerics)
     if batch.soft is not None:
         x_BTD = batch.soft.insert(x_BTD)
+    captured["inputs_embeds"] = x_BTD
     inputs = LayerInputs(width=batch.ffn_widths_L)
     if model.per_layer is not None:
         per_layer_BTLP = model.per_layer(tokens_BT, x_BTD, model.runtime.numerics)

@@ -3,7 +3,7 @@
 Local letters: I items that soft tokens come in.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,9 @@ def soft_tokens(
 
     Args:
       tokens_BT: int32 ids; every item has its run of placeholders.
-      inputs: Name of a modality -> what its encoder reads, `[I, ...]`; or the array alone for the
-        first of the model (float `[I, 3, size, size]` in [-1, 1] for Gemma 3).
+      inputs: Name of a modality -> what its encoder reads, `[I, ...]` (`Clips` of `encode.py` for
+        sounds of different lengths); or the array alone for the first of the model (float `[I, 3,
+        size, size]` in [-1, 1] for Gemma 3).
     """
     modalities = modalities_of(model.cfg)
     if not isinstance(inputs, Mapping):
@@ -30,12 +31,18 @@ def soft_tokens(
     if not inputs:
         raise ValueError("no inputs given; a text alone needs no soft tokens")
     used = [modality for modality in modalities if modality.name in inputs]
-    encoded = [modality.encode(model, inputs[modality.name]) for modality in used]
+    return place(tokens_BT, used, [m.encode(model, inputs[m.name]) for m in used])
+
+
+def place(
+    tokens_BT: jax.Array, modalities: Sequence[Modality], encoded: Sequence[jax.Array]
+) -> SoftTokens:
+    """Puts soft tokens `[I, T, D]` of each of these modalities where their placeholders are."""
     width = max(soft_ITD.shape[1] for soft_ITD in encoded)
     index_BT = jnp.full(tokens_BT.shape, -1, jnp.int32)
     block_BT = jnp.zeros(tokens_BT.shape, jnp.int32)
     first = 0
-    for modality, soft_ITD in zip(used, encoded):
+    for modality, soft_ITD in zip(modalities, encoded):
         item_BT, offset_BT = _items(tokens_BT, modality)
         is_soft_BT, item_BT = item_BT >= 0, item_BT + first
         index_BT = jnp.where(is_soft_BT, item_BT * width + offset_BT, index_BT)
@@ -46,7 +53,7 @@ def soft_tokens(
     return SoftTokens(
         embeddings_ITD=jnp.concatenate(same) if len(same) > 1 else encoded[0],
         index_BT=index_BT,
-        block_BT=block_BT if any(modality.bidirectional for modality in used) else None,
+        block_BT=block_BT if any(modality.bidirectional for modality in modalities) else None,
     )
 
 
