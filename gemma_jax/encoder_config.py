@@ -114,6 +114,12 @@ class VisionConfig:
         }
 
 
+def divisible_channels(channels: float) -> int:
+    """The nearest multiple of 8, or the next one if that is less than nine tenths."""
+    nearest = max(8, int(channels + 4) // 8 * 8)
+    return nearest + 8 if nearest < 0.9 * channels else nearest
+
+
 @dataclass(frozen=True, kw_only=True)
 class FusedBlock:
     """A fused inverted residual of MobileNetV5 (timm `er`): convolution, then 1x1 to `channels`.
@@ -133,6 +139,10 @@ class FusedBlock:
     def __post_init__(self):
         check_types(self)
         check_positive(self, "channels", "kernel", "stride", "expansion")
+
+    def inner(self, channels: int) -> int:
+        """Channels between the two, where so many come in."""
+        return divisible_channels(channels * self.expansion)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +171,12 @@ class InvertedBlock:
                 f"start_kernel={self.start_kernel} and middle_kernel={self.middle_kernel} must be "
                 "0 or positive"
             )
+        if self.stride > 1 and not (self.start_kernel or self.middle_kernel):
+            raise ValueError(f"stride={self.stride} needs a start_kernel or a middle_kernel")
+
+    def inner(self, channels: int) -> int:
+        """Channels in the middle, where so many come in."""
+        return divisible_channels(channels * self.expansion)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +200,11 @@ class AttentionBlock:
         check_types(self)
         check_positive(self, "channels", "num_heads", "head_dim", "kv_stride", "kv_kernel")
 
+    @property
+    def stride(self) -> int:
+        """The result is as large as the input."""
+        return 1
+
 
 MobileNetBlock = FusedBlock | InvertedBlock | AttentionBlock
 # Levels in [0, 255] become values in [0, 1], and stay so (Gemma 3n).
@@ -202,6 +223,7 @@ class MobileNetConfig:
       num_soft_tokens: Tokens an image takes in the text; a square number.
       image_token, start_token, end_token: Ids of the soft-token placeholder and of what stands
         before and after a run of them.
+      fusion_expansion: Channels in the middle of the fusion, as a multiple of those of both stages.
       norm_eps: Added to the mean square in every norm.
       images: How pictures are prepared.
     """
@@ -214,23 +236,44 @@ class MobileNetConfig:
     image_token: int
     start_token: int
     end_token: int
+    fusion_expansion: float = 2.0
     norm_eps: float = 1e-6
     images: ImageProcessing = UNIT_RANGE
 
     def __post_init__(self):
         check_types(self)
         check_positive(
-            self, "d_tower", "d_stem", "image_size", "num_soft_tokens", "norm_eps"
+            self, "d_tower", "d_stem", "image_size", "num_soft_tokens", "fusion_expansion",
+            "norm_eps",
         )  # fmt: skip
         if len(self.stages) < 2 or not all(self.stages):
             raise ValueError("stages must hold at least two, of at least one block each")
         if self.pooled**2 != self.num_soft_tokens:
             raise ValueError(f"num_soft_tokens={self.num_soft_tokens} must be a square")
+        if self.image_size % self.stride:
+            raise ValueError(
+                f"image_size={self.image_size} must be a multiple of {self.stride}, the strides of "
+                "all stages together"
+            )
+        channels = self.d_stem
+        for block in (block for stage in self.stages for block in stage):
+            if isinstance(block, AttentionBlock) and block.channels != channels:
+                raise ValueError(f"{block} must have the {channels} channels that come in")
+            channels = block.channels
 
     @property
     def pooled(self) -> int:
         """Soft tokens along one side."""
         return math.isqrt(self.num_soft_tokens)
+
+    @property
+    def stride(self) -> int:
+        """Pixels along a side of the image for one place of the last stage."""
+        return 2 * math.prod(block.stride for stage in self.stages for block in stage)
+
+    def fusion_inner(self, channels: int) -> int:
+        """Channels in the middle of the fusion, where so many come in."""
+        return divisible_channels(channels * self.fusion_expansion)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """Invertible reshapes and permutations, written as text.
 
 `"(N H) D -> N H D"` splits the first axis of a matrix into heads; `"D N H -> N H D"` permutes.
-Both sides hold the same letters once each, so reading a pattern backwards undoes it.
+Both sides hold the same letters once each, so reading a pattern backwards undoes it. A `1` is an
+axis of that size, which the other side may lack: `"F C 1 1 -> F C"`.
 """
 
 import math
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Side = tuple[str, ...]  # one string of letters per axis: ("NH", "D")
+Side = tuple[str, ...]  # one string of letters per axis: ("NH", "D"); none for an axis of size 1
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ def _parse_side(text: str) -> Side:
         elif token == ")" and group:
             axes.append(group)
             group = None
+        elif token == "1" and group is None:
+            axes.append("")
         elif len(token) != 1 or not token.isalpha():
             raise ValueError(f"unexpected {token!r} in {text!r}")
         elif group is None:
