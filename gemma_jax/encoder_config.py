@@ -335,7 +335,8 @@ class AudioConfig:
       residual_weight: Share of a feed-forward network that is added to the stream.
       clip: Bound on values at the places where the tower clamps them.
       reduction: Of so many frames after the blocks one becomes a soft token.
-      norm_eps: Added to the mean square in RMSNorm.
+      norm_eps: Added to the mean square in the norms of the convolutions; in all others it is 1e-6
+        (hf reads its `rms_norm_eps` there alone).
       num_soft_tokens: Tokens a clip takes in the text; shorter ones are filled up.
       audio_token, start_token, end_token: Ids of the soft-token placeholder and of what stands
         before and after a run of them.
@@ -369,9 +370,41 @@ class AudioConfig:
             "left_context", "score_cap", "depthwise_kernel", "residual_weight", "clip", "reduction",
             "norm_eps", "num_soft_tokens",
         )  # fmt: skip
+        if self.conv_kernel < 2:
+            raise ValueError(f"conv_kernel={self.conv_kernel} must be at least the stride, 2")
         if len(self.conv_channels) != 2 or not all(one > 0 for one in self.conv_channels):
             raise ValueError(f"conv_channels={self.conv_channels} must be two positive numbers")
+        if self.bands[-1] < 1:
+            raise ValueError(
+                f"num_mels={self.num_mels} are too few for conv_kernel={self.conv_kernel}"
+            )
         if self.d_tower % self.num_heads or self.d_tower % 2:
             raise ValueError(
                 f"d_tower={self.d_tower} must be even and a multiple of num_heads={self.num_heads}"
             )
+
+    @property
+    def scale_plus_one(self) -> bool:
+        """Norms multiply by their scales as they are; see `GemmaConfig`."""
+        return False
+
+    @property
+    def bands(self) -> tuple[int, ...]:
+        """Mel bands, and what each convolution leaves of them."""
+        counts = [self.num_mels]
+        for _ in self.conv_channels:
+            counts.append((counts[-1] + 2 - self.conv_kernel) // 2 + 1)
+        return tuple(counts)
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Dimension letter -> size, inside the tower."""
+        return {
+            "C": self.d_tower,
+            "F": 4 * self.d_tower,
+            "N": self.num_heads,
+            "K": self.num_heads,
+            "H": self.d_tower // self.num_heads,
+            "M": self.num_mels,
+            "L": self.num_layers,
+        }

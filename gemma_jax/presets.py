@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from gemma_jax.config import AltUpConfig, GemmaConfig, LayerSpec, PerLayerConfig, share_kv
-from gemma_jax.encoder_config import VisionConfig
+from gemma_jax.encoder_config import AudioConfig, VisionConfig
 
 SIGLIP = VisionConfig(
     d_tower=1_152,
@@ -27,6 +27,15 @@ SIGLIP = VisionConfig(
     image_token=262_144,
     start_token=255_999,
     end_token=256_000,
+)
+USM_CONFORMER = AudioConfig(
+    d_tower=1_536,
+    num_layers=12,
+    num_heads=8,
+    num_mels=128,
+    audio_token=262_273,
+    start_token=256_000,
+    end_token=262_272,
 )
 LOCAL_THETA, GLOBAL_THETA = 10_000.0, 1_000_000.0
 

@@ -17,6 +17,7 @@ from functools import lru_cache, partial
 import jax
 from flax import nnx
 
+from gemma_jax.audio.encoder import AudioEncoder
 from gemma_jax.config import GemmaConfig, LayerSpec
 from gemma_jax.decoder.attention import Attention
 from gemma_jax.decoder.cache import KeysValues, LayerCache
@@ -198,6 +199,7 @@ class Gemma(nnx.Module):
     """
 
     vision: VisionEncoder | None = None
+    audio: AudioEncoder | None = None
 
     def __init__(
         self,

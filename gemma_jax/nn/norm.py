@@ -1,11 +1,26 @@
 """RMSNorm, whose stored scale counts from one up to Gemma 3; LayerNorm for SigLIP."""
 
+from collections.abc import Mapping
+from typing import Protocol
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gemma_jax.config import GemmaConfig
 from gemma_jax.numerics import Numerics
+
+
+class NormConfig(Protocol):
+    """What a norm reads of the config of a decoder or a tower."""
+
+    @property
+    def sizes(self) -> Mapping[str, int]: ...
+
+    @property
+    def norm_eps(self) -> float: ...
+
+    @property
+    def scale_plus_one(self) -> bool: ...
 
 
 class RMSNorm(nnx.Module):
@@ -20,7 +35,7 @@ class RMSNorm(nnx.Module):
     """
 
     def __init__(
-        self, cfg: GemmaConfig, letter: str, *, size: int | None = None, eps: float | None = None
+        self, cfg: NormConfig, letter: str, *, size: int | None = None, eps: float | None = None
     ):
         size = cfg.sizes[letter] if size is None else size
         self.eps, self.plus_one = cfg.norm_eps if eps is None else eps, cfg.scale_plus_one
