@@ -236,6 +236,21 @@ class GemmaConfig:
         if self.laurel_rank is not None:
             check_positive(self, "laurel_rank")
         _check_sharing(self.layers)
+        if isinstance(self.vision, MobileNetConfig):
+            self._check_vocabulary("vision", self.vision.image_token, self.vision.d_tower)
+        if self.audio is not None:
+            self._check_vocabulary("audio", self.audio.audio_token, self.audio.d_tower)
+
+    def _check_vocabulary(self, tower: str, placeholder: int, width: int) -> None:
+        """A tower that does not project its vectors itself needs an embedder that does."""
+        vocabulary = self.vocabulary_of(placeholder)
+        if vocabulary is None:
+            raise ValueError(
+                f"{tower}: none of modality_vocabularies has the placeholder {placeholder}; "
+                "nothing would map the tower's vectors to d_model"
+            )
+        if (found := self.modality_vocabularies[vocabulary].width) != width:
+            raise ValueError(f"{tower}: d_tower={width}, but its vocabulary has width={found}")
 
     def vocabulary_of(self, token: int) -> int | None:
         """Which of `modality_vocabularies` has the id `token`; `None` if none has.

@@ -6,15 +6,24 @@ Gemma 3's 4B, 12B and 27B see, all three through one tower: SigLIP So400m, 14-pi
 of 896 pixels (Gemma 3 report, section 2.1). Their vocabulary has 64 extra rows: the placeholder of
 soft tokens, and padding.
 
-Gemma 3n's E2B is a slice of its E4B: fewer layers, and half the feed-forward width. Its vocabulary
-has 256 rows more than its per-layer table, for images and audio.
+Gemma 3n's E2B is a slice of its E4B: fewer layers, and half the feed-forward width. Both see and
+hear, by MobileNetV5 and a USM conformer. Their vocabulary has 256 rows more than their per-layer
+table, for images and audio.
 """
 
 from dataclasses import replace
 from typing import Any
 
-from gemma_jax.config import AltUpConfig, GemmaConfig, LayerSpec, PerLayerConfig, share_kv
+from gemma_jax.config import (
+    AltUpConfig,
+    GemmaConfig,
+    LayerSpec,
+    ModalityVocabulary,
+    PerLayerConfig,
+    share_kv,
+)
 from gemma_jax.encoder_config import AudioConfig, VisionConfig
+from gemma_jax.mobilenet_presets import MOBILENET_V5_300M
 
 SIGLIP = VisionConfig(
     d_tower=1_152,
@@ -136,6 +145,12 @@ def _gemma3n(layers: int, d_ff: int, num_shared: int, *, num_sparse: int = 10) -
         altup=AltUpConfig(),
         laurel_rank=64,
         per_layer=PerLayerConfig(width=256, vocab_size=262_144),
+        modality_vocabularies=(
+            ModalityVocabulary(first_id=262_144, vocab_size=128, width=MOBILENET_V5_300M.d_tower),
+            ModalityVocabulary(first_id=262_272, vocab_size=128, width=USM_CONFORMER.d_tower),
+        ),
+        vision=MOBILENET_V5_300M,
+        audio=USM_CONFORMER,
     )
 
 
@@ -173,6 +188,9 @@ TINY: dict[str, GemmaConfig] = {
     "tiny-gemma3": _tiny(_gemma3(6, 64, 256, (4, 2), 16, 16, vision=None)),
     "tiny-gemma3n": _tiny(
         _gemma3n(15, 128, 5, num_sparse=5),
+        modality_vocabularies=(),
+        vision=None,
+        audio=None,
         laurel_rank=8,
         per_layer=PerLayerConfig(width=16, vocab_size=1_000),
     ),

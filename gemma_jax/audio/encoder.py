@@ -19,7 +19,6 @@ from gemma_jax.nn.encoders import encoder_of
 from gemma_jax.nn.layer_groups import Layout
 from gemma_jax.runtime import Runtime
 
-CAPTURES = ("audio.subsample", "audio.layer_outputs", "audio.tower")
 _PREFIX = "audio."
 Count = TypeVar("Count", int, jax.Array)
 
@@ -42,7 +41,14 @@ def num_tokens(frames: Count, cfg: AudioConfig) -> Count:
 
 
 class AudioEncoder(nnx.Module):
-    """The tower; a `ModalityEmbedder` of the model maps what comes out to the decoder's width."""
+    """The tower; a `ModalityEmbedder` of the model maps what comes out to the decoder's width.
+
+    Attributes:
+      captures: What may be captured: `audio.subsample [I, T, C]`, what enters the blocks,
+        `audio.layer_outputs [L, I, T, C]`, and `audio.tower [I, T, C]`, what is returned.
+    """
+
+    captures = ("audio.subsample", "audio.layer_outputs", "audio.tower")
 
     def __init__(self, cfg: AudioConfig, *, rngs: nnx.Rngs, layout: Layout):
         self.cfg = cfg
@@ -61,7 +67,7 @@ class AudioEncoder(nnx.Module):
           features_ITM: Log-mel features.
           length_I: int32; frames of each clip, what lies behind them does not count. `None`: all.
           runtime: Dtype, mesh, rematerialisation.
-          capture: Names out of `CAPTURES`.
+          capture: Names out of `captures`.
 
         Returns:
           Features `[I, num_tokens(T), C]` in the runtime's dtype, zero behind the last of a clip;

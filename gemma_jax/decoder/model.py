@@ -33,6 +33,7 @@ from gemma_jax.nn.norm import RMSNorm
 from gemma_jax.nn.per_layer import PerLayerEmbedder, PerLayerInput
 from gemma_jax.runtime import Runtime
 from gemma_jax.vision.encoder import VisionEncoder
+from gemma_jax.vision.mobilenet import MobileNetEncoder
 
 
 @jax.tree_util.register_dataclass
@@ -198,7 +199,7 @@ class Gemma(nnx.Module):
       ((4, 32, 64), 'NHD')
     """
 
-    vision: VisionEncoder | None = None
+    vision: VisionEncoder | MobileNetEncoder | None = None
     audio: AudioEncoder | None = None
 
     def __init__(

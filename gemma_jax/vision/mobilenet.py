@@ -31,8 +31,6 @@ from gemma_jax.vision.mobilenet_blocks import (
 )
 from gemma_jax.weights.contract import HIGHEST
 
-CAPTURES = ("vision.stem", "vision.stages", "vision.tower")
-
 
 class Stem(nnx.Module):
     """The first convolution: `gelu(norm(conv(pixels)))`."""
@@ -81,7 +79,14 @@ class MobileNetEncoder(nnx.Module):
 
     The size need not be that of the config: the same network reads smaller and larger images, and
     gives as many features. It has to be a multiple of `cfg.stride`.
+
+    Attributes:
+      captures: What may be captured. All are maps as pixels are, `[I, channels, side, side]`:
+        `vision.stem` after the first convolution, `vision.stages` a tuple with one map per stage,
+        `vision.tower` the features as a map, before they are scaled.
     """
+
+    captures = ("vision.stem", "vision.stages", "vision.tower")
 
     def __init__(self, cfg: MobileNetConfig, *, rngs: nnx.Rngs):
         self.stride = cfg.stride
@@ -103,9 +108,7 @@ class MobileNetEncoder(nnx.Module):
         Args:
           pixels: float `[I, 3, size, size]`.
           runtime: The tower computes in its `vision_dtype`, or else its `dtype`.
-          capture: Names out of `CAPTURES`. All are maps as pixels are, `[I, channels, side, side]`:
-            `vision.stem` after the first convolution, `vision.stages` a tuple with one map per
-            stage, `vision.tower` the features as a map, before they are scaled.
+          capture: Names out of `captures`.
 
         Raises:
           ValueError: Pixels of another shape.

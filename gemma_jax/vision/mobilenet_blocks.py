@@ -107,7 +107,7 @@ def _same(size: int, kernel: int, stride: int) -> tuple[tuple[int, int], int]:
 
 
 class Fused(nnx.Module):
-    """`norm(project(gelu(norm(conv x))))`, plus `x` where the shapes agree (timm `EdgeResidual`)."""
+    """`norm(project(gelu(norm(conv x))))`, plus `x` if the shapes agree (timm `EdgeResidual`)."""
 
     def __init__(self, block: FusedBlock, channels: int, eps: float, *, rngs: nnx.Rngs):
         inner = block.inner(channels)

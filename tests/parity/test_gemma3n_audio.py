@@ -12,7 +12,7 @@ from parity import audio_tower
 from parity.goldens import DATA, assert_close, case
 
 from gemma_jax import Runtime
-from gemma_jax.audio.encoder import CAPTURES, AudioEncoder
+from gemma_jax.audio.encoder import AudioEncoder
 
 FOLDER = DATA / "g3n_audio"
 THEIRS = {
@@ -31,7 +31,7 @@ def encode(encoder, runtime=Runtime()):
     given, expected, tolerance = case("g3n_audio", "forward")
     lengths = (~given["pad_mask"]).sum(1)
     run = jax.jit(AudioEncoder.__call__, static_argnums=(3, 4))
-    out = run(encoder, given["input_features"], lengths, runtime, frozenset(CAPTURES))
+    out = run(encoder, given["input_features"], lengths, runtime, frozenset(AudioEncoder.captures))
     return *out, lengths, expected, tolerance
 
 

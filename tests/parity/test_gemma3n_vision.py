@@ -7,17 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from goldens import DATA, assert_close, case
 from safetensors.numpy import load_file
 
 from gemma_checkpoints.hf.arch_def import blocks_from_timm
 from gemma_checkpoints.hf.mobilenet_names import mobilenet_rows
 from gemma_jax.encoder_config import MobileNetConfig
-from gemma_jax.mobilenet_presets import MOBILENET_V5_300M
 from gemma_jax.runtime import Runtime
-from gemma_jax.vision.mobilenet import CAPTURES, MobileNetEncoder
+from gemma_jax.vision.mobilenet import MobileNetEncoder
 from gemma_jax.weights.tree import flat_params
-
-from goldens import DATA, assert_close, case
 
 IDS = dict(image_token=98, start_token=97, end_token=99)
 
@@ -62,11 +60,13 @@ def encode(encoder, pixels, runtime=Runtime(), capture=()):
 
 def test_stages_and_features(encoder):
     given, expected, tolerance = case("g3n_vision", "forward")
-    features_ITC, captured = encode(encoder, given["pixel_values"], capture=CAPTURES)
+    features_ITC, captured = encode(
+        encoder, given["pixel_values"], capture=MobileNetEncoder.captures
+    )
     assert_close(captured["vision.stem"][:1, :8], expected["stem"], tolerance["stem"])
     for i, stage in enumerate(captured["vision.stages"]):
         assert_close(stage[:1], expected[f"stage_{i}"], tolerance[f"stage_{i}"])
     assert_close(captured["vision.tower"], expected["features"], tolerance["features"])
-    I, C, height, width = expected["features"].shape
+    I, C, *_ = expected["features"].shape
     in_text = expected["features"].reshape(I, C, -1).transpose(0, 2, 1) * C**0.5
     assert_close(features_ITC, in_text, tolerance["features"] * C**0.5)
