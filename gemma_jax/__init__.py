@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers: the same names (tests/test_public_names.py)
     # isort: off
+    from gemma_jax.audio.waves import Audio as Audio
     from gemma_jax.config import GemmaConfig as GemmaConfig, LayerSpec as LayerSpec
     from gemma_jax.decoder.batch import Batch as Batch
     from gemma_jax.decoder.cache import (
@@ -60,6 +61,7 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names (tests/test_p
     # isort: on
 
 _HOMES = {
+    "gemma_jax.audio.waves": ("Audio",),
     "gemma_jax.config": ("GemmaConfig", "LayerSpec"),
     "gemma_jax.decoder.batch": ("Batch",),
     "gemma_jax.decoder.cache": ("Cache", "cache_bytes", "init_cache"),
