@@ -12,6 +12,7 @@ from gemma_jax.cli import (
     bench_kernels,
     chat,
     convert,
+    encode_audio,
     encode_image,
     forward,
     generate,
@@ -36,7 +37,8 @@ app = typer.Typer(
     "the same command on all their devices; on a cluster that JAX knows, --multihost suffices.",
 )
 COMMANDS = (
-    generate, chat, score, shield, forward, tokenize, encode_image, info, convert, slice, plan,
+    generate, chat, score, shield, forward, tokenize, encode_image, encode_audio, info, convert,
+    slice, plan,
 )  # fmt: skip
 for module in COMMANDS:
     app.command(module.__name__.rpartition(".")[2].replace("_", "-"))(module.command)

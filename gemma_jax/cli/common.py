@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from gemma_jax.vision.images import Image
 
 stderr = Console(stderr=True)
+STDERR = 2  # its number, by which libraries in C write to it
 
 
 def complete_name(incomplete: str) -> list[str]:
@@ -228,9 +229,26 @@ def open_clips(files: list[Path] | None, source: str) -> "list[Audio]":
     if not files:
         return []
     from gemma_checkpoints import describe, resolve
-    from gemma_jax.audio.waves import Audio
     from gemma_jax.multimodal.audio_prompt import require_audio
 
-    clips = [Audio(file) for file in files]
+    clips = [read_clip(file) for file in files]
     require_audio(describe(resolve(source)).config.audio)
     return clips
+
+
+def read_clip(file: Path) -> "Audio":
+    """One sound file, decoded without what the decoders would write to stderr themselves.
+
+    The one for MP3 says something of nearly every file, sound ones too.
+    """
+    from gemma_jax.audio.waves import Audio
+
+    sys.stderr.flush()
+    kept = os.dup(STDERR)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), STDERR)
+        return Audio(file)
+    finally:
+        os.dup2(kept, STDERR)
+        os.close(kept)

@@ -19,6 +19,7 @@ from gemma_jax.cli.model_options import ModelOptions, flag
 FIELDS = tuple(ModelOptions.__dataclass_fields__)
 NO_MODEL = {
     "encode-image": "reads what any model would",
+    "encode-audio": "reads what any model would",
     "list": "reads no model",
     "bench kernels": "compiles attention alone",
 }
