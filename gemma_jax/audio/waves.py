@@ -220,7 +220,7 @@ def _mono_blocks(sound: "SoundFile", name: str) -> Iterator[np.ndarray]:
 
 def _check_header(sound: "SoundFile", name: str) -> None:
     if sound.format not in FORMATS:
-        raise ValueError(f"{name} is a {sound.format} file; expected {', '.join(FORMATS)}")
+        raise ValueError(f"{name} is of format {sound.format}; expected {', '.join(FORMATS)}")
     _checked_rate(sound.samplerate, name)
     _check_channels(sound.channels, name)
     # Of a file that is cut off, libsndfile reads what is there and tells in its log alone.

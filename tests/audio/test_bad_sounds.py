@@ -36,8 +36,8 @@ def refusal(source, **options) -> str:
         (written(SECOND)[:30], "is no sound that can be read"),
         (written(SECOND)[:44], "is cut off"),
         (written(SECOND[:0]), "has no samples"),
-        (written(SECOND, form="AU"), "is a AU file; expected AIFF, FLAC"),
-        (written(SECOND, form="HTK"), "is a HTK file"),
+        (written(SECOND, form="AU"), "is of format AU; expected AIFF, FLAC"),
+        (written(SECOND, form="HTK"), "is of format HTK"),
     ],
 )
 def test_what_is_no_sound(tmp_path, content, message):
