@@ -20,7 +20,7 @@ from gemma_jax.config import (
 )
 from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.model import abstract_model
-from gemma_jax.encoder_config import ImageProcessing, VisionConfig
+from gemma_jax.encoder_config import AudioConfig, ImageProcessing, MobileNetConfig, VisionConfig
 from gemma_jax.multimodal.placeholders import soft_tokens
 from gemma_jax.nn.layer_groups import group_layers
 from gemma_jax.presets import TINY
@@ -43,6 +43,11 @@ PARAMETERS = {
 # Published counts of Gemma 3n hold keys and values of layers that never use them; the effective
 # ones leave both tables of embeddings out.
 GEMMA3N_TOTAL = {"gemma3n-e2b": 4_456_156_768, "gemma3n-e4b": 6_866_696_688}
+# Of the files with all that sees and hears: MobileNetV5 (timm 1.0.31), conformer and both embedders
+# (`Gemma3nForConditionalGeneration` of transformers 5.24, which makes no keys and values for layers
+# that share others': 7,818,517,072 in the larger one, as here).
+GEMMA3N_PARTS = {"vision": 294_126_912, "audio": 681_348_640, "embedders": 4_460_544 + 3_345_408}
+GEMMA3N_WHOLE = {"gemma3n-e2b": 5_439_438_272, "gemma3n-e4b": 7_849_978_192}
 GEMMA3N_EFFECTIVE = {"gemma3n-e2b": 1_905_495_648, "gemma3n-e4b": 3_980_491_248}
 # The same of what makes a model see: the tower, which all have in common, and the projector.
 TOWER = 416_866_032
@@ -64,9 +69,12 @@ def count(tree) -> int:
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_parameter_counts(name, layout):
     model = abstract_model(PRESETS[name], layout=layout)
-    assert count(model) - count(model.vision) == PARAMETERS[name]
-    assert (model.vision is not None) == (name in PROJECTOR)
-    if model.vision is not None:
+    towers = count([model.vision, model.audio, model.modality_embedders])
+    assert count(model) - towers == PARAMETERS[name]
+    sees_and_hears = name in GEMMA3N_TOTAL
+    assert (model.vision is not None) == (name in PROJECTOR or sees_and_hears)
+    assert (model.audio is not None) == sees_and_hears
+    if name in PROJECTOR:
         assert count(model.vision.tower) == TOWER
         assert count(model.vision.projector) == PROJECTOR[name]
 
@@ -76,7 +84,11 @@ def test_gemma3n_counts_as_published(name):
     cfg = preset(name)
     model = abstract_model(cfg)
     unused_by_layer = 2 * cfg.num_kv_heads * cfg.head_dim * cfg.d_model + cfg.head_dim
-    total = count(model) + unused_by_layer * sum(spec.kv == "shared" for spec in cfg.layers)
+    whole = count(model) + unused_by_layer * sum(spec.kv == "shared" for spec in cfg.layers)
+    parts = dict(vision=model.vision, audio=model.audio, embedders=model.modality_embedders)
+    assert whole == GEMMA3N_WHOLE[name]
+    assert {part: count(tree) for part, tree in parts.items()} == GEMMA3N_PARTS
+    total = whole - sum(GEMMA3N_PARTS.values())
     assert total == GEMMA3N_TOTAL[name]
     tables = count(model.embed) + count(model.per_layer.table)
     assert total - tables == GEMMA3N_EFFECTIVE[name]
@@ -169,15 +181,18 @@ def test_local_layers_cost_a_window_not_the_context():
 def test_every_config_field_matters():
     """Changing a field changes the parameters or the traced program: none is dead."""
 
-    def look(model, ids):
-        vision = model.cfg.vision
-        pixels = jax.numpy.zeros((1, 3, vision.image_size, vision.image_size))
-        return forward(model, Batch(ids, soft=soft_tokens(model, ids, pixels))).logits
+    def run(model, ids):
+        inputs, vision, audio = {}, model.cfg.vision, model.cfg.audio
+        if vision is not None:
+            inputs["image"] = jax.numpy.zeros((1, 3, vision.image_size, vision.image_size))
+        if audio is not None:
+            inputs["audio"] = jax.numpy.zeros((1, 40, audio.num_mels))
+        soft = soft_tokens(model, ids, inputs) if inputs else None
+        return forward(model, Batch(ids, soft=soft)).logits
 
     def trace(cfg):
         model = abstract_model(cfg)
         ids = jax.ShapeDtypeStruct((1, 12), "int32")
-        run = forward if cfg.vision is None else look
         return str(jax.make_jaxpr(run)(model, ids)), str(jax.tree.map(lambda a: a.shape, model))
 
     def check(make, changes):
@@ -197,8 +212,8 @@ def test_every_config_field_matters():
     )  # fmt: skip
     fields = {f.name for f in dataclasses.fields(GemmaConfig)}
     # The first bounds sequences (test_generation), the second is for other numerics (test_gemma3n),
-    # the third for files.
-    assert fields == changes.keys() | {"max_positions", "optional_final_cap", "origin"}
+    # the third for files, the last needs a vocabulary of its own and is below.
+    assert fields == changes.keys() | {"max_positions", "optional_final_cap", "origin", "audio"}
     check(partial(dataclasses.replace, base), changes)
 
     def with_layer(**change):
@@ -227,6 +242,32 @@ def test_every_config_field_matters():
     # The last are for prompts, and for the pixels that the tower is given.
     assert fields == tower.keys() | {"start_token", "end_token", "images"}
     check(seeing, tower)
+
+    def hearing(**change):
+        return tiny.seeing_and_hearing(base, vision=None, audio=tiny.audio(**change))
+
+    tower = dict(
+        num_layers=3, num_heads=4, num_mels=20, conv_channels=(4, 4), conv_kernel=5,
+        conv_norm_eps=1e-2, left_context=6, score_cap=5.0, depthwise_kernel=4, clip=3.0,
+        residual_weight=0.25, reduction=2, norm_eps=1e-5, num_soft_tokens=6, audio_token=96,
+    )  # fmt: skip
+    fields = {f.name for f in dataclasses.fields(AudioConfig)}
+    # The first is that of its vocabulary.
+    assert fields == tower.keys() | {"d_tower", "start_token", "end_token", "sounds"}
+    assert trace(hearing()) != trace(dataclasses.replace(hearing(), audio=None))
+    check(hearing, tower)
+
+    def glancing(**change):
+        return tiny.seeing_and_hearing(base, vision=tiny.mobilenet(**change), audio=None)
+
+    stages = tiny.mobilenet().stages
+    tower = dict(
+        d_stem=12, stages=(*stages[:2], stages[2] * 2, *stages[3:]), image_size=128,
+        num_soft_tokens=1, image_token=92, fusion_expansion=3.0, norm_eps=1e-5,
+    )  # fmt: skip
+    fields = {f.name for f in dataclasses.fields(MobileNetConfig)}
+    assert fields == tower.keys() | {"d_tower", "start_token", "end_token", "images"}
+    check(glancing, tower)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +326,10 @@ def test_impossible_layers_are_refused():
         (dict(layers=3), "layers must be a tuple of LayerSpec, got 3"),
         (dict(layers=["local"]), r"layers\[0\] must be a LayerSpec, got 'local'"),
         (dict(altup={"num_streams": 2}), "altup must be an AltUpConfig or None, got {'num_"),
-        (dict(vision=tiny.gemma3()), "vision must be a VisionConfig or None, got GemmaConfig"),
+        (
+            dict(vision=tiny.gemma3()),
+            "vision must be a VisionConfig or a MobileNetConfig or None, got GemmaConfig",
+        ),
     ],
 )
 def test_wrong_types_are_refused(change, message):
@@ -324,7 +368,7 @@ def test_configs_are_plain_data_whatever_they_are_made_of():
 
 @pytest.mark.parametrize("name", list(TINY))
 def test_tiny_models_have_what_their_generation_has(name):
-    """All fields that the released sizes switch on but the tower, and all kinds of layers."""
+    """All fields that the released sizes switch on but the towers, and all kinds of layers."""
 
     def features(cfg: GemmaConfig) -> set:
         kinds = {(spec.kind, spec.kv) for spec in cfg.layers}
@@ -336,7 +380,8 @@ def test_tiny_models_have_what_their_generation_has(name):
 
     tiny, generation = preset(name), name.removeprefix("tiny-")
     released = [cfg for key, cfg in PRESETS.items() if key.startswith(f"{generation}-")]
-    assert released and all(features(tiny) == features(cfg) - {"vision"} for cfg in released)
+    towers = {"vision", "audio", "modality_vocabularies"}
+    assert released and all(features(tiny) == features(cfg) - towers for cfg in released)
     assert sum(x.size for x in jax.tree.leaves(abstract_model(tiny))) < 1_000_000
 
 

@@ -8,9 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gemma_jax.config import AltUpConfig, GemmaConfig, LayerSpec, PerLayerConfig, share_kv
+from gemma_jax.config import (
+    AltUpConfig,
+    GemmaConfig,
+    LayerSpec,
+    ModalityVocabulary,
+    PerLayerConfig,
+    share_kv,
+)
 from gemma_jax.decoder.model import Block, Gemma, abstract_model
-from gemma_jax.encoder_config import VisionConfig
+from gemma_jax.encoder_config import (
+    AttentionBlock,
+    AudioConfig,
+    FusedBlock,
+    InvertedBlock,
+    MobileNetConfig,
+    VisionConfig,
+)
 from gemma_jax.runtime import Runtime
 from gemma_jax.weights.tree import map_params
 
@@ -102,6 +116,57 @@ def gemma3n(layers: int = 9, num_shared: int = 3) -> GemmaConfig:
         laurel_rank=4,
         per_layer=PerLayerConfig(width=8, vocab_size=90),
     )
+
+
+def mobilenet(**changes) -> MobileNetConfig:
+    """One block of each kind; images of 64 pixels become 2 x 2 soft tokens."""
+    fields = dict(
+        d_tower=20,
+        d_stem=8,
+        stages=(
+            (FusedBlock(channels=8, stride=2),),
+            (InvertedBlock(channels=8, start_kernel=3, middle_kernel=3, stride=2),),
+            (AttentionBlock(channels=8, num_heads=2, head_dim=4, kv_stride=2),),
+            (InvertedBlock(channels=12, start_kernel=5, stride=2, expansion=2),),
+        ),
+        image_size=64,
+        num_soft_tokens=4,
+        image_token=91,
+        start_token=80,
+        end_token=90,
+    )
+    return MobileNetConfig(**(fields | changes))
+
+
+def audio(**changes) -> AudioConfig:
+    """Two layers; 5 soft tokens to a clip, which are 80 frames."""
+    fields = dict(
+        d_tower=24,
+        num_layers=2,
+        num_heads=2,
+        num_mels=16,
+        conv_channels=(4, 3),
+        left_context=5,
+        num_soft_tokens=5,
+        audio_token=95,
+        start_token=81,
+        end_token=94,
+    )
+    return AudioConfig(**(fields | changes))
+
+
+def vocabularies() -> tuple[ModalityVocabulary, ...]:
+    """Ids 90 to 93 are of images, 94 to 97 of sounds; for `mobilenet()` and `audio()`."""
+    return (
+        ModalityVocabulary(first_id=90, vocab_size=4, width=20),
+        ModalityVocabulary(first_id=94, vocab_size=4, width=24),
+    )
+
+
+def seeing_and_hearing(cfg: GemmaConfig, **changes) -> GemmaConfig:
+    """The same with both towers of Gemma 3n: `seeing_and_hearing(gemma3n())`."""
+    towers = dict(vision=mobilenet(), audio=audio(), modality_vocabularies=vocabularies())
+    return replace(cfg, vocab_size=98, **(towers | changes))
 
 
 FAMILIES = {"gemma": gemma1, "gemma2": gemma2, "gemma3": gemma3, "gemma3n": gemma3n}

@@ -79,11 +79,11 @@ class Chat:
         tell(f"{file}, {image.width} x {image.height} pixels, goes with your next message")
 
     def _audio(self, file: str) -> None:
-        from gemma_jax.audio.waves import Audio
+        from gemma_jax.cli.common import read_clip
         from gemma_jax.multimodal.audio_prompt import require_audio
 
         require_audio(self._conversation.model.cfg.audio)
-        clip = Audio(_path(file, "/audio question.wav"))
+        clip = read_clip(_path(file, "/audio question.wav"))
         self._media.append({"type": "audio", "audio": clip, "path": file})
         tell(f"{file}, {clip.seconds:.1f} s, goes with your next message")
 

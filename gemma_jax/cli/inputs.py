@@ -1,6 +1,6 @@
 """What comes from outside: texts, and safetensors files of token ids, pixels and mel frames.
 
-Local letters: I items that soft tokens come in; M mel bands.
+Local letters: M mel bands.
 """
 
 from pathlib import Path

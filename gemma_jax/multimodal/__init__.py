@@ -4,4 +4,5 @@
 file that registers its `Modality` for the type of its config, and is named here.
 """
 
+from gemma_jax.multimodal import audio_prompt as audio_prompt
 from gemma_jax.multimodal import image_prompt as image_prompt

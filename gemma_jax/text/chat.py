@@ -36,7 +36,7 @@ GEMMA3N_MEDIA: Mapping[str, str] = {"image": "<image_soft_token>", "audio": "<au
 
 Message = Mapping[str, object]
 _ROLES = {"user": "user", "assistant": "model", "model": "model"}
-SOUND_FILES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".caf", ".w64")
+SOUND_FILES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif")
 _SOURCES = ("path", "url")  # where an item may name what it holds, beside its own type
 
 
