@@ -126,5 +126,8 @@ GGUF_KEYS = {
     "gemma2": _DECODER + _WINDOWS + " attn_logit_softcapping rope.freq_base",
     "gemma3": _DECODER + _WINDOWS + """ rope.freq_base rope.freq_base_swa rope.scaling.type
         rope.scaling.factor rope.dimension_count attention.sliding_window_pattern vocab_size""",
+    "gemma3n": _DECODER + _WINDOWS + """ rope.freq_base rope.freq_base_swa altup.active_idx
+        altup.num_inputs embedding_length_per_layer_input attention.shared_kv_layers
+        activation_sparsity_scale attention.sliding_window_pattern vocab_size""",
 }  # fmt: skip
 GENERAL_KEYS = _GENERAL.split()

@@ -1,9 +1,12 @@
 """Keys of a GGUF header that change the model, as they do in llama.cpp (November 2026).
 
 Sources: `load_hparams` and `load_swa_pattern` in `src/llama-model.cpp`, `load_arch_hparams` in
-`src/models/gemma{,2,3}.cpp`, `llama_hparams::set_swa_pattern` in `src/llama-hparams.cpp`.
+`src/models/gemma{,2,3,3n}.cpp`, `llama_hparams::set_swa_pattern` in `src/llama-hparams.cpp`.
 """
 
+import math
+
+import numpy as np
 import pytest
 
 from gemma_checkpoints.gguf.config import config_from_gguf
@@ -107,6 +110,39 @@ def test_soft_caps(arch, keys, caps):
     assert (cfg.attn_soft_cap, cfg.final_soft_cap) == caps
 
 
+QUANTILE = float(np.float32(1.2815515655446004))  # below it lie nine tenths
+
+
+@pytest.mark.parametrize(
+    ("scales", "expected"),
+    [
+        ([QUANTILE] * 2 + [-math.inf] * 4, [0.9] * 2 + [0.0] * 4),
+        ([-math.inf] * 6, [0.0] * 6),
+        ([0.0] * 6, [0.5] * 6),
+        (None, [0.95] * 6),
+    ],
+)
+def test_gemma_3n_says_by_quantiles_how_sparse_it_is(scales, expected):
+    """Minus infinity is what the converter makes of no sparsity."""
+    cfg = read("gemma3n", **GEMMA3N, activation_sparsity_scale=scales)
+    assert [spec.sparsity for spec in cfg.layers] == expected
+
+
+GEMMA3N = dict(attention__sliding_window=8, embedding_length_per_layer_input=4)
+
+
+def test_what_gemma_3n_has_besides():
+    keys = GEMMA3N | dict(altup__num_inputs=3, altup__active_idx=1)
+    cfg = read("gemma3n", **keys, attention__shared_kv_layers=1)
+    assert [spec.kv for spec in cfg.layers] == ["own"] * 3 + ["lent", "own", "shared"]
+    assert kinds(cfg) == "llll" + "gl" and cfg.final_soft_cap == 30
+    assert (cfg.per_layer.width, cfg.per_layer.vocab_size) == (4, 96)
+    assert (cfg.altup.num_streams, cfg.altup.active) == (3, 1)
+    assert (cfg.query_pre_attn_scalar, cfg.v_norm, cfg.scale_plus_one) == (1, True, False)
+    without = read("gemma3n", **GEMMA3N, block_count=25)
+    assert [spec.kv for spec in without.layers].count("shared") == 5, "all but 20 in llama.cpp"
+
+
 def test_lengths_of_heads_have_defaults():
     lengths = dict(attention__key_length=None, attention__value_length=None)
     cfg = read(**lengths, attention__head_count_kv=None)
@@ -147,6 +183,17 @@ def test_keys_that_llama_cpp_does_not_read_for_gemma_are_refused(key):
                     "attention__sliding_window_pattern": [1, 0]}, "0 or 1 for each of 6 layers"),
         ("gemma3", {**{"attention__sliding_window": 8},
                     "attention__sliding_window_pattern": -1}, "must be a positive number"),
+        ("gemma3n", {}, "gemma3n.attention.sliding_window must be a positive number, got None"),
+        ("gemma3n", {"attention__sliding_window": 8, "activation_sparsity_scale": [1.0]},
+         "activation_sparsity_scale must hold 6 numbers"),
+        ("gemma3n", {"attention__sliding_window": 8,
+                     "activation_sparsity_scale": [math.inf] * 6}, "6 numbers below infinity"),
+        ("gemma3n", {"attention__sliding_window": 8, "attention__shared_kv_layers": -1},
+         "shared_kv_layers must be a positive number, got -1"),
+        ("gemma3n", {"attention__sliding_window": 8, "attention__shared_kv_layers": 6},
+         "no local layer before them"),
+        ("gemma3n", {"attention__sliding_window": 8, "altup__active_idx": 4}, "active=4 must lie"),
+        ("gemma3", {"altup__num_inputs": 4}, "gemma3.altup.num_inputs: unknown here"),
     ],
 )  # fmt: skip
 def test_what_the_model_here_cannot_be_is_refused(arch, keys, message):

@@ -4,7 +4,7 @@
 with wildcards, that change nothing here, and why. `UNSET` are keys that llama.cpp reads and that
 may only say what is so without them. Any other key is refused by its name.
 
-Sources: `load_hparams` in `src/llama-model.cpp`, `src/models/gemma{,2,3}.cpp` and
+Sources: `load_hparams` in `src/llama-model.cpp`, `src/models/gemma{,2,3,3n}.cpp` and
 `conversion/gemma.py` of llama.cpp (November 2026), `gguf-py/gguf/constants.py` 0.19.
 """
 
@@ -21,10 +21,15 @@ _WINDOWS = """
     attention.sliding_window attention.sliding_window_pattern rope.freq_base_swa
     final_logit_softcapping
 """
+_GEMMA3N = """
+    altup.active_idx altup.num_inputs embedding_length_per_layer_input attention.shared_kv_layers
+    activation_sparsity_scale
+"""
 READ: Mapping[str, frozenset[str]] = {
     "gemma": frozenset(_DECODER.split()),
     "gemma2": frozenset([*_DECODER.split(), *_WINDOWS.split(), "attn_logit_softcapping"]),
     "gemma3": frozenset([*_DECODER.split(), *_WINDOWS.split()]),
+    "gemma3n": frozenset([*_DECODER.split(), *_WINDOWS.split(), *_GEMMA3N.split()]),
 }
 
 UNREAD: Mapping[str, str] = {

@@ -17,11 +17,12 @@ from ..source import TensorInfo
 from .config import config_from_gguf
 from .decode import decode
 from .header import GGUFHeader, GGUFTensor
-from .names import EMBEDDING, HEAD, gguf_table
+from .names import EMBEDDING, HEAD, LAUREL_LEFT, PER_LAYER_TABLE, STACKS, gguf_table, in_stack
 from .parts import read_parts
 from .sampling import sampling_from_gguf
 
 PLAIN = DTYPES  # the formats agree on these names
+ROWS = 256  # that are looked at together for zeros
 
 
 @dataclass
@@ -43,12 +44,17 @@ class GGUFFile:
         problems = [p for path, header in headers.items() for p in self._describe(path, header)]
         if problems:
             raise CheckpointError(self.path, problems)
-        embedding = self.tensors.get(EMBEDDING)
+        embedding, laurel = self.tensors.get(EMBEDDING), self.tensors.get(LAUREL_LEFT)
         if embedding is None:
             raise CheckpointError(self.path, f"{EMBEDDING} is missing: not a language model")
         metadata = next(iter(headers.values())).metadata
         try:
-            config = config_from_gguf(metadata, embedding.shape[0])
+            config = config_from_gguf(
+                metadata,
+                embedding.shape[0],
+                laurel_rank=None if laurel is None else laurel.shape[0],
+                per_layer_rows=self._cut_per_layer_table(),
+            )
             sampling_from_gguf(metadata)  # refused here, whoever asks for it later
         except ValueError as error:
             raise CheckpointError(self.path, str(error)) from None
@@ -75,6 +81,26 @@ class GGUFFile:
         block_size, block_bytes = _block(info.encoding)
         return decode(raw.reshape(-1, block_bytes), info.encoding, block_size).reshape(shape)
 
+    def _cut_per_layer_table(self) -> int | None:
+        """Takes the rows of zeros off the end of the per-layer table; how many are left.
+
+        llama.cpp wants as many rows as the embedding has, so its converter fills the table up
+        (`Gemma3NModel.modify_tensors`). The model itself takes row 0 for ids beyond its table.
+        """
+        info = self.tensors.get(PER_LAYER_TABLE)
+        if info is None or info.dtype == np.uint8:
+            return None
+        rows, first = 0, info.shape[0]
+        while not rows and first:
+            last, first = first, max(0, first - ROWS)
+            block = self._rows(PER_LAYER_TABLE, slice(first, last)).reshape(last - first, -1)
+            filled = np.flatnonzero(block.any(axis=1))
+            rows = first + int(filled[-1]) + 1 if len(filled) else 0
+        rows = rows or info.shape[0]
+        nbytes = info.nbytes // info.shape[0] * rows
+        self.tensors[PER_LAYER_TABLE] = replace(info, shape=(rows, *info.shape[1:]), nbytes=nbytes)
+        return rows
+
     def _describe(self, path: Path, header: GGUFHeader) -> list[str]:
         """Adds the tensors of one file; what is wrong with them."""
         infos, problems = {}, []
@@ -89,9 +115,21 @@ class GGUFFile:
                 problems.append(f"{name} ends at byte {end}, the file is cut off at {header.size}")
         if not problems and sum(info.nbytes for info in infos.values()) > header.size:
             problems.append("tensors overlap: together they are larger than the file")
-        self.tensors |= infos
-        self._places |= {name: (path, header.tensors[name].offset) for name in infos}
+        for name, info in infos.items():
+            first_byte = header.tensors[name].offset
+            self.tensors[name], self._places[name] = info, (path, first_byte)
+            if name in STACKS and len(info.shape) == 3:
+                self._unstack(name)
         return problems
+
+    def _unstack(self, name: str) -> None:
+        """Puts the matrices of a stack in its place, under names of their own."""
+        info, (path, first_byte) = self.tensors.pop(name), self._places.pop(name)
+        step = info.nbytes // info.shape[0]
+        for i in range(info.shape[0]):
+            matrix = replace(info, shape=info.shape[1:], nbytes=step)
+            self.tensors[in_stack(name, i)] = matrix
+            self._places[in_stack(name, i)] = (path, first_byte + i * step)
 
 
 def _info(tensor: GGUFTensor) -> TensorInfo:
