@@ -24,6 +24,7 @@ class LoadKeywords(TypedDict, total=False):
     """The fields of `LoadOptions` as keyword arguments, for editors and type checkers."""
 
     modalities: Collection[str] | None
+    mmproj: str | None
     dtype: jax.typing.DTypeLike | None
     vision_dtype: jax.typing.DTypeLike | None
     weights: WeightStorage | None
@@ -43,6 +44,7 @@ class LoadOptions:
     Attributes:
       modalities: `("text",)` neither reads nor allocates the vision tower of a model that sees.
         Default: `"text"` and `"image"`, as far as the checkpoint has them.
+      mmproj: GGUF file with the vision tower of a Gemma 3 in a GGUF file. None is looked for.
       dtype: Dtype of activations. Default: float32 on CPU, bfloat16 elsewhere.
       vision_dtype: The same inside the vision tower, whose weights stay as those of the decoder.
         Default: `dtype`.
@@ -74,6 +76,7 @@ class LoadOptions:
     """
 
     modalities: Collection[str] | None = None
+    mmproj: str | None = None
     dtype: jax.typing.DTypeLike | None = None
     vision_dtype: jax.typing.DTypeLike | None = None
     weights: WeightStorage | None = None
@@ -168,11 +171,14 @@ def load_model(
     partition = (
         None
         if options.mesh is None
-        else partition_for(source, options.mesh, options.rules, options.modalities)
+        else partition_for(
+            source, options.mesh, options.rules, options.modalities, mmproj=options.mmproj
+        )
     )
     return load_weights(
         source,
         modalities=options.modalities,
+        mmproj=options.mmproj,
         dtype=dtype if stored is None or narrower else jnp.dtype(stored),
         runtime=Runtime(
             dtype=dtype,
@@ -198,13 +204,16 @@ def partition_for(
     mesh: Mesh | Mapping[str, int],
     rules: Rules | None = None,
     modalities: Collection[str] | None = None,
+    *,
+    mmproj: str | None = None,
 ) -> Partition:
     """For the model of a checkpoint; see `LoadOptions`."""
     from gemma_checkpoints import open_source, resolve
     from gemma_checkpoints.select_parts import config_for
 
     if not isinstance(mesh, Mesh):
-        mesh = make_mesh(config_for(open_source(resolve(source)), modalities), None, **mesh)
+        opened = open_source(resolve(source), mmproj=mmproj)
+        mesh = make_mesh(config_for(opened, modalities), None, **mesh)
     return Partition.of(mesh, rules)
 
 

@@ -23,6 +23,7 @@ def load_weights(
     *,
     dtype: jax.typing.DTypeLike | None = None,
     modalities: Collection[str] | None = None,
+    mmproj: str | Path | None = None,
     layout: Layout = "scan",
     runtime: Runtime = Runtime(),
     placement: Placement | None = None,
@@ -42,6 +43,8 @@ def load_weights(
       dtype: Of the parameters. Default: as stored; quantised tensors become float32.
       modalities: `("text",)` leaves the vision tower of a model that sees on the disk, neither read
         nor allocated; `("text", "image")` insists on it. Default: all that the checkpoint has.
+      mmproj: The GGUF file with the vision tower of a Gemma 3 whose decoder is `src`, a GGUF file
+        as well. None is looked for.
       layout: How layers are stacked; see `gemma_jax.nn.layer_groups`.
       runtime: How the model will compute. Independent of `dtype`.
       placement: `(path, dims, shape) -> Sharding | None`: where each Param goes. Its pieces go
@@ -71,7 +74,7 @@ def load_weights(
       dtype(bfloat16)
     """
     return load_source(
-        open_source(resolve(src, notify=notify)),
+        open_source(resolve(src, notify=notify), mmproj=mmproj),
         dtype=dtype,
         modalities=modalities,
         layout=layout,

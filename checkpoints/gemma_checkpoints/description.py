@@ -46,13 +46,19 @@ class Description:
         return sum(self.params_by_part.values())
 
 
-def describe(path: str | Path, *, modalities: Collection[str] | None = None) -> Description:
+def describe(
+    path: str | Path,
+    *,
+    modalities: Collection[str] | None = None,
+    mmproj: str | Path | None = None,
+) -> Description:
     """Describes a checkpoint by its headers: config, parameters, bytes.
 
     Of weights it reads a stored output head and the embedding, to tell whether they are one.
 
     Args:
       modalities: As in `load_weights`: what is left out is not described, and may be absent.
+      mmproj: As in `load_weights`.
 
     Raises:
       CheckpointError: with everything that would keep it from loading, except the weights' values.
@@ -62,7 +68,7 @@ def describe(path: str | Path, *, modalities: Collection[str] | None = None) -> 
       >>> gc.describe("checkpoints/elastic").config.laurel_rank
       8
     """
-    source = open_source(path)
+    source = open_source(path, mmproj=mmproj)
     cfg = config_for(source, modalities)
     check_block(source, cfg)
     moves = match(source, named_slots(abstract_model(cfg, layout="scan")))

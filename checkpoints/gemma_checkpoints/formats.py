@@ -13,8 +13,11 @@ EXPECTED = (
 )
 
 
-def open_source(path: str | Path) -> Source:
+def open_source(path: str | Path, *, mmproj: str | Path | None = None) -> Source:
     """Opens a checkpoint of any format: reads and checks its headers.
+
+    Args:
+      mmproj: The file with the vision tower of a GGUF file.
 
     Raises:
       CheckpointError: nothing is there, it is no checkpoint, or it is a broken one.
@@ -28,17 +31,20 @@ def open_source(path: str | Path) -> Source:
     from .hf.folder import CONFIG, HFFolder
     from .orbax.folder import MANIFEST, OrbaxFolder
 
-    path = Path(path)
+    path, tower = Path(path), None if mmproj is None else Path(mmproj)
     try:
-        if not path.exists():
-            raise CheckpointError(path, "no such file or folder")
+        for one in filter(None, (path, tower)):
+            if not one.exists():
+                raise CheckpointError(one, "no such file or folder")
+        if path.is_file() and is_gguf(path):
+            return GGUFFile(path, tower)
+        if tower is not None:
+            raise CheckpointError(tower, f"mmproj goes with a GGUF file, and {path} is none")
         if (path / MANIFEST).is_file():
             return OrbaxFolder(path)
         if (path / CONFIG).is_file():
             check_companions(path)
             return HFFolder(path)
-        if path.is_file() and is_gguf(path):
-            return GGUFFile(path)
     except OSError as error:
         raise CheckpointError(path, f"cannot be read: {error.strerror or error}") from error
     raise no_checkpoint(path)

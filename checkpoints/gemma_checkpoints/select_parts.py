@@ -55,5 +55,8 @@ def _with_images(source: Source) -> GemmaConfig:
 def _no_images(source: Source) -> str:
     """In a GGUF file's case the model may see, its file does not."""
     if source.format == "GGUF":
-        return "a GGUF file holds the text decoder alone; images need the Hugging Face folder"
+        return (
+            "a GGUF file holds the text decoder alone; images need its tower, mmproj=FILE, or the "
+            "Hugging Face folder"
+        )
     return "this model reads text alone: it has no vision tower; leave 'image' out of modalities"

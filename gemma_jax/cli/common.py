@@ -211,7 +211,7 @@ def print_json(result: dict[str, Any]) -> None:
     sys.stdout.write("\n")
 
 
-def open_images(files: list[Path] | None, source: str) -> "list[Image]":
+def open_images(files: list[Path] | None, source: str, mmproj: str | None = None) -> "list[Image]":
     """The images, read and checked before a model is loaded for them."""
     if not files:
         return []
@@ -220,7 +220,7 @@ def open_images(files: list[Path] | None, source: str) -> "list[Image]":
     from gemma_jax.vision.images import Image
 
     images = [Image(file) for file in files]
-    require_vision(describe(resolve(source)).config.vision)
+    require_vision(describe(resolve(source), mmproj=mmproj).config.vision)
     return images
 
 

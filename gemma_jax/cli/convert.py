@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from gemma_jax.cli import common, progress
-from gemma_jax.cli.model_options import DType, MeshOption, all_but, refuse_options
+from gemma_jax.cli.model_options import DType, MeshOption, MmprojOption, all_but, refuse_options
 
 
 class Format(StrEnum):
@@ -15,7 +15,7 @@ class Format(StrEnum):
     orbax = "orbax"
 
 
-@refuse_options(all_but("dtype", "mesh", because="convert runs no model"))
+@refuse_options(all_but("dtype", "mesh", "mmproj", because="convert runs no model"))
 def command(
     source: common.Source,
     target: Annotated[Path, typer.Argument(metavar="DST", help="New folder.")],
@@ -27,6 +27,7 @@ def command(
         bool, typer.Option("--text-only", help="Leave the vision tower behind.")
     ] = False,
     mesh: MeshOption = None,
+    mmproj: MmprojOption = None,
 ) -> None:
     """Convert a checkpoint; DST appears whole or not at all.
 
@@ -41,13 +42,14 @@ def command(
     partition = (
         None
         if mesh is None
-        else partition_for(path, common.parse_mesh(mesh), modalities=modalities)
+        else partition_for(path, common.parse_mesh(mesh), modalities=modalities, mmproj=mmproj)
     )
     with progress.loading() as bar:
         model = load_weights(
             path,
             dtype=dtype and dtype.value,
             modalities=modalities,
+            mmproj=mmproj,
             placement=partition and partition.placement,
             progress=bar,
         )

@@ -88,7 +88,8 @@ def command(
     from gemma_jax.inference.generate import generate
     from gemma_jax.loading import has_tokenizer, load_tokenizer
 
-    images, clips = common.open_images(image, model), common.open_clips(audio, model)
+    images = common.open_images(image, model, options.mmproj)
+    clips = common.open_clips(audio, model)
     tokenizer = load_tokenizer(model) if prompt is not None or has_tokenizer(model) else None
     submodel = common.find_slice(options.slice, model)
     draft = common.find_slice(speculative, model)

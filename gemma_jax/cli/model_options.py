@@ -66,6 +66,12 @@ MeshOption = Annotated[
         "--mesh", metavar="AXIS=N,...", help="Spread over devices along data, sequence, tensor."
     ),
 ]
+MmprojOption = Annotated[
+    str | None,
+    typer.Option(
+        "--mmproj", metavar="FILE", help="GGUF file with the vision tower of a GGUF file."
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +90,7 @@ class ModelOptions:
     vision_dtype: Annotated[
         DType | None, typer.Option(help="Dtype inside the vision tower. Default: as --dtype.")
     ] = None
+    mmproj: MmprojOption = None
     numerics: Annotated[
         NumericsName, typer.Option(help="Whose roundings to follow: transformers' or DeepMind's.")
     ] = NumericsName.hf

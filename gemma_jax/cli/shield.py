@@ -31,7 +31,7 @@ def command(
     from gemma_jax.loading import load_tokenizer
 
     definitions = definitions_of(policy or POLICIES)
-    (picture,) = common.open_images([image], model)
+    (picture,) = common.open_images([image], model, options.mmproj)
     tokenizer = load_tokenizer(model)
     answer_ids(tokenizer)  # a model that cannot answer need not be loaded
     gemma = options.load(model)

@@ -48,10 +48,16 @@ def by_name(model: Gemma) -> dict[str, np.ndarray]:
     return {name: host_array(params[s.path], s.row) for name, s in named_slots(model).items()}
 
 
-def write_gguf(path: Path, model: Gemma, arch: str, encode, *, split: int = 0, **extra) -> Path:
-    """`model` as llama.cpp would write it; `encode(name, array) -> (bytes or array, type)`.
+def write_gguf(
+    path: Path, model: Gemma, arch: str, encode, *, split: int = 0, pieces=None, **extra
+) -> Path:
+    """The decoder of `model` as llama.cpp would write it.
 
-    With `split`, in parts of as many tensors.
+    Args:
+      encode: `(name, array) -> (bytes or array, type)`.
+      split: If given, in parts of as many tensors.
+      pieces: The vocabulary.
+      **extra: More tensors.
     """
     gguf = pytest.importorskip("gguf")
     cfg, writer = model.cfg, gguf.GGUFWriter(path, arch, split_max_tensors=split)
@@ -66,7 +72,7 @@ def write_gguf(path: Path, model: Gemma, arch: str, encode, *, split: int = 0, *
     writer.add_value_length(cfg.head_dim)
     writer.add_layer_norm_rms_eps(cfg.norm_eps)
     writer.add_rope_freq_base(wide.rope_theta)
-    writer.add_token_list([b"<pad>", b"a"] * (cfg.vocab_size // 2))
+    writer.add_token_list(pieces or [b"<pad>", b"a"] * (cfg.vocab_size // 2))
     if spec.window:
         writer.add_sliding_window(spec.window)
     if wide.rope_scale != 1:

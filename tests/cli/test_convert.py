@@ -41,6 +41,12 @@ def test_text_only(cli, tmp_path):
     assert json.loads((tmp_path / "x" / "config.json").read_text())["model_type"] == "gemma3_text"
 
 
+def test_a_tower_of_its_own_goes_with_a_gguf_file(refused, mute, tmp_path):
+    words = (mute, tmp_path / "out", "--to", "hf", "--mmproj", __file__)
+    said = refused("convert", *words)
+    assert said == f"{__file__}: mmproj goes with a GGUF file, and {mute} is none"
+
+
 def test_dtype(cli, talker, tmp_path):
     assert cli("convert", talker, tmp_path / "x", "--to", "hf", "--dtype", "bfloat16").code == 0
     assert json.loads(cli("info", tmp_path / "x", "--json").out)[

@@ -33,12 +33,13 @@ def all_but(*taken: str, because: str) -> dict[str, str]:
 REFUSED = {
     **{name: {} for name in RUNS},
     "forward": {"cache_dtype": "forward keeps no cache"},
-    "convert": all_but("dtype", "mesh", because="convert runs no model"),
+    "convert": all_but("dtype", "mesh", "mmproj", because="convert runs no model"),
     "slice": all_but("dtype", because="slice runs no model"),
     "info": all_but("slice", because="info reads no weights"),
     "tokenize": all_but(because="tokenize reads no weights"),
     "plan": {
         "vision_dtype": "plan is about text",
+        "mmproj": "plan is about text",
         "numerics": "plan follows the roundings of transformers",
         "per_layer_table": "plan puts all weights on the devices",
     },

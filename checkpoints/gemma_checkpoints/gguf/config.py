@@ -81,7 +81,7 @@ def config_from_gguf(
             f"general.architecture {name!r} is not supported; "
             f"expected one of: {', '.join(FAMILIES)}"
         )
-    family, read = FAMILIES[name], _Reader(metadata, f"{name}.")
+    family, read = FAMILIES[name], Reader(metadata, f"{name}.")
     num_layers = read.whole("block_count")
     if num_layers > MAX_LAYERS:
         raise ValueError(f"{name}.block_count {num_layers} is beyond {MAX_LAYERS}")
@@ -113,7 +113,7 @@ def config_from_gguf(
 
 
 def _with_gemma3n(
-    cfg: GemmaConfig, read: "_Reader", laurel_rank: int | None, per_layer_rows: int
+    cfg: GemmaConfig, read: "Reader", laurel_rank: int | None, per_layer_rows: int
 ) -> GemmaConfig:
     """The config with the parts that Gemma 3n alone has."""
     num_layers = len(cfg.layers)
@@ -144,7 +144,7 @@ def _with_gemma3n(
     )
 
 
-def _layers(read: "_Reader", family: _Family, num_layers: int) -> tuple[LayerSpec, ...]:
+def _layers(read: "Reader", family: _Family, num_layers: int) -> tuple[LayerSpec, ...]:
     theta, scale = read.number("rope.freq_base", THETA), read.rope_scale()
     widths = read.for_each("feed_forward_length", num_layers)
     own_rope = family.local_theta is not None  # then local layers are never scaled
@@ -165,8 +165,8 @@ def _layers(read: "_Reader", family: _Family, num_layers: int) -> tuple[LayerSpe
     )
 
 
-class _Reader:
-    """Typed access to the keys of one architecture."""
+class Reader:
+    """Typed access to the keys with one prefix, as a rule that of an architecture."""
 
     def __init__(self, metadata: Mapping[str, object], prefix: str):
         self.metadata, self.prefix = metadata, prefix

@@ -1,6 +1,7 @@
 """A GGUF file as a source, in parts or not: quantised tensors are decoded to float32 when read."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,8 @@ from ..safetensors_file import DTYPES, read_at
 from ..source import TensorInfo
 from .config import config_from_gguf
 from .decode import decode
-from .header import GGUFHeader, GGUFTensor
+from .header import GGUFHeader, GGUFTensor, read_gguf_header
+from .mmproj import mmproj_table, vision_from_mmproj
 from .names import EMBEDDING, HEAD, LAUREL_LEFT, PER_LAYER_TABLE, STACKS, gguf_table, in_stack
 from .parts import read_parts
 from .sampling import sampling_from_gguf
@@ -27,9 +29,14 @@ ROWS = 256  # that are looked at together for zeros
 
 @dataclass
 class GGUFFile:
-    """See `Source`."""
+    """See `Source`.
+
+    Attributes:
+      mmproj: The file with the vision tower that goes with it, if that is wanted.
+    """
 
     path: Path
+    mmproj: Path | None = None
     config: GemmaConfig = field(init=False)
     table: Table = field(init=False)
     tensors: dict[str, TensorInfo] = field(init=False)
@@ -45,9 +52,11 @@ class GGUFFile:
         if problems:
             raise CheckpointError(self.path, problems)
         embedding, laurel = self.tensors.get(EMBEDDING), self.tensors.get(LAUREL_LEFT)
-        if embedding is None:
-            raise CheckpointError(self.path, f"{EMBEDDING} is missing: not a language model")
         metadata = next(iter(headers.values())).metadata
+        if embedding is None:
+            is_tower = metadata.get("general.architecture") == "clip"
+            hint = "; it is the tower of one, give that and this as mmproj" if is_tower else ""
+            raise CheckpointError(self.path, f"{EMBEDDING} is missing: not a language model{hint}")
         try:
             config = config_from_gguf(
                 metadata,
@@ -61,6 +70,8 @@ class GGUFFile:
         tied = is_tied(self.read, self.tensors, EMBEDDING, HEAD)
         self.config = replace(config, tied_head=tied)
         self.table = gguf_table(self.config)
+        if self.mmproj is not None:
+            self._add_tower(self.mmproj, metadata, next(iter(headers)))
 
     def read(
         self, name: str, rows: slice = slice(None), columns: slice = slice(None)
@@ -80,6 +91,19 @@ class GGUFFile:
             return raw.view(plain).reshape(shape)
         block_size, block_bytes = _block(info.encoding)
         return decode(raw.reshape(-1, block_bytes), info.encoding, block_size).reshape(shape)
+
+    def _add_tower(self, mmproj: Path, metadata: Mapping[str, object], first_part: Path) -> None:
+        if (arch := metadata.get("general.architecture")) != "gemma3":
+            raise CheckpointError(self.path, f"mmproj goes with a 'gemma3', not with a {arch!r}")
+        header = read_gguf_header(mmproj)
+        try:
+            vision = vision_from_mmproj(header.metadata, first_part, self.config)
+        except ValueError as error:
+            raise CheckpointError(mmproj, str(error)) from None
+        if problems := self._describe(mmproj, header):
+            raise CheckpointError(mmproj, problems)
+        self.config = replace(self.config, vision=vision)
+        self.table += mmproj_table(vision, self.tensors)
 
     def _cut_per_layer_table(self) -> int | None:
         """Takes the rows of zeros off the end of the per-layer table; how many are left.
