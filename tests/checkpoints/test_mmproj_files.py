@@ -17,7 +17,7 @@ from tiny_checkpoints import DATA, by_name, plain, random_model, tiny, write_ggu
 import gemma_checkpoints as gc
 import gemma_jax as gj
 from gemma_checkpoints.gguf import mmproj
-from gemma_jax.multimodal.encode_images import encode_images
+from gemma_jax.multimodal.encode import encode_images
 
 gguf = pytest.importorskip("gguf", reason="the gguf extra is not installed")
 
