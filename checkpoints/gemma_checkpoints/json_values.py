@@ -19,6 +19,12 @@ def nested(values: Json, key: str) -> Json:
     return value or {}
 
 
+def inside(values: Json, key: str, defaults: Json) -> Json:
+    """What the object at `key` says, and `defaults` besides, under keys that begin with `key`, so
+    that errors name the place."""
+    return {f"{key}.{name}": value for name, value in (defaults | nested(values, key)).items()}
+
+
 def whole(values: Json, key: str, *, least: int = 1) -> int:
     value = values.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:

@@ -11,7 +11,10 @@ from flax import nnx
 
 from gemma_jax.config import GemmaConfig
 from gemma_jax.decoder.model import Gemma, abstract_model
+from gemma_jax.encoder_config import MobileNetConfig, VisionConfig
 from gemma_jax.weights.tree import ParamPath, dims_of, flat_params
+
+EMBEDDERS = "modality_embedders"
 
 
 @dataclass(frozen=True)
@@ -46,24 +49,45 @@ def named_slots(model: Gemma) -> dict[str, Slot]:
 
 def depths(cfg: GemmaConfig) -> dict[str, int]:
     """Number of layers by stack, as names of parameters begin: `blocks`, `vision.tower.blocks`."""
-    tower = {} if cfg.vision is None else {"vision.tower.blocks": cfg.vision.num_layers}
-    return {"blocks": len(cfg.layers)} | tower
+    found = {"blocks": len(cfg.layers)}
+    if isinstance(cfg.vision, VisionConfig):
+        found["vision.tower.blocks"] = cfg.vision.num_layers
+    if cfg.audio is not None:
+        found["audio.tower.blocks"] = cfg.audio.num_layers
+    return found
 
 
 def params_by_part(cfg: GemmaConfig) -> dict[str, int]:
-    """Number of parameters in `text`, and in `vision.tower` and `vision.projector` if it sees."""
+    """Number of parameters in `text`; in `vision.tower` and `audio.tower` if there are such; and in
+    what maps their results to the decoder's width, `vision.projector` and `audio.projector`."""
     counts = Counter()
     for name, slot in named_slots(abstract_model(cfg, layout="scan")).items():
-        part = ".".join(name.split(".")[:2]) if name.startswith("vision.") else "text"
-        counts[part] += math.prod(slot.shape)
+        counts[_part(name, cfg)] += math.prod(slot.shape)
     return dict(counts)
+
+
+def _part(name: str, cfg: GemmaConfig) -> str:
+    first, second, *_ = name.split(".")
+    if first == EMBEDDERS:
+        sees = cfg.vision is not None and isinstance(cfg.vision, MobileNetConfig)
+        ids = cfg.vocabulary_of(cfg.vision.image_token) if sees else None
+        image = ids is not None and cfg.modality_vocabularies[ids].first_id == int(second)
+        hears = cfg.audio is not None and not image
+        return "vision.projector" if image else "audio.projector" if hears else "text"
+    if first in ("vision", "audio"):
+        return f"{first}.{'projector' if second == 'projector' else 'tower'}"
+    return "text"
 
 
 def layer_names(path: ParamPath, model: Gemma) -> Iterator[tuple[str, int | None]]:
     """Names of what lies at a path, one per layer that is stacked there, each with its row.
 
-    What lies in no layer has one name, and no row.
+    What lies in no layer has one name, and no row. The embedders of vocabularies are called after
+    their first ids: their places depend on which modalities were loaded.
     """
+    if path[0] == EMBEDDERS and len(path) > 1:
+        ids = model.cfg.modality_vocabularies[path[1]]
+        path = (EMBEDDERS, ids.first_id, *path[2:])
     if "blocks" not in path or len(path) < path.index("blocks") + 3:
         yield ".".join(map(str, path)), None
         return

@@ -7,7 +7,8 @@ transformers class, which the published multimodal configs rely on.
 Source: `models/gemma{,2,3,3n}/configuration_gemma{,2,3,3n}.py` of transformers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Literal
 
 from gemma_jax.config import (
@@ -22,7 +23,9 @@ from gemma_jax.config import (
 from gemma_jax.storages import one_of
 
 from ..json_values import Json, depth, flag, nested, positive, whole
+from .audio_config import audio_from_hf
 from .config_keys import refuse_unknown_keys
+from .mobilenet_config import mobilenet_from_hf
 from .vision_config import vision_from_hf
 
 _COMMON = {
@@ -119,13 +122,9 @@ ACTIVATION_KEYS = (
 )  # Gemma 1 reads the first, all others the last
 # Models with a tower around a `gemma3_text`. ShieldGemma 2 differs in what it was trained for.
 MULTIMODAL = ("gemma3", "shieldgemma2")
-# Towers for images and sound around a `gemma3n_text`; they are not read, their vocabularies are.
-DECODER_ONLY = "gemma3n"
-_VOCABULARY = {"rms_norm_eps": 1e-6, "vocab_size": 128}
-VOCABULARIES: Mapping[str, Json] = {
-    "vision_config": _VOCABULARY | {"hidden_size": 2_048, "vocab_offset": 262_144},
-    "audio_config": _VOCABULARY | {"hidden_size": 1_536, "vocab_offset": 262_272},
-}
+# Towers for images and sounds around a `gemma3n_text`.
+GEMMA3N = "gemma3n"
+TOWERS = ("image", "audio")  # modalities that a model may have beside text
 
 
 def text_config(raw: Json) -> Json:
@@ -134,9 +133,9 @@ def text_config(raw: Json) -> Json:
     `Gemma3ForConditionalGeneration` never applies `final_logit_softcapping`, so it is cleared; that
     of Gemma 3n applies it.
     """
-    if raw.get("model_type") not in (*MULTIMODAL, DECODER_ONLY):
+    if raw.get("model_type") not in (*MULTIMODAL, GEMMA3N):
         return raw
-    family = "gemma3n_text" if raw["model_type"] == DECODER_ONLY else "gemma3_text"
+    family = "gemma3n_text" if raw["model_type"] == GEMMA3N else "gemma3_text"
     inner = nested(raw, "text_config")
     if (kind := inner.get("model_type", family)) != family:
         raise ValueError(f"model_type {kind!r} of text_config is not {family!r}")
@@ -154,13 +153,14 @@ def _is_tied(raw: Json, inner: Json) -> bool:
     return tied or (inner_counts and flag(inner, "tie_word_embeddings", default=True))
 
 
-def config_from_hf(raw: Json, *, images: bool = True) -> GemmaConfig:
+def config_from_hf(raw: Json, *, modalities: Collection[str] = TOWERS) -> GemmaConfig:
     """The architecture that a `config.json` declares.
 
     Whether a head is tied is what the config says; the files have the last word (`heads.py`).
 
     Args:
-      images: Without, what it says of images is not read, and may be absent.
+      modalities: Out of `"image"` and `"audio"`. What it says of others is not read, and may be
+        absent: Gemma 3n's vocabularies stay with their modalities.
 
     Raises:
       ValueError: a model type, activation, rope type or switch that this library does not have, or
@@ -171,14 +171,14 @@ def config_from_hf(raw: Json, *, images: bool = True) -> GemmaConfig:
     if family not in tuple(DEFAULTS):
         raise ValueError(
             f"model_type {raw.get('model_type')!r} is not supported; "
-            f"expected one of: {', '.join([*DEFAULTS, *MULTIMODAL, DECODER_ONLY])}"
+            f"expected one of: {', '.join([*DEFAULTS, *MULTIMODAL, GEMMA3N])}"
         )
-    refuse_unknown_keys(raw, images=images)
+    refuse_unknown_keys(raw, modalities)
     text = DEFAULTS[family] | text
     layers = depth(text, "num_hidden_layers")
     gemma3n = family == "gemma3n_text"
     specs = _layer_specs(text, layers)
-    return GemmaConfig(
+    cfg = GemmaConfig(
         vocab_size=whole(text, "vocab_size"),
         d_model=whole(text, "hidden_size"),
         num_heads=whole(text, "num_attention_heads"),
@@ -197,23 +197,41 @@ def config_from_hf(raw: Json, *, images: bool = True) -> GemmaConfig:
         optional_final_cap=gemma3n,
         origin=family,
         tied_head=flag(text, "tie_word_embeddings", default=True),
-        vision=vision_from_hf(raw) if images and raw["model_type"] in MULTIMODAL else None,
-        modality_vocabularies=_vocabularies(raw) if raw["model_type"] == DECODER_ONLY else (),
         **_gemma3n_parts(text) if gemma3n else {},
     )
+    if raw["model_type"] in MULTIMODAL and "image" in modalities:
+        return replace(cfg, vision=vision_from_hf(raw))
+    return _with_towers(cfg, raw, modalities) if raw["model_type"] == GEMMA3N else cfg
 
 
-def _vocabularies(raw: Json) -> tuple[ModalityVocabulary, ...]:
-    configs = [defaults | nested(raw, key) for key, defaults in VOCABULARIES.items()]
-    return tuple(
-        ModalityVocabulary(
-            first_id=whole(config, "vocab_offset"),
-            vocab_size=whole(config, "vocab_size"),
-            width=whole(config, "hidden_size"),
-            norm_eps=positive(config, "rms_norm_eps"),
+def _with_towers(cfg: GemmaConfig, raw: Json, modalities: Collection[str]) -> GemmaConfig:
+    """The config with Gemma 3n's towers, and the vocabularies that are embedded in their widths."""
+    if "image" in modalities:
+        vision, ids = mobilenet_from_hf(raw)
+        vocabularies = (*cfg.modality_vocabularies, ids)
+        cfg = replace(cfg, vision=vision, modality_vocabularies=vocabularies)
+        _check_placeholder("image_token_id", vision.image_token, ids)
+    if "audio" in modalities:
+        audio, ids = audio_from_hf(raw)
+        vocabularies = (*cfg.modality_vocabularies, ids)
+        cfg = replace(cfg, audio=audio, modality_vocabularies=vocabularies)
+        _check_placeholder("audio_token_id", audio.audio_token, ids)
+    ends = [ids.first_id + ids.vocab_size for ids in cfg.modality_vocabularies]
+    if len(ends) == 2 and ends[0] > cfg.modality_vocabularies[1].first_id:
+        raise ValueError(
+            f"the vocabulary of images ends at id {ends[0]}, behind the beginning of that of "
+            f"sounds, audio_config.vocab_offset {cfg.modality_vocabularies[1].first_id}"
         )
-        for config in configs
-    )
+    return cfg
+
+
+def _check_placeholder(key: str, token: int, ids: ModalityVocabulary) -> None:
+    """transformers embeds a placeholder with the vocabulary that it lies in."""
+    if not 0 <= token - ids.first_id < ids.vocab_size:
+        raise ValueError(
+            f"{key} {token} must be an id of its vocabulary, {ids.first_id} to "
+            f"{ids.first_id + ids.vocab_size - 1}"
+        )
 
 
 def _query_scalar(text: Json) -> float:

@@ -1,6 +1,6 @@
 """What becomes of every key of a `config.json`: read, passed over for a reason, or refused.
 
-`READ` are the keys that `config.py` and `vision_config.py` read, by the `model_type` of the object
+`READ` are the keys that `config.py` and its like for towers read, by the `model_type` of the object
 that they stand in. `UNREAD` are those that change no number of the model, by the reason why.
 `UNSET` are switches that only models without them may have. Any other key is refused by its name:
 nobody here knows what it does.
@@ -8,9 +8,11 @@ nobody here knows what it does.
 Sources: `PreTrainedConfig` and `Gemma*Config` of transformers 4.50 and 5.24, and published files.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from ..json_values import Json, nested
+from . import audio_config as sounds
+from . import mobilenet_config as images
 
 _DECODER = """
     model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
@@ -38,7 +40,12 @@ READ: Mapping[str, frozenset[str]] = {
         ),
         "gemma3": (_OUTER,),
         "shieldgemma2": (_OUTER,),
-        "gemma3n": ("model_type text_config vision_config audio_config tie_word_embeddings",),
+        "gemma3n": (
+            "model_type text_config vision_config audio_config tie_word_embeddings",
+            " ".join([*images.OUTER_DEFAULTS, *sounds.OUTER_DEFAULTS]),
+        ),
+        "gemma3n_vision": (" ".join(images.DEFAULTS), "model_args"),
+        "gemma3n_audio": (" ".join(sounds.DEFAULTS),),
         "siglip_vision_model": (
             "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads",
             "image_size patch_size layer_norm_eps hidden_act num_channels vision_use_head",
@@ -92,13 +99,20 @@ UNREAD_OF: Mapping[str, Mapping[str, str]] = {
         "query_pre_attn_scalar": "Gemma3nTextAttention leaves the scale to its norms",
     },
     "siglip_vision_model": {"tie_word_embeddings": "a tower has no words"},
-    "gemma3n": dict.fromkeys(
-        """
-        audio_soft_tokens_per_image vision_soft_tokens_per_image audio_token_id boa_token_id
-        eoa_token_id image_token_id boi_token_id eoi_token_id
-        """.split(),
-        "Gemma 3n's towers are not read",
-    ),
+    "gemma3n_vision": {
+        "do_pooling": "Gemma3nModel asks the tower for places, not for their mean",
+        "num_classes": "of a classifier, which the tower is built without",
+        "label_names": "of a classifier, which the tower is built without",
+        "pretrained_cfg": "where timm would find weights",
+        "tie_word_embeddings": "a tower has no words",
+    },
+    "gemma3n_audio": {
+        "conf_attention_chunk_size": "how queries are grouped; which keys one sees does not change",
+        "conf_attention_invalid_logits_value": "of keys that are not seen, whatever it is",
+        "conf_positional_bias_size": "an old name; transformers reads the contexts",
+        "sscp_conv_eps": "an old name; transformers reads sscp_conv_group_norm_eps",
+        "tie_word_embeddings": "a tower has no words",
+    },
 }
 
 UNSET: Mapping[str, tuple[object, ...]] = {
@@ -114,14 +128,27 @@ UNREAD_ROPE = {"original_max_position_embeddings": "of kinds of rope that are re
 LAYER_TYPES = ("full_attention", "sliding_attention")
 _TEXT = {"gemma3": "gemma3_text", "shieldgemma2": "gemma3_text", "gemma3n": "gemma3n_text"}
 
+# Modality -> where its tower lies, and of which kind it is by the model's.
+_TOWERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "image": (
+        "vision_config",
+        {
+            "gemma3": "siglip_vision_model",
+            "shieldgemma2": "siglip_vision_model",
+            "gemma3n": "gemma3n_vision",
+        },
+    ),
+    "audio": ("audio_config", {"gemma3n": "gemma3n_audio"}),
+}
 
-def refuse_unknown_keys(raw: Json, *, images: bool = True) -> None:
+
+def refuse_unknown_keys(raw: Json, modalities: Collection[str]) -> None:
     """Raises `ValueError` for the keys of a `config.json` that have no fate here, with all of them.
 
     Args:
-      images: Whether what it says of images counts.
+      modalities: Those beside text of which it counts what it says.
     """
-    objects = list(_objects(raw, images))
+    objects = list(_objects(raw, modalities))
     problems = [problem for where, _, obj in objects for problem in _set_switches(where, obj)]
     unknown = [
         where + key
@@ -144,15 +171,15 @@ def has_fate(kind: str, key: str) -> bool:
     return key in READ[kind] or key in UNREAD or key in UNREAD_OF.get(kind, {}) or key in UNSET
 
 
-def _objects(raw: Json, images: bool) -> Iterator[tuple[str, str, Json]]:
-    """`(prefix of its keys, model_type, object)`. Of Gemma 3n's towers nothing is checked: they are
-    not read."""
+def _objects(raw: Json, modalities: Collection[str]) -> Iterator[tuple[str, str, Json]]:
+    """`(prefix of its keys, model_type, object)`, but for the towers of other modalities."""
     kind = raw["model_type"]
     yield "", kind, raw
     if kind in _TEXT:
         yield "text_config.", _TEXT[kind], nested(raw, "text_config")
-    if kind in ("gemma3", "shieldgemma2") and images:
-        yield "vision_config.", "siglip_vision_model", nested(raw, "vision_config")
+    for modality, (part, towers) in _TOWERS.items():
+        if modality in modalities and kind in towers:
+            yield f"{part}.", towers[kind], nested(raw, part)
 
 
 def _set_switches(where: str, obj: Json) -> list[str]:

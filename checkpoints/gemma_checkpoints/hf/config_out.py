@@ -7,9 +7,12 @@ files; each ignores what it does not know.
 from dataclasses import replace
 
 from gemma_jax.config import GemmaConfig, LayerSpec
+from gemma_jax.encoder_config import MobileNetConfig, VisionConfig
 
 from ..json_values import Json
+from .audio_config import audio_to_hf
 from .config import ACTIVATION_KEYS, ACTIVATIONS, ARCHITECTURES, DEFAULTS, KINDS
+from .mobilenet_config import mobilenet_to_hf
 from .vision_config import vision_to_hf
 
 
@@ -20,9 +23,12 @@ def config_to_hf(cfg: GemmaConfig) -> Json:
       ValueError: transformers has no class with these features.
     """
     text = _text_to_hf(cfg)
-    if cfg.vision is None:
+    if cfg.vision is None and cfg.audio is None:
         return text
-    if text["model_type"] != "gemma3_text" or cfg.final_soft_cap is not None:
+    if text["model_type"] == "gemma3n_text":
+        return _gemma3n_with_towers(cfg, text)
+    siglip = isinstance(cfg.vision, VisionConfig) and cfg.audio is None
+    if not siglip or text["model_type"] != "gemma3_text" or cfg.final_soft_cap is not None:
         raise ValueError("of models with a tower, transformers has Gemma 3 without soft caps")
     del text["architectures"]
     return {
@@ -31,6 +37,31 @@ def config_to_hf(cfg: GemmaConfig) -> Json:
         "tie_word_embeddings": cfg.tied_head,
         "text_config": text,
     } | vision_to_hf(cfg.vision)
+
+
+def _gemma3n_with_towers(cfg: GemmaConfig, text: Json) -> Json:
+    if not isinstance(cfg.vision, MobileNetConfig) or cfg.audio is None:
+        raise ValueError(
+            "transformers has Gemma 3n with MobileNetV5 and an audio tower, or with neither"
+        )
+    tokens = (cfg.vision.image_token, cfg.audio.audio_token)
+    if [cfg.vocabulary_of(token) for token in tokens] != [0, 1] or len(
+        cfg.modality_vocabularies
+    ) != 2:
+        raise ValueError(
+            "in transformers' Gemma 3n the placeholder of each tower is an id of its vocabulary, "
+            "that of images first"
+        )
+    ids_of_images, ids_of_sounds = cfg.modality_vocabularies
+    del text["architectures"]
+    return {
+        "architectures": ["Gemma3nForConditionalGeneration"],
+        "model_type": "gemma3n",
+        "tie_word_embeddings": cfg.tied_head,
+        "text_config": text,
+        **mobilenet_to_hf(cfg.vision, ids_of_images),
+        **audio_to_hf(cfg.audio, ids_of_sounds),
+    }
 
 
 def _text_to_hf(cfg: GemmaConfig) -> Json:

@@ -14,7 +14,7 @@ from ..json_values import read_json
 from ..name_table import Table
 from ..safetensors_file import SafetensorsFile
 from ..source import TensorInfo
-from .config import config_from_hf
+from .config import TOWERS, config_from_hf
 from .names import EMBEDDING, HEAD, UNREAD_TOWER, hf_table, short_name
 from .processor_config import with_processor
 
@@ -27,7 +27,7 @@ class HFFolder:
 
     Attributes:
       raw_config: `config.json` as it is.
-      spoilt: `"image"` -> why, where the config says nothing sound of images.
+      spoilt: Modality -> why, where the files beside the weights say nothing sound of it.
     """
 
     path: Path
@@ -42,21 +42,27 @@ class HFFolder:
 
     def __post_init__(self):
         self.raw_config = read_json(self.path / CONFIG)
+        self.spoilt = {}
         try:
-            self.config, self.spoilt = config_from_hf(self.raw_config, images=False), {}
+            self.config = config_from_hf(self.raw_config, modalities=())
         except ValueError as error:
             raise CheckpointError(self.path / CONFIG, str(error)) from None
-        try:  # images may not be wanted
-            self.config = config_from_hf(self.raw_config)
-            self.config = with_processor(self.config, self.path)
-        except CheckpointError as error:
-            problem = "; ".join(error.problems)
-            self.spoilt = {"image": f"{Path(error.where).name}: {problem}"}
-        except ValueError as error:
-            self.spoilt = {"image": f"{CONFIG}: {error}"}
+        for modality in TOWERS:  # it may not be wanted
+            try:
+                self._read_config(modality)
+            except CheckpointError as error:
+                problem = "; ".join(error.problems)
+                self.spoilt[modality] = f"{Path(error.where).name}: {problem}"
+            except ValueError as error:
+                self.spoilt[modality] = f"{CONFIG}: {error}"
+        if len(self.spoilt) < len(TOWERS):
+            self.config = self._read_config(*(one for one in TOWERS if one not in self.spoilt))
         self._open(self._files())
         self.config = replace(self.config, tied_head=self._has_tied_head())
-        self.table = hf_table(self.config) + (UNREAD_TOWER if self.spoilt else ())
+        self.table = hf_table(self.config) + (UNREAD_TOWER if "image" in self.spoilt else ())
+
+    def _read_config(self, *modalities: str) -> GemmaConfig:
+        return with_processor(config_from_hf(self.raw_config, modalities=modalities), self.path)
 
     def read(
         self, name: str, rows: slice = slice(None), columns: slice = slice(None)

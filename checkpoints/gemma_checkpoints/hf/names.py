@@ -12,6 +12,7 @@ What transformers has put in front of them over the years:
 | projector            | `multi_modal_projector.`     | `model.multi_modal_projector.`       |
 | head with a tower    | `language_model.`            | none                                 |
 
+Gemma 3n's published files are spelled as in memory, with a `timm_model.` inside its vision tower.
 ShieldGemma 2 puts one or two `model.` more in front of these. Bare decoders have no prefix,
 and neither has the head of a decoder alone.
 """
@@ -19,8 +20,12 @@ and neither has the head of a decoder alone.
 import re
 
 from gemma_jax.config import AltUpConfig, GemmaConfig
+from gemma_jax.encoder_config import MobileNetConfig, VisionConfig
 
 from ..name_table import Row, Table
+from .audio_names import AUDIO
+from .audio_names import TOWER as _AUDIO_TOWER
+from .mobilenet_names import mobilenet_rows
 
 _PREFIX = re.compile(
     r"(model\.)*(language_model\.(model\.)?|(?P<tower>vision_tower\.)(vision_model\.)?)?"
@@ -80,12 +85,14 @@ ALTUP: Table = (
 )
 OUTPUT_SCALE = Row("blocks.{i}.altup.output_scale", _LAYER + "altup.correct_output_scale")
 
-# Of Gemma 3n's other modalities their vocabularies are read, if asked for; their towers are not.
-_MODALITIES = ("embed_vision", "embed_audio")
-UNREAD: Table = tuple(
-    Row(None, part, why="Gemma 3n's towers are not read")
-    for part in ("vision_tower.*", "audio_tower.*")
+# Of each of Gemma 3n's vocabularies, by its first id.
+_EMBEDDER: Table = (
+    Row("table", "embedding.weight"),
+    Row("norm.scale", "hard_embedding_norm.weight"),
+    Row("soft_norm.scale", "soft_embedding_norm.weight"),
+    Row("proj.w", "embedding_projection.weight"),
 )
+_EMBED_VISION, _EMBED_AUDIO = "embed_vision.", "embed_audio."
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 TIED = Row(None, HEAD, why="it equals the embedding table")
@@ -106,6 +113,11 @@ BUFFERS: Table = tuple(
         "layers.*.self_attn.v_norm.weight",
         "embed_vision.embedding_post_projection_norm.weight",
         "embed_audio.embedding_post_projection_norm.weight",
+        "audio_tower.*.inv_timescales",
+        "audio_tower.*.q_scale",
+        "audio_tower.*.softcap",
+        "audio_tower.*.local_causal_valid_mask",
+        "audio_tower.*.gradient_clipping",
     )
 )
 
@@ -147,10 +159,11 @@ def hf_table(cfg: GemmaConfig) -> Table:
         + (LAUREL if cfg.laurel_rank else ())
         + (PER_LAYER if cfg.per_layer else ())
         + (_altup(cfg.altup) if cfg.altup else ())
-        + (VISION if cfg.vision else ())
+        + _vision(cfg)
+        + (AUDIO if cfg.audio else ())
         + (TIED if cfg.tied_head else OWN_HEAD,)
         + BUFFERS
-        + _modalities(cfg)
+        + _embedders(cfg)
         + (_unread(cfg) if cfg.origin == "gemma3n_text" else ())
         + unused(cfg)
     )
@@ -175,27 +188,45 @@ def _altup(altup: AltUpConfig) -> Table:
     return ALTUP + ((OUTPUT_SCALE,) if altup.correct_scale else ()) + maps
 
 
-def _modalities(cfg: GemmaConfig) -> Table:
-    """The vocabularies of images and sounds."""
-    if not cfg.modality_vocabularies:
-        return ()
+def _vision(cfg: GemmaConfig) -> Table:
+    match cfg.vision:
+        case VisionConfig():
+            return VISION
+        case MobileNetConfig():
+            return mobilenet_rows(cfg.vision, theirs=_TOWER + "timm_model.")
+    return ()
+
+
+def _embedders(cfg: GemmaConfig) -> Table:
+    """The vocabularies of images and sounds, in this order if there are no towers to tell."""
+    parts = dict(enumerate((_EMBED_VISION, _EMBED_AUDIO)))
+    if cfg.vision is not None or cfg.audio is not None:
+        tokens = {
+            _EMBED_VISION: cfg.vision and cfg.vision.image_token,
+            _EMBED_AUDIO: cfg.audio and cfg.audio.audio_token,
+        }
+        parts = {cfg.vocabulary_of(t): part for part, t in tokens.items() if t is not None}
     return tuple(
-        Row(f"modality_embedders.{i}.{ours}", f"{part}.{theirs}.weight")
-        for i, part in enumerate(_MODALITIES)
-        for ours, theirs in (
-            ("table", "embedding"),
-            ("norm.scale", "hard_embedding_norm"),
-            ("soft_norm.scale", "soft_embedding_norm"),
-            ("proj.w", "embedding_projection"),
-        )
+        Row(f"modality_embedders.{ids.first_id}.{row.ours}", parts[i] + row.theirs)
+        for i, ids in enumerate(cfg.modality_vocabularies)
+        if i in parts
+        for row in _EMBEDDER
     )
 
 
 def _unread(cfg: GemmaConfig) -> Table:
-    """What files of Gemma 3n hold besides, whatever of it the model has."""
-    if cfg.modality_vocabularies:
-        return UNREAD
-    return UNREAD + tuple(Row(None, part + ".*", why="of no use to text") for part in _MODALITIES)
+    """What files of Gemma 3n hold for modalities that the model does not have."""
+    has = {_EMBED_VISION: cfg.vision is not None, _EMBED_AUDIO: cfg.audio is not None}
+    if not any(has.values()) and cfg.modality_vocabularies:
+        has = dict.fromkeys(has, True)
+    return tuple(
+        Row(None, part + "*", why="the model has no such modality")
+        for tower, embedder, sees in (
+            (_TOWER, _EMBED_VISION, cfg.vision is not None),
+            (_AUDIO_TOWER, _EMBED_AUDIO, cfg.audio is not None),
+        )
+        for part in ((tower,) * (not sees) + (embedder,) * (not has[embedder]))
+    )
 
 
 def unused(cfg: GemmaConfig) -> Table:
@@ -225,6 +256,11 @@ def short_name(name: str) -> str:
 
 def published_name(short: str, cfg: GemmaConfig) -> str:
     """A name of the tables as the published files of such models spell it."""
+    if not cfg.scale_plus_one and (cfg.vision is not None or cfg.audio is not None):
+        parts = (_TOWER, _AUDIO_TOWER, _EMBED_VISION, _EMBED_AUDIO)
+        if short == HEAD:
+            return HEAD
+        return ("model." if short.startswith(parts) else "model.language_model.") + short
     if short.startswith(_PROJECTOR):
         return short
     if short.startswith(_TOWER):

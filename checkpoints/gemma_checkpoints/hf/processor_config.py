@@ -67,7 +67,7 @@ def with_processor(cfg: GemmaConfig, folder: Path) -> GemmaConfig:
     Raises:
       CheckpointError: A file asks for what this library does not do; the message names the key.
     """
-    if cfg.vision is None:
+    if not isinstance(cfg.vision, VisionConfig):
         return cfg
     whole_processor = read_json(folder / PROCESSOR) if (folder / PROCESSOR).is_file() else {}
     where = folder / PROCESSOR
