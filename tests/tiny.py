@@ -139,15 +139,17 @@ def mobilenet(**changes) -> MobileNetConfig:
 
 
 def audio(**changes) -> AudioConfig:
-    """Two layers; 5 soft tokens to a clip, which are 80 frames."""
+    """A conformer of two layers, a soft token for 16 frames of log-mel."""
     fields = dict(
         d_tower=24,
         num_layers=2,
         num_heads=2,
-        num_mels=16,
-        conv_channels=(4, 3),
-        left_context=5,
-        num_soft_tokens=5,
+        num_mels=10,
+        conv_channels=(6, 4),
+        left_context=4,
+        score_cap=5.0,
+        clip=2.5,
+        num_soft_tokens=6,
         audio_token=95,
         start_token=81,
         end_token=94,

@@ -193,7 +193,8 @@ def _by_key(x_INJQR: jax.Array) -> jax.Array:
     """
     *front, Q, R = x_INJQR.shape
     x = jnp.pad(x_INJQR, (*((0, 0),) * (len(front) + 1), (0, Q)))
-    return x.reshape(*front, -1)[..., : Q * (Q + R - 1)].reshape(*front, Q, Q + R - 1)
+    x = x.reshape(*front, Q * (Q + R))[..., : Q * (Q + R - 1)]
+    return x.reshape(*front, Q, Q + R - 1)
 
 
 class ConformerFeedForward(nnx.Module):

@@ -153,8 +153,7 @@ class SubsamplingConv(nnx.Module):
         T, M = ((size - self.kernel) // STRIDE + 1 for size in x_ITMU.shape[1:3])
 
         def at(y: int, x: int) -> jax.Array:
-            ends = y + STRIDE * T - STRIDE + 1, x + STRIDE * M - STRIDE + 1
-            return x_ITMU[:, y : ends[0] : STRIDE, x : ends[1] : STRIDE]
+            return x_ITMU[:, y : y + STRIDE * T : STRIDE, x : x + STRIDE * M : STRIDE]
 
         window = range(self.kernel)
         return jnp.stack([jnp.stack([at(y, x) for x in window], -1) for y in window], -2)

@@ -1,6 +1,7 @@
 """A stored audio tower, which is no whole model: read by the rows of the name table alone."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,15 +50,15 @@ def abstract_encoder(cfg: AudioConfig, layout: str) -> AudioEncoder:
 
 def random_encoder(cfg: AudioConfig, layout: str = "scan") -> AudioEncoder:
     """With norms and scales away from their neutral values, so that a mistake shows."""
-    encoder = AudioEncoder(cfg, rngs=nnx.Rngs(0), layout=layout)
-    rng = np.random.default_rng(0)
+    encoder, rng = abstract_encoder(cfg, layout), np.random.default_rng(0)
 
-    def moved(param):
-        value = param.get_value()
-        vector = not param.get_metadata().get("inputs")
-        return value + 0.3 * jnp.asarray(rng.standard_normal(value.shape), value.dtype) * vector
+    def value(param: nnx.Param) -> jax.Array:
+        shape, facts = param.get_value().shape, param.get_metadata()
+        noise = jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        inputs = math.prod(shape[len(shape) - len(facts.get("inputs", "")) :])
+        return noise * inputs**-0.5 if inputs > 1 else 1 + 0.3 * noise
 
-    return with_params(encoder, {path: moved(p) for path, p in flat_params(encoder).items()})
+    return with_params(encoder, {path: value(p) for path, p in flat_params(encoder).items()})
 
 
 def load(folder: Path, layout: str = "scan") -> AudioEncoder:

@@ -12,7 +12,7 @@ from parity import audio_tower
 from parity.goldens import DATA, assert_close, case
 
 from gemma_jax import Runtime
-from gemma_jax.audio.encoder import AudioEncoder
+from gemma_jax.audio.encoder import AudioEncoder, num_tokens
 
 FOLDER = DATA / "g3n_audio"
 THEIRS = {
@@ -27,10 +27,12 @@ def encoder(request):
     return audio_tower.load(FOLDER, request.param)
 
 
+run = jax.jit(AudioEncoder.__call__, static_argnums=(3, 4))
+
+
 def encode(encoder, runtime=Runtime()):
     given, expected, tolerance = case("g3n_audio", "forward")
     lengths = (~given["pad_mask"]).sum(1)
-    run = jax.jit(AudioEncoder.__call__, static_argnums=(3, 4))
     out = run(encoder, given["input_features"], lengths, runtime, frozenset(AudioEncoder.captures))
     return *out, lengths, expected, tolerance
 
@@ -47,6 +49,31 @@ def test_tower_and_every_layer(encoder):
             else:
                 at = (..., i, whole, slice(None)) if i else (..., i, slice(None), slice(None))
                 assert_close(got[at], wanted[at], tolerance[theirs])
+
+
+def test_clips_in_a_batch_are_what_transformers_makes_of_each_alone(encoder):
+    """Of every length modulo 16, with something else behind each."""
+    given, expected, tolerance = case("g3n_audio", "alone")
+    names = {int(name.removeprefix("tokens_")): name for name in expected}
+    clip = given["input_features"]
+    rows = np.random.default_rng(0).normal(0, 9, (len(names) + 1, len(clip) + 9, clip.shape[1]))
+    for row, length in zip(rows, names):
+        row[:length] = clip[:length]
+    lengths = np.array([*names, len(clip) + 9])  # and a longer one
+    features, counts, _ = run(encoder, rows, lengths, Runtime(), frozenset())
+    for row, count, length in zip(features, counts, names):
+        wanted = expected[names[length]]
+        assert count == len(wanted) == num_tokens(length, encoder.cfg)
+        assert_close(row[:count], wanted, tolerance[names[length]])
+    assert {length % 16 for length in names} == set(range(16))
+
+
+@pytest.mark.parametrize("length", [16, 83, *nightly(1, 2, 5, 81, 82, 84, 85, 86, 87, 91, 96)])
+def test_a_clip_alone_needs_no_padding(encoder, length):
+    given, expected, tolerance = case("g3n_audio", "alone")
+    clip, name = given["input_features"][None, :length], f"tokens_{length}"
+    features, _, _ = run(encoder, clip, None, Runtime(), frozenset())
+    assert_close(features[0], expected[name], tolerance[name])
 
 
 def test_padded_tokens_are_counted_and_zero(encoder):
