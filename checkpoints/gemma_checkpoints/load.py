@@ -198,10 +198,11 @@ def _region(move: Move, box: Box) -> tuple[slice, slice]:
     sizes, cuts = slot.sizes, dict(zip(slot.dims, box))
     axes = tuple(slot.dims) if parsed is None else parsed.left
     regions = []
-    for letters in axes:
+    for letters in axes:  # none for an axis of size 1
+        cut = cuts[letters[0]] if letters else range(1)
         inner = math.prod(sizes[letter] for letter in letters[1:])
-        regions.append(slice(cuts[letters[0]].start * inner, cuts[letters[0]].stop * inner))
-    leading = {letters[0] for letters in axes[:2]}
+        regions.append(slice(cut.start * inner, cut.stop * inner))
+    leading = {letters[0] for letters in axes[:2] if letters}
     for letter, cut in cuts.items():
         if letter not in leading and cut != range(sizes[letter]):
             raise ValueError(
