@@ -165,6 +165,8 @@ def real_tokens(inputs: dict[str, "np.ndarray"], path: Path) -> "np.ndarray":
     Raises:
       ValueError: The mask does not match the ids, has holes, or leaves a row empty.
     """
+    import numpy as np
+
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask", np.ones_like(ids)) != 0
     if mask.shape != ids.shape:

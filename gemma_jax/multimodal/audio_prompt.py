@@ -16,7 +16,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from gemma_jax.audio.encoder import num_tokens
+from gemma_jax.audio.encoder import frames_per_token, num_tokens
 from gemma_jax.audio.mel import log_mel
 from gemma_jax.audio.waves import Audio, split_at_quiet
 from gemma_jax.decoder.model import Gemma
@@ -86,6 +86,7 @@ def _encode(model: Gemma, clips: Clips | jax.Array, *, pad: bool) -> jax.Array:
     if isinstance(clips, Clips) or isinstance(clips, jax.core.Tracer):
         return encode_audio(model, clips, pad=pad)[0]
     I, T, _ = clips.shape
-    mel_ITM = np.pad(clips, ((0, 0), (0, -T % _BUCKET), (0, 0)))
+    most = model.cfg.audio.num_soft_tokens * frames_per_token(model.cfg.audio)
+    mel_ITM = np.pad(clips, ((0, 0), (0, max(0, min(-T % _BUCKET, most - T))), (0, 0)))
     soft_ITD, _ = encode_audio(model, Clips(mel_ITM, np.full(I, T, np.int32)), pad=pad)
     return soft_ITD if pad else soft_ITD[:, : num_tokens(T, model.cfg.audio)]
