@@ -32,6 +32,11 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names (tests/test_p
     from gemma_jax.inference.sampling import Sampling as Sampling
     from gemma_jax.inference.session import Session as Session
     from gemma_jax.inference.streaming import TextStream as TextStream, stream as stream
+    from gemma_jax.inference.transcribe import (
+        Segment as Segment,
+        Transcript as Transcript,
+        transcribe as transcribe,
+    )
     from gemma_jax.loading import (
         LoadOptions as LoadOptions,
         load as load,
@@ -76,6 +81,7 @@ _HOMES = {
     "gemma_jax.inference.sampling": ("Sampling",),
     "gemma_jax.inference.session": ("Session",),
     "gemma_jax.inference.streaming": ("TextStream", "stream"),
+    "gemma_jax.inference.transcribe": ("Segment", "Transcript", "transcribe"),
     "gemma_jax.loading": ("LoadOptions", "load", "load_model", "load_sampling", "load_tokenizer"),
     "gemma_jax.multimodal.image_prompt": ("image_prompt",),
     "gemma_jax.multimodal.prompts": ("Prompt",),

@@ -23,6 +23,7 @@ from gemma_jax.cli import (
     shield,
     slice,
     tokenize,
+    transcribe,
 )
 from gemma_jax.cli.errors import exit_code, flags_for, one_line
 
@@ -37,8 +38,8 @@ app = typer.Typer(
     "the same command on all their devices; on a cluster that JAX knows, --multihost suffices.",
 )
 COMMANDS = (
-    generate, chat, score, shield, forward, tokenize, encode_image, encode_audio, info, convert,
-    slice, plan,
+    generate, chat, score, transcribe, shield, forward, tokenize, encode_image, encode_audio, info,
+    convert, slice, plan,
 )  # fmt: skip
 for module in COMMANDS:
     app.command(module.__name__.rpartition(".")[2].replace("_", "-"))(module.command)

@@ -61,5 +61,9 @@ def reading() -> Bar:
     return Bar("reading text", "tokens")
 
 
+def listening() -> Bar:
+    return Bar("listening", "s")
+
+
 def compiling() -> Bar:
     return Bar("")
