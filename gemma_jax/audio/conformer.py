@@ -332,7 +332,7 @@ class Conformer(nnx.Module):
           mel_ITM: The clips, or the next frames of each.
           length_I: int32; frames of each clip.
           state: Of the pieces before; `None` if `mel_ITM` is all that there is of the clips. The
-            pieces of a clip end as `streaming_phase` says.
+            pieces of a clip end where tokens are complete (`streaming.first_frame`).
         """
         first_I = jnp.zeros_like(length_I) if state is None else state.next_I
         x_ITC, span, convs = self.subsample(
