@@ -12,7 +12,6 @@ from flax import nnx
 
 from gemma_jax.config import GemmaConfig
 from gemma_jax.decoder.model import Gemma
-from gemma_jax.encoder_config import ImageProcessing
 from gemma_jax.weights.protocol import StandIn
 from gemma_jax.weights.tree import ParamPath, flat_params, with_attributes
 
@@ -20,13 +19,15 @@ from .beside_config import refuse_beside_config
 from .catalog import resolve
 from .errors import CheckpointError
 from .folders import new_folder
-from .hf.config import config_from_hf, text_config
+from .hf.config import TOWERS, config_from_hf, text_config
 from .hf.config_out import config_to_hf
 from .hf.folder import CONFIG, INDEX, SINGLE, HFFolder
 from .hf.names import hf_table, published_name, unused
+from .hf.processor_config import says_processor, without_processor
+from .hf.processor_out import processor_to_hf
 from .json_values import Json, flag, read_json
 from .name_table import Row, dropped, expand
-from .params import Slot, depths, named_slots
+from .params import EMBEDDERS, Slot, depths, named_slots
 from .rearrange import shape as side_shape
 from .safetensors_file import ENCODINGS, write_safetensors
 from .tokenizers import copy_companions
@@ -95,15 +96,16 @@ def save_hf(
     """Saves `model` as a new Hugging Face folder, which appears whole or not at all.
 
     A model that was loaded with `dtype=None` comes out with the bytes that went in. One that sees
-    becomes a `gemma3` folder; if only its decoder was loaded, a `gemma3_text` folder. Of Gemma 3n
-    the decoder is written, with the whole vocabulary, as a `gemma3n_text` folder.
+    becomes a `gemma3` or `gemma3n` folder; if only its decoder was loaded, a `gemma3_text` or
+    `gemma3n_text` folder. transformers has Gemma 3n with both of its towers or with none.
 
     Args:
       model: Dense parameters in float32, float16 or bfloat16.
       folder: Must not exist, or be empty.
       dtype: To cast to; default: as the parameters are.
       max_shard_bytes: A larger model becomes several files with an index.
-      source: The checkpoint that the model came from (name or path): its tokenizer goes along, and
+      source: The checkpoint that the model came from (name or path): its tokenizer goes along, so
+        do settings of its processors of images and sounds that are those of the model, and
         if it is a Hugging Face folder of the same architecture, so do its `config.json`, its
         spelling of the tensors' names, and what Gemma 3n's last layers have but never use. Else
         names are spelled as in published files.
@@ -122,7 +124,7 @@ def save_hf(
       ...     sorted(path.name for path in saved.iterdir())
       ['config.json', 'model.safetensors', 'tokenizer.model']
     """
-    if model.cfg.modality_vocabularies:
+    if model.cfg.modality_vocabularies and model.cfg.vision is None and model.cfg.audio is None:
         model = _decoder(model)
     target, params = Path(folder), flat_params(model)
     refuse_inexact(target, params)
@@ -137,6 +139,7 @@ def save_hf(
     try:
         config, origin = _from_source(source, model.cfg)
         config = _new_config(model.cfg) if config is None else config
+        processor = _processor(source, model.cfg)
     except ValueError as error:
         raise CheckpointError(target, f"cannot be exported: {error}") from None
     tensors: list[AnyTensor] = [
@@ -146,8 +149,7 @@ def save_hf(
     total = sum(tensor.nbytes for tensor in tensors)
     with new_folder(target, needed=total) as part:
         _write_config(part / CONFIG, config, tensors[0].dtype, source)
-        if source is not None:
-            copy_companions(source, part, images=model.cfg.vision is not None)
+        _write_companions(part, source, processor)
         done = 0
         for file, shard in _shards(tensors, max_shard_bytes).items():
             for size in _write_shard(part / file, shard, params):
@@ -219,10 +221,12 @@ def _unused(folder: HFFolder, dtype: jax.typing.DTypeLike | None) -> list[Unused
     ]
 
 
-def _place(name: str) -> tuple[bool, int]:
+def _place(name: str) -> tuple[int, int]:
     """Part and layer of a parameter; what belongs to no layer comes first in its part."""
+    parts = ("vision.", EMBEDDERS, "audio.")
+    part = next((i for i, start in enumerate(parts, 1) if name.startswith(start)), 0)
     _, in_layer, rest = name.partition("blocks.")
-    return name.startswith("vision."), int(rest.split(".")[0]) if in_layer else -1
+    return part, int(rest.split(".")[0]) if in_layer else -1
 
 
 def _shards(tensors: list[AnyTensor], limit: int) -> dict[str, list[AnyTensor]]:
@@ -265,9 +269,9 @@ def _from_source(source: Path | None, cfg: GemmaConfig) -> tuple[Json | None, HF
         return None, None
     raw = read_json(source / CONFIG)
     text = text_config(raw)
-    if cfg.vision is not None:  # a file of its own says how images are prepared
-        cfg = replace(cfg, vision=replace(cfg.vision, images=ImageProcessing()))
-    if _describes(raw, cfg) and (cfg.vision is not None or text == raw):
+    cfg = without_processor(cfg)
+    alone = cfg.vision is None and cfg.audio is None
+    if _describes(raw, cfg) and (not alone or text == raw):
         has_weights = (source / SINGLE).exists() or (source / INDEX).exists()
         return _with_head(raw, cfg), HFFolder(source) if has_weights else None
     return _with_head(text, cfg) if _describes(text, cfg) else None, None
@@ -282,8 +286,28 @@ def _new_config(cfg: GemmaConfig) -> Json:
 
 def _describes(raw: Json, cfg: GemmaConfig) -> bool:
     """Whether a config is that of the model, but for its head: what is stored decides on that."""
-    declared = config_from_hf(raw, images=cfg.vision is not None)
+    has = {"image": cfg.vision is not None, "audio": cfg.audio is not None}
+    declared = config_from_hf(raw, modalities=[one for one in TOWERS if has[one]])
     return replace(declared, tied_head=cfg.tied_head) == cfg
+
+
+def _write_companions(
+    folder: Path, source: Path | None, processor: Mapping[str, Json] | None
+) -> None:
+    """The tokenizer of the source, and what `_processor` said."""
+    if source is not None:
+        copy_companions(source, folder, processors=processor is None)
+    for name, content in (processor or {}).items():
+        (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _processor(source: Path | None, cfg: GemmaConfig) -> Mapping[str, Json] | None:
+    """File name -> how the towers' inputs are prepared, if it is not as by default; `None` if the
+    files of the source say what the model does."""
+    alone = cfg.vision is None and cfg.audio is None
+    if alone:
+        return {}
+    return None if source is not None and says_processor(source, cfg) else processor_to_hf(cfg)
 
 
 def _with_head(config: Json, cfg: GemmaConfig) -> Json:

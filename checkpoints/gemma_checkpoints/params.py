@@ -85,7 +85,7 @@ def layer_names(path: ParamPath, model: Gemma) -> Iterator[tuple[str, int | None
     What lies in no layer has one name, and no row. The embedders of vocabularies are called after
     their first ids: their places depend on which modalities were loaded.
     """
-    if path[0] == EMBEDDERS and len(path) > 1:
+    if path[:1] == (EMBEDDERS,) and len(path) > 1:
         ids = model.cfg.modality_vocabularies[path[1]]
         path = (EMBEDDERS, ids.first_id, *path[2:])
     if "blocks" not in path or len(path) < path.index("blocks") + 3:

@@ -16,7 +16,7 @@ COMPANIONS = (
     "chat_template.jinja",
     "generation_config.json",
 )
-PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # of images
+PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # of images and sounds
 
 
 def find_tokenizer(path: Path) -> Path | None:
@@ -26,15 +26,15 @@ def find_tokenizer(path: Path) -> Path | None:
     return next((path / name for name in VOCABULARIES if (path / name).is_file()), None)
 
 
-def copy_companions(source: Path, folder: Path, *, images: bool) -> None:
+def copy_companions(source: Path, folder: Path, *, processors: bool) -> None:
     """Puts what the checkpoint `source` has beside its weights into `folder`.
 
-    That is the tokenizer, and with `images` the settings of their processor.
+    That is the tokenizer, and with `processors` the settings of those of images and sounds.
     """
     if source.is_file() and is_gguf(source):
         copy_metadata(first_part(source), folder / VOCABULARIES[-1])
         return
-    for name in (*VOCABULARIES, *COMPANIONS, *(PROCESSORS if images else ())):
+    for name in (*VOCABULARIES, *COMPANIONS, *(PROCESSORS if processors else ())):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 

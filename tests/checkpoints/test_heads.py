@@ -174,12 +174,12 @@ def test_the_output_of_a_gguf(name, arch, tmp_path):
 def test_shieldgemma_believes_its_text_config(outer, inner, tied):
     """`ShieldGemma2Config.__post_init__` of transformers 5.24."""
     raw = {"model_type": "shieldgemma2", "text_config": inner} | outer
-    assert config_from_hf(raw, images=False).tied_head is tied
+    assert config_from_hf(raw, modalities=()).tied_head is tied
 
 
 def test_of_other_models_with_a_tower_the_outer_config_counts():
     """`Gemma3ForConditionalGeneration` of transformers 5.24 asks `config.tie_word_embeddings`."""
     inner = {"tie_word_embeddings": False}
     raw = {"model_type": "gemma3", "text_config": inner}
-    assert config_from_hf(raw, images=False).tied_head
-    assert not config_from_hf(raw | inner, images=False).tied_head
+    assert config_from_hf(raw, modalities=()).tied_head
+    assert not config_from_hf(raw | inner, modalities=()).tied_head

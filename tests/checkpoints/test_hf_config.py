@@ -305,8 +305,10 @@ def test_what_is_not_wanted_may_be_absent():
     text = PUBLISHED["gemma3-4b"]["text_config"]
     bare = {"model_type": "gemma3", "text_config": text}
     decoder = replace(preset("gemma3-4b"), vision=None)
-    assert config_from_hf(bare, images=False) == decoder
-    assert config_from_hf(bare | {"vision_config": {"model_type": "clip"}}, images=False) == decoder
+    assert config_from_hf(bare, modalities=()) == decoder
+    assert (
+        config_from_hf(bare | {"vision_config": {"model_type": "clip"}}, modalities=()) == decoder
+    )
     with pytest.raises(ValueError, match="vision_config is missing"):
         config_from_hf(bare)
 

@@ -22,14 +22,15 @@ DATA = Path(__file__).parent.parent / "parity" / "data"
 def tiny(name: str, num_layers: int = 7, **changes):
     """The preset `name`, with its pattern and switches, at toy sizes that K-quants can store.
 
-    Without a tower, unless `vision` is given.
+    Without towers, unless they are given.
     """
     sizes = dict(vocab_size=96, d_model=256, num_heads=4, num_kv_heads=2, head_dim=64)
     cfg = preset(name)
     layers = tuple(
         replace(spec, d_ff=256, window=spec.window and 6) for spec in cfg.layers[:num_layers]
     )
-    others = {"query_pre_attn_scalar": 64, "max_positions": 128, "vision": None}
+    others = {"query_pre_attn_scalar": 64, "max_positions": 128}
+    others |= {"vision": None, "audio": None, "modality_vocabularies": ()}
     return replace(cfg, layers=layers, **(sizes | others | changes))
 
 

@@ -1,7 +1,9 @@
-"""How pictures are prepared: `preprocessor_config.json` and `processor_config.json`.
+"""How pictures and sounds are prepared: `preprocessor_config.json`, `processor_config.json`.
 
-Source: `models/gemma3/{image_processing,processing}_gemma3.py` of transformers 5.24; a nested
-`image_processor` of the second file comes before the first file, as in `image_processing_base.py`.
+A nested `image_processor` or `feature_extractor` of the second file comes before the first file, as
+in `image_processing_base.py`. Gemma 3n has SigLIP's image processor, with others of its defaults.
+Source: `models/gemma3/{image_processing,processing}_gemma3.py`, `models/siglip/
+image_processing_siglip.py` and `models/gemma3n/processing_gemma3n.py` of transformers 5.24.
 """
 
 from collections.abc import Mapping
@@ -10,12 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from gemma_jax.config import GemmaConfig
-from gemma_jax.encoder_config import RESAMPLING, ImageProcessing, VisionConfig
+from gemma_jax.encoder_config import (
+    RESAMPLING,
+    UNIT_RANGE,
+    ImageProcessing,
+    MobileNetConfig,
+    SoundProcessing,
+    VisionConfig,
+)
+from gemma_jax.mobilenet_presets import MOBILENET_V5_300M
 
 from ..errors import CheckpointError
 from ..json_values import Json, nested, positive, read_json, whole
+from . import feature_extractor as sounds
 
-IMAGES, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+INPUTS, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 USED = frozenset(
     "size image_mean image_std rescale_factor resample do_rescale do_normalize do_pan_and_scan "
     "pan_and_scan_min_crop_size pan_and_scan_max_num_crops pan_and_scan_min_ratio_to_activate "
@@ -24,7 +35,7 @@ USED = frozenset(
 # Key -> why it changes no pixel here.
 IRRELEVANT: Mapping[str, str] = {
     "processor_class": "names a class of transformers; the keys are read by their meaning",
-    "image_processor_type": "as above; Gemma 3's and ShieldGemma 2's do the same",
+    "image_processor_type": "held against the classes below",
     "feature_extractor_type": "as above",
     "transformers_version": "how the file came about",
     "do_convert_rgb": "every picture becomes RGB here",
@@ -35,8 +46,7 @@ IRRELEVANT: Mapping[str, str] = {
     "disable_grouping": "how transformers computes",
     "return_tensors": "what transformers returns",
     "chat_template": "read with the tokenizer",
-    "feature_extractor": "about sound, and no tower for it is read",
-    "audio_seq_length": "about sound, and no tower for it is read",
+    "feature_extractor": "its keys are read as those of preprocessor_config.json",
     "image_processor": "its keys are read as those of preprocessor_config.json",
     "tokenizer": "read with the tokenizer",
     "video_processor": "no model here reads videos",
@@ -59,39 +69,104 @@ CLASSES = (
     "ShieldGemma2ImageProcessor",
     "ShieldGemma2ImageProcessorFast",
 )
+SIGLIP_CLASSES = ("SiglipImageProcessor", "SiglipImageProcessorFast", "SiglipImageProcessorPil")
+# What SigLIP's class does where a file that speaks of images does not say it.
+SIGLIP_DEFAULTS: Json = {
+    "size": {"height": 224, "width": 224},
+    "resample": RESAMPLING.index("bicubic"),
+}
+PAN_AND_SCAN = tuple(sorted(key for key in USED if "pan_and_scan" in key))
+OF_IMAGES = {*USED, "image_processor_type", "do_convert_rgb", "do_resize"} - {"image_seq_length"}
+OF_SOUNDS = {*sounds.USED, "feature_extractor_type", *sounds.NEUTRAL} - {"audio_seq_length"}
 
 
 def with_processor(cfg: GemmaConfig, folder: Path) -> GemmaConfig:
-    """The config of a folder with what its files say of pictures; without a tower, as it is.
+    """The config of a folder with what its files say of pictures and sounds.
 
     Raises:
       CheckpointError: A file asks for what this library does not do; the message names the key.
     """
-    if not isinstance(cfg.vision, VisionConfig):
+    if cfg.vision is None and cfg.audio is None:
         return cfg
-    whole_processor = read_json(folder / PROCESSOR) if (folder / PROCESSOR).is_file() else {}
     where = folder / PROCESSOR
+    outer = read_json(where) if where.is_file() else {}
+    gemma3n = not isinstance(cfg.vision, VisionConfig)
     try:
-        _refuse(whole_processor)
-        raw = nested(whole_processor, "image_processor")
-        _check_length(whole_processor, cfg.vision)
-        if not raw and (folder / IMAGES).is_file():
-            where = folder / IMAGES
-            raw = read_json(where)
-        images = _images(raw, cfg.vision)
+        _refuse(outer, gemma3n)
+        lengths = {"image_seq_length": cfg.vision, "audio_seq_length": cfg.audio}
+        for key, tower in lengths.items():
+            _check_length(outer, key, tower)
+        images, extractor = nested(outer, "image_processor"), nested(outer, "feature_extractor")
+        for raw in (images, extractor if gemma3n else {}):
+            _refuse(raw, gemma3n)
+        first = {}
+        if not (images and (extractor or cfg.audio is None)) and (folder / INPUTS).is_file():
+            where = folder / INPUTS
+            first = read_json(where)
+            _refuse(first, gemma3n)
+        return _with_settings(cfg, images or first, extractor or first)
     except CheckpointError:
         raise
     except ValueError as error:
         raise CheckpointError(where, str(error)) from None
-    return replace(cfg, vision=replace(cfg.vision, images=images))
 
 
-def _images(raw: Json, vision: VisionConfig) -> ImageProcessing:
-    _refuse(raw)
-    if (kind := raw.get("image_processor_type")) not in (None, *CLASSES):
-        raise ValueError(f"image_processor_type {kind!r} is not one of {', '.join(CLASSES)}")
-    _check_size(raw.get("size"), vision.image_size)
-    _check_length(raw, vision)
+def without_processor(cfg: GemmaConfig) -> GemmaConfig:
+    """The config as it is without such files."""
+    vision, audio = cfg.vision, cfg.audio
+    match vision:
+        case VisionConfig():
+            vision = replace(vision, images=ImageProcessing())
+        case MobileNetConfig():
+            size = MOBILENET_V5_300M.image_size
+            vision = replace(vision, images=UNIT_RANGE, image_size=size)
+    if audio is not None:
+        audio = replace(audio, sounds=SoundProcessing())
+    return replace(cfg, vision=vision, audio=audio)
+
+
+def says_processor(folder: Path, cfg: GemmaConfig) -> bool:
+    """Whether the files in a folder prepare pictures and sounds as this config does."""
+    try:
+        return with_processor(without_processor(cfg), folder) == cfg
+    except ValueError:
+        return False
+
+
+def _with_settings(cfg: GemmaConfig, images: Json, extractor: Json) -> GemmaConfig:
+    vision, audio = cfg.vision, cfg.audio
+    match vision:
+        case VisionConfig():
+            _check_size(images.get("size"), vision.image_size)
+            _check_length(images, "image_seq_length", vision)
+            vision = replace(vision, images=_images(images, CLASSES))
+        case MobileNetConfig():
+            _check_length(images, "image_seq_length", vision)
+            if OF_IMAGES & {key for key, value in images.items() if value is not None}:
+                vision = _with_siglip(vision, images)
+    if audio is not None:
+        audio = replace(audio, sounds=sounds.sounds_from_hf(
+            {key: value for key, value in extractor.items() if key in OF_SOUNDS}, audio
+        ))  # fmt: skip
+        _check_length(extractor, "audio_seq_length", audio)
+    return replace(cfg, vision=vision, audio=audio)
+
+
+def _with_siglip(vision: MobileNetConfig, raw: Json) -> MobileNetConfig:
+    """A tower whose images are prepared by SigLIP's class, which says how large they are."""
+    raw = SIGLIP_DEFAULTS | {key: value for key, value in raw.items() if value is not None}
+    size = raw["size"]
+    if not isinstance(size, dict) or set(size) != {"height", "width"}:
+        raise ValueError(f"size {size!r:.80} must be a height and a width")
+    side = whole(size, "height")
+    if size["width"] != side:
+        raise ValueError(f"size {size!r:.80}: the tower reads squares")
+    return replace(vision, image_size=side, images=_images(raw, SIGLIP_CLASSES))
+
+
+def _images(raw: Json, classes: tuple[str, ...]) -> ImageProcessing:
+    if (kind := raw.get("image_processor_type")) not in (None, *classes):
+        raise ValueError(f"image_processor_type {kind!r} is not one of {', '.join(classes)}")
     default = ImageProcessing()
     scaled, normal = _switch(raw, "do_rescale", True), _switch(raw, "do_normalize", True)
     return ImageProcessing(
@@ -106,13 +181,17 @@ def _images(raw: Json, vision: VisionConfig) -> ImageProcessing:
     )
 
 
-def _refuse(raw: Json) -> None:
+def _refuse(raw: Json, gemma3n: bool) -> None:
+    """Raises `ValueError` for what such a model's processor does not know, or cannot do here."""
+    used = {*USED, *sounds.USED} - {*PAN_AND_SCAN} if gemma3n else USED
+    irrelevant = IRRELEVANT | (sounds.IRRELEVANT if gemma3n else {})
+    neutral = NEUTRAL | (sounds.NEUTRAL | {"do_pan_and_scan": (False,)} if gemma3n else {})
     for key, value in raw.items():
-        if value is None or key in USED or key in IRRELEVANT:
+        if value is None or key in used or key in irrelevant:
             continue
-        if key not in NEUTRAL:
+        if key not in neutral:
             raise ValueError(f"{key!r} is not known here: it may change what the model sees")
-        if value not in NEUTRAL[key]:
+        if value not in neutral[key]:
             raise ValueError(f"{key} is {value!r:.80}, which is not supported")
 
 
@@ -126,11 +205,10 @@ def _check_size(size: Any, expected: int) -> None:
         raise ValueError(f"size {size!r:.80} is not that of the tower, {expected} x {expected}")
 
 
-def _check_length(raw: Json, vision: VisionConfig) -> None:
-    length = raw.get("image_seq_length")
-    if length not in (None, vision.num_soft_tokens):
-        raise ValueError(f"image_seq_length {length!r:.80} is not that of the tower, "
-                         f"{vision.num_soft_tokens}")  # fmt: skip
+def _check_length(raw: Json, key: str, tower: Any) -> None:
+    expected = None if tower is None else tower.num_soft_tokens
+    if expected is not None and (length := raw.get(key)) not in (None, expected):
+        raise ValueError(f"{key} {length!r:.80} is not that of the tower, {expected}")
 
 
 def _resample(value: Any) -> str:

@@ -4,17 +4,16 @@ Names do not depend on how layers are stacked, so a folder loads into either lay
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
 from flax import nnx
 
-from gemma_jax.config import AltUpConfig, GemmaConfig, LayerSpec, ModalityVocabulary, PerLayerConfig
+from gemma_jax.config import GemmaConfig
 from gemma_jax.decoder.model import Gemma
-from gemma_jax.encoder_config import ImageProcessing, VisionConfig
 from gemma_jax.weights.tree import flat_params
 
 from ..beside_config import noted_beside_config
@@ -77,10 +76,14 @@ def save_orbax(model: Gemma, folder: str | Path, *, source: str | Path | None = 
             manifest |= {"beside_config": noted} if noted else {}
             (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
             if source is not None:
-                copy_companions(source, part, images=model.cfg.vision is not None)
+                copy_companions(source, part, processors=_has_towers(model.cfg))
         with ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save((part / ARRAYS).absolute(), arrays)
     return target
+
+
+def _has_towers(cfg: GemmaConfig) -> bool:
+    return cfg.vision is not None or cfg.audio is not None
 
 
 def _array(param: nnx.Param, row: int | None) -> np.ndarray | jax.Array:
@@ -110,7 +113,7 @@ class OrbaxFolder:
             found = manifest.get("version")
             raise CheckpointError(self.path / MANIFEST, f"version {found!r}; expected {VERSION}")
         try:
-            self.config = _config(manifest["config"])
+            self.config = _restored(GemmaConfig, manifest["config"])
             self.beside_config = tuple(manifest.get("beside_config", ()))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(self.path / MANIFEST, f"broken config: {error}") from None
@@ -149,22 +152,21 @@ class OrbaxFolder:
             raise CheckpointError(path, f"cannot be read as an Orbax folder: {reason}") from error
 
 
-def _config(fields: dict) -> GemmaConfig:
-    parts = {"vision": VisionConfig, "altup": AltUpConfig, "per_layer": PerLayerConfig}
-    vision = fields.get("vision") or {}
-    if "images" in vision:
-        images = ImageProcessing(**vision["images"])
-        fields = fields | {"vision": vision | {"images": images}}
-    own = {  # absent from folders that are older than the part
-        name: kind(**fields[name]) for name, kind in parts.items() if fields.get(name) is not None
-    }
-    lists = {
-        "layers": [LayerSpec(**spec) for spec in fields["layers"]],
-        "modality_vocabularies": [
-            ModalityVocabulary(**ids) for ids in fields.get("modality_vocabularies", ())
-        ],
-    }
-    return GemmaConfig(**fields | lists | own)
+def _restored(kind: Any, value: Any) -> Any:
+    """What `asdict` made of a value of this kind, as it was. Of a union the class is taken that has
+    these fields; fields that are absent are younger than the folder."""
+    if isinstance(value, list):
+        (inner, *_) = get_args(kind) or (Any,)
+        return [_restored(inner, one) for one in value]  # configs make tuples of lists
+    if not isinstance(value, dict):
+        return value
+    kinds = [one for one in (get_args(kind) or (kind,)) if is_dataclass(one)]
+    if len(kinds) > 1:
+        kinds = [one for one in kinds if value.keys() == {part.name for part in fields(one)}]
+    if not kinds:
+        raise ValueError(f"no part of a config has the fields {', '.join(value)}")
+    types = {part.name: part.type for part in fields(kinds[0])}
+    return kinds[0](**{key: _restored(types.get(key), one) for key, one in value.items()})
 
 
 def _info(entry: Any) -> TensorInfo:
