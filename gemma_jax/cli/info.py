@@ -11,7 +11,7 @@ from gemma_jax.cli.model_options import SliceOption, all_but, refuse_options
 
 if TYPE_CHECKING:
     from gemma_jax.config import GemmaConfig
-    from gemma_jax.encoder_config import VisionConfig
+    from gemma_jax.encoder_config import AudioConfig, MobileNetConfig, VisionConfig
 
 CONTEXTS = (1_024, 8_192, 32_768, 131_072)
 
@@ -28,7 +28,7 @@ def command(
 ) -> None:
     """Show what a model is and what it needs.
 
-    Parameters, layers by kind, the vision tower, where answers end, bytes of weights, and of caches
+    Parameters, layers by kind, the towers, where answers end, bytes of weights, and of caches
     by context length. Reads no weights. For people in round units (1 GB = 10^9 bytes); exact
     numbers with --json.
     """
@@ -71,7 +71,7 @@ def _facts(source: str, slice_name: str | None) -> dict[str, Any]:
     contexts = [*(n for n in CONTEXTS if n < cfg.max_positions), cfg.max_positions]
     return {
         "parameters": parameters,
-        **({} if cfg.vision is None else _by_part(parts)),
+        **({} if len(parts) == 1 else _by_part(parts)),
         "embedding_parameters": cfg.vocab_size * cfg.d_model,
         **({} if cfg.tied_head else {"head_parameters": cfg.vocab_size * cfg.d_model}),
         "layers": len(cfg.layers),
@@ -85,8 +85,9 @@ def _facts(source: str, slice_name: str | None) -> dict[str, Any]:
         "head_dim": cfg.head_dim,
         "vocabulary": cfg.vocab_size,
         "context": cfg.max_positions,
-        **({} if cfg.per_layer is None else _gemma3n(cfg, parameters)),
+        **({} if cfg.per_layer is None else _gemma3n(cfg, parameters, parts["text"])),
         **({} if cfg.vision is None else _vision(cfg.vision)),
+        **({} if cfg.audio is None else _audio(cfg.audio)),
         **text,
         **stored,
         "weight_bytes": {
@@ -130,12 +131,12 @@ def _text(source: str) -> dict:
     return facts if sampling is None else facts | {"sampling": asdict(sampling)}
 
 
-def _gemma3n(cfg: "GemmaConfig", parameters: int) -> dict:
-    """What Gemma 3n has besides."""
+def _gemma3n(cfg: "GemmaConfig", parameters: int, of_text: int) -> dict:
+    """What Gemma 3n has besides. Effective parameters are those of the text decoder."""
     per_layer, shared = cfg.per_layer, sum(spec.kv == "shared" for spec in cfg.layers)
     table = per_layer.vocab_size * len(cfg.layers) * per_layer.width
     streams = {} if cfg.altup is None else {"altup_streams": cfg.altup.num_streams}
-    effective = parameters - cfg.vocab_size * cfg.d_model - table
+    effective = of_text - cfg.vocab_size * cfg.d_model - table
     # Published files, and so published counts, hold keys and values for layers that use none.
     head = cfg.num_kv_heads * cfg.head_dim * cfg.d_model
     unused = shared * (2 * head + (cfg.head_dim if cfg.qk_norm else 0))
@@ -174,18 +175,31 @@ def _by_part(parts: dict[str, int]) -> dict[str, int]:
     return {f"{part.replace('.', '_')}_parameters": count for part, count in parts.items()}
 
 
-def _vision(vision: "VisionConfig") -> dict:
+def _vision(vision: "VisionConfig | MobileNetConfig") -> dict:
+    from gemma_jax.encoder_config import VisionConfig
+
+    siglip = isinstance(vision, VisionConfig)
     return {
         "image_size": vision.image_size,
-        "image_patches": vision.grid**2,
+        **({"image_patches": vision.grid**2} if siglip else {}),
         "soft_tokens_per_image": vision.num_soft_tokens,
-        "vision_tower_layers": vision.num_layers,
+        "vision_tower_layers": vision.num_layers if siglip else sum(map(len, vision.stages)),
         "vision_tower_width": vision.d_tower,
     }
 
 
+def _audio(audio: "AudioConfig") -> dict:
+    return {
+        "sampling_rate": audio.sounds.sampling_rate,
+        "mel_bands": audio.num_mels,
+        "soft_tokens_per_clip": audio.num_soft_tokens,
+        "audio_tower_layers": audio.num_layers,
+        "audio_tower_width": audio.d_tower,
+    }
+
+
 NOTES = {  # published files hold keys and values for layers that share those of others
-    "effective_parameters": ", tables left out",
+    "effective_parameters": ", of the text, tables left out",
     "published_parameters": ", unused keys and values counted",
     "published_effective_parameters": ", likewise",
 }

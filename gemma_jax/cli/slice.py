@@ -38,7 +38,7 @@ def command(
 ) -> None:
     """Write a slice as a Hugging Face folder of its own; DST appears whole or not at all.
 
-    Of a model with towers the decoder alone is sliced and written.
+    Towers of images and sounds go along as they are.
     """
     numbers = ffn_widths is not None or skip_layers is not None
     if (preset is not None) == numbers:
@@ -63,9 +63,7 @@ def command(
     from gemma_checkpoints import load_weights, save_hf
 
     with progress.loading() as bar:
-        model = load_weights(
-            path, dtype=dtype and dtype.value, modalities=("text",), layout="unrolled", progress=bar
-        )
+        model = load_weights(path, dtype=dtype and dtype.value, layout="unrolled", progress=bar)
     small = slice_model(model, submodel, allow_irregular=allow_irregular)
     with progress.saving():
         save_hf(small, target, source=path)

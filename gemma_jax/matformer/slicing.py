@@ -15,6 +15,8 @@ from gemma_jax.weights.view import Part
 
 from .submodel import Slice, slice_config
 
+TOWERS = ("vision", "audio")  # which a slice keeps whole
+
 
 def slice_model(
     model: Gemma, submodel: Slice, *, allow_irregular: bool = False, layout: Layout | None = None
@@ -128,7 +130,7 @@ def _parts(model: Gemma, submodel: Slice) -> Callable[[ParamPath, int | None], W
 
     def find(path: ParamPath, layer: int | None) -> Weight:
         if layer is None:
-            param, fewer = params[path], path[0] != "vision" and len(kept) < len(layers)
+            param, fewer = params[path], path[0] not in TOWERS and len(kept) < len(layers)
             return _part(param, param.get_value(), "L", kept, fewer)
         index, position, repeat = places[layer]
         param = params["blocks", index, position, *path[1:]]

@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from gemma_jax.config import GemmaConfig
 from gemma_jax.decoder.model import Gemma
+from gemma_jax.encoder_config import VisionConfig
 from gemma_jax.planning import costs
 from gemma_jax.planning import hlo_text as hlo
 from gemma_jax.planning.hardware import Topology
@@ -194,7 +195,7 @@ def _splits(cfg: GemmaConfig, work: Work, data: int, rest: int, tensor: int) -> 
     channels += [vocabulary.vocab_size for vocabulary in cfg.modality_vocabularies]
     if cfg.per_layer is not None:
         channels.append(cfg.per_layer.vocab_size)
-    if cfg.vision is not None:
+    if isinstance(cfg.vision, VisionConfig):
         heads.append(cfg.vision.num_heads)
         channels.append(cfg.vision.d_ff)
     even = all(n % tensor == 0 for n in heads)

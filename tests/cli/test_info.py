@@ -99,7 +99,7 @@ def test_layers_come_before_oddities_and_counts_are_explained(cli, no_network):
     told = rows(cli, "gemma3n-e4b")
     names = list(told)
     assert names.index("layers") < names.index("altup streams")
-    assert told["published parameters"].strip() == "6.87 B, unused keys and values counted"
+    assert told["published parameters"].strip() == "7.85 B, unused keys and values counted"
 
 
 def test_where_an_answer_ends(cli, talker):
@@ -119,7 +119,7 @@ def test_gemma_3n(cli, no_network):
     """The published counts, and exact bytes of cache and of every placement."""
     ran = cli("info", "gemma3n-e4b", "--placement", "--json")
     told = json.loads(ran.out)
-    assert told["published_parameters"] == 6_866_696_688
+    assert told["published_parameters"] == 7_849_978_192
     assert told["published_effective_parameters"] == 3_980_491_248
     assert told["cache_bytes_bfloat16"]["32768"] == 285_212_672
     assert told["cache_bytes_if_all_layers_were_global_bfloat16"]["32768"] == 2_348_810_240
@@ -138,7 +138,7 @@ def test_a_slice(cli, refused, no_network, tmp_path):
     told = json.loads(cli("info", "gemma3n-e4b", "--slice", "e2b", "--json").out)
     small = facts(cli, "gemma3n-e2b")
     assert told == small
-    assert small["published_parameters"] == 4_456_156_768
+    assert small["published_parameters"] == 5_439_438_272
     assert small["published_effective_parameters"] == 1_905_495_648
     file = tmp_path / "slice.json"
     file.write_text(json.dumps({"ffn_widths": [1000] * 34 + [2000]}))
