@@ -137,7 +137,14 @@ def test_dropping_needs_a_reason():
 
 @pytest.mark.parametrize(
     "pattern",
-    ["(N H) D -> N H D", "D (N H) -> D N H", "(N H) -> N H", "N H D -> H (D N)", "D -> D"],
+    [
+        "(N H) D -> N H D",
+        "D (N H) -> D N H",
+        "(N H) -> N H",
+        "N H D -> H (D N)",
+        "D -> D",
+        "(N H) D 1 1 -> N H D",
+    ],
 )
 def test_rearranging_there_and_back(pattern):
     sizes, parsed = dict(N=2, H=3, D=5), Rearrange.parse(pattern)

@@ -75,11 +75,13 @@ def _parse(text: str, *, first: bool) -> list[MobileNetBlock]:
         raise ValueError(f"{text}: r must be at least 1, and c a multiple of 8")
     # timm counts a stage for its fusion where the next one begins with a stride, and ignores
     # strides elsewhere.
-    if stride != (2 if first else 1) or (kind == "mqa" and stride != 1):
+    if stride != (2 if first else 1):
         wanted = "2 in the first block of a stage" if first else "1 after the first of a stage"
         raise ValueError(f"{text}: s must be {wanted}")
     block = made(**fields)
     if kind == "mqa":
+        if first:
+            raise ValueError(f"{text}: a stage must begin with a stride, which attention has not")
         return [block] * repeats
     return [replace(block, stride=stride), *[replace(block, stride=1)] * (repeats - 1)]
 
