@@ -72,7 +72,7 @@ class Depthwise(nnx.Module):
     """A convolution of each channel by itself, and a norm.
 
     It is a sum over the places of the window, which XLA makes one loop of: on CPUs that is 7 to 20
-    times as fast as its grouped convolution.
+    times as fast as its grouped convolution. It sums in float32, and rounds once.
     """
 
     def __init__(
@@ -84,19 +84,21 @@ class Depthwise(nnx.Module):
         self.norm = ChannelNorm(letter, channels, eps)
 
     def __call__(self, x_IYXC: jax.Array) -> jax.Array:
-        w_CUW = self.w[...].astype(x_IYXC.dtype)
+        dtype = jnp.promote_types(x_IYXC.dtype, jnp.float32)
+        w_CUW = self.w[...].astype(x_IYXC.dtype).astype(dtype)
         _, U, W = w_CUW.shape
         I, height, width, C = x_IYXC.shape
         rows, end_Y = _same(height, U, self.stride)
         columns, end_X = _same(width, W, self.stride)
-        padded_IYXC = jnp.pad(x_IYXC, ((0, 0), rows, columns, (0, 0)))
+        padded_IYXC = jnp.pad(x_IYXC.astype(dtype), ((0, 0), rows, columns, (0, 0)))
         steps = (1, self.stride, self.stride, 1)
 
         def seen(u: int, w: int) -> jax.Array:
             """What one place of the window sees, for every place of the result."""
             return jax.lax.slice(padded_IYXC, (0, u, w, 0), (I, u + end_Y, w + end_X, C), steps)
 
-        return self.norm(sum(seen(u, w) * w_CUW[:, u, w] for u in range(U) for w in range(W)))
+        y_IYXC = sum(seen(u, w) * w_CUW[:, u, w] for u in range(U) for w in range(W))
+        return self.norm(y_IYXC.astype(x_IYXC.dtype))
 
 
 def _same(size: int, kernel: int, stride: int) -> tuple[tuple[int, int], int]:
