@@ -12,6 +12,16 @@ from gemma_jax.vision.pan_and_scan import PanAndScan
 def command(
     files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Image files.")],
     output: Annotated[Path, typer.Option(dir_okay=False, help="Safetensors file to write.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="SRC",
+            help="Preset, catalog name or path, for its settings. Default: those of Gemma 3.",
+            autocompletion=common.complete_name,
+        ),
+    ] = None,
     pan_and_scan: Annotated[
         bool, typer.Option("--pan-and-scan", help="Add crops of images far from square.")
     ] = False,
@@ -27,26 +37,38 @@ def command(
         typer.Option(help=f"Longer to shorter side, to crop. Default: {PanAndScan.min_ratio}."),
     ] = None,
     size: Annotated[
-        int, typer.Option(min=1, max=4096, help="Side of the squares that come out, in pixels.")
-    ] = 896,
+        int | None,
+        typer.Option(
+            min=1,
+            max=4096,
+            help="Side of the squares that come out, in pixels. Default: the model's, 896.",
+        ),
+    ] = None,
 ) -> None:
     """Decode and resize image files.
 
-    Writes pixel_values, float32 [images and crops, 3, size, size] in [-1, 1], each image before
-    its crops, and num_crops, int64 [images].
+    Writes pixel_values, float32 [images and crops, 3, size, size] in [-1, 1] (of Gemma 3n in
+    [0, 1]), each image before its crops, and num_crops, int64 [images].
     """
     import numpy as np
 
     from gemma_jax.atomic_files import replacing
+    from gemma_jax.encoder_config import VisionConfig
+    from gemma_jax.multimodal.image_prompt import require_vision
+    from gemma_jax.presets import SIGLIP
     from gemma_jax.vision.images import Image, preprocess
 
     given = {"max_num_crops": max_crops, "min_crop_size": min_crop_size, "min_ratio": min_ratio}
     cropping = _cropping(pan_and_scan, given)
+    vision = SIGLIP if model is None else require_vision(common.find_config(model)[0].vision)
+    if cropping and not isinstance(vision, VisionConfig):
+        raise ValueError("--pan-and-scan: this model was trained on whole images; leave it out")
+    size = size or vision.image_size
     with replacing(output) as path:
         pixels, num_crops = [], []
         for image in map(Image, files):
             boxes = cropping.boxes(image.width, image.height) if cropping else ()
-            pixels.append(preprocess(image, size, boxes))
+            pixels.append(preprocess(image, size, boxes, vision.images))
             num_crops.append(len(boxes))
         common.save_arrays(
             {

@@ -55,6 +55,15 @@ def test_the_size_of_the_published_models(encode, photo):
     assert pixels.shape == (1, 3, 896, 896) and pixels.dtype == np.float32
 
 
+def test_the_settings_of_a_model(encode, photo):
+    """Gemma 3n reads images of 768 pixels, in [0, 1]."""
+    file = photo(60, 40)
+    pixels, _ = encode(file, "--model", "gemma3n-e2b")
+    assert pixels.shape == (1, 3, 768, 768) and 0 <= pixels.min() < 0.1 < 0.9 < pixels.max() <= 1
+    levels = np.asarray(Image(file).to_pil().resize((768, 768), PIL.Image.Resampling.BILINEAR))
+    np.testing.assert_allclose(pixels[0], levels.transpose(2, 0, 1) / 255, atol=1e-7)
+
+
 def test_crops_follow_their_image(encode, photo):
     files = photo(600, 300), photo(300, 300), photo(256, 1024)
     pixels, num_crops = encode(*files, "--pan-and-scan", "--size", 28)
@@ -83,6 +92,8 @@ def test_pan_and_scan_options(encode, photo, options, crops):
     [
         (("--max-crops", 3), "need --pan-and-scan"),
         (("--pan-and-scan", "--max-crops", 0), "max_num_crops=0 must be at least 1"),
+        (("--pan-and-scan", "--model", "gemma3n-e2b"), "trained on whole images"),
+        (("--model", "gemma3-1b"), "no vision tower"),
         (("--size", 0), "--size"),
         (("--size", 1_000_000), "--size"),
     ],
