@@ -54,13 +54,14 @@ def command(
 
     from gemma_jax.atomic_files import replacing
     from gemma_jax.encoder_config import VisionConfig
-    from gemma_jax.multimodal.image_prompt import require_vision
     from gemma_jax.presets import SIGLIP
     from gemma_jax.vision.images import Image, preprocess
 
     given = {"max_num_crops": max_crops, "min_crop_size": min_crop_size, "min_ratio": min_ratio}
     cropping = _cropping(pan_and_scan, given)
-    vision = SIGLIP if model is None else require_vision(common.find_config(model)[0].vision)
+    vision = SIGLIP if model is None else common.find_config(model)[0].vision
+    if vision is None:
+        raise ValueError(f"{model} has no vision tower")
     if cropping and not isinstance(vision, VisionConfig):
         raise ValueError("--pan-and-scan: this model was trained on whole images; leave it out")
     size = size or vision.image_size

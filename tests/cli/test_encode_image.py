@@ -93,7 +93,7 @@ def test_pan_and_scan_options(encode, photo, options, crops):
         (("--max-crops", 3), "need --pan-and-scan"),
         (("--pan-and-scan", "--max-crops", 0), "max_num_crops=0 must be at least 1"),
         (("--pan-and-scan", "--model", "gemma3n-e2b"), "trained on whole images"),
-        (("--model", "gemma3-1b"), "no vision tower"),
+        (("--model", "gemma3-1b"), "gemma3-1b has no vision tower"),
         (("--size", 0), "--size"),
         (("--size", 1_000_000), "--size"),
     ],
