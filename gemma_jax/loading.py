@@ -42,8 +42,9 @@ class LoadOptions:
     """Says how a model is loaded: parts, dtypes, whose numerics, and where its weights go.
 
     Attributes:
-      modalities: `("text",)` neither reads nor allocates the vision tower of a model that sees.
-        Default: `"text"` and `"image"`, as far as the checkpoint has them.
+      modalities: Names out of `"text"`, `"image"` and `"audio"`: `("text",)` neither reads nor
+        allocates the towers of a model that sees or hears. Gemma 3n's ids for images and sounds
+        stay with their towers. Default: all that the checkpoint has.
       mmproj: GGUF file with the vision tower of a Gemma 3 in a GGUF file. None is looked for.
       dtype: Dtype of activations. Default: float32 on CPU, bfloat16 elsewhere.
       vision_dtype: The same inside the vision tower, whose weights stay as those of the decoder.

@@ -41,8 +41,9 @@ def load_weights(
       src: A `.gguf` file, a Hugging Face folder, a folder that `save_orbax` wrote, or a name of
         the catalog.
       dtype: Of the parameters. Default: as stored; quantised tensors become float32.
-      modalities: `("text",)` leaves the vision tower of a model that sees on the disk, neither read
-        nor allocated; `("text", "image")` insists on it. Default: all that the checkpoint has.
+      modalities: Names out of `"text"`, `"image"` and `"audio"`. `("text",)` leaves the towers of a
+        model that sees or hears on the disk, neither read nor allocated, and Gemma 3n's vocabulary
+        of each with it; `("text", "image")` insists on one. Default: all that the checkpoint has.
       mmproj: The GGUF file with the vision tower of a Gemma 3 whose decoder is `src`, a GGUF file
         as well. None is looked for.
       layout: How layers are stacked; see `gemma_jax.nn.layer_groups`.

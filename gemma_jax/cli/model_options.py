@@ -90,6 +90,12 @@ class ModelOptions:
     vision_dtype: Annotated[
         DType | None, typer.Option(help="Dtype inside the vision tower. Default: as --dtype.")
     ] = None
+    modalities: Annotated[
+        str | None,
+        typer.Option(
+            metavar="text,...", help="Parts to load: text, image, audio. Default: all there are."
+        ),
+    ] = None
     mmproj: MmprojOption = None
     numerics: Annotated[
         NumericsName, typer.Option(help="Whose roundings to follow: transformers' or DeepMind's.")
@@ -129,7 +135,15 @@ class ModelOptions:
         values = {name: _plain(value) for name, value in asdict(self).items() if name != "slice"}
         mesh = None if self.mesh is None else common.parse_mesh(self.mesh)
         with flags_for(*values):
-            return LoadOptions(**values | {"mesh": mesh, "layout": layout})
+            modalities = self.wanted_modalities()
+            return LoadOptions(
+                **values | {"mesh": mesh, "layout": layout, "modalities": modalities}
+            )
+
+    def wanted_modalities(self) -> tuple[str, ...] | None:
+        """The names in `--modalities`; whether they are known is seen when the model is loaded."""
+        given = self.modalities
+        return None if given is None else tuple(word.strip() for word in given.split(","))
 
     def words(self) -> list[str]:
         """The options that are not at their defaults, as one would type them."""

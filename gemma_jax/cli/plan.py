@@ -36,6 +36,7 @@ class Fit(StrEnum):
 @refuse_options(
     {
         "vision_dtype": "plan is about text",
+        "modalities": "plan reads no weights",
         "mmproj": "plan is about text",
         "numerics": "plan follows the roundings of transformers",
         "per_layer_table": "plan puts all weights on the devices",

@@ -78,6 +78,16 @@ CONFIG_KEYS = {
         model_type text_config torch_dtype transformers_version vision_config
         vision_soft_tokens_per_image""",
     ("google/gemma-3n-E4B-it, text", "gemma3n_text"): _FIELDS + _GEMMA3N,
+    ("google/gemma-3n-E4B-it, vision", "gemma3n_vision"): """
+        architecture do_pooling hidden_size initializer_range label_names model_args model_type
+        num_classes rms_norm_eps torch_dtype vocab_offset vocab_size""",
+    ("google/gemma-3n-E4B-it, audio", "gemma3n_audio"): """
+        conf_attention_chunk_size conf_attention_context_left conf_attention_context_right
+        conf_attention_invalid_logits_value conf_attention_logit_cap conf_conv_kernel_size
+        conf_num_attention_heads conf_num_hidden_layers conf_positional_bias_size
+        conf_reduction_factor conf_residual_weight gradient_clipping hidden_size input_feat_size
+        model_type rms_norm_eps sscp_conv_channel_size sscp_conv_eps sscp_conv_group_norm_eps
+        sscp_conv_kernel_size sscp_conv_stride_size torch_dtype vocab_offset vocab_size""",
     ("GemmaConfig of transformers 5.24", "gemma"): _V5 + "hidden_act use_bidirectional_attention",
     ("Gemma2Config of transformers 5.24", "gemma2"): _V5 + _V5_WINDOWS + " " + _V5_TEXT3,
     ("Gemma3TextConfig of transformers 5.24", "gemma3_text"): _V5 + _V5_WINDOWS + " " + _V5_TEXT3,
@@ -91,7 +101,10 @@ CONFIG_KEYS = {
         patch_size hidden_act layer_norm_eps attention_dropout vision_use_head dtype model_type""",
     **{
         (f"PretrainedConfig of transformers 4.50, {kind}", kind): V4_INNER + _PEOPLE
-        for kind in ("gemma", "gemma2", "gemma3_text", "gemma3n_text", "siglip_vision_model")
+        for kind in (
+            "gemma", "gemma2", "gemma3_text", "gemma3n_text", "siglip_vision_model",
+            "gemma3n_vision", "gemma3n_audio",
+        )
     },
 }  # fmt: skip
 

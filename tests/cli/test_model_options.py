@@ -39,6 +39,7 @@ REFUSED = {
     "tokenize": all_but(because="tokenize reads no weights"),
     "plan": {
         "vision_dtype": "plan is about text",
+        "modalities": "plan reads no weights",
         "mmproj": "plan is about text",
         "numerics": "plan follows the roundings of transformers",
         "per_layer_table": "plan puts all weights on the devices",
@@ -157,6 +158,17 @@ def test_what_is_typed_arrives(name, call, asked, half):
         replace(wanted, mesh={"data": 2, "tensor": 4}),
         replace(wanted, per_layer_table="host", layout="unrolled"),
     ]
+
+
+def test_modalities_are_names(call, asked):
+    call("score", "--modalities", "text, audio")
+    assert asked == [gj.LoadOptions(modalities=("text", "audio"))]
+
+
+def test_modalities_that_a_model_does_not_have_are_refused_in_one_line(call):
+    said = call("score", "--modalities", "text,audio").error
+    assert "this model reads text and image: it has no audio tower; leave 'audio' out of" in said
+    assert "unknown modality smell" in call("score", "--modalities", "text,smell").error
 
 
 @pytest.mark.parametrize("name", RUNS)

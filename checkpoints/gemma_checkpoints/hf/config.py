@@ -206,23 +206,22 @@ def config_from_hf(raw: Json, *, modalities: Collection[str] = TOWERS) -> GemmaC
 
 def _with_towers(cfg: GemmaConfig, raw: Json, modalities: Collection[str]) -> GemmaConfig:
     """The config with Gemma 3n's towers, and the vocabularies that are embedded in their widths."""
+    towers, vocabularies = {}, []
     if "image" in modalities:
-        vision, ids = mobilenet_from_hf(raw)
-        vocabularies = (*cfg.modality_vocabularies, ids)
-        cfg = replace(cfg, vision=vision, modality_vocabularies=vocabularies)
-        _check_placeholder("image_token_id", vision.image_token, ids)
+        towers["vision"], ids = mobilenet_from_hf(raw)
+        _check_placeholder("image_token_id", towers["vision"].image_token, ids)
+        vocabularies.append(ids)
     if "audio" in modalities:
-        audio, ids = audio_from_hf(raw)
-        vocabularies = (*cfg.modality_vocabularies, ids)
-        cfg = replace(cfg, audio=audio, modality_vocabularies=vocabularies)
-        _check_placeholder("audio_token_id", audio.audio_token, ids)
-    ends = [ids.first_id + ids.vocab_size for ids in cfg.modality_vocabularies]
-    if len(ends) == 2 and ends[0] > cfg.modality_vocabularies[1].first_id:
+        towers["audio"], ids = audio_from_hf(raw)
+        _check_placeholder("audio_token_id", towers["audio"].audio_token, ids)
+        vocabularies.append(ids)
+    ends = [ids.first_id + ids.vocab_size for ids in vocabularies]
+    if len(ends) == 2 and ends[0] > vocabularies[1].first_id:
         raise ValueError(
             f"the vocabulary of images ends at id {ends[0]}, behind the beginning of that of "
-            f"sounds, audio_config.vocab_offset {cfg.modality_vocabularies[1].first_id}"
+            f"sounds, audio_config.vocab_offset {vocabularies[1].first_id}"
         )
-    return cfg
+    return replace(cfg, **towers, modality_vocabularies=tuple(vocabularies))
 
 
 def _check_placeholder(key: str, token: int, ids: ModalityVocabulary) -> None:
