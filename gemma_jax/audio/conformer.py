@@ -340,13 +340,13 @@ class Conformer(nnx.Module):
         )
         captured = {"subsample": x_ITC} if "subsample" in capture else {}
         ctx = ConformerContext(span=span, runtime=runtime, capture=capture)
-        x_ITC, layers, inside = run_layers(
+        out = run_layers(
             self.blocks, self.layer_groups, x_ITC, ctx, None if state is None else state.layers
         )
         step = self.cfg.reduction
         # A piece ends with the frame that is kept.
-        x_ITC = span.cut(x_ITC)[:, 0 if state is None else step - 1 :: step]
+        x_ITC = span.cut(out.x)[:, 0 if state is None else step - 1 :: step]
         if state is not None:
             next_I = first_I + mel_ITM.shape[1]
-            state = ConformerState(next_I=next_I, convs=convs, layers=layers)
-        return x_ITC, state, captured | inside
+            state = ConformerState(next_I=next_I, convs=convs, layers=out.cache)
+        return x_ITC, state, captured | out.captured

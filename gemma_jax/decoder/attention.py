@@ -54,15 +54,13 @@ class Attention(nnx.Module):
         q_BTNH = rotate(q_BTNH, ctx.table(self.spec), numerics)
         if numerics.scale_queries:
             q_BTNH = q_BTNH * self.scale
-        if self.spec.kv == "shared":
-            kv = ctx.shared_kv[self.spec.kind]
-        else:
-            kv, cache = self._keys_values(x_BTD, ctx, cache)
+        if (kv := ctx.shared_kv.get(self.spec.kind)) is None:
+            kv, cache = self.keys_values(x_BTD, ctx, cache)
 
         spec = AttentionSpec(
             scale=1.0 if numerics.scale_queries else self.scale,
             soft_cap=self.soft_cap,
-            window=self.spec.window if kv.in_order and ctx.causal else None,
+            window=self.spec.window if kv.in_order and ctx.in_order else None,
             softmax_in_float32=numerics.softmax_in_float32,
         )
         mask = Mask(*ctx.interval(self.spec), kv.kv_pos_BS)
@@ -81,7 +79,7 @@ class Attention(nnx.Module):
             )
         return self.o(out_BTNH), cache, kv, captured
 
-    def _keys_values(
+    def keys_values(
         self, x_BTD: jax.Array, ctx: Context, cache: LayerCache | None
     ) -> tuple[KeysValues, LayerCache | None]:
         """New keys and values, or those of the cache and the new ones; and the cache after."""

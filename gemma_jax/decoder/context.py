@@ -27,11 +27,13 @@ class Context:
       tables: `(theta, scale)` -> rope table.
       deviations: sparsity -> where the threshold of a sparse layer lies.
       slots: cache capacity -> where new tokens go; empty without a cache.
-      causal: Whether no query sees a key after its own; bidirectional blocks do.
+      in_order: Whether queries stand in the order of the keys, and none sees a key after its own.
+        They do not where some of them are left out; bidirectional blocks see what comes after.
       static_mask: Whether rows are whole texts without padding or soft tokens, so that masks are
         known at compile time.
       capture: Names of intermediate results to return.
-      shared_kv: kind of layer -> keys and values that later layers of the kind read.
+      shared_kv: kind of layer -> keys and values that layers of the kind read in the place of
+        their own.
     """
 
     runtime: Runtime = field(metadata={"static": True})
@@ -40,7 +42,7 @@ class Context:
     tables: dict[tuple[float, float], RopeTable]
     deviations: dict[float, jax.Array]
     slots: dict[int, Slots]
-    causal: bool = field(metadata={"static": True})
+    in_order: bool = field(metadata={"static": True})
     static_mask: bool = field(metadata={"static": True})
     capture: frozenset[str] = field(metadata={"static": True})
     shared_kv: dict[str, KeysValues] = field(default_factory=dict)
@@ -48,6 +50,20 @@ class Context:
     def share(self, shared_kv: dict[str, KeysValues]) -> "Context":
         """The context with keys and values that later layers read."""
         return replace(self, shared_kv=self.shared_kv | shared_kv)
+
+    def at(self, chosen_BT: jax.Array) -> "Context":
+        """The context for the queries of some tokens alone; keys stay what they are.
+
+        Args:
+          chosen_BT: int32, which ones out of each row.
+        """
+        by_token = {
+            "pos_BT": self.pos_BT,
+            "intervals": self.intervals,
+            "tables": self.tables,
+        }
+        some = jax.tree.map(lambda a: tokens_at(chosen_BT, a, axis=1), by_token)
+        return replace(self, **some, in_order=False, static_mask=False)
 
     def place(self, x: jax.Array) -> jax.Array:
         """A residual stream `[B, T, D]`, or streams `[A, B, T, D]`, where the mesh has it."""
@@ -60,6 +76,16 @@ class Context:
 
     def table(self, spec: LayerSpec) -> RopeTable:
         return self.tables[spec.rope_theta, spec.rope_scale]
+
+
+def tokens_at(chosen_BT: jax.Array, x: jax.Array, axis: int) -> jax.Array:
+    """Some tokens of an array that has rows along the axis before `axis`, and tokens along it.
+
+    Args:
+      chosen_BT: int32, which ones out of each row.
+    """
+    others = (*range(axis - 1), *range(axis + 1, x.ndim))
+    return jnp.take_along_axis(x, jnp.expand_dims(chosen_BT, others), axis=axis)
 
 
 def make_context(
@@ -103,7 +129,7 @@ def make_context(
         pos_BT=pos_BT,
         **computed_once(read_by_layers),
         slots=slots,
-        causal=block_BT is None,
+        in_order=block_BT is None,
         static_mask=static_mask,
         capture=capture,
     )

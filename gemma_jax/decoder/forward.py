@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.cache import Cache, plan_slots
-from gemma_jax.decoder.context import make_context
+from gemma_jax.decoder.context import make_context, tokens_at
 from gemma_jax.decoder.model import Gemma, LayerInputs
+from gemma_jax.decoder.skipping import may_skip, run_wanted
 from gemma_jax.nn.layer_stack import run_layers
 
 CAPTURES = (
@@ -71,16 +72,17 @@ def forward(
       model: Parameters, and the `Runtime` to compute with.
       batch: A `Batch`, or int32 token ids `[B, T]` of plain text, as an array or as lists.
       cache: Keys and values of earlier tokens, from `init_cache` or an earlier pass.
-      logits: For every token, for the last real one of each row, or for none.
+      logits: For every token, for the last real one of each row, or for none. Where few are wanted,
+        the last layers compute what these need alone (see `gemma_jax.decoder.skipping`).
       capture: One name out of `CAPTURES`, or several. `embeddings` are those of the token ids,
         `inputs_embeds` what enters the layers, soft tokens in their places. `attention_weights` are
         dense `[B, N, T, S]`; `sparsity_masks` come from the sparse layers alone.
 
     Raises:
-      ValueError: Tokens that are not `[B, T]`, names that cannot be captured, widths that the
-        model does not have, or packed documents together with a cache. Ids outside the vocabulary
-        are refused in lists and NumPy arrays of plain text. Those on a device are not looked at,
-        which would mean to wait for it: there, ids beyond the vocabulary read row 0.
+      ValueError: Tokens that are not `[B, T]`, names that cannot be captured, other `logits`,
+        widths that the model does not have, or packed documents together with a cache. Ids outside the
+        vocabulary are refused in lists and NumPy arrays of plain text. Those on a device are not
+        looked at, which would mean to wait for it: there, ids beyond the vocabulary read row 0.
 
     Examples:
       >>> import gemma_jax as gj
@@ -93,6 +95,8 @@ def forward(
     capture = (capture,) if isinstance(capture, str) else tuple(capture)
     if unknown := set(capture) - set(CAPTURES):
         raise ValueError(f"cannot capture {sorted(unknown)}; choose from {', '.join(CAPTURES)}")
+    if logits not in ("all", "last", "none"):
+        raise ValueError(f"logits={logits!r} must be 'all', 'last' or 'none'")
     batch = Batch.of(batch)
     batch.check(model.cfg)
     return _forward(model, batch, cache=cache, logits=logits, capture=capture)
@@ -131,16 +135,20 @@ def _forward(
         captured["per_layer_inputs"] = per_layer_BTLP
         inputs = replace(inputs, vector_BTP=jnp.moveaxis(per_layer_BTLP, 2, 0))
     x = x_BTD if model.streams is None else model.streams.spread(x_BTD)
+    last_B1 = jnp.argmax(positions_BT, axis=1, keepdims=True) if logits == "last" else None
     layers = cache.layers if cache is not None else None
-    x, layers, by_layer = run_layers(model.blocks, model.layer_groups, x, ctx, layers, inputs)
-    x_BTD = x if model.streams is None else model.streams.merge(x)
+    if may_skip(model, tokens_BT.shape[1], logits, capture):
+        out = run_wanted(model, x, ctx, layers, inputs, last_B1)
+    else:
+        out = run_layers(model.blocks, model.layer_groups, x, ctx, layers, inputs)
+    x_BTD = out.x if model.streams is None else model.streams.merge(out.x)
     x_BTD = model.final_norm(x_BTD, model.runtime.numerics)
-    captured |= by_layer | {"final_norm": x_BTD}
+    captured |= out.captured | {"final_norm": x_BTD}
     if absent := [name for name in capture if name not in captured]:
         raise ValueError(f"this model has no part to capture {', '.join(absent)} from")
     return Output(
-        logits=_head(model, x_BTD, positions_BT, logits),
-        cache=None if cache is None else replace(cache, layers=layers, positions=positions),
+        logits=None if logits == "none" else _head(model, x_BTD, last_B1),
+        cache=None if cache is None else replace(cache, layers=out.cache, positions=positions),
         captured={name: captured[name] for name in capture},
     )
 
@@ -156,14 +164,9 @@ for name, method in {
     setattr(forward, name, method)
 
 
-def _head(model: Gemma, x_BTD: jax.Array, pos_BT: jax.Array, which: str) -> jax.Array | None:
-    if which == "none":
-        return None
-    if which == "last":
-        last_B1 = jnp.argmax(pos_BT, axis=1, keepdims=True)
-        x_BTD = jnp.take_along_axis(x_BTD, last_B1[:, :, None], axis=1)
-    elif which != "all":
-        raise ValueError(f"logits={which!r} must be 'all', 'last' or 'none'")
+def _head(model: Gemma, x_BTD: jax.Array, last_B1: jax.Array | None) -> jax.Array:
+    if last_B1 is not None and x_BTD.shape[1] > 1:
+        x_BTD = tokens_at(last_B1, x_BTD, axis=1)
     with jax.named_scope("head"):
         logits_BTV = model.embed.decode(x_BTD).astype(jnp.float32)
         if (cap := model.soft_cap) is not None:

@@ -11,7 +11,7 @@ corrects them all by its result.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import jax
@@ -21,7 +21,7 @@ from gemma_jax.audio.encoder import AudioEncoder
 from gemma_jax.config import GemmaConfig, LayerSpec
 from gemma_jax.decoder.attention import Attention
 from gemma_jax.decoder.cache import KeysValues, LayerCache
-from gemma_jax.decoder.context import Context
+from gemma_jax.decoder.context import Context, tokens_at
 from gemma_jax.nn.altup import AltUp, Streams
 from gemma_jax.nn.embed import Embedder, ModalityEmbedder
 from gemma_jax.nn.encoders import encoders_of
@@ -48,6 +48,12 @@ class LayerInputs:
 
     vector_BTP: jax.Array | None = None
     width: jax.Array | None = None
+
+    def at(self, chosen_BT: jax.Array) -> "LayerInputs":
+        """The inputs, of all layers, for some tokens alone; see `Context.at`."""
+        if self.vector_BTP is None:
+            return self
+        return replace(self, vector_BTP=tokens_at(chosen_BT, self.vector_BTP, axis=2))
 
 
 class Block(nnx.Module):
@@ -127,6 +133,23 @@ class Block(nnx.Module):
         shared_kv = {self.spec.kind: kv} if self.spec.kv == "lent" else {}
         captured |= extra | {"layer_outputs": x}
         return LayerOutput(x=x, cache=cache, captured=captured, shared_kv=shared_kv)
+
+    def keys_values(
+        self,
+        x: jax.Array,
+        ctx: Context,
+        cache: LayerCache | None,
+        inputs: LayerInputs = LayerInputs(),
+    ) -> LayerOutput:
+        """What later passes read of these tokens, and nothing else: keys and values, in the cache.
+
+        The layer itself reads them, too, where they are put into the context: so it may run for
+        fewer queries than it has keys.
+        """
+        numerics = ctx.runtime.numerics
+        x_BTD = x if self.altup is None else self.altup.predict(x, numerics)[0][self.altup.active]
+        kv, cache = self.attn.keys_values(self.pre_attn_norm(x_BTD, numerics), ctx, cache)
+        return LayerOutput(x=x, cache=cache, shared_kv={self.spec.kind: kv})
 
     def compute(
         self,

@@ -193,24 +193,25 @@ def _prefill(
     processors: tuple[LogitsProcessor, ...],
 ) -> State:
     """Reads the chunk and chooses the first token of the rows that end in it."""
-    out = forward(
-        model,
-        prompt.batch,
-        cache=state.cache,
-        logits="last",
-    )
+    wanted = "none" if prompt.ends_B is None else "last"
+    out = forward(model, prompt.batch, cache=state.cache, logits=wanted)
     real_BT = jnp.where(prompt.batch.positions_BT >= 0, prompt.batch.tokens_BT, -1)
-    ends_B1 = prompt.ends_B[:, None]
     state = replace(
         state,
         cache=out.cache,
+        seen_BV=_mark_seen(state.seen_BV, real_BT),
+        drafts=state.drafts if propose is None else propose.prefill(state.drafts, prompt),
+        text_BS=put_prompt(state.text_BS, prompt.batch.tokens_BT, prompt.batch.positions_BT),
+    )
+    if prompt.ends_B is None:
+        return state
+    ends_B1 = prompt.ends_B[:, None]
+    state = replace(
+        state,
         step_B=jnp.where(prompt.ends_B, 0, state.step_B),
         done_B=state.done_B & ~prompt.ends_B,
         tokens_BX=jnp.where(ends_B1, -1, state.tokens_BX),
         log_probs_BX=jnp.where(ends_B1, 0, state.log_probs_BX),
-        seen_BV=_mark_seen(state.seen_BV, real_BT),
-        drafts=state.drafts if propose is None else propose.prefill(state.drafts, prompt),
-        text_BS=put_prompt(state.text_BS, prompt.batch.tokens_BT, prompt.batch.positions_BT),
     )
     chosen_BT = _choose(state, out.logits, out.cache.length_B, allow, processors)
     return _append(state, chosen_BT, jnp.where(prompt.ends_B, 1, 0), out.logits)

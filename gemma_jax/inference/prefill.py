@@ -97,11 +97,12 @@ class PrefillChunk:
 
     Attributes:
       batch: The pieces, padded on the right.
-      ends_B: bool; rows that end in this chunk.
+      ends_B: bool; rows that end in this chunk. `None` where none does: nobody reads logits then,
+        and the program of the chunk computes none.
     """
 
     batch: Batch
-    ends_B: np.ndarray
+    ends_B: np.ndarray | None
 
 
 def prefill_chunk(rows: list[PromptRow], parts: list[slice | None]) -> PrefillChunk:
@@ -134,7 +135,8 @@ def prefill_chunk(rows: list[PromptRow], parts: list[slice | None]) -> PrefillCh
             index_BT=index_BT.astype(np.int32),
             block_BT=block_BT if block_BT.any() else None,
         )
-    return PrefillChunk(Batch(tokens_BT, positions_BT, soft=soft), ends_B)
+    batch = Batch(tokens_BT, positions_BT, soft=soft)
+    return PrefillChunk(batch, ends_B if ends_B.any() else None)
 
 
 def _stacked(items: list[jax.Array]) -> jax.Array:

@@ -6,6 +6,7 @@ Parameters of the layers at the same place in the period are stacked along a lea
 five times, then one local layer four times: compile time stops growing with depth.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +26,21 @@ class LayerGroup:
     def layer_index(self, position: int, repeat: int) -> int:
         """Index in the whole stack of the layer at `position` of the period's `repeat`-th run."""
         return self.start + repeat * len(self.period) + position
+
+    def stretches(self, layers: range) -> Iterator[tuple[slice, range]]:
+        """Those of its layers that lie in `layers`: positions of the period, and which repeats.
+
+        Whole periods come as one stretch, and what is left of a period before and after as others.
+        """
+        length = len(self.period)
+        first = max(layers.start - self.start, 0)
+        stop = min(layers.stop - self.start, length * self.repeats)
+        while first < stop:
+            repeat, position = divmod(first, length)
+            count = (stop - first) // length if position == 0 else 0
+            end = length if count else min(position + stop - first, length)
+            yield slice(position, end), range(repeat, repeat + max(count, 1))
+            first += (end - position) * max(count, 1)
 
 
 def group_layers(specs: tuple[LayerSpec, ...], layout: Layout = "scan") -> tuple[LayerGroup, ...]:

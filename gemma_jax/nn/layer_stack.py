@@ -50,18 +50,18 @@ Caches = tuple[tuple[LayerCache | None, ...], ...]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class LayerOutput:
-    """What one block returns.
+    """What one block returns, or a stack of them.
 
     Attributes:
       x: The residual stream, or streams.
-      cache: The layer's cache after this pass.
-      captured: Intermediates by name.
+      cache: The layer's cache after this pass; those of all layers, from a stack.
+      captured: Intermediates by name; per layer, from a stack.
       shared_kv: Kind of layer -> keys and values for later layers of the kind.
     """
 
     x: jax.Array
-    cache: LayerCache | None = None
-    captured: dict[str, jax.Array] = field(default_factory=dict)
+    cache: LayerCache | Caches | None = None
+    captured: dict[str, jax.Array | tuple[jax.Array, ...]] = field(default_factory=dict)
     shared_kv: dict[str, KeysValues] = field(default_factory=dict)
 
 
@@ -91,16 +91,24 @@ def run_layers(
     ctx: Context,
     caches: Caches | None,
     inputs: Any = None,
-) -> tuple[jax.Array, Caches | None, dict[str, jax.Array | tuple[jax.Array, ...]]]:
-    """Runs all layers in order: `(x, caches after the pass, name -> per-layer results)`.
+    *,
+    layers: range | None = None,
+    method: str = "__call__",
+) -> LayerOutput:
+    """Runs layers in order.
 
     Args:
+      caches: Of all layers.
       inputs: Arrays with one entry per layer along their first axis, which its block gets besides.
+      layers: Which ones to run; default: all.
+      method: Of the blocks, which takes and returns what `__call__` does.
     """
 
     for i, group in enumerate(layer_groups):
         _check_stacked(blocks[i], group, f"blocks.{i}")
-    run_block = jax.checkpoint(_run_block) if ctx.runtime.remat else _run_block
+    run_block = partial(_run_block, method)
+    if ctx.runtime.remat:
+        run_block = jax.checkpoint(run_block)
 
     def run_period(ctx, x, blocks, old_caches, inputs):
         news, captured, shared = [], [], {}
@@ -117,21 +125,34 @@ def run_layers(
     numbers = ()
     if jax.tree.leaves(inputs):
         numbers = computed_once(lambda: tuple(jnp.uint32(i) for i in range(depth)))
-    new_caches, by_layer = [], {}
-    for i, group in enumerate(layer_groups):
-        old = (None,) * len(group.period) if caches is None else caches[i]
-        extra = () if inputs is None else (_by_position(inputs, group, numbers),)
-        body = partial(run_period, ctx)
-        x, news, (found, shared) = _repeat(body, x, old, (tuple(blocks[i]), extra), group.repeats)
+    new_caches = [list(group) for group in caches or ()]
+    by_layer: dict[str, dict[int, jax.Array]] = {}
+    lent: dict[str, KeysValues] = {}
+    for i, group, places, repeats in _stretches(layer_groups, layers or range(depth)):
+        old = (None,) * len(group.period) if caches is None else new_caches[i]
+        extra = () if inputs is None else (_by_position(inputs, group, places, repeats, numbers),)
+        body, stack = partial(run_period, ctx), tuple(blocks[i])[places]
+        x, news, (found, shared) = _repeat(
+            body, x, tuple(old[places]), stack, extra, repeats, group.repeats
+        )
         if shared:  # such a group is not repeated: a kind of layer lends once
-            ctx = ctx.share(jax.tree.map(lambda a: a[0], shared))
-        new_caches.append(news)
-        for position, by_name in enumerate(found):
+            shared = jax.tree.map(lambda a: a[0], shared)
+            lent, ctx = lent | shared, ctx.share(shared)
+        if caches is not None:
+            new_caches[i][places] = news
+        for position, by_name in enumerate(found, places.start):
             for name, values in by_name.items():
-                rows = {group.layer_index(position, r): values[r] for r in range(group.repeats)}
+                rows = {group.layer_index(position, r): a for r, a in zip(repeats, values)}
                 by_layer[name] = by_layer.get(name, {}) | rows
     captured = {name: _stack([rows[i] for i in sorted(rows)]) for name, rows in by_layer.items()}
-    return x, None if caches is None else tuple(new_caches), captured
+    caches = None if caches is None else tuple(tuple(group) for group in new_caches)
+    return LayerOutput(x=x, cache=caches, captured=captured, shared_kv=lent)
+
+
+def _stretches(layer_groups: tuple[LayerGroup, ...], layers: range):
+    for i, group in enumerate(layer_groups):
+        for places, repeats in group.stretches(layers):
+            yield i, group, places, repeats
 
 
 def _check_stacked(blocks: nnx.List, group: LayerGroup, name: str) -> None:
@@ -145,58 +166,66 @@ def _check_stacked(blocks: nnx.List, group: LayerGroup, name: str) -> None:
             )
 
 
-@jax.jit
+@partial(jax.jit, static_argnums=0)
 def _run_block(
-    block: nnx.Module, x: jax.Array, ctx: Context, cache: LayerCache | None, *extra: Any
+    method: str,
+    block: nnx.Module,
+    x: jax.Array,
+    ctx: Context,
+    cache: LayerCache | None,
+    *extra: Any,
 ) -> LayerOutput:
     """Part of the program around it, but traced once for all blocks that are alike."""
-    out = block(x, ctx, cache, *extra)
+    out = getattr(block, method)(x, ctx, cache, *extra)
     if not isinstance(out, LayerOutput):
         kind = type(block).__name__
         raise TypeError(f"{kind} must return a LayerOutput, got {type(out).__name__}")
     return out
 
 
-def _by_position(inputs: Any, group: LayerGroup, numbers: tuple[jax.Array, ...]) -> tuple[Any, ...]:
-    """The group's part of per-layer inputs: for each position, those of all repeats.
+def _by_position(
+    inputs: Any, group: LayerGroup, places: slice, repeats: range, numbers: tuple[jax.Array, ...]
+) -> tuple[Any, ...]:
+    """The part of per-layer inputs for some of a group: for each position, those of the repeats.
 
     Args:
       numbers: Of all layers; see `computed_once`.
     """
     length = len(group.period)
+    start, end = (group.start + length * r for r in (repeats.start, repeats.stop))
+    firsts = range(start, start + length)[places]
     if group.repeats == 1:
         at = partial(jax.lax.dynamic_slice_in_dim, slice_size=1)
-        return tuple(
-            jax.tree.map(lambda a, i=i: at(a, numbers[i]), inputs)
-            for i in range(group.start, group.start + length)
-        )
-    end = group.start + length * group.repeats
-    return tuple(
-        jax.tree.map(lambda a, p=p: a[group.start + p : end : length], inputs)
-        for p in range(length)
-    )
+        return tuple(jax.tree.map(lambda a, i=i: at(a, numbers[i]), inputs) for i in firsts)
+    return tuple(jax.tree.map(lambda a, i=i: a[i:end:length], inputs) for i in firsts)
 
 
-def _repeat(body, x, caches, weights, repeats: int):
-    """Runs a period so many times; caches, weights and results are stacked along the repeats.
+def _repeat(body, x, caches, blocks, extra, repeats: range, of: int):
+    """Runs a period, or a part of one, for some of its repeats.
 
-    Caches are carried and written in place, in their stacks: as inputs and outputs of the scan
-    there would be two of each, even of one that is donated.
+    Caches and blocks are stacked along all repeats, `of` in number; what comes besides and results
+    along those that run. Caches are carried and written in place, in their stacks: as inputs and
+    outputs of the scan there would be two of each, even of one that is donated. Of blocks that do
+    not all run, each is read where it lies as well: a slice of their stacks would be a copy.
     """
-    if repeats == 1:
-        caches, (blocks, extra) = jax.tree.map(
-            lambda a: jax.lax.squeeze(a, (0,)), (caches, weights)
+    if of == 1:
+        caches, blocks, extra = jax.tree.map(
+            lambda a: jax.lax.squeeze(a, (0,)), (caches, blocks, extra)
         )
         x, *results = body(x, blocks, caches, extra)
         return x, *jax.tree.map(lambda a: jax.lax.expand_dims(a, (0,)), results)
+    whole, numbers = len(repeats) == of, jnp.arange(repeats.start, repeats.stop)
+    at = partial(jax.lax.dynamic_index_in_dim, keepdims=False)
 
     def step(carry, xs):
         x, caches = carry
-        i, (blocks, extra) = xs
-        x, new, results = body(x, blocks, _at(caches, i), extra)
+        i, (own, extra) = xs
+        own = own if whole else jax.tree.map(lambda a: at(a, i), blocks)
+        x, new, results = body(x, own, _at(caches, i), extra)
         return (x, _at(new, None)), results
 
-    (x, caches), results = jax.lax.scan(step, (x, caches), (jnp.arange(repeats), weights))
+    over = (numbers, (blocks if whole else (), extra))
+    (x, caches), results = jax.lax.scan(step, (x, caches), over)
     return x, caches, results
 
 

@@ -8,6 +8,7 @@ import jax
 from gemma_jax.config import GemmaConfig
 from gemma_jax.decoder.cache import layer_capacity
 from gemma_jax.decoder.model import Gemma
+from gemma_jax.decoder.skipping import last_with_keys
 from gemma_jax.planning.lowering import Work
 from gemma_jax.weights.tree import flat_params
 
@@ -33,13 +34,19 @@ def weight_bytes(model: Gemma) -> dict[str, int]:
 def operations(cfg: GemmaConfig, model: Gemma, work: Work) -> float:
     """Multiplications and additions of one step on all devices together, text alone.
 
-    Training: three times those of the forward pass, without what is computed again.
+    Training: three times those of the forward pass, without what is computed again. Prefill: of the
+    chunk that rows end in, whose last tokens alone are read (`gemma_jax.decoder.skipping`).
     """
-    tokens = work.batch * work.chunk
-    every = tokens if work.mode == "train" else work.batch  # logits for all tokens, or the last
-    linear = 2 * tokens * _matrix_parameters(model) + 2 * every * cfg.vocab_size * cfg.d_model
-    last = work.context if work.mode != "train" else work.chunk
-    pairs = sum(_pairs(spec.window, work.chunk, last) for spec in cfg.layers)
+    all_tokens = work.batch * work.chunk
+    read = all_tokens if work.mode == "train" else work.batch  # logits for all, or for the last
+    first = len(cfg.layers) if work.mode == "train" else last_with_keys(cfg.layers)
+    of_all, of_read = _matrix_parameters(model, first)
+    linear = 2 * (all_tokens * of_all + read * (of_read + cfg.vocab_size * cfg.d_model))
+    length = work.context if work.mode != "train" else work.chunk
+    pairs = sum(
+        _pairs(spec.window, work.chunk if layer < first else 1, length)
+        for layer, spec in enumerate(cfg.layers)
+    )
     scores = 4 * work.batch * pairs * cfg.num_heads * cfg.head_dim
     return (3 if work.mode == "train" else 1) * (linear + scores)
 
@@ -53,14 +60,27 @@ def cache_bytes_read(cfg: GemmaConfig, work: Work, cache_bytes: int) -> int:
     return cache_bytes * slots(cfg.layers) // slots(owners)
 
 
-def _matrix_parameters(model: Gemma) -> int:
-    """Entries of the decoder's matrices, without tables."""
-    parts = (("blocks",), ("streams",), ("per_layer", "proj"))
-    return sum(
-        math.prod(param.get_value().shape)
-        for path, param in flat_params(model).items()
-        if any(path[: len(part)] == part for part in parts) and param.get_metadata().get("inputs")
-    )
+def _matrix_parameters(model: Gemma, first: int) -> tuple[int, int]:
+    """Entries of the decoder's matrices, without tables: that all tokens meet, and the read ones.
+
+    Args:
+      first: The layer from which on only some tokens are read; of its own, keys and values are made
+        of all.
+    """
+    counts = {True: 0, False: 0}
+    for path, param in flat_params(model).items():
+        size = math.prod(param.get_value().shape)
+        if not param.get_metadata().get("inputs"):
+            continue
+        if path[0] == "blocks":
+            group, place = model.layer_groups[path[1]], path[2]
+            for repeat in range(group.repeats):
+                layer = group.layer_index(place, repeat)
+                keys = path[3:5] in (("attn", "k"), ("attn", "v"))
+                counts[layer < first or (layer == first and keys)] += size // group.repeats
+        elif path[0] == "streams" or path[:2] == ("per_layer", "proj"):
+            counts["merge_maps" not in path] += size
+    return counts[True], counts[False]
 
 
 def _pairs(window: int | None, new: int, length: int) -> float:

@@ -35,7 +35,8 @@ class Work:
     """What is to be done.
 
     Attributes:
-      mode: One token for every row; a chunk of prompt for every row; or a step of training with
+      mode: One token for every row; the last chunk of prompt of every row, with its first new
+        token (chunks before it cost less: nobody reads their logits); or a step of training with
         Adam on whole rows.
       batch: Rows.
       context: Tokens that the caches hold; in training, the length of a row.

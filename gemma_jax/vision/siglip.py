@@ -127,5 +127,5 @@ class Tower(nnx.Module):
         self, pixels: jax.Array, ctx: TowerContext
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         x_IQC = self.patches(pixels)
-        x_IQC, _, captured = run_layers(self.blocks, self.layer_groups, x_IQC, ctx, None)
-        return self.final_norm(x_IQC), captured
+        out = run_layers(self.blocks, self.layer_groups, x_IQC, ctx, None)
+        return self.final_norm(out.x), out.captured
