@@ -80,8 +80,8 @@ def forward(
 
     Raises:
       ValueError: Tokens that are not `[B, T]`, names that cannot be captured, other `logits`,
-        widths that the model does not have, or packed documents together with a cache. Ids outside the
-        vocabulary are refused in lists and NumPy arrays of plain text. Those on a device are not
+        widths that the model does not have, or packed documents together with a cache. Ids outside
+        the vocabulary are refused in lists and NumPy arrays of plain text. On a device they are not
         looked at, which would mean to wait for it: there, ids beyond the vocabulary read row 0.
 
     Examples:
