@@ -44,6 +44,12 @@ class Rival:
             raise RuntimeError(f"{self.name}: process ended with code {code}: {last_line}")
         return json.loads(line)
 
+    def peak_bytes(self) -> int:
+        """Largest resident size of the process so far, where Linux tells it."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        (peak,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
+        return int(peak.split()[1]) * 1024
+
     def median(self, work: str) -> float:
         return statistics.median(self.runs[work])
 

@@ -1,7 +1,16 @@
-"""gemma-jax. Variants: the dtype that the weights are stored in; arithmetic is float32."""
+"""gemma-jax. Variants: the dtype that the weights are stored in; arithmetic is float32.
+
+`checkout` among the paths is the folder of another checkout to import it from.
+"""
+
+import json
+import sys
 
 import jax
 from protocol import serve
+
+if checkout := json.loads(sys.argv[2]).get("checkout"):
+    sys.path[:0] = [checkout, f"{checkout}/kernels", f"{checkout}/checkpoints"]
 
 import gemma_jax
 from gemma_jax.benchmarks import speed as benchmark
