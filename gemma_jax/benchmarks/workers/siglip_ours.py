@@ -17,8 +17,8 @@ from gemma_jax.multimodal.encode import encode_images
 
 class Tower:
     def __init__(self, variant: str, paths: dict[str, str]):
-        self._model = load_model(paths["hf"], dtype=variant)
-        self._pixels, self._output = load_file(paths["pixels"])["pixel_values"], paths["output"]
+        self._model = load_model(paths["weights"], dtype=variant)
+        self._pixels, self._output = load_file(paths["inputs"])["pixels"], paths["output"]
         self.facts = {"jax": jax.__version__, "dtype": variant}
 
     def encode(self) -> tuple[float, int]:

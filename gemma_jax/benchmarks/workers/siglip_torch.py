@@ -1,7 +1,7 @@
 """transformers' SigLIP tower and Gemma 3 projector with torch; makes the random weights too.
 
 siglip_torch.py make FOLDER     a Gemma 3 with the So400m tower and next to no text
-siglip_torch.py float32 '{"hf": FOLDER, "pixels": FILE, "output": FILE}'
+siglip_torch.py float32 '{"weights": FOLDER, "inputs": FILE, "output": FILE}'
 """
 
 import os
@@ -47,10 +47,10 @@ class Tower:
         dtype = torch.float64 if variant == "float64" else torch.float32
         attention = "eager" if variant == "eager" else "sdpa"
         model = transformers.Gemma3ForConditionalGeneration.from_pretrained(
-            paths["hf"], dtype=dtype, attn_implementation=attention, local_files_only=True
+            paths["weights"], dtype=dtype, attn_implementation=attention, local_files_only=True
         ).eval()
         self._model, self._output = model.model, paths["output"]
-        self._pixels = load_file(paths["pixels"])["pixel_values"].to(dtype)
+        self._pixels = load_file(paths["inputs"])["pixels"].to(dtype)
         self.facts = {"transformers": transformers.__version__, "torch": torch.__version__}
 
     @torch.inference_mode()
