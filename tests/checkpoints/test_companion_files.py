@@ -12,7 +12,7 @@ from tiny_checkpoints import DATA
 import gemma_checkpoints as gc
 from gemma_checkpoints import companions, generation_config
 from gemma_checkpoints.companions import fate
-from gemma_checkpoints.hf import processor_config
+from gemma_checkpoints.hf import feature_extractor, processor_config
 from gemma_jax import Image, PanAndScan, Sampling, load_sampling
 from gemma_jax.encoder_config import RESAMPLING, ImageProcessing
 from gemma_jax.multimodal.image_prompt import image_modality
@@ -70,7 +70,7 @@ def test_any_name_has_a_fate(name):
 
 def test_no_name_has_two_fates():
     assert not [name for name in companions.USED if companions.name_in(name, companions.REFUSED)]
-    for module in (generation_config, processor_config):
+    for module in (generation_config, processor_config, feature_extractor):
         keys = [*module.USED, *module.IRRELEVANT, *module.NEUTRAL]
         assert len(keys) == len(set(keys))
 
