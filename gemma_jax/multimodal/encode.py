@@ -33,6 +33,9 @@ class Clips:
     mel_ITM: jax.Array
     lengths_I: jax.Array | None = None
 
+    def __len__(self) -> int:
+        return len(self.mel_ITM)
+
 
 @partial(jax.jit, static_argnames=("capture",))
 def encode_images(
