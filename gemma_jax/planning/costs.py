@@ -21,14 +21,14 @@ def local_bytes(tree: Any) -> int:
 
 
 def weight_bytes(model: Gemma) -> dict[str, int]:
-    """Bytes on one device: of all weights, of the vision tower, and of those that a step of text
-    reads (tables of which it reads rows are left out; the head is read)."""
-    vision = 0 if model.vision is None else local_bytes(model.vision)
+    """Bytes on one device: of all weights, of the towers that see and hear, and of those that a
+    step of text reads (tables of which it reads rows are left out; the head is read)."""
+    towers = local_bytes([tower for tower in (model.vision, model.audio) if tower is not None])
     tables = [] if model.per_layer is None else [model.per_layer.table]
     tables += [embedder.table for embedder in model.modality_embedders]
     tables += [] if model.embed.head is None else [model.embed.table]
     total = local_bytes(model)
-    return {"all": total, "vision": vision, "read": total - vision - local_bytes(tables)}
+    return {"all": total, "towers": towers, "read": total - towers - local_bytes(tables)}
 
 
 def operations(cfg: GemmaConfig, model: Gemma, work: Work) -> float:

@@ -56,7 +56,7 @@ class Plan:
 
     Attributes:
       mesh: Devices along each axis.
-      weights_bytes: On each device, the vision tower with them.
+      weights_bytes: On each device, the towers that see and hear with them.
       cache_bytes: On each device, positions with them; in training, the optimiser's moments.
       peak_bytes: On each device at once: all of these, and temporaries if the program was compiled.
       memory_bytes: What a device has.
@@ -75,7 +75,7 @@ class Plan:
     work: Work
     mesh: dict[str, int]
     weights_bytes: int
-    vision_bytes: int
+    tower_bytes: int
     cache_bytes: int
     peak_bytes: int
     memory_bytes: int
@@ -136,7 +136,7 @@ def make_plan(
         work=work,
         mesh=dict(mesh.shape),
         weights_bytes=weights["all"],
-        vision_bytes=weights["vision"],
+        tower_bytes=weights["towers"],
         cache_bytes=cache,
         peak_bytes=weights["all"] + cache,
         memory_bytes=device.memory,
@@ -200,7 +200,7 @@ def _splits(cfg: GemmaConfig, work: Work, data: int, rest: int, tensor: int) -> 
         channels.append(cfg.vision.d_ff)
     even = all(n % tensor == 0 for n in heads)
     if work.mode == "train":
-        widths = [cfg.d_model] + ([] if cfg.vision is None else [cfg.vision.d_tower])
+        widths = [cfg.d_model] + ([tower.d_tower for tower in (cfg.vision, cfg.audio) if tower])
         even &= work.batch % (data * rest) == 0 and all(n % rest == 0 for n in widths)
         return even and all(n % tensor == 0 for n in channels)
     even &= work.batch % data == 0 and work.context % rest == 0

@@ -72,7 +72,7 @@ def test_every_size_fits_its_machine(name, mode):
     # What is predicted is what the compiler finds. Text has no use for the tower; the loop over
     # tokens takes it along, the pass over a chunk leaves it out.
     predicted = plan.weights_bytes + plan.cache_bytes
-    predicted -= plan.vision_bytes if mode == "prefill" else 0
+    predicted -= plan.tower_bytes if mode == "prefill" else 0
     assert compiled.argument_bytes == pytest.approx(predicted, rel=0.02)
     # The caches are written where they lie, rings for local layers, and none is copied.
     parts = math.gcd(topology.count, cfg.num_kv_heads)
@@ -282,7 +282,7 @@ def test_gpus_by_their_figures():
 def test_gpus_by_their_compiler(topology):
     cfg, machine = preset("gemma3-27b"), find_topology(topology)
     plan = make_plan("gemma3-27b", cfg, machine, Work("decode", 1, 131_072))
-    predicted = plan.weights_bytes - plan.vision_bytes + plan.cache_bytes  # text needs no tower
+    predicted = plan.weights_bytes - plan.tower_bytes + plan.cache_bytes  # text needs no tower
     assert plan.fits and plan.compiled.argument_bytes == pytest.approx(predicted, rel=0.02)
     assert plan.compiled.moved_weights == []
     sent = plan.compiled.collectives
