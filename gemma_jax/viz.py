@@ -5,6 +5,10 @@
 
     gj.viz.draw_crops(image, gj.PanAndScan().boxes(image.width, image.height))
 
+    gj.viz.plot_mel(log_mel(clip.samples, sounds, num_mels), sounds)
+    heat = gj.viz.sound_attention(out.captured["attention_weights"], queries=[-2, -1], span=(9, 33))
+    gj.viz.plot_sound_attention(heat, words, seconds=0.16)
+
     plt.style.use(gj.viz.STYLE)  # for plots of your own to look like these
     gj.viz.plot_layers(norms, model.cfg.layers, label="norm of the gradient")
     gj.viz.plot_sensitivity(matformer.sensitivity(model, tokens_BT, fractions), fractions)
@@ -22,6 +26,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 import numpy as np
 
 from gemma_jax.config import LayerSpec
+from gemma_jax.encoder_config import SoundProcessing
 from gemma_jax.vision.images import Image, pillow
 from gemma_jax.vision.pan_and_scan import Box
 
@@ -97,20 +102,56 @@ def image_attention(
     Raises:
       ValueError: Something lies outside the weights, or the span is no square.
     """
-    if weights.ndim not in (4, 5):
-        raise ValueError(
-            f"expected weights [L, B, N, T, S] or [B, N, T, S]; got shape {list(weights.shape)}"
-        )
-    B, _, T, S = weights.shape[-4:]
-    for name, place, size in (("row", row, B), ("query", query, T)):
-        if not -size <= place < size:
-            raise ValueError(f"{name}={place} must lie in [-{size}, {size})")
+    S = _check_places(weights, row, [query])
     start, end = span
     side = math.isqrt(max(end - start, 0))
     if not 0 <= start < end <= S or side * side != end - start:
         raise ValueError(f"{span=} must lie in [0, {S}] and hold a square number of soft tokens")
     looks = np.asarray(weights[..., row, :, query, start:end], np.float32)
     return looks.reshape(-1, side, side).mean(axis=0)
+
+
+def sound_attention(
+    weights: "jax.Array | np.ndarray",
+    queries: Sequence[int],
+    span: tuple[int, int],
+    *,
+    row: int = 0,
+) -> np.ndarray:
+    """How much some tokens look at each soft token of a clip, averaged over layers and heads.
+
+    Args:
+      weights: As in `image_attention`.
+      queries: Which of the T tokens look; negative counts from the end.
+      span: Where the clip's soft tokens begin in the prompt, and where they have ended.
+      row: Which row of the batch.
+
+    Returns:
+      float32 `[queries, soft tokens]`; the sum of a row is what a token spends on the sound, of 1.
+
+    Raises:
+      ValueError: Something lies outside the weights.
+    """
+    S = _check_places(weights, row, queries)
+    start, end = span
+    if not 0 <= start < end <= S:
+        raise ValueError(f"{span=} must lie in [0, {S}] and hold a soft token at least")
+    looks = np.asarray(weights[..., row, :, np.array(queries), start:end], np.float32)
+    return looks.reshape(len(queries), -1, end - start).mean(axis=1)
+
+
+def _check_places(weights: "jax.Array | np.ndarray", row: int, queries: Sequence[int]) -> int:
+    """How many keys there are; refuses weights of another shape, and places outside them."""
+    if weights.ndim not in (4, 5):
+        raise ValueError(
+            f"expected weights [L, B, N, T, S] or [B, N, T, S]; got shape {list(weights.shape)}"
+        )
+    B, _, T, S = weights.shape[-4:]
+    places = [("row", row, B), *(("query", query, T) for query in queries)]
+    for name, place, size in places:
+        if not -size <= place < size:
+            raise ValueError(f"{name}={place} must lie in [-{size}, {size})")
+    return S
 
 
 def attention_overlay(
@@ -150,6 +191,61 @@ def draw_crops(image, boxes: Sequence[Box]) -> "PilImage":
         colour = CROP_COLOURS[i % len(CROP_COLOURS)]
         draw.rectangle((left, top, right - 1, bottom - 1), outline=colour, width=line)
     return picture
+
+
+@_styled
+def plot_mel(
+    mel_TM: np.ndarray,
+    processing: SoundProcessing = SoundProcessing(),
+    *,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Log-mel frames of a clip: time from left to right, low bands below.
+
+    Args:
+      mel_TM: float `[frames, bands]`, from `gemma_jax.audio.mel.log_mel`.
+      processing: Of the frames, for the times below them.
+      ax: Where to draw; default: a figure of its own.
+    """
+    mel_TM = np.asarray(mel_TM, np.float32)
+    if mel_TM.ndim != 2 or not mel_TM.size:
+        raise ValueError(f"expected mel frames [frames, bands]; got shape {list(mel_TM.shape)}")
+    ax = _axes(ax, (7, 2.4))
+    seconds = len(mel_TM) * processing.hop_length / processing.sampling_rate
+    extent = (0, seconds, 0, mel_TM.shape[1])
+    heat = ax.imshow(mel_TM.T, origin="lower", aspect="auto", extent=extent)
+    ax.set(xlabel="seconds", ylabel="mel band")
+    ax.figure.colorbar(heat, ax=ax, label="log of magnitude")
+    return ax
+
+
+@_styled
+def plot_sound_attention(
+    heat: np.ndarray, words: Sequence[str], seconds: float, *, ax: "Axes | None" = None
+) -> "Axes":
+    """Where in a clip each word looks: a row for each word, time from left to right.
+
+    Args:
+      heat: float `[words, soft tokens]`, from `sound_attention`. Each row is drawn on a scale of
+        its own.
+      words: What to write beside the rows.
+      seconds: From one soft token to the next.
+      ax: Where to draw; default: a figure of its own.
+    """
+    heat = np.asarray(heat, np.float32)
+    if heat.ndim != 2 or len(words) != len(heat) or not heat.size:
+        raise ValueError(
+            f"expected weights [{len(words)}, soft tokens], a row for each word; got shape "
+            f"{list(heat.shape)}"
+        )
+    ax = _axes(ax, (7, 0.8 + 0.35 * len(words)))
+    largest = heat.max(axis=1, keepdims=True)
+    shown = heat / np.where(largest > 0, largest, 1)
+    extent = (0, heat.shape[1] * seconds, len(words) - 0.5, -0.5)
+    ax.imshow(shown, aspect="auto", cmap="Blues", vmin=0, extent=extent)
+    ax.set(xlabel="seconds", ylabel="word", yticks=range(len(words)))
+    ax.set_yticklabels(words)
+    return ax
 
 
 @_styled

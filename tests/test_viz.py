@@ -230,3 +230,34 @@ def test_the_line_joins_the_slices_that_none_smaller_is_as_good_as(plt):
     for wrong, message in (([], "no points"), (points[:1], "2 names for 1 points")):
         with pytest.raises(ValueError, match=message):
             gj.viz.plot_slices(wrong, names=("a", "b"))
+
+
+def test_attention_to_a_sound(weights_LBNTS):
+    """By hand: the mean over layers and heads, a row for each query."""
+    heat = gj.viz.sound_attention(weights_LBNTS, [0, -1], (1, 4), row=1)
+    expected = weights_LBNTS[:, 1][:, :, [0, -1], 1:4].mean(axis=(0, 1))
+    np.testing.assert_allclose(heat, expected, rtol=1e-6)
+    with pytest.raises(ValueError, match="query=-99 must lie in"):
+        gj.viz.sound_attention(weights_LBNTS, [0, -99], (1, 4))
+    with pytest.raises(ValueError, match=r"span=\(4, 4\) must lie in"):
+        gj.viz.sound_attention(weights_LBNTS, [0], (4, 4))
+
+
+def test_mel_frames_have_seconds_across_and_low_bands_below(plt):
+    mel = np.arange(600, dtype=np.float32).reshape(50, 12)
+    ax = gj.viz.plot_mel(mel)
+    (image,) = ax.images
+    assert image.get_extent() == [0, 0.5, 0, 12] and image.origin == "lower"
+    np.testing.assert_array_equal(image.get_array(), mel.T)
+    with pytest.raises(ValueError, match="expected mel frames"):
+        gj.viz.plot_mel(mel[0])
+
+
+def test_words_have_rows_on_a_scale_of_their_own(plt):
+    ax = gj.viz.plot_sound_attention([[0.1, 0.2, 0], [0, 0, 0.001]], ["four", "two"], 0.16)
+    (image,) = ax.images
+    np.testing.assert_allclose(image.get_array(), [[0.5, 1, 0], [0, 0, 1]])
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["four", "two"]
+    assert image.get_extent()[1] == pytest.approx(0.48)
+    with pytest.raises(ValueError, match="a row for each word"):
+        gj.viz.plot_sound_attention([[0.1]], ["four", "two"], 0.16)
