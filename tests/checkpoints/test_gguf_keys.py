@@ -191,7 +191,7 @@ def test_keys_that_llama_cpp_does_not_read_for_gemma_are_refused(key):
         ("gemma3n", {"attention__sliding_window": 8, "attention__shared_kv_layers": -1},
          "shared_kv_layers must be a positive number, got -1"),
         ("gemma3n", {"attention__sliding_window": 8, "attention__shared_kv_layers": 6},
-         "no local layer before them"),
+         "layer before them has keys"),
         ("gemma3n", {"attention__sliding_window": 8, "altup__active_idx": 4}, "active=4 must lie"),
         ("gemma3", {"altup__num_inputs": 4}, "gemma3.altup.num_inputs: unknown here"),
     ],
