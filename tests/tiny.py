@@ -168,7 +168,7 @@ def vocabularies() -> tuple[ModalityVocabulary, ...]:
 def seeing_and_hearing(cfg: GemmaConfig, **changes) -> GemmaConfig:
     """The same with both towers of Gemma 3n: `seeing_and_hearing(gemma3n())`."""
     towers = dict(vision=mobilenet(), audio=audio(), modality_vocabularies=vocabularies())
-    return replace(cfg, vocab_size=98, **(towers | changes))
+    return replace(cfg, **({"vocab_size": 98} | towers | changes))
 
 
 FAMILIES = {"gemma": gemma1, "gemma2": gemma2, "gemma3": gemma3, "gemma3n": gemma3n}

@@ -4,8 +4,9 @@ Maps have channels last, as matrices of a product want them. Norms stay in the d
 activations, as in timm (`models/_efficientnet_blocks.py`, `layers/attention2d.py`, `RmsNorm2d`).
 
 Local letters: I images; Y rows of a map; X columns of a map; C channels that come in; E channels
-that go out; M channels in between; U rows of a window; W columns of a window. N, K and H are the
-tower's own; K is 1. T and S are places of a map.
+that go out; M channels in between; U rows of a window; W columns of a window; Z heads, which no
+mesh splits: the published twelve divide by few. K and H are the tower's own; K is 1. T and S are
+places of a map.
 """
 
 from functools import singledispatch
@@ -180,23 +181,23 @@ class MapAttention(nnx.Module):
 
     def __init__(self, block: AttentionBlock, eps: float, *, rngs: nnx.Rngs):
         channels = block.channels
-        sizes = {"C": channels, "N": block.num_heads, "K": 1, "H": block.head_dim}
+        sizes = {"C": channels, "Z": block.num_heads, "K": 1, "H": block.head_dim}
 
         def smaller():
             args = (channels, block.kv_kernel, block.kv_stride, eps)
             return Depthwise("C", *args, rngs=rngs) if block.kv_stride > 1 else None
 
         self.k_down, self.v_down = smaller(), smaller()
-        self.q = Einsum("ITC,NHC->ITNH", sizes, rngs=rngs)
+        self.q = Einsum("ITC,ZHC->ITZH", sizes, rngs=rngs)
         self.k = Einsum("ISC,KHC->ISKH", sizes, rngs=rngs)
         self.v = Einsum("ISC,KHC->ISKH", sizes, rngs=rngs)
-        self.o = Einsum("ITNH,CNH->ITC", sizes, rngs=rngs)
+        self.o = Einsum("ITZH,CZH->ITC", sizes, rngs=rngs)
         self.spec = AttentionSpec(scale=block.head_dim**-0.5, masked=False)
 
     def __call__(self, x_IYXC: jax.Array, runtime: Runtime) -> jax.Array:
-        def attend(q_ITNH, k_ISKH, v_ISKH):
+        def attend(q_ITZH, k_ISKH, v_ISKH):
             name = runtime.attention_impl
-            return attention(q_ITNH, k_ISKH, v_ISKH, spec=self.spec, implementation=name)
+            return attention(q_ITZH, k_ISKH, v_ISKH, spec=self.spec, implementation=name)
 
         keys_IYXC = values_IYXC = x_IYXC
         if self.k_down is not None:
@@ -204,12 +205,12 @@ class MapAttention(nnx.Module):
             values_IYXC = self.v_down(x_IYXC)
         heads = (self.q(_places(x_IYXC)), self.k(_places(keys_IYXC)), self.v(_places(values_IYXC)))
         if (partition := runtime.partition) is None:
-            out_ITNH = attend(*heads)
+            out_ITZH = attend(*heads)
         else:
-            out_ITNH = partition.run(
-                attend, "ITNH", *zip(("ITNH", "ISKH", "ISKH"), heads), whole="TS"
+            out_ITZH = partition.run(
+                attend, "ITZH", *zip(("ITZH", "ISKH", "ISKH"), heads), whole="TS"
             )
-        return self.o(out_ITNH).reshape(x_IYXC.shape)
+        return self.o(out_ITZH).reshape(x_IYXC.shape)
 
 
 def _places(x_IYXC: jax.Array) -> jax.Array:

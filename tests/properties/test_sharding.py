@@ -11,7 +11,8 @@ import tiny
 from marks import nightly
 
 from gemma_jax import forward, generate, init_cache, loss, matformer
-from gemma_jax.multimodal.encode import encode_images
+from gemma_jax.encoder_config import AttentionBlock
+from gemma_jax.multimodal.encode import encode_audio, encode_images
 from gemma_jax.placement import shard, with_partition
 from gemma_jax.quantise import quantise
 from gemma_jax.sharding import INFERENCE, LONG_CONTEXT, TRAINING, Partition, make_mesh
@@ -100,6 +101,26 @@ def test_images(name):
     whole, _ = encode_images(model, pixels)
     parts, _ = encode_images(split, pixels)
     np.testing.assert_allclose(parts, whole, atol=ATOL)
+
+
+@pytest.mark.parametrize("name", ["2x2", *nightly("4")])
+def test_towers_of_gemma3n(name):
+    """MobileNetV5 with three heads, which no mesh of these divides, and the conformer."""
+    attending = AttentionBlock(channels=8, num_heads=3, head_dim=4, kv_stride=2)
+    stages = tiny.mobilenet().stages
+    vision = tiny.mobilenet(stages=(*stages[:2], (attending,), *stages[3:]))
+    cfg = tiny.seeing_and_hearing(
+        tiny.gemma3(layers=3), vocab_size=100, vision=vision, audio=tiny.audio(num_heads=4)
+    )
+    model = tiny.model(cfg)
+    split = on_mesh(model, name)
+    rng = np.random.default_rng(0)
+    pixels = rng.uniform(0, 1, (2, 3, 64, 64)).astype(np.float32)
+    mel = rng.standard_normal((2, 40, cfg.audio.num_mels)).astype(np.float32)
+    for encode, inputs in ((encode_images, pixels), (encode_audio, mel)):
+        whole, _ = encode(model, inputs)
+        parts, _ = encode(split, inputs)
+        np.testing.assert_allclose(parts, whole, atol=ATOL)
 
 
 @pytest.mark.parametrize("storage", ["int8", *nightly("bfloat16")])

@@ -34,10 +34,10 @@ MIDDLE: Table = (
 LAYER_SCALE = Row("layer_scale", "layer_scale.gamma")
 ATTENTION: Table = (
     Row("norm.scale", "norm.weight"),
-    Row("attn.q.w", "attn.query.proj.weight", "(N H) C 1 1 -> N H C"),
+    Row("attn.q.w", "attn.query.proj.weight", "(Z H) C 1 1 -> Z H C"),
     Row("attn.k.w", "attn.key.proj.weight", "(K H) C 1 1 -> K H C"),
     Row("attn.v.w", "attn.value.proj.weight", "(K H) C 1 1 -> K H C"),
-    Row("attn.o.w", "attn.output.proj.weight", "C (N H) 1 1 -> C N H"),
+    Row("attn.o.w", "attn.output.proj.weight", "C (Z H) 1 1 -> C Z H"),
     LAYER_SCALE,
 )
 SMALLER_KEYS_VALUES: Table = (
