@@ -16,6 +16,8 @@
 
 Images are whatever `gemma_jax.Image` takes, and come back as PIL images of the same size. Plots are
 drawn with matplotlib (extra `notebook`) and come back as its axes.
+
+Local letters: M mel bands.
 """
 
 import functools
