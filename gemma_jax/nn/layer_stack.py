@@ -128,14 +128,15 @@ def run_layers(
     new_caches = [list(group) for group in caches or ()]
     by_layer: dict[str, dict[int, jax.Array]] = {}
     lent: dict[str, KeysValues] = {}
-    for i, group, places, repeats in _stretches(layer_groups, layers or range(depth)):
+    layers = range(depth) if layers is None else layers
+    for i, group, places, repeats in _stretches(layer_groups, layers):
         old = (None,) * len(group.period) if caches is None else new_caches[i]
         extra = () if inputs is None else (_by_position(inputs, group, places, repeats, numbers),)
         body, stack = partial(run_period, ctx), tuple(blocks[i])[places]
         x, news, (found, shared) = _repeat(
             body, x, tuple(old[places]), stack, extra, repeats, group.repeats
         )
-        if shared:  # such a group is not repeated: a kind of layer lends once
+        if shared:  # such layers are not repeated: a kind of layer lends once
             shared = jax.tree.map(lambda a: a[0], shared)
             lent, ctx = lent | shared, ctx.share(shared)
         if caches is not None:
@@ -214,7 +215,7 @@ def _repeat(body, x, caches, blocks, extra, repeats: range, of: int):
         )
         x, *results = body(x, blocks, caches, extra)
         return x, *jax.tree.map(lambda a: jax.lax.expand_dims(a, (0,)), results)
-    whole, numbers = len(repeats) == of, jnp.arange(repeats.start, repeats.stop)
+    whole = len(repeats) == of
     at = partial(jax.lax.dynamic_index_in_dim, keepdims=False)
 
     def step(carry, xs):
@@ -224,6 +225,11 @@ def _repeat(body, x, caches, blocks, extra, repeats: range, of: int):
         x, new, results = body(x, own, _at(caches, i), extra)
         return (x, _at(new, None)), results
 
+    if len(repeats) == 1:
+        alone = (jnp.int32(repeats.start), ((), jax.tree.map(lambda a: a[0], extra)))
+        (x, caches), results = step((x, caches), alone)
+        return x, caches, jax.tree.map(lambda a: jax.lax.expand_dims(a, (0,)), results)
+    numbers = jnp.arange(repeats.start, repeats.stop)
     over = (numbers, (blocks if whole else (), extra))
     (x, caches), results = jax.lax.scan(step, (x, caches), over)
     return x, caches, results

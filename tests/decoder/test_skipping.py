@@ -29,6 +29,7 @@ CONFIGS = {
     "gemma2": tiny.gemma2,  # the last layer ends a period
     "gemma": tiny.gemma1,  # the last layer is one of three alike
     "gemma3": lambda: tiny.gemma3(4),
+    "one layer": lambda: tiny.gemma3(1),
 }
 
 
@@ -52,6 +53,7 @@ def assert_same_caches(ours, theirs):
     "name, layout",
     [
         *(("gemma3n", "scan"), ("gemma3n", "unrolled"), ("gemma2", "scan"), ("gemma", "scan")),
+        ("one layer", "scan"),
         *nightly(("gemma2", "unrolled"), ("gemma3", "scan"), ("gemma3", "unrolled")),
     ],
 )
