@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers: the same names (tests/test_public_names.py)
     # isort: off
+    from gemma_jax.audio.streaming import AudioStream as AudioStream
     from gemma_jax.audio.waves import Audio as Audio
     from gemma_jax.config import GemmaConfig as GemmaConfig, LayerSpec as LayerSpec
     from gemma_jax.decoder.batch import Batch as Batch
@@ -29,6 +30,7 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names (tests/test_p
     from gemma_jax.inference.conversation import Conversation as Conversation
     from gemma_jax.inference.generate import generate as generate
     from gemma_jax.inference.completion import Completion as Completion
+    from gemma_jax.inference.live import LiveTranscript as LiveTranscript
     from gemma_jax.inference.sampling import Sampling as Sampling
     from gemma_jax.inference.session import Session as Session
     from gemma_jax.inference.streaming import TextStream as TextStream, stream as stream
@@ -44,6 +46,7 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names (tests/test_p
         load_sampling as load_sampling,
         load_tokenizer as load_tokenizer,
     )
+    from gemma_jax.multimodal.audio_stream import audio_stream as audio_stream
     from gemma_jax.multimodal.image_prompt import image_prompt as image_prompt
     from gemma_jax.multimodal.prompts import Prompt as Prompt
     from gemma_jax.numerics import Numerics as Numerics
@@ -66,6 +69,7 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names (tests/test_p
     # isort: on
 
 _HOMES = {
+    "gemma_jax.audio.streaming": ("AudioStream",),
     "gemma_jax.audio.waves": ("Audio",),
     "gemma_jax.config": ("GemmaConfig", "LayerSpec"),
     "gemma_jax.decoder.batch": ("Batch",),
@@ -78,11 +82,13 @@ _HOMES = {
     "gemma_jax.inference.completion": ("Completion",),
     "gemma_jax.inference.conversation": ("Conversation",),
     "gemma_jax.inference.generate": ("generate",),
+    "gemma_jax.inference.live": ("LiveTranscript",),
     "gemma_jax.inference.sampling": ("Sampling",),
     "gemma_jax.inference.session": ("Session",),
     "gemma_jax.inference.streaming": ("TextStream", "stream"),
     "gemma_jax.inference.transcribe": ("Segment", "Transcript", "transcribe"),
     "gemma_jax.loading": ("LoadOptions", "load", "load_model", "load_sampling", "load_tokenizer"),
+    "gemma_jax.multimodal.audio_stream": ("audio_stream",),
     "gemma_jax.multimodal.image_prompt": ("image_prompt",),
     "gemma_jax.multimodal.prompts": ("Prompt",),
     "gemma_jax.numerics": ("Numerics",),

@@ -110,6 +110,21 @@ class AudioStream:
     Attributes:
       state: Of the tower; `state.nbytes` says how large.
       num_frames, num_tokens: So many mel frames went in, so many soft tokens came out.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> import numpy as np
+      >>> from flax import nnx
+      >>> from gemma_jax.encoder_config import AudioConfig
+      >>> cfg = AudioConfig(
+      ...     d_tower=16, num_layers=1, num_heads=2, num_mels=8, conv_channels=(4, 4),
+      ...     audio_token=0, start_token=1, end_token=2,
+      ... )
+      >>> encoder = AudioEncoder(cfg, rngs=nnx.Rngs(0), layout="unrolled")
+      >>> stream = gj.AudioStream(encoder)  # gj.audio_stream(model) of a whole model
+      >>> tenths = np.zeros((10, 1_600), np.float32)
+      >>> [len(stream.push(tenth)) for tenth in tenths], len(stream.finish())
+      ([1, 0, 1, 0, 1, 1, 0, 1, 1, 0], 1)
     """
 
     def __init__(

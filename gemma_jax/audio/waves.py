@@ -118,11 +118,26 @@ def split_at_quiet(audio: Audio, max_seconds: float = 30) -> list[Audio]:
     return [Audio(part, sampling_rate=rate) for part in [*parts, rest]] if parts else [audio]
 
 
+def settled_after(max_seconds: float, rate: int) -> int:
+    """How many samples of a clip say where `split_at_quiet` cuts it first, whatever follows."""
+    limit = int(max_seconds * rate)
+    return limit + max(_crumb(limit), _half_pause(rate))
+
+
+def _crumb(limit: int) -> int:
+    """What is too short to be a part of its own, where a part may hold `limit`."""
+    return limit // 30
+
+
+def _half_pause(rate: int) -> int:
+    return max(1, int(QUIET_SECONDS * rate / 2))
+
+
 def _quietest(samples: np.ndarray, limit: int, rate: int) -> int:
     """Where to cut `samples`, which are more than `limit`."""
-    end = min(limit, max(1, len(samples) - limit // 30))  # leaves no crumb behind
+    end = min(limit, max(1, len(samples) - _crumb(limit)))
     begin = min(end, max(1, limit - limit // 3))
-    half = max(1, int(QUIET_SECONDS * rate / 2))
+    half = _half_pause(rate)
     first = max(0, begin - half)
     power = np.square(samples[first : end + half], dtype=np.float64)
     energy = np.concatenate([[0.0], np.cumsum(power)])

@@ -56,7 +56,7 @@ def encode_images(
         raise ValueError("this model has no vision tower; images need one that has")
     inside = _names(capture, model.vision.captures, IMAGE_TOKENS)
     x_ITC, captured = model.vision(jnp.asarray(pixels), model.runtime, inside)
-    embedder = _embedder(model, model.cfg.vision.image_token)
+    embedder = embedder_of(model, model.cfg.vision.image_token)
     soft_ITD = x_ITC if embedder is None else embedder.soft(x_ITC, model.runtime.numerics)
     captured[IMAGE_TOKENS] = soft_ITD
     return soft_ITD, {name: captured[name] for name in capture}
@@ -84,13 +84,12 @@ def encode_audio(
     if (cfg := model.cfg.audio) is None:
         raise ValueError("this model has no audio tower; sounds need one that has")
     clips = clips if isinstance(clips, Clips) else Clips(clips)
-    numerics = model.runtime.numerics
     inside = _names(capture, model.audio.captures, AUDIO_TOKENS)
     x_ITC, counts_I, captured = model.audio(
         jnp.asarray(clips.mel_ITM), clips.lengths_I, model.runtime, inside
     )
-    embedder = _embedder(model, cfg.audio_token)
-    soft_ITD = embedder.soft(x_ITC, numerics)
+    embedder = embedder_of(model, cfg.audio_token)
+    soft_ITD = embedder.soft(x_ITC, model.runtime.numerics)
     captured[AUDIO_TOKENS] = soft_ITD
     if pad:
         if (missing := cfg.num_soft_tokens - soft_ITD.shape[1]) < 0:
@@ -98,15 +97,21 @@ def encode_audio(
                 f"a clip of {clips.mel_ITM.shape[1]} frames makes {soft_ITD.shape[1]} soft tokens; "
                 f"there is room for {cfg.num_soft_tokens}: split it"
             )
-        last = jnp.full((1, 1), embedder.vocabulary.vocab_size - 1)
-        filling = embedder.hard(last, soft_ITD.dtype, numerics)
         soft_ITD = jnp.pad(soft_ITD, ((0, 0), (0, missing), (0, 0)))
         real_IT = jnp.arange(cfg.num_soft_tokens) < counts_I[:, None]
-        soft_ITD = jnp.where(real_IT[:, :, None], soft_ITD, filling)
+        soft_ITD = jnp.where(real_IT[:, :, None], soft_ITD, audio_filling(model))
     return soft_ITD, {name: captured[name] for name in capture}
 
 
-def _embedder(model: Gemma, placeholder: int) -> ModalityEmbedder | None:
+@jax.jit
+def audio_filling(model: Gemma) -> jax.Array:
+    """What stands behind the last soft token of a clip, as far as placeholders go; `[D]`."""
+    embedder, runtime = embedder_of(model, model.cfg.audio.audio_token), model.runtime
+    last = jnp.full((1, 1), embedder.vocabulary.vocab_size - 1)
+    return embedder.hard(last, runtime.dtype, runtime.numerics)[0, 0]
+
+
+def embedder_of(model: Gemma, placeholder: int) -> ModalityEmbedder | None:
     """What takes vectors of the tower with this placeholder to the decoder's width."""
     vocabulary = model.cfg.vocabulary_of(placeholder)
     return None if vocabulary is None else model.modality_embedders[vocabulary]

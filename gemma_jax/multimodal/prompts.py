@@ -34,6 +34,8 @@ class Prompt:
       media: Name of a modality -> what its encoder reads, one entry per run of placeholders.
       pixels: float32 `[I, 3, size, size]` in [-1, 1]: those of the pictures, each one whole,
         followed by its crops. Default: none.
+      soft: Soft tokens `[T, D]` of each run, in the order of the text, where they are made already;
+        `None`: encoders make them of the media.
 
     Examples:
       >>> import gemma_jax as gj
@@ -47,8 +49,9 @@ class Prompt:
         pixels: np.ndarray | None = None,
         *,
         media: Mapping[str, Sequence[np.ndarray]] = _NOTHING,
+        soft: Sequence[jax.Array] | None = None,
     ):
-        self.token_ids = token_ids
+        self.token_ids, self.soft = token_ids, soft
         self.media = dict(media) if pixels is None else {**media, "image": pixels}
 
     @property
@@ -209,6 +212,8 @@ def encode_prompt(model: Gemma, prompt: Prompt) -> list[jax.Array]:
     Raises:
       ValueError: Another number of placeholders than of soft tokens.
     """
+    if prompt.soft is not None:
+        return list(prompt.soft)
     modalities = modalities_of(model.cfg)
     check_media(prompt.media, modalities)
     ids, runs = np.array(prompt.token_ids), []
