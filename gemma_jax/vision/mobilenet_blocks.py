@@ -22,7 +22,10 @@ from gemma_jax.runtime import Runtime
 from gemma_jax.weights.contract import HIGHEST
 from gemma_kernels.attention import AttentionSpec, attention
 
-gelu = ACTIVATIONS["gelu_tanh"]
+
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU by its tanh approximation, in float32 as torch computes it."""
+    return ACTIVATIONS["gelu_tanh"](x.astype(jnp.float32)).astype(x.dtype)
 
 
 class ChannelNorm(nnx.Module):
@@ -196,8 +199,11 @@ class MapAttention(nnx.Module):
 
     def __call__(self, x_IYXC: jax.Array, runtime: Runtime) -> jax.Array:
         def attend(q_ITZH, k_ISKH, v_ISKH):
-            name = runtime.attention_impl
-            return attention(q_ITZH, k_ISKH, v_ISKH, spec=self.spec, implementation=name)
+            I, _, _, H = q_ITZH.shape
+            # All heads have the same keys, so they are further rows of one product.
+            q_ITKH, name = q_ITZH.reshape(I, -1, 1, H), runtime.attention_impl
+            out_ITKH = attention(q_ITKH, k_ISKH, v_ISKH, spec=self.spec, implementation=name)
+            return out_ITKH.reshape(q_ITZH.shape)
 
         keys_IYXC = values_IYXC = x_IYXC
         if self.k_down is not None:
