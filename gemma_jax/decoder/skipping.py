@@ -15,8 +15,10 @@ from functools import partial
 import jax
 
 from gemma_jax.config import LayerSpec
+from gemma_jax.decoder.attention import Attention
 from gemma_jax.decoder.context import Context, tokens_at
 from gemma_jax.decoder.model import Block, Gemma, LayerInputs
+from gemma_jax.nn.ffn import FeedForward
 from gemma_jax.nn.layer_stack import Caches, LayerOutput, run_layers
 
 BEFORE_LAYERS = frozenset(("embeddings", "inputs_embeds", "per_layer_inputs"))  # captures
@@ -25,11 +27,19 @@ BEFORE_LAYERS = frozenset(("embeddings", "inputs_embeds", "per_layer_inputs"))  
 def may_skip(model: Gemma, tokens: int, logits: str, capture: Collection[str]) -> bool:
     """Whether a pass over so many tokens per row may leave out some of them in some layers.
 
-    Not if logits of all are wanted, or what is captured has all tokens. Nor with layers of
-    somebody's own, which may mix tokens in other ways than by attention.
+    Not if logits of all are wanted, or what is captured has all tokens. Nor with layers, or parts
+    of layers, of somebody's own, which may mix tokens in other ways than by attention.
     """
     fewer = logits == "none" or (logits == "last" and tokens > 1)
-    return fewer and model.make_block is Block and BEFORE_LAYERS.issuperset(capture)
+    return fewer and BEFORE_LAYERS.issuperset(capture) and _is_plain(model)
+
+
+def _is_plain(model: Gemma) -> bool:
+    blocks = [block for group in model.blocks for block in group]
+    return all(
+        (type(block), type(block.attn), type(block.ffn)) == (Block, Attention, FeedForward)
+        for block in blocks
+    )
 
 
 def last_with_keys(specs: Sequence[LayerSpec]) -> int:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 from marks import nightly
 
 import gemma_jax as gj
@@ -191,12 +192,18 @@ def test_what_is_never_skipped():
     class OwnBlock(gj.Block):
         """It may look at other tokens in ways of its own."""
 
+    class OwnFeedForward(nnx.Module):
+        """So may a part of one."""
+
     plain = gj.decoder.model.abstract_model(cfg := tiny.gemma3(3))
     own = gj.decoder.model.abstract_model(cfg, block=OwnBlock)
     assert may_skip(plain, 2, "last", ()) and not may_skip(own, 2, "last", ())
     assert not may_skip(plain, 2, "all", ()), "the check of drafts"
     assert not may_skip(plain, 1, "last", ()), "a step of decoding"
     assert not may_skip(plain, 2, "none", ("final_norm",)), "losses"
+    changed = tiny.model(cfg)  # a finished model, the one above is shared
+    changed.blocks[0][0].ffn = OwnFeedForward()
+    assert not may_skip(changed, 2, "last", ()), "a part of somebody's own"
 
 
 @pytest.mark.parametrize("name", ["gemma", *nightly("gemma3n")])
