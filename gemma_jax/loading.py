@@ -1,7 +1,8 @@
 """The short way in: a model and its tokenizer from one name."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from typing import TypedDict, Unpack
 
 import jax
@@ -138,10 +139,21 @@ def load(
       >>> len(shallow.cfg.layers)
       2
     """
-    options = replace(options, **changes)
+    options = _changed(options, changes)
     tokenizer = load_tokenizer(source)
     model = load_model(source, options, config=config, block=block, progress=progress)
     return model, tokenizer
+
+
+def _changed(options: LoadOptions, changes: LoadKeywords) -> LoadOptions:
+    """The options with other values; refuses a name that is none of them."""
+    known = [field.name for field in fields(LoadOptions)]
+    for name in changes:
+        if name not in known:
+            near = get_close_matches(name, [*known, "config", "block", "progress"], n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
+            raise TypeError(f"load has no argument {name!r}; {hint}")
+    return replace(options, **changes)
 
 
 def load_model(
@@ -164,7 +176,7 @@ def load_model(
     from gemma_checkpoints import load_weights
     from gemma_jax.quantise import store_weights
 
-    options = replace(options, **changes)
+    options = _changed(options, changes)
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.dtype(options.dtype or ("float32" if on_cpu else "bfloat16"))
     stored = options.weights

@@ -36,5 +36,5 @@ def test_nothing_is_read_for_options_that_do_not_go_together():
         gj.load("nothing", numerics="tf")
     with pytest.raises(ValueError, match="per_layer_table='host' is for one device"):
         gj.load("nothing", per_layer_table="host", mesh={"tensor": 8})
-    with pytest.raises(TypeError, match="unexpected keyword argument 'wieghts'"):
+    with pytest.raises(TypeError, match="load has no argument 'wieghts'; did you mean weights?"):
         gj.load("nothing", wieghts="int8")

@@ -114,8 +114,9 @@ def find_topology(name: str, memory_fraction: float | None = None) -> Topology:
         peak = 2 * chip.macs * chip.clock * chip.cores
         device = Device(chip.memory, chip.bandwidth, chip.links, peak)
         return Topology(name, len(slice_devices(name)), device, compiles=True)
+    hint = f"did you mean gpu:{name}x1? " if name in GPUS else ""
     raise ValueError(
-        f"unknown topology {name!r}; give a TPU slice ({', '.join(CHIPS)}, as in v5e:4x4 or "
+        f"unknown topology {name!r}; {hint}give a TPU slice ({', '.join(CHIPS)}, as in v5e:4x4 or "
         f"v5p:2x2x2) or GPUs ({', '.join(GPUS)}, as in gpu:h100x8)"
     )
 
