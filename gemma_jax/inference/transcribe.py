@@ -22,6 +22,12 @@ class Segment:
       text: What the model heard, and with a translation that after it.
       finish_reason: `"stop"`, or `"length"` if the text was cut off.
       seconds: How long that took.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> one = gj.Segment(start=0.0, end=1.2, text="four", finish_reason="stop", seconds=0.3)
+      >>> f"{one.start} to {one.end}: {one.text}"
+      '0.0 to 1.2: four'
     """
 
     start: float
@@ -37,6 +43,12 @@ class Transcript:
 
     Attributes:
       segments: In order. There are several where the clip is longer than the model hears at once.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> first, second = (gj.Segment(t, t + 30, "and so on", "stop", 1.0) for t in (0, 30))
+      >>> print(gj.Transcript([first, second]))
+      and so on and so on
     """
 
     segments: list[Segment]

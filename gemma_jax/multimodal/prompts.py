@@ -70,7 +70,10 @@ def is_chat(prompt: object) -> bool:
 
 def is_content(prompt: object) -> bool:
     """Whether this is what one message says, texts and media in turn, and not a list of prompts."""
-    return isinstance(prompt, (list, tuple)) and any(medium_of(part) for part in prompt)
+    if not isinstance(prompt, (list, tuple)):
+        return False
+    # A row of whole numbers in an array is no image, but a prompt as token ids.
+    return any(medium_of(part) and not is_token_ids(part) for part in prompt)
 
 
 def is_token_ids(prompt: object) -> bool:

@@ -102,8 +102,8 @@ def test_an_unknown_command_is_not_sent_to_the_model(cli, refused, talker):
     words = ("chat", "--model", talker, *GREEDY)
     assert (
         refused(*words, stdin=b"/bogus\n")
-        == "there is no command /bogus; there are /image FILE, /temperature X, /save FILE, /reset, "
-        "/help, /quit"
+        == "there is no command /bogus; there are /image FILE, /audio FILE, /temperature X, "
+        "/save FILE, /reset, /help, /quit"
     )
     ran = cli(*words, stdin=b"/bogus now\n/\n/quit now\n", terminal=True)
     assert ran.out.split() == [">"] * 3  # prompts alone

@@ -128,7 +128,8 @@ def test_a_tower_in_float32(forward):
         ({"pixel_values": np.zeros((1, 3, 56, 56), "f4")}, "1 images need 4 places .* are 8"),
         ({"pixel_values": np.zeros((2, 3, 28, 28), "f4")}, r"must be floats \[I, 3, 56, 56\]"),
         ({"token_type_ids": np.zeros((1, 3), "i8")}, r"token_type_ids \[1, 3\] must match"),
-        ({"input_features": np.zeros((1, 3), "f4")}, "cannot use input_features"),
+        ({"input_features": np.zeros((1, 3), "f4")}, "input_features given, .* no audio tower"),
+        ({"input_values": np.zeros((1, 3), "f4")}, "cannot use input_values"),
     ],
 )
 def test_inputs_that_do_not_fit_the_model(refused, tmp_path, change, message):
@@ -145,7 +146,7 @@ def test_inputs_that_do_not_fit_the_model(refused, tmp_path, change, message):
 def test_images_for_a_model_that_reads_text_alone(refused, tmp_path):
     output = tmp_path / "out.safetensors"
     words = ("forward", "--model", DATA / "g3_text", "--output", output, "--inputs")
-    assert "reads text alone" in refused(*words, DATA / "g3_mm" / "forward.safetensors")
+    assert "has no vision tower" in refused(*words, DATA / "g3_mm" / "forward.safetensors")
     capture = ("--capture", "vision.tower")
     assert "no vision tower" in refused(*words, DATA / "g3_text" / "forward.safetensors", *capture)
 
@@ -202,7 +203,7 @@ def test_names_may_do_without_prefix(forward, mute, stored):
         ({"input_ids": [[1.0, 2.0]]}, "must hold integer input_ids [B, T]"),
         ({"input_ids": np.zeros((0, 3), np.int64)}, "must hold integer input_ids [B, T]"),
         ({"labels": [[1, 2]]}, "must hold integer input_ids [B, T]"),
-        ({"input_ids": [[1, 2]], "pixel_values": [0.0]}, "this model reads text alone"),
+        ({"input_ids": [[1, 2]], "pixel_values": [0.0]}, "this model has no vision tower"),
         ({"input_ids": [[1, 2, 3]], "attention_mask": [[1, 0, 1]]}, "row 0 has 2 runs of ones"),
         ({"input_ids": [[1], [2]], "attention_mask": [[1], [0]]}, "row 1 has 0 runs of ones"),
         ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, "must match input_ids [1, 2]"),

@@ -110,4 +110,4 @@ def test_numbers_must_match(refused, seer, picture):
 def test_inputs_hold_their_own_images(refused, seer, picture, stored):
     file = stored(input_ids=[[5, 6]])
     words = ("generate", "--inputs", file, "--image", picture("a.png"), "--model", seer)
-    assert "--image goes with a PROMPT" in refused(*words)
+    assert "--image and --audio go with a PROMPT" in refused(*words)

@@ -31,7 +31,7 @@ def all_but(*taken: str, because: str) -> dict[str, str]:
 
 
 REFUSED = {
-    **{name: {} for name in RUNS},
+    **{name: {} for name in (*RUNS, "transcribe")},
     "forward": {"cache_dtype": "forward keeps no cache"},
     "convert": all_but("dtype", "mesh", "mmproj", because="convert runs no model"),
     "slice": all_but("dtype", because="slice runs no model"),
@@ -48,6 +48,7 @@ REFUSED = {
 # What a command must be told besides, so that the option alone is wrong.
 NEEDED = {
     "forward": ("--model", "x", "--inputs", __file__, "--output", "x"),
+    "transcribe": (__file__,),
     "convert": ("x", "y", "--to", "hf"),
     "slice": ("x", "y"),
     "info": ("x",),
