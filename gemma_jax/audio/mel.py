@@ -185,4 +185,9 @@ def _filled(samples: np.ndarray, length: int) -> np.ndarray:
 def _check_samples(samples: np.ndarray, least: int = 1) -> None:
     shape = np.shape(samples)
     if len(shape) != 1 or shape[0] < least:
-        raise ValueError(f"expected samples as an array [samples], not empty; got {list(shape)}")
+        empty = ", not empty" if least else ""
+        raise ValueError(f"expected samples as an array [samples]{empty}; got {list(shape)}")
+    if (dtype := np.asarray(samples).dtype).kind != "f":
+        raise ValueError(
+            f"expected samples as floats in [-1, 1], got {dtype}; Audio scales integers"
+        )

@@ -22,6 +22,7 @@ from gemma_jax.audio.conformer import ConformerCache, ConformerState
 from gemma_jax.audio.encoder import AudioEncoder, frames_per_token, num_tokens
 from gemma_jax.audio.mel import MelStream
 from gemma_jax.audio.subsampling import STRIDE, ConvState
+from gemma_jax.audio.waves import mono_piece
 from gemma_jax.encoder_config import AudioConfig
 from gemma_jax.nn.layer_groups import LayerGroup
 from gemma_jax.runtime import Runtime
@@ -140,6 +141,7 @@ class AudioStream:
         cfg = encoder.cfg
         self._encoder, self._runtime, self._embed = encoder, runtime, embed
         self._piece = tokens_per_step * frames_per_token(cfg)
+        self._rate = cfg.sounds.sampling_rate
         self._sounds = MelStream(cfg.sounds, cfg.num_mels)
         self._waiting_TM = np.zeros((-first_frame(cfg), cfg.num_mels), np.float32)
         self._next_token = -(look_ahead(cfg) // frames_per_token(cfg))
@@ -152,12 +154,15 @@ class AudioStream:
         return max(0, self._next_token)
 
     def push(self, samples: np.ndarray) -> np.ndarray:
-        """Takes samples, float32 `[samples]` at the rate of the encoder's `sounds`.
+        """Takes samples at the rate of the encoder's `sounds`.
+
+        Args:
+          samples: An array as `Audio` takes it, floats in [-1, 1] or integers; may be empty.
 
         Returns:
           The soft tokens that are complete now, `[n, C]`, or as `embed` makes them.
         """
-        return self.push_mel(self._sounds.push(samples))
+        return self.push_mel(self._sounds.push(mono_piece(samples, self._rate)))
 
     def push_mel(self, mel_TM: np.ndarray) -> np.ndarray:
         """The same for mel frames, `[T, M]`; not to be mixed with samples."""

@@ -99,6 +99,12 @@ class Audio:
         return f"Audio({self.seconds:.2f} s at {self.sampling_rate} Hz)"
 
 
+def mono_piece(samples: np.ndarray, rate: int) -> np.ndarray:
+    """float32 `[samples]` of a piece of sound as `Audio` reads it, but that it may be empty."""
+    array = np.asarray(samples)
+    return Audio(array, sampling_rate=rate).samples if len(array) else np.zeros(0, np.float32)
+
+
 def split_at_quiet(audio: Audio, max_seconds: float = 30) -> list[Audio]:
     """Cuts a long clip where it is quietest, so that no part is longer than `max_seconds`.
 

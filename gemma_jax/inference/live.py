@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 
-from gemma_jax.audio.waves import Audio, settled_after, split_at_quiet
+from gemma_jax.audio.waves import Audio, mono_piece, settled_after, split_at_quiet
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.inference.generate import generate
 from gemma_jax.inference.transcribe import MAX_NEW_TOKENS, Segment, Transcript, instruction
@@ -65,12 +65,21 @@ class LiveTranscript:
         (prompt,) = reader.all([[instruction(language, translate_to), any_clip]])
         self._prompt_ids = prompt.token_ids
         self._filling_D = np.asarray(audio_filling(model))
-        self.transcript = Transcript([])
+        self.transcript, self._finished = Transcript([]), False
         self._begin([], 0, np.zeros(0, np.float32))
 
     def push(self, samples: np.ndarray) -> Transcript:
-        """Takes samples, float32 `[samples]` at the rate of the model; returns `transcript`."""
-        self._samples = np.concatenate([self._samples, samples])
+        """Takes samples at the rate of the model; returns `transcript`.
+
+        Args:
+          samples: An array as `Audio` takes it, floats in [-1, 1] or integers; may be empty.
+
+        Raises:
+          ValueError: What `Audio` refuses, or the clip has ended.
+        """
+        if self._finished:
+            raise ValueError("this clip has ended; begin another")
+        self._samples = np.concatenate([self._samples, mono_piece(samples, self._rate)])
         settled = settled_after(self._limit / self._rate, self._rate)
         while len(self._samples) >= settled:
             self._end(len(self._parts(self._samples[:settled])[0]))
@@ -79,6 +88,7 @@ class LiveTranscript:
 
     def finish(self) -> Transcript:
         """Ends the clip; returns the transcript of all of it."""
+        self._finished = True
         for part in self._parts(self._samples):
             self._end(len(part))
         return self.transcript

@@ -86,6 +86,23 @@ def test_nothing_said(model):
     assert writer.push(np.zeros(0, np.float32)).text == writer.finish().text == ""
 
 
+def test_samples_come_as_clips_do(model):
+    """Integers are scaled and channels averaged, as in `Audio`; what it refuses is refused."""
+    samples = (noise(6_000) * 2**15).astype(np.int16)
+    stereo = np.stack([samples, samples], axis=1)
+    whole = transcribe(model, Words(98), (samples, RATE), max_new_tokens=4)
+    assert said(live(model, samples, [2_500])[0]) == said(whole)
+    assert said(live(model, stereo, [2_500])[0]) == said(whole)
+    one, other = (audio_stream(model) for _ in range(2))
+    np.testing.assert_array_equal(one.push(stereo), other.push(samples / np.float32(2**15)))
+    for stream in (one, LiveTranscript(model, Words(98))):
+        with pytest.raises(ValueError, match="no finite numbers"):
+            stream.push(np.full(100, np.nan, np.float32))
+        stream.finish()
+        with pytest.raises(ValueError, match="has ended; begin another"):
+            stream.push(noise(100))
+
+
 def test_a_stream_of_a_model_gives_its_soft_tokens(model):
     samples = tone(0.6, RATE)
     stream = audio_stream(model)
