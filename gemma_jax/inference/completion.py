@@ -159,7 +159,7 @@ def begin(
     streaming = streaming or bool(stop)
     session.prefill(
         [p.token_ids for p in read],
-        soft=[encode_prompt(model, p) for p in read],
+        soft=[encode_prompt(model, p, reader.modalities) for p in read],
         max_new_tokens=new,
         run=not streaming,
         progress=progress,

@@ -96,7 +96,7 @@ class Conversation:
                 "one, or give a larger max_len"
             )
         new = min(max_new_tokens, room)
-        soft = [encode_prompt(self.model, prompt)]
+        soft = [encode_prompt(self.model, prompt, self._read.modalities)]
         self._session.prefill([ids], soft=soft, max_new_tokens=new)
         writer = TextWriter(self.tokenizer, (), self._session.stop_ids[0])
         try:

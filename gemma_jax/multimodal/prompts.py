@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from types import MappingProxyType
+from types import MappingProxyType, NoneType
 
 import jax
 import numpy as np
@@ -154,6 +154,12 @@ class PromptReader:
                     f"{len(lists)} lists of {name} items for {len(prompts)} prompts; give one list "
                     "for each"
                 )
+            for items in lists:
+                if not isinstance(items, (list, tuple, NoneType)):
+                    raise ValueError(
+                        f"expected the {name} items of a prompt as a list, got "
+                        f"{type(items).__name__}"
+                    )
         return [
             self._one(prompt, {name: lists[i] or () for name, lists in given.items()})
             for i, prompt in enumerate(prompts)
@@ -207,17 +213,22 @@ class PromptReader:
         return Prompt([int(i) for i in prompt])
 
 
-def encode_prompt(model: Gemma, prompt: Prompt) -> list[jax.Array]:
+def encode_prompt(
+    model: Gemma, prompt: Prompt, modalities: Sequence[Modality] | None = None
+) -> list[jax.Array]:
     """Soft tokens `[T, D]` of each run of placeholders in a prompt, in the order of the text.
 
     One run at a time: a program is compiled once, and memory is bounded by one item.
+
+    Args:
+      modalities: With which the prompt was made; by default the model's.
 
     Raises:
       ValueError: Another number of placeholders than of soft tokens.
     """
     if prompt.soft is not None:
         return list(prompt.soft)
-    modalities = modalities_of(model.cfg)
+    modalities = modalities_of(model.cfg) if modalities is None else modalities
     check_media(prompt.media, modalities)
     ids, runs = np.array(prompt.token_ids), []
     for modality in modalities:

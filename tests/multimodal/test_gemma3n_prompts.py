@@ -96,6 +96,22 @@ def test_without_padding_a_clip_takes_the_places_it_needs(clip):
     assert made.token_ids.count(SOUND.audio_token) == 4  # 57 frames, 16 to a token
 
 
+def test_a_clip_is_heard_without_padding(model, clip):
+    """In a prompt and in a conversation."""
+    words = Words(98)
+    done = generate(model, words, [clip, "a"], pad_audio=False, max_new_tokens=2)
+    assert done.prompt_token_ids.count(SOUND.audio_token) == 4
+    options = dict(max_len=64, sampling=Sampling(), pad_audio=False)
+    said = Conversation(model, words, **options).say([clip, "a"], max_new_tokens=2)
+    assert said == done.text
+
+
+@pytest.mark.parametrize("given", ["clip.wav", Audio(np.zeros(9), sampling_rate=16_000)])
+def test_items_come_as_a_list(given):
+    with pytest.raises(ValueError, match="expected the audio items of a prompt as a list, got"):
+        reader().all(["a"], {"audio": [given]})
+
+
 @pytest.mark.parametrize(
     ("text", "media", "match"),
     [
