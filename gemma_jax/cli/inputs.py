@@ -148,6 +148,8 @@ def _check_features(arrays, audio: "AudioConfig | None", path: Path) -> None:
             f"{path}: input_features must be floats [I, T, {audio.num_mels}], got "
             f"{features.dtype} {list(features.shape)}"
         )
+    if not features.shape[1]:
+        raise ValueError(f"{path}: clips without a single frame in input_features")
     if mask is not None and mask.shape != features.shape[:2]:
         raise ValueError(
             f"{path}: input_features_mask {list(mask.shape)} must be {list(features.shape[:2])}, "

@@ -172,3 +172,22 @@ def test_speculation(cli, refused, tmp_path):
     assert "unknown slice 'x'" in refused(*words, "--speculative", "x")
     penalty = ("--speculative", file, "--repetition-penalty", 1.2)
     assert "no repetition penalty" in refused(*words, *penalty)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input_features": np.zeros((1, 0, 16), "f4")}, "clips without a single frame"),
+        ({"input_features": np.zeros((1, 32, 9), "f4")}, "must be floats [I, T, 16]"),
+        ({"input_features_mask": np.ones((1, 31), bool)}, "must be [1, 32], as input_features"),
+        ({"input_features_mask": np.zeros((1, 32), bool)}, "without a single real frame"),
+        ({"input_features_mask": np.arange(32)[None] % 2}, "must be ones, then zeros"),
+        ({"input_ids": np.full((1, 4), 5)}, "1 audio clips need 9 places"),
+    ],
+)
+def test_clips_that_cannot_be_heard(refused, stored, tmp_path, changes, message):
+    clip = {"input_ids": [[2, 199, *[209] * 9, 208]], "input_features": np.zeros((1, 32, 16), "f4")}
+    output = tmp_path / "out.safetensors"
+    words = ("forward", "--model", DATA / "g3n_mm", "--inputs", stored(**(clip | changes)))
+    assert message in refused(*words, "--output", output)
+    assert not output.exists()
