@@ -79,6 +79,7 @@ def causal_image_modality(
         bidirectional=False,
         prepare=partial(_prepare, vision=vision, marker=PLACEHOLDER, pan_and_scan=None),
         encode=_encode,
+        placeholder_text=MARKER,  # of Gemma 3; here it is but the token in front of each run
     )
 
 

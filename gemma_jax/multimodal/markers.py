@@ -17,8 +17,8 @@ def place_markers(text: str, modality: Modality, count: int) -> str:
     items, marker, placeholder = modality.items, modality.marker, modality.placeholder_text
     if placeholder is not None and placeholder in text:
         raise ValueError(
-            f"the text holds {placeholder}, which would take the place of soft tokens; mark "
-            f"{items} by {marker}"
+            f"the text holds {placeholder}, which belongs to runs of soft tokens; mark {items} "
+            f"by {marker}"
         )
     found = text.count(marker)
     if found == count:

@@ -47,7 +47,7 @@ class Modality:
       prepare: From an item as users give it. Raises `ValueError` if it cannot be read.
       encode: From a model and the inputs of I runs, `[I, ...]`, to their soft tokens `[I, T, D]`;
         differentiable.
-      placeholder_text: Text that the tokenizer may turn into a placeholder, refused in prompts;
+      placeholder_text: Text of a token that belongs to runs of soft tokens, refused in prompts;
         `None` where it is the marker itself.
     """
 

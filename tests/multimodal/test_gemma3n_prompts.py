@@ -117,6 +117,7 @@ def test_items_come_as_a_list(given):
     [
         (f"a {MARKER}", {}, "places for audio clips .*: 1, audio clips given: 0"),
         (f"{MARKER} {MARKER}", {"audio": 1}, "places for audio clips .*: 2, audio clips given: 1"),
+        ("a <start_of_image>", {"image": 1}, "belongs to runs .*; mark images by <image_soft_t"),
         (f"a {PLACEHOLDER}", {}, "places for images .*: 1, images given: 0"),
     ],
 )

@@ -134,7 +134,7 @@ def test_images_of_every_kind(words, tmp_path):
         (MARKER, [], "text .<start_of_image>.: 1, images given: 0"),
         (MARKER, ["x.png"] * 2, "text .<start_of_image>.: 1, images given: 2"),
         (MARKER * 3, ["x.png"], "text .<start_of_image>.: 3, images given: 1"),
-        ("<image_soft_token>", [], "<image_soft_token>, which would take the place"),
+        ("<image_soft_token>", [], "<image_soft_token>, which belongs to runs"),
         (MARKER + "<image_soft_token>", ["x.png"], "mark images by <start_of_image>"),
         ("a", [3], "got int"),
         ("a", [b"no image"], "no image"),
