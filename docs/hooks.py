@@ -21,6 +21,7 @@ PAGES = {
     "checkpoints/README.md": "rooms/checkpoints.md",
     "checkpoints/digits/README.md": "rooms/digits.md",
     "checkpoints/elastic/README.md": "rooms/elastic.md",
+    "checkpoints/spoken/README.md": "rooms/spoken.md",
     "gemma_jax/benchmarks/README.md": "rooms/benchmarks.md",
     "gemma_jax/matformer/README.md": "rooms/matformer.md",
     "gemma_jax/vision/README.md": "rooms/vision.md",

@@ -1,0 +1,133 @@
+"""The shipped Gemma 3n writes down what voices say that it has never heard, and reads pictures."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from marks import nightly
+
+import gemma_jax as gj
+
+FOLDER = Path(__file__).parents[2] / "checkpoints" / "spoken"
+CLIPS = sorted(FOLDER.glob("*.wav"))  # named by the voice, and by what it says
+PICTURE = next(FOLDER.glob("picture-*.png"))
+
+
+@pytest.fixture(scope="module")
+def spoken():
+    pytest.importorskip("soundfile", reason="pip install 'gemma-jax[audio]'")
+    return gj.load(str(FOLDER))
+
+
+@pytest.fixture(scope="module")
+def train():
+    for needed in ("espeakng_loader", "sklearn", "PIL", "soundfile", "soxr"):
+        pytest.importorskip(needed, reason="pip install 'gemma-jax[audio,notebook,speech,vision]'")
+    from gemma_jax.experiments.spoken import train
+
+    return train
+
+
+def said(path: Path) -> str:
+    return path.stem.partition("-")[2]
+
+
+def transcribe(spoken, clips, question="Transcribe the following speech segment in English:"):
+    messages = [[{"role": "user", "content": [question, clip]}] for clip in clips]
+    return [done.text.strip() for done in gj.generate(*spoken, messages, max_new_tokens=8)]
+
+
+def test_writes_down_what_voices_say_that_it_has_never_heard(spoken):
+    assert len(CLIPS) > 2
+    assert transcribe(spoken, map(gj.Audio, CLIPS)) == [said(path) for path in CLIPS]
+
+
+def test_without_the_sound_it_guesses(spoken):
+    """Silence of the same length, and the sound of another clip in its place."""
+    clips = [gj.Audio(path) for path in CLIPS]
+    silence = [(np.zeros_like(clip.samples), clip.sampling_rate) for clip in clips]
+    texts = transcribe(spoken, map(gj.Audio, silence))
+    assert not set(texts) & set(map(said, CLIPS))
+    assert transcribe(spoken, clips[1:] + clips[:1]) == [said(p) for p in CLIPS[1:] + CLIPS[:1]]
+
+
+@pytest.mark.parametrize("question", ["Read the digits.", *nightly("How many digits?")])
+def test_reads_a_picture_too(spoken, question):
+    digits = said(PICTURE)
+    expected = digits if question.startswith("Read") else str(len(digits))
+    assert gj.generate(*spoken, question, images=[PICTURE]).text == expected
+
+
+@pytest.mark.nightly
+def test_answers_a_second_question_about_a_picture(spoken):
+    digits = said(PICTURE)
+    messages = [
+        {"role": "user", "content": [PICTURE, "Read the digits."]},
+        {"role": "assistant", "content": digits},
+        {"role": "user", "content": "Which digit is right?"},
+    ]
+    assert gj.generate(*spoken, messages).text == digits[-1]
+
+
+def test_the_stored_report_says_so():
+    report = json.loads((FOLDER / "report.json").read_text("utf-8"))
+    assert report["held_out_voices"]["digits"] >= 0.95
+    assert report["silence"]["digits"] < 0.2
+    assert report["silence"]["clips"] < 0.15
+    assert all(share >= 0.95 for share in report["pictures"].values())
+
+
+def test_all_parts_of_gemma_3n_are_there(spoken):
+    cfg = spoken[0].cfg
+    assert (cfg.altup.num_streams, cfg.laurel_rank, cfg.per_layer.width) == (3, 8, 8)
+    assert [spec.kv for spec in cfg.layers] == ["own", "own", "lent", "lent", "shared", "shared"]
+    assert cfg.audio is not None and cfg.vision is not None
+
+
+def test_no_held_out_voice_is_trained_on():
+    from gemma_jax.experiments.spoken.clips import HELD_OUT, VOICES
+
+    assert len(set(VOICES)) == len(VOICES) and not set(VOICES) & set(HELD_OUT)
+    assert {path.stem.partition("-")[0] for path in CLIPS} <= set(HELD_OUT)
+
+
+def test_the_script_makes_the_shipped_vocabulary():
+    from gemma_jax.experiments.spoken import model
+    from gemma_jax.text import Tokenizer
+
+    tokenizer = Tokenizer.from_sentencepiece_bytes(model.train_tokenizer())
+    shipped = gj.load_tokenizer(str(FOLDER))
+    questions = [question for name in model.ASKED for question in model.ASKED[name]]
+    assert all(tokenizer.encode(q) == shipped.encode(q) for q in questions)
+
+
+@pytest.mark.nightly
+def test_held_out_voices_are_understood_as_the_report_says(train, spoken):
+    """On clips that are made anew."""
+    from gemma_jax.experiments.spoken import measure
+
+    clips = measure.held_out(train.Speaker(), 200)
+    stored = json.loads((FOLDER / "report.json").read_text("utf-8"))["held_out_voices"]["digits"]
+    found = measure.score(clips, measure.transcripts(*spoken, clips))["digits"]
+    assert found == pytest.approx(stored, abs=0.03)
+
+
+@pytest.mark.nightly
+def test_training_lowers_the_loss(train, spoken, monkeypatch, capsys):
+    """A few steps by the script that made the checkpoint, on speech made anew."""
+    tokenizer = spoken[1]
+    cfg = train.config(tokenizer)
+    for name, value in {"SOUNDS": 4, "PICTURES": 2}.items():
+        monkeypatch.setattr(train, name, value)
+    clips = train.clips_to_train_on(cfg, 40, seed=5)
+    batch = train.Rows(tokenizer, cfg, clips).draw(np.random.default_rng(9), 1)
+    losses = []
+    for steps in (1, 40):
+        model = train.train(tokenizer, cfg, clips, steps=steps, seed=0)
+        losses.append(float(train.answers(model, batch, None)[0]))
+    assert losses[1] < 0.6 * losses[0]
+
+
+def test_the_folder_stays_small():
+    assert sum(path.stat().st_size for path in FOLDER.iterdir() if path.is_file()) < 2_000_000
