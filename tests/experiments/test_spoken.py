@@ -44,12 +44,10 @@ def test_writes_down_what_voices_say_that_it_has_never_heard(spoken):
 
 
 def test_without_the_sound_it_guesses(spoken):
-    """Silence of the same length, and the sound of another clip in its place."""
+    """Silence of the same length in its place."""
     clips = [gj.Audio(path) for path in CLIPS]
     silence = [(np.zeros_like(clip.samples), clip.sampling_rate) for clip in clips]
-    texts = transcribe(spoken, map(gj.Audio, silence))
-    assert not set(texts) & set(map(said, CLIPS))
-    assert transcribe(spoken, clips[1:] + clips[:1]) == [said(p) for p in CLIPS[1:] + CLIPS[:1]]
+    assert not set(transcribe(spoken, map(gj.Audio, silence))) & set(map(said, CLIPS))
 
 
 @pytest.mark.parametrize("question", ["Read the digits.", *nightly("How many digits?")])
@@ -105,23 +103,25 @@ def test_the_script_makes_the_shipped_vocabulary():
 @pytest.mark.nightly
 def test_held_out_voices_are_understood_as_the_report_says(train, spoken):
     """On clips that are made anew."""
-    from gemma_jax.experiments.spoken import measure
+    from gemma_jax.experiments.spoken import espeak, measure
 
-    clips = measure.held_out(train.Speaker(), 200)
+    clips = measure.held_out(espeak.Speaker(), 200)
     stored = json.loads((FOLDER / "report.json").read_text("utf-8"))["held_out_voices"]["digits"]
     found = measure.score(clips, measure.transcripts(*spoken, clips))["digits"]
     assert found == pytest.approx(stored, abs=0.03)
 
 
 @pytest.mark.nightly
-def test_training_lowers_the_loss(train, spoken, monkeypatch, capsys):
+def test_training_lowers_the_loss(train, spoken, monkeypatch):
     """A few steps by the script that made the checkpoint, on speech made anew."""
+    from gemma_jax.experiments.spoken import batches
+
     tokenizer = spoken[1]
     cfg = train.config(tokenizer)
-    for name, value in {"SOUNDS": 4, "PICTURES": 2}.items():
-        monkeypatch.setattr(train, name, value)
-    clips = train.clips_to_train_on(cfg, 40, seed=5)
-    batch = train.Rows(tokenizer, cfg, clips).draw(np.random.default_rng(9), 1)
+    monkeypatch.setattr(batches, "SOUNDS", 4)
+    monkeypatch.setattr(batches, "PICTURES", 2)
+    clips = batches.clips_to_train_on(cfg, 40, seed=5)
+    batch = batches.Rows(tokenizer, cfg, clips).draw(np.random.default_rng(9), 1)
     losses = []
     for steps in (1, 40):
         model = train.train(tokenizer, cfg, clips, steps=steps, seed=0)

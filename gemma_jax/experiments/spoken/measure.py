@@ -57,7 +57,7 @@ def score(clips: Sequence[Clip], texts: Sequence[str]) -> dict[str, float]:
 
 
 def measure(model: gj.Gemma, tokenizer: Tokenizer, count: int) -> dict:
-    """Scores on `count` clips of held-out voices, on fewer of those of training, and on pictures."""
+    """Scores on so many clips of held-out voices, on fewer of those of training, on pictures."""
     speaker = Speaker()
     clips = held_out(speaker, count)
     texts = transcripts(model, tokenizer, clips)
