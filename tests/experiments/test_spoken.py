@@ -130,4 +130,4 @@ def test_training_lowers_the_loss(train, spoken, monkeypatch):
 
 
 def test_the_folder_stays_small():
-    assert sum(path.stat().st_size for path in FOLDER.iterdir() if path.is_file()) < 2_000_000
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 2_000_000

@@ -83,8 +83,10 @@ def _vision(tokenizer: Tokenizer, first_id: int) -> MobileNetConfig:
         d_tower=64,
         d_stem=16,
         stages=(
-            (FusedBlock(channels=24, stride=2),),
-            (InvertedBlock(channels=32, start_kernel=3, middle_kernel=3),),
+            (
+                FusedBlock(channels=24, stride=2),
+                InvertedBlock(channels=32, start_kernel=3, middle_kernel=3),
+            ),
             (
                 InvertedBlock(channels=48, start_kernel=3, middle_kernel=3, stride=2),
                 AttentionBlock(channels=48, num_heads=2, head_dim=16),

@@ -2,7 +2,8 @@
 
     python -m gemma_jax.experiments.spoken.train OUT
 
-writes a Hugging Face folder to OUT, with `report.json`, sample clips and a picture beside the
+writes a folder that `gemma_jax.load` takes to OUT (Orbax: transformers cannot say how long a clip
+may be), with `report.json`, sample clips and a picture beside the
 weights. Needs the extras `audio`, `notebook` (scikit-learn), `speech` (eSpeak NG) and `vision`.
 
 Each row of a batch is a question about a clip or about a picture of `experiments.digits`, with its
@@ -12,7 +13,7 @@ answer; the loss is that of the answers. The first rows have a digit each.
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -22,7 +23,6 @@ import optax
 from flax import nnx
 
 import gemma_jax as gj
-from gemma_checkpoints import save_hf
 from gemma_jax.config import GemmaConfig
 from gemma_jax.experiments.spoken.batches import Heard, Rows, clips_to_train_on
 from gemma_jax.experiments.spoken.clips import AT_MOST
@@ -35,8 +35,10 @@ from gemma_jax.training.objectives import TrainBatch, next_token
 from gemma_jax.training.optimizers import muon
 from gemma_jax.training.step import make_step
 from gemma_jax.training.trainable import trainable
+from gemma_jax.weights.tree import map_params
 
 STEPS, CLIPS, RATE_OF_LEARNING = 1200, 12_000, 5e-3
+HELD_OUT = 240  # clips for the report
 
 
 def answers(model: gj.Gemma, batch: tuple[jax.Array, ...], key: jax.Array):
@@ -76,34 +78,37 @@ def train(
     return join(state.trained, frozen)
 
 
+def publish(
+    model: gj.Gemma, tokenizer: Tokenizer, folder: Path, facts: Mapping[str, object], held_out: int
+) -> None:
+    """Writes the checkpoint, samples, and a report: `facts`, and what is measured of the files."""
+    narrow = map_params(model, lambda param: param.get_value().astype(jnp.bfloat16))
+    gj.save(narrow, tokenizer, folder)
+    save_samples(folder)
+    report = json.dumps({**facts, **measure(*gj.load(str(folder)), held_out)}, indent=1)
+    (folder / "report.json").write_text(report + "\n", "utf-8")
+    print(report)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--clips", type=int, default=CLIPS, help="clips to train on")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--held-out", type=int, default=800, help="clips for the report")
+    parser.add_argument("--held-out", type=int, default=HELD_OUT, help="clips for the report")
     args = parser.parse_args()
 
-    vocabulary = train_tokenizer()
-    tokenizer = Tokenizer.from_sentencepiece_bytes(vocabulary)
+    tokenizer = Tokenizer.from_sentencepiece_bytes(train_tokenizer())
     cfg = config(tokenizer)
     clips, start = clips_to_train_on(cfg, args.clips, args.seed), time.time()
-    save_hf(train(tokenizer, cfg, clips, args.steps, args.seed), args.out, dtype=jnp.bfloat16)
-    seconds = round(time.time() - start)
-    (args.out / "tokenizer.model").write_bytes(vocabulary)
-    save_samples(args.out)
-    command = " ".join(
-        f"--{name} {getattr(args, name.replace('-', '_'))}"
-        for name in ("steps", "clips", "seed", "held-out")
+    model = train(tokenizer, cfg, clips, args.steps, args.seed)
+    command = (
+        f"python -m gemma_jax.experiments.spoken.train OUT --steps {args.steps} "
+        f"--clips {args.clips} --seed {args.seed} --held-out {args.held_out}"
     )
-    report = {
-        "command": f"python -m gemma_jax.experiments.spoken.train OUT {command}",
-        "seconds": seconds,
-        **measure(*gj.load(str(args.out)), args.held_out),
-    }
-    (args.out / "report.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-    print(json.dumps(report, indent=1))
+    facts = {"command": command, "training_seconds": round(time.time() - start)}
+    publish(model, tokenizer, args.out, facts, args.held_out)
 
 
 if __name__ == "__main__":
