@@ -2,7 +2,7 @@
 
 A tower is made once, with random weights, by the side of the rival. Each rival is a worker that
 answers `encode` with seconds and the peak memory of its process, and writes what came out to a
-file.
+file. Some can do further works of the same kind.
 """
 
 import argparse
@@ -12,9 +12,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
@@ -38,6 +38,7 @@ class Comparison:
       exact: Name, script and variant of the run in float64.
       stands_in: Rival that errors are measured from where there is no exact run.
       inputs: Name -> array that every rival reads.
+      further: Name of a rival -> works beside `encode`, which it does in the same turns.
     """
 
     module: str
@@ -48,6 +49,7 @@ class Comparison:
     exact: tuple[str, str, str]
     stands_in: str
     inputs: Mapping[str, np.ndarray]
+    further: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def main(comparison: Comparison) -> None:
@@ -87,13 +89,19 @@ def compare(comparison: Comparison, args: argparse.Namespace) -> dict[str, dict]
         subprocess.run([args.torch_python, worker, "make", str(work / "weights")], check=True)
         save_file(dict(comparison.inputs), work / "inputs.safetensors")
 
+        def works(name: str) -> dict[str, str]:
+            """Label -> work, of all that a rival does."""
+            further = comparison.further.get(name, ())
+            return {name: "encode"} | {f"{name}, {work}": work for work in further}
+
         def start(name: str, worker: str, variant: str, stack: ExitStack) -> processes.Rival:
             paths = {"weights": "weights", "inputs": "inputs.safetensors", "output": f"{name}.out"}
             paths = {key: str(work / path) for key, path in paths.items()}
             python = sys.executable if worker == comparison.ours else args.torch_python
             rival = stack.enter_context(processes.start(name, python, worker, variant, paths))
-            rival.ask("encode")  # compiles, and touches the memory
-            outputs[name] = load_file(paths["output"])
+            for label, asked in works(name).items():
+                rival.ask(asked)  # compiles, and touches the memory
+                outputs[label] = load_file(paths["output"])
             return rival
 
         if args.exact:
@@ -102,16 +110,18 @@ def compare(comparison: Comparison, args: argparse.Namespace) -> dict[str, dict]
         for name, (worker, variant) in comparison.rivals.items():
             running[name] = start(name, worker, variant, stack)
         for _ in range(args.repeats):
-            for rival in running.values():
-                rival.runs.setdefault("encode", []).append(rival.ask("encode"))
+            for name, rival in running.items():
+                for asked in works(name).values():
+                    rival.runs.setdefault(asked, []).append(rival.ask(asked))
     found = {
-        name: {
-            "seconds": rival.median("encode"),
-            "runs": rival.runs["encode"],
-            "peak_bytes": rival.results["encode"],
+        label: {
+            "seconds": rival.median(asked),
+            "runs": rival.runs[asked],
+            "peak_bytes": rival.results[asked],
             "facts": rival.facts,
         }
         for name, rival in running.items()
+        for label, asked in works(name).items()
     }
     true = outputs[exact if args.exact else comparison.stands_in]
     for name, entry in found.items():
