@@ -27,19 +27,20 @@ def load(folder: str) -> AudioEncoder:
     make = partial(AudioEncoder, USM_CONFORMER, layout="unrolled")
     encoder = jax.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
     rows = expand(AUDIO, {"audio.tower.blocks": USM_CONFORMER.num_layers})
-    with safe_open(Path(folder, "model.safetensors"), framework="numpy") as stored:
-        for path, param in flat_params(encoder).items():
-            in_block = path[:2] == ("tower", "blocks")
-            if in_block:
-                _, _, group, place, *rest = path
-                layer = encoder.tower.layer_groups[group].layer_index(place, 0)
-                path = ("tower", "blocks", layer, *rest)
-            row = rows[".".join(map(str, ("audio", *path)))]
+    for path, param in flat_params(encoder).items():
+        in_block = path[:2] == ("tower", "blocks")
+        if in_block:
+            _, _, group, place, *rest = path
+            layer = encoder.tower.layer_groups[group].layer_index(place, 0)
+            path = ("tower", "blocks", layer, *rest)
+        row = rows[".".join(map(str, ("audio", *path)))]
+        # Opened anew: what was read of the file would count for this process while it is open.
+        with safe_open(Path(folder, "model.safetensors"), framework="numpy") as stored:
             array = stored.get_tensor(row.theirs.removeprefix(TOWER))
-            if row.parsed is not None:
-                shape = param.shape[in_block:]
-                array = row.parsed(array, dict(zip(param.dims, shape, strict=True)))
-            param.set_value(jnp.asarray(array[None] if in_block else array))
+        if row.parsed is not None:
+            shape = param.shape[in_block:]
+            array = row.parsed(array, dict(zip(param.dims, shape, strict=True)))
+        param.set_value(jnp.asarray(array[None] if in_block else array))
     return encoder
 
 
