@@ -40,6 +40,15 @@ def num_tokens(frames: Count, cfg: AudioConfig) -> Count:
     return -(-frames // frames_per_token(cfg))
 
 
+def longest_clip(cfg: AudioConfig) -> float:
+    """Seconds of the longest clip that is heard at once: that its waves may last, and that makes no
+    more soft tokens than there are places for."""
+    sounds, frames = cfg.sounds, cfg.num_soft_tokens * frames_per_token(cfg)
+    samples = (frames - 1) * sounds.hop_length + sounds.frame_length + 1
+    samples -= samples % sounds.pad_multiple  # filling up may not add a frame
+    return min(sounds.max_samples, samples) / sounds.sampling_rate
+
+
 class AudioEncoder(nnx.Module):
     """The tower; a `ModalityEmbedder` of the model maps what comes out to the decoder's width.
 

@@ -15,7 +15,7 @@ from gemma_jax.inference.speculation import SpeculativeSession
 from gemma_jax.inference.text_writer import TextWriter, split_stops, write
 from gemma_jax.matformer import Slice
 from gemma_jax.multimodal.modality import modalities_of
-from gemma_jax.multimodal.prompts import Prompt, PromptReader, encode_prompt, is_chat
+from gemma_jax.multimodal.prompts import Prompt, PromptReader, encode_prompt, is_chat, is_content
 from gemma_jax.text import Tokenizer, chat_stop_ids
 
 Progress = Callable[[int, int], None]  # tokens of prompt read so far, in total
@@ -182,7 +182,8 @@ def check_names(function: Callable, sampling_fields: Mapping[str, float]) -> Non
 def _default_stops(tokenizer: Tokenizer | None, prompts: Sequence) -> tuple[int, ...]:
     if tokenizer is None:
         return ()
-    return chat_stop_ids(tokenizer) if any(map(is_chat, prompts)) else tuple(tokenizer.stop_ids)
+    messages = any(is_chat(prompt) or is_content(prompt) for prompt in prompts)
+    return chat_stop_ids(tokenizer) if messages else tuple(tokenizer.stop_ids)
 
 
 def _given_stops(stop_ids: int | Sequence[int], vocab_size: int) -> tuple[int, ...]:

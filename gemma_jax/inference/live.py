@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 
+from gemma_jax.audio.encoder import longest_clip
 from gemma_jax.audio.waves import Audio, mono_piece, settled_after, split_at_quiet
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.inference.generate import generate
@@ -13,7 +14,7 @@ from gemma_jax.multimodal.audio_stream import audio_stream
 from gemma_jax.multimodal.encode import audio_filling
 from gemma_jax.multimodal.modality import modalities_of
 from gemma_jax.multimodal.prompts import Prompt, PromptReader
-from gemma_jax.text import Tokenizer
+from gemma_jax.text import Tokenizer, chat_stop_ids
 
 
 class LiveTranscript:
@@ -59,7 +60,8 @@ class LiveTranscript:
         sounds = require_audio(model.cfg.audio).sounds
         self._model, self._tokenizer = model, tokenizer
         self._max_new_tokens, self._tokens_per_step = max_new_tokens, tokens_per_step
-        self._rate, self._limit = sounds.sampling_rate, sounds.max_samples
+        self._rate = sounds.sampling_rate
+        self._limit = round(longest_clip(model.cfg.audio) * self._rate)
         any_clip = Audio(np.zeros(1, np.float32), sampling_rate=self._rate)
         reader = PromptReader(tokenizer, modalities_of(model.cfg))
         (prompt,) = reader.all([[instruction(language, translate_to), any_clip]])
@@ -130,7 +132,8 @@ class LiveTranscript:
         filling_TD = np.tile(self._filling_D, (places - len(self._soft_TD), 1))
         prompt = Prompt(ids, soft=[np.concatenate([self._soft_TD, filling_TD])])
         limit = self._max_new_tokens
-        done = generate(self._model, self._tokenizer, prompt, max_new_tokens=limit)
+        stops = chat_stop_ids(self._tokenizer)
+        done = generate(self._model, self._tokenizer, prompt, max_new_tokens=limit, stop_ids=stops)
         segment = Segment(
             start=self._first / self._rate,
             end=(self._first + self._heard) / self._rate,

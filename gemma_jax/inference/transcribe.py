@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from gemma_jax.audio.encoder import longest_clip
 from gemma_jax.audio.waves import Audio, split_at_quiet
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.inference.generate import generate
@@ -97,7 +98,7 @@ def transcribe(
     clip = Audio(audio).at(sounds.sampling_rate)
     question = instruction(language, translate_to)
     segments, first = [], 0
-    for piece in split_at_quiet(clip, sounds.max_samples / sounds.sampling_rate):
+    for piece in split_at_quiet(clip, longest_clip(model.cfg.audio)):
         begun = time.perf_counter()
         done = generate(model, tokenizer, [question, piece], max_new_tokens=max_new_tokens)
         last = first + len(piece.samples)

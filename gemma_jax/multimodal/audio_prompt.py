@@ -16,7 +16,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from gemma_jax.audio.encoder import frames_per_token, num_tokens
+from gemma_jax.audio.encoder import frames_per_token, longest_clip, num_tokens
 from gemma_jax.audio.mel import log_mel
 from gemma_jax.audio.waves import Audio, split_at_quiet
 from gemma_jax.decoder.model import Gemma
@@ -64,17 +64,16 @@ def mel_pieces(source: object, audio: AudioConfig) -> list[np.ndarray]:
     """Mel frames `[T, M]` of a clip, or of the pieces of one that is too long to hear at once."""
     sounds = audio.sounds
     clip = Audio(source).at(sounds.sampling_rate)
-    pieces = split_at_quiet(clip, sounds.max_samples / sounds.sampling_rate)
+    pieces = split_at_quiet(clip, longest_clip(audio))
     return [log_mel(piece.samples, sounds, audio.num_mels) for piece in pieces]
 
 
 def _prepare(source: object, *, audio: AudioConfig, pad: bool) -> Item:
     mels = mel_pieces(source, audio)
     if len(mels) > 1:
-        longest = audio.sounds.max_samples / audio.sounds.sampling_rate
         warnings.warn(
-            f"a clip is longer than the {longest:g} s that the model hears at once; it is read in "
-            f"{len(mels)} pieces, cut at quiet places",
+            f"a clip is longer than the {longest_clip(audio):g} s that the model hears at once; it "
+            f"is read in {len(mels)} pieces, cut at quiet places",
             stacklevel=2,
         )
     counts = [audio.num_soft_tokens if pad else num_tokens(len(mel), audio) for mel in mels]

@@ -3,8 +3,8 @@
     python -m gemma_jax.experiments.spoken.train OUT
 
 writes a folder that `gemma_jax.load` takes to OUT (Orbax: transformers cannot say how long a clip
-may be), with `report.json`, sample clips and a picture beside the weights. Needs the extras `audio`,
-`notebook` (scikit-learn), `speech` (eSpeak NG) and `vision`.
+may be), with `report.json`, sample clips and a picture beside the weights. Needs the extras
+`audio`, `notebook` (scikit-learn), `speech` (eSpeak NG) and `vision`.
 
 Each row of a batch is a question about a clip or about a picture of `experiments.digits`, with its
 answer; the loss is that of the answers. The first rows have a digit each.
