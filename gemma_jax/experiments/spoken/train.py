@@ -8,6 +8,8 @@ may be), with `report.json`, sample clips and a picture beside the weights. Need
 
 Each row of a batch is a question about a clip or about a picture of `experiments.digits`, with its
 answer; the loss is that of the answers. The first rows have a digit each.
+
+Local letters: I clips; M mel bands.
 """
 
 import argparse
