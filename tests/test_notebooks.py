@@ -323,3 +323,19 @@ def test_your_own_architecture():
     assert len(losses) == 3 and max(losses) < counts - 0.8
     *equal, refused = printed(done, "gj.save").splitlines()
     assert [line.endswith("True") for line in equal] == [True, True] and "block" in refused
+
+
+@pytest.mark.nightly
+def test_audio():
+    for needed in ("soundfile", "soxr"):
+        pytest.importorskip(needed, reason="pip install 'gemma-jax[audio]'")
+    done = run("06_audio", ROOT / "notebooks")
+    for line in printed(done, "gj.transcribe(model, tok, file").splitlines():
+        name, text = line.split()
+        assert name.removesuffix(".wav").partition("-")[2] == text
+    *growing, last = printed(done, "LiveTranscript").splitlines()
+    texts = [line.split()[2] for line in growing]
+    assert len(texts) >= 4 and last.split()[2] == texts[-1] and len(texts[-1]) == 4
+    assert "first soft token after 100 ms" in printed(done, "audio_stream")
+    for picture in ("plot_mel", "plot_sound_attention"):
+        assert any("image/png" in o.get("data", {}) for o in outputs(done, picture))

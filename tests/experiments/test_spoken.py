@@ -120,16 +120,16 @@ def test_held_out_voices_are_understood_as_the_report_says(train, spoken):
 
 
 @pytest.mark.nightly
-def test_training_lowers_the_loss(train, spoken, monkeypatch):
+def test_training_lowers_the_loss(train, spoken):
     """A few steps by the script that made the checkpoint, on speech made anew."""
     from gemma_jax.experiments.spoken import batches
 
     tokenizer = spoken[1]
     cfg = train.config(tokenizer)
-    monkeypatch.setattr(batches, "SOUNDS", 4)
-    monkeypatch.setattr(batches, "PICTURES", 2)
     clips = batches.clips_to_train_on(cfg, 40, seed=5)
-    batch = batches.Rows(tokenizer, cfg, clips).draw(np.random.default_rng(9), 1)
+    batch = batches.Rows(tokenizer, cfg, clips).draw(
+        np.random.default_rng(9), 1, sounds=4, pictures=2
+    )
     losses = []
     for steps in (1, 40):
         model = train.train(tokenizer, cfg, clips, steps=steps, seed=0)

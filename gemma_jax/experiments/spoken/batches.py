@@ -21,7 +21,7 @@ from gemma_jax.multimodal.prompts import PromptReader
 from gemma_jax.text import Tokenizer
 from gemma_jax.text.chat import render_next
 
-SOUNDS, PICTURES, LENGTH = 24, 16, 58  # rows of a batch of either kind, and their tokens
+LENGTH = 58  # tokens of a row
 FRAMES = 256  # of the longest clip, and a few
 
 
@@ -48,7 +48,7 @@ def clips_to_train_on(cfg: GemmaConfig, count: int, seed: int) -> list[Heard]:
 
 
 class Rows:
-    """Draws batches: questions about clips, and as many about pictures as `PICTURES`."""
+    """Draws batches of questions about clips and about pictures."""
 
     def __init__(self, tokenizer: Tokenizer, cfg: GemmaConfig, clips: Sequence[Heard]):
         self.tokenizer, self.num_mels = tokenizer, cfg.audio.num_mels
@@ -75,13 +75,15 @@ class Rows:
         end = self.tokenizer.eos_id if form == "raw" else self.tokenizer.id_of(END_OF_TURN)
         return [*ids, end], [*said, 1]
 
-    def draw(self, random: np.random.Generator, at_most: int) -> tuple[np.ndarray, ...]:
+    def draw(
+        self, random: np.random.Generator, at_most: int, sounds: int, pictures: int
+    ) -> tuple[np.ndarray, ...]:
         """Tokens, positions and weights `[B, LENGTH]`; mel frames `[I, FRAMES, M]` and how many of
-        each clip are real; pixels `[PICTURES, 3, SIDE, SIDE]`. No item has more digits.
+        each clip are real; pixels `[pictures, 3, SIDE, SIDE]`. No item has more digits.
         """
         pool = self.by_count[at_most]
-        clips = [pool[i] for i in random.integers(len(pool), size=SOUNDS)]
-        scenes = [draw_scene(random, at_most=min(at_most, 3)) for _ in range(PICTURES)]
+        clips = [pool[i] for i in random.integers(len(pool), size=sounds)]
+        scenes = [draw_scene(random, at_most=min(at_most, 3)) for _ in range(pictures)]
         rows = [self.ids(random, "audio", clip.answer) for clip in clips]
         rows += [self.ids(random, "image", scene.answer) for scene in scenes]
         tokens_BT = np.zeros((len(rows), LENGTH), np.int32)
@@ -93,7 +95,7 @@ class Rows:
             tokens_BT[row, : len(ids)] = ids
             positions_BT[row, : len(ids)] = np.arange(len(ids))
             weights_BT[row, : len(ids)] = said
-        mel_ITM = np.zeros((SOUNDS, FRAMES, self.num_mels), np.float32)
+        mel_ITM = np.zeros((sounds, FRAMES, self.num_mels), np.float32)
         for i, clip in enumerate(clips):
             mel_ITM[i, : len(clip.mel_TM)] = clip.mel_TM
         lengths_I = np.array([len(clip.mel_TM) for clip in clips], np.int32)

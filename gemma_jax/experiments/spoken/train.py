@@ -16,6 +16,7 @@ import argparse
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -39,7 +40,25 @@ from gemma_jax.training.step import make_step
 from gemma_jax.training.trainable import trainable
 from gemma_jax.weights.tree import map_params
 
-STEPS, CLIPS, RATE_OF_LEARNING = 1200, 12_000, 5e-3
+STEPS, CLIPS = 1200, 12_000
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training: how long, next to the first one, how fast, and on which rows."""
+
+    length: float
+    rate: float
+    sounds: int
+    pictures: int
+    grows: bool = False
+
+
+# Pictures are the harder part: a batch needs many before the digits at the sides are told apart.
+PHASES = (
+    Phase(length=1, rate=5e-3, sounds=24, pictures=16, grows=True),
+    Phase(length=0.4, rate=2e-3, sounds=12, pictures=48),
+)
 HELD_OUT = 240  # clips for the report
 
 
@@ -54,7 +73,7 @@ def answers(model: gj.Gemma, batch: tuple[jax.Array, ...], key: jax.Array):
 def train(
     tokenizer: Tokenizer, cfg: GemmaConfig, clips: Sequence[Heard], steps: int, seed: int
 ) -> gj.Gemma:
-    """Muon on matrices, Adam on the rest; single digits first, then more and more."""
+    """A model that went through all phases."""
     model = gj.Gemma(cfg, rngs=nnx.Rngs(seed), layout="unrolled")
     for block in model.blocks[0]:
         # Scores are not divided by anything; up to 11, a tiny model can look sharply.
@@ -63,17 +82,28 @@ def train(
     # Else black places are zero in front of every norm, and gradients grow a thousandfold in each.
     bias = model.vision.stem.conv.bias
     bias[...] = 0.1 * jax.random.normal(jax.random.key(seed), bias.shape)
+    rows, random = Rows(tokenizer, cfg, clips), np.random.default_rng(seed)
+    for phase in PHASES:
+        model = learn(model, rows, random, phase, round(phase.length * steps), seed)
+    return model
+
+
+def learn(
+    model: gj.Gemma, rows: Rows, random: np.random.Generator, phase: Phase, steps: int, seed: int
+) -> gj.Gemma:
+    """Muon on matrices, Adam on the rest; in a phase that grows, single digits come first."""
     schedule = optax.warmup_cosine_decay_schedule(
-        0, RATE_OF_LEARNING, steps // 20, steps, RATE_OF_LEARNING / 100
+        0, phase.rate, steps // 20, steps, phase.rate / 100
     )
     trained, frozen, join = trainable(model)
     init, step = make_step(answers, muon(model, schedule), join)
     state, step = init(trained, jax.random.key(seed)), jax.jit(step, donate_argnums=0)
 
-    rows, random, start = Rows(tokenizer, cfg, clips), np.random.default_rng(seed), time.time()
+    start = time.time()
     for i in range(steps):
-        at_most = 1 if i < steps // 8 else 2 if i < steps // 4 else AT_MOST
-        state, metrics = step(state, frozen, rows.draw(random, at_most))
+        few = 1 if i < steps // 8 else 2 if i < steps // 4 else AT_MOST
+        batch = rows.draw(random, few if phase.grows else AT_MOST, phase.sounds, phase.pictures)
+        state, metrics = step(state, frozen, batch)
         if i % 100 == 99:
             seconds = time.time() - start
             print(f"step {i + 1}: loss {metrics['loss']:.3f}, {seconds:.0f} s", flush=True)
