@@ -159,6 +159,9 @@ def _check_features(arrays, audio: "AudioConfig | None", path: Path) -> None:
         raise ValueError(f"{path}: a clip without a single real frame in input_features_mask")
     if mask is not None and (np.diff((mask != 0).astype(np.int8), axis=1) > 0).any():
         raise ValueError(f"{path}: input_features_mask must be ones, then zeros, in every row")
+    real = features if mask is None else features[mask != 0]
+    if not np.isfinite(real).all():
+        raise ValueError(f"{path}: input_features hold NaN or infinity")
 
 
 def real_tokens(inputs: dict[str, "np.ndarray"], path: Path) -> "np.ndarray":

@@ -126,8 +126,7 @@ def begin(
       preparation: How items are prepared, see `modality_of`.
       streaming: See `Continuation`; stop texts are looked for in any case.
     """
-    if not isinstance(model, Gemma):
-        raise TypeError(f"expected a model and a tokenizer, got {type(model).__name__} first")
+    check_model(model)
     if not prompts:
         raise ValueError("no prompt given; give at least one")
     stop = [stop] if isinstance(stop, str) else stop
@@ -166,6 +165,12 @@ def begin(
     )
     writers = [TextWriter(tokenizer, stop, ids) for ids in session.stop_ids]
     return Continuation(session, read, writers, new, streaming)
+
+
+def check_model(model: object) -> None:
+    """Refuses what is no model: the tokenizer, if both were given in the wrong order."""
+    if not isinstance(model, Gemma):
+        raise TypeError(f"expected a model and a tokenizer, got {type(model).__name__} first")
 
 
 def check_names(function: Callable, sampling_fields: Mapping[str, float]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from gemma_jax.audio.encoder import longest_clip
 from gemma_jax.audio.waves import Audio, split_at_quiet
 from gemma_jax.decoder.model import Gemma
+from gemma_jax.inference.completion import check_model
 from gemma_jax.inference.generate import generate
 from gemma_jax.multimodal.audio_prompt import require_audio
 from gemma_jax.text import Tokenizer
@@ -94,6 +95,7 @@ def transcribe(
       >>> gj.Transcript([gj.Segment(0.0, 1.2, "four seven", "stop", 0.3)]).text
       'four seven'
     """
+    check_model(model)
     sounds = require_audio(model.cfg.audio).sounds
     clip = Audio(audio).at(sounds.sampling_rate)
     question = instruction(language, translate_to)
@@ -122,6 +124,9 @@ def instruction(language: str | None = None, translate_to: str | None = None) ->
     The wording is that of Google's introduction of Gemma 3n for developers (June 2025), which has a
     language; without one it is left out.
     """
+    for name in (language, translate_to):
+        if name is not None and (not name.isprintable() or set(name) & set("<>")):
+            raise ValueError(f"expected the name of a language, such as 'Spanish', got {name!r}")
     spoken = f" in {language}" if language else ""
     further = f", then translate it into {translate_to}" if translate_to else ""
     return f"Transcribe the following speech segment{spoken}{further}:"

@@ -36,7 +36,7 @@ GEMMA3N_MEDIA: Mapping[str, str] = {"image": "<image_soft_token>", "audio": "<au
 
 Message = Mapping[str, object]
 _ROLES = {"user": "user", "assistant": "model", "model": "model"}
-SOUND_FILES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif")
+SOUND_FILES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".m4a", ".aac")
 _SOURCES = ("path", "url")  # where an item may name what it holds, beside its own type
 
 
@@ -240,13 +240,19 @@ def medium_of(part: object) -> str | None:
     """
     # By what they have, so that neither Pillow nor JAX need be there: `gemma_jax.Audio` has a rate,
     # `gemma_jax.Image` has `rgb`, arrays and PIL's images have the others.
-    if hasattr(part, "sampling_rate"):
+    if hasattr(part, "sampling_rate") or _is_sampled(part):
         return "audio"
     if isinstance(part, os.PathLike) and os.fsdecode(part).lower().endswith(SOUND_FILES):
         return "audio"
     looks = ("rgb", "__array__", "__array_interface__")
     is_file = isinstance(part, (bytes, bytearray, memoryview, os.PathLike))
     return "image" if is_file or any(hasattr(part, name) for name in looks) else None
+
+
+def _is_sampled(part: object) -> bool:
+    """Whether these are samples and their rate."""
+    is_pair = isinstance(part, tuple) and len(part) == 2
+    return is_pair and hasattr(part[0], "__array__") and isinstance(part[1], int)
 
 
 def _source(item: Mapping[str, object]) -> object:

@@ -182,6 +182,7 @@ def test_speculation(cli, refused, tmp_path):
         ({"input_features_mask": np.ones((1, 31), bool)}, "must be [1, 32], as input_features"),
         ({"input_features_mask": np.zeros((1, 32), bool)}, "without a single real frame"),
         ({"input_features_mask": np.arange(32)[None] % 2}, "must be ones, then zeros"),
+        ({"input_features": np.full((1, 32, 16), np.nan, "f4")}, "hold NaN or infinity"),
         ({"input_ids": np.full((1, 4), 5)}, "1 audio clips need 9 places"),
     ],
 )

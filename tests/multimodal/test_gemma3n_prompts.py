@@ -71,12 +71,17 @@ def test_what_one_message_says_is_one_prompt(clip, picture):
     assert made.token_ids[:3] == [2, start, user]
 
 
-@pytest.mark.parametrize("source", ["bytes", "path"])
+@pytest.mark.parametrize("source", ["bytes", "path", "samples"])
 def test_sounds_in_messages(tmp_path, clip, source):
     data = written(clip.samples, 16_000, "WAV")
     path = tmp_path / "Clip.WAV"
     path.write_bytes(data)
-    item = Path(path) if source == "path" else {"type": "audio", "audio": data}
+    items = {
+        "bytes": {"type": "audio", "audio": data},
+        "path": Path(path),
+        "samples": (clip.samples, 16_000),
+    }
+    item = items[source]
     (made,) = reader().all([[{"role": "user", "content": [item, "a"]}]])
     assert made.token_ids.count(SOUND.audio_token) == 6 and len(made.media["audio"]) == 1
 
@@ -170,9 +175,13 @@ def test_the_published_prompts():
     assert instruction("Spanish") == "Transcribe the following speech segment in Spanish:"
     both = "Transcribe the following speech segment in Spanish, then translate it into English:"
     assert instruction("Spanish", "English") == both
+    with pytest.raises(ValueError, match="expected the name of a language"):
+        instruction("<end_of_turn>")
 
 
 def test_a_model_that_does_not_hear_transcribes_nothing():
     deaf = tiny.model(tiny.gemma3(layers=3))
     with pytest.raises(ValueError, match="no audio tower; sounds need one that has"):
         transcribe(deaf, Words(96), (SECOND, 16_000))
+    with pytest.raises(TypeError, match="expected a model and a tokenizer, got Words first"):
+        transcribe(Words(96), deaf, (SECOND, 16_000))
