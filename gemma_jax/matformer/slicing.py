@@ -158,11 +158,12 @@ def _is_unrolled(model: Gemma) -> bool:
 
 
 def parameters(cfg: GemmaConfig) -> int:
-    """Parameters besides the tables that are looked up, of tokens and per layer.
+    """Parameters of the decoder besides the tables that are looked up, of tokens and per layer.
 
     What Gemma 3n counts as "effective" parameters, without the keys and values that its published
-    checkpoints hold for layers which never use them.
+    checkpoints hold for layers which never use them. What sees and hears does not count.
     """
-    params = flat_params(abstract_model(cfg))
+    decoder = replace(cfg, vision=None, audio=None, modality_vocabularies=())
+    params = flat_params(abstract_model(decoder))
     tables = (("embed", "table"), ("per_layer", "table"))
     return sum(p.get_value().size for path, p in params.items() if path not in tables)

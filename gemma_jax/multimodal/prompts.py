@@ -72,7 +72,7 @@ def is_content(prompt: object) -> bool:
     """Whether this is what one message says, texts and media in turn, and not a list of prompts."""
     if not isinstance(prompt, (list, tuple)):
         return False
-    # A row of whole numbers in an array is no image, but a prompt as token ids.
+    # A row of whole numbers in an array is a prompt as token ids, whatever arrays may be.
     return any(medium_of(part) and not is_token_ids(part) for part in prompt)
 
 

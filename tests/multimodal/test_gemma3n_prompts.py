@@ -142,6 +142,7 @@ def test_a_model_that_only_sees_refuses_sounds(clip):
         blind.all([[clip, "a"]])
 
 
+@pytest.mark.nightly
 def test_prompts_in_a_batch_are_as_alone(model, clip, picture):
     """Of any lengths, with and without items, read whole or in pieces."""
     words = Words(98)
