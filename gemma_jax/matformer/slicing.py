@@ -1,6 +1,7 @@
 """Slices of a model's parameters: cut out, or seen in place."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
