@@ -60,6 +60,17 @@ def architecture(metavar: str):
     )
 
 
+def settings_of(family: str):
+    """The option of commands that prepare items as a model wants them, and run none."""
+    return typer.Option(
+        "--model",
+        "-m",
+        metavar="SRC",
+        help=f"Preset, catalog name or path, for its settings. Default: those of {family}.",
+        autocompletion=complete_name,
+    )
+
+
 Images = Annotated[
     list[Path] | None,
     typer.Option(

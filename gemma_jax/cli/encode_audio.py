@@ -15,16 +15,7 @@ if TYPE_CHECKING:
 def command(
     files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Sound files.")],
     output: Annotated[Path, typer.Option(dir_okay=False, help="Safetensors file to write.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="SRC",
-            help="Preset, catalog name or path, for its settings. Default: those of Gemma 3n.",
-            autocompletion=common.complete_name,
-        ),
-    ] = None,
+    model: Annotated[str | None, common.settings_of("Gemma 3n")] = None,
     split: Annotated[
         bool, typer.Option("--split", help="Cut clips that are too long at quiet places.")
     ] = False,

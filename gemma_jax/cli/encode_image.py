@@ -12,16 +12,7 @@ from gemma_jax.vision.pan_and_scan import PanAndScan
 def command(
     files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Image files.")],
     output: Annotated[Path, typer.Option(dir_okay=False, help="Safetensors file to write.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="SRC",
-            help="Preset, catalog name or path, for its settings. Default: those of Gemma 3.",
-            autocompletion=common.complete_name,
-        ),
-    ] = None,
+    model: Annotated[str | None, common.settings_of("Gemma 3")] = None,
     pan_and_scan: Annotated[
         bool, typer.Option("--pan-and-scan", help="Add crops of images far from square.")
     ] = False,

@@ -4,12 +4,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gemma_jax.audio.encoder import longest_clip
-from gemma_jax.audio.waves import Audio, split_at_quiet
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.inference.completion import check_model
 from gemma_jax.inference.generate import generate
-from gemma_jax.multimodal.audio_prompt import require_audio
+from gemma_jax.multimodal.audio_prompt import heard_at_once, require_audio
 from gemma_jax.text import Tokenizer
 
 MAX_NEW_TOKENS = 512  # for one piece; thirty seconds of fast speech are some 150
@@ -96,17 +94,17 @@ def transcribe(
       'four seven'
     """
     check_model(model)
-    sounds = require_audio(model.cfg.audio).sounds
-    clip = Audio(audio).at(sounds.sampling_rate)
+    cfg = require_audio(model.cfg.audio)
+    rate = cfg.sounds.sampling_rate
     question = instruction(language, translate_to)
     segments, first = [], 0
-    for piece in split_at_quiet(clip, longest_clip(model.cfg.audio)):
+    for piece in heard_at_once(audio, cfg):
         begun = time.perf_counter()
         done = generate(model, tokenizer, [question, piece], max_new_tokens=max_new_tokens)
         last = first + len(piece.samples)
         segment = Segment(
-            start=first / sounds.sampling_rate,
-            end=last / sounds.sampling_rate,
+            start=first / rate,
+            end=last / rate,
             text=done.text.strip(),
             finish_reason=done.finish_reason,
             seconds=time.perf_counter() - begun,

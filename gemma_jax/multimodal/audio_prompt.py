@@ -60,16 +60,14 @@ def require_audio(audio: AudioConfig | None) -> AudioConfig:
     return audio
 
 
-def mel_pieces(source: object, audio: AudioConfig) -> list[np.ndarray]:
-    """Mel frames `[T, M]` of a clip, or of the pieces of one that is too long to hear at once."""
-    sounds = audio.sounds
-    clip = Audio(source).at(sounds.sampling_rate)
-    pieces = split_at_quiet(clip, longest_clip(audio))
-    return [log_mel(piece.samples, sounds, audio.num_mels) for piece in pieces]
+def heard_at_once(source: object, audio: AudioConfig) -> list[Audio]:
+    """A clip at the model's rate, or the pieces of one that is too long to hear at once."""
+    return split_at_quiet(Audio(source).at(audio.sounds.sampling_rate), longest_clip(audio))
 
 
 def _prepare(source: object, *, audio: AudioConfig, pad: bool) -> Item:
-    mels = mel_pieces(source, audio)
+    pieces = heard_at_once(source, audio)
+    mels = [log_mel(piece.samples, audio.sounds, audio.num_mels) for piece in pieces]
     if len(mels) > 1:
         warnings.warn(
             f"a clip is longer than the {longest_clip(audio):g} s that the model hears at once; it "

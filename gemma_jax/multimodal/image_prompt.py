@@ -42,19 +42,7 @@ def image_modality(
         checkpoint's numbers, or not at all; default: as the checkpoint says.
     """
     cropping = _cropping(vision.images, pan_and_scan)
-    return Modality(
-        name="image",
-        items="images",
-        marker=MARKER,
-        placeholder=vision.image_token,
-        begin=vision.start_token,
-        end=vision.end_token,
-        tokens_per_item=vision.num_soft_tokens,
-        bidirectional=True,
-        prepare=partial(_prepare, vision=vision, marker=MARKER, pan_and_scan=cropping),
-        encode=_encode,
-        placeholder_text=PLACEHOLDER,
-    )
+    return _modality(vision, MARKER, PLACEHOLDER, bidirectional=True, pan_and_scan=cropping)
 
 
 @modality_of.register
@@ -68,18 +56,30 @@ def causal_image_modality(
     """
     if pan_and_scan:
         raise ValueError("this model was trained on whole images; leave pan and scan out")
+    # Gemma 3's marker is but the token in front of each run here.
+    return _modality(vision, PLACEHOLDER, MARKER, bidirectional=False, pan_and_scan=None)
+
+
+def _modality(
+    vision: Vision,
+    marker: str,
+    refused: str,
+    *,
+    bidirectional: bool,
+    pan_and_scan: PanAndScan | None,
+) -> Modality:
     return Modality(
         name="image",
         items="images",
-        marker=PLACEHOLDER,
+        marker=marker,
         placeholder=vision.image_token,
         begin=vision.start_token,
         end=vision.end_token,
         tokens_per_item=vision.num_soft_tokens,
-        bidirectional=False,
-        prepare=partial(_prepare, vision=vision, marker=PLACEHOLDER, pan_and_scan=None),
+        bidirectional=bidirectional,
+        prepare=partial(_prepare, vision=vision, marker=marker, pan_and_scan=pan_and_scan),
         encode=_encode,
-        placeholder_text=MARKER,  # of Gemma 3; here it is but the token in front of each run
+        placeholder_text=refused,
     )
 
 
