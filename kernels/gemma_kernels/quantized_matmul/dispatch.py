@@ -1,0 +1,65 @@
+"""One entry for every implementation."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+
+from gemma_kernels.quantized_matmul.form import QuantizedMatrix
+from gemma_kernels.quantized_matmul.reference import quantized_matmul_reference
+from gemma_kernels.quantized_matmul.xla import quantized_matmul_xla
+
+Activations = Literal["float", "int8"]
+
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "xla": quantized_matmul_xla,
+    "reference": quantized_matmul_reference,
+}
+AUTOMATIC = ("xla",)  # tried in this order
+
+
+def quantized_matmul(
+    x_RI: jax.Array,
+    w: QuantizedMatrix,
+    *,
+    activations: Activations = "float",
+    implementation: str | None = None,
+) -> jax.Array:
+    """Multiplies activations with a quantised matrix: `x @ w.T`.
+
+    Args:
+      x_RI: float32 or bfloat16 `[R, I]`.
+      w: `[O, I]`, in either layout.
+      activations: `"float"`: as they are. `"int8"`: rounded to int8 with a scale per 32 of a row,
+        so that products are those of whole numbers; the only rounding besides that of float32.
+      implementation: `None` or `"auto"` takes the first that can serve this call; a name from
+        `IMPLEMENTATIONS` takes that one or fails.
+
+    Returns:
+      `[R, O]` in the dtype of `x`, summed in float32.
+
+    Raises:
+      ValueError: Operands do not fit together, or the name is unknown.
+      NotImplementedError: The named implementation, or every one, cannot serve this call.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from gemma_kernels.quantized_matmul import QuantizedMatrix, quantized_matmul
+      >>> w = QuantizedMatrix(jnp.full((8, 64), 3, jnp.int8), jnp.full((8, 2), 0.5, jnp.float16))
+      >>> float(quantized_matmul(jnp.ones((1, 64)), w)[0, 0])
+      96.0
+    """
+    if x_RI.ndim != 2 or len(w.shape) != 2 or x_RI.shape[1] != w.shape[1]:
+        raise ValueError(f"x has shape {x_RI.shape} and w {w.shape}; expected [R, I] and [O, I]")
+    if implementation not in (None, "auto"):
+        if implementation not in IMPLEMENTATIONS:
+            known = ", ".join(["auto", *IMPLEMENTATIONS])
+            raise ValueError(f"unknown quantized matmul {implementation=}; choose one of: {known}")
+        return IMPLEMENTATIONS[implementation](x_RI, w, activations=activations)
+    reasons = []
+    for name in AUTOMATIC:
+        try:
+            return IMPLEMENTATIONS[name](x_RI, w, activations=activations)
+        except NotImplementedError as reason:
+            reasons.append(f"{name}: {reason}")
+    raise NotImplementedError("no quantized matmul implementation fits: " + "; ".join(reasons))

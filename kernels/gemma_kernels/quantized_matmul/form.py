@@ -1,0 +1,163 @@
+"""How quantised matrices lie in memory, and what their codes stand for.
+
+    value[o, i] = scale[o, i // group] * (table[code] if there is a table, else code[o, i])
+                  + offset[o, i // group], if there are offsets
+
+One form serves them all: int8 and int4 with a scale per channel or per 32, 64, 128 inputs, the
+blocks of GGUF files, and tables of 16 values (nf4). Two layouts of it exist:
+
+- Rows: `codes [..., O, I]` of int8, int4 or uint4, `scale` and `offset` `[..., O, I // group]`.
+- Tiles, for CPUs: 8 rows and 32 columns at a time, so that a product reads each byte once and in
+  order, with a row in each lane of a vector. `scale` and `offset` are `[..., O / 8, I // group, 8]`.
+  8 bits: `codes [..., O / 8, I / 32, 8, 8, 4]`, int8: column `4 q + c` of a tile's 32 at `[q, r, c]`.
+  4 bits: `codes [..., O / 8, I / 32, 4, 8, 4]`: column `4 q + c` in the low half of a byte and
+  column `16 + 4 q + c` in the high one. Halves are 0 to 15; they stand for that (uint8), or for 8
+  less (int8).
+
+Local letters: O outputs; I inputs; E groups of inputs; U tiles of outputs; W tiles of inputs.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+
+ROWS, COLUMNS = 8, 32  # of a tile
+QUAD = 4  # columns of a row that lie together in a tile
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """A matrix as codes, `[..., O, I]` whatever the layout; see the top of this file.
+
+    Attributes:
+      codes: In one of the layouts.
+      scale: float16, bfloat16 or float32.
+      offset: Like `scale`; `None` for symmetric codes.
+      table: float32 `[16]`, what 4-bit codes from 0 to 15 stand for; `None`: for themselves.
+      tiled: The layout.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from gemma_kernels.quantized_matmul import QuantizedMatrix
+      >>> w = QuantizedMatrix(jnp.ones((64, 128), jnp.int4), jnp.ones((64, 4), jnp.float16))
+      >>> w.shape, w.bits, w.group
+      ((64, 128), 4, 32)
+      >>> w.to_tiles().codes.shape
+      (8, 4, 4, 8, 4)
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+    offset: jax.Array | None = None
+    table: jax.Array | None = None
+    tiled: bool = field(default=False, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[..., O, I]`."""
+        if not self.tiled:
+            return self.codes.shape
+        *stack, U, W, _, _, _ = self.codes.shape
+        return (*stack, U * ROWS, W * COLUMNS)
+
+    @property
+    def bits(self) -> int:
+        """Of a code: 4 or 8."""
+        if self.tiled:
+            return self.codes.shape[-3]
+        return 8 if self.codes.dtype == jnp.int8 else 4
+
+    @property
+    def signed(self) -> bool:
+        """Whether codes go below 0."""
+        return self.codes.dtype in (jnp.int8, jnp.int4)
+
+    @property
+    def group(self) -> int:
+        """Neighbouring inputs that share a scale."""
+        return self.shape[-1] // self.scale.shape[-2 if self.tiled else -1]
+
+    def to_tiles(self) -> "QuantizedMatrix":
+        """The same in tiles, bit for bit.
+
+        Raises:
+          ValueError: Rows are not a multiple of 8, or columns of 32.
+        """
+        if self.tiled:
+            return self
+        *stack, O, I = self.shape
+        if O % ROWS or I % COLUMNS:
+            raise ValueError(f"[{O}, {I}] is not made of tiles of {ROWS} x {COLUMNS}")
+        quads = COLUMNS // QUAD
+        codes = self.codes.reshape(*stack, O // ROWS, ROWS, I // COLUMNS, quads, QUAD)
+        codes = jnp.moveaxis(codes, -4, -2)  # [..., U, W, quads, ROWS, QUAD]
+        if self.bits == 4:
+            halves = (codes.astype(jnp.int8) + 8 * self.signed).astype(jnp.uint8)
+            codes = halves[..., :4, :, :] | halves[..., 4:, :, :] << 4
+            if self.signed:
+                codes = jax.lax.bitcast_convert_type(codes, jnp.int8)
+
+        def tiles(x: jax.Array | None) -> jax.Array | None:
+            if x is None:
+                return None
+            return jnp.swapaxes(x.reshape(*stack, O // ROWS, ROWS, x.shape[-1]), -1, -2)
+
+        return QuantizedMatrix(codes, tiles(self.scale), tiles(self.offset), self.table, True)
+
+    def to_rows(self) -> "QuantizedMatrix":
+        """The same with the codes of each row next to each other, bit for bit."""
+        if not self.tiled:
+            return self
+        codes = _columns(jnp.moveaxis(self.codes, -2, -4))
+        scale, offset = (x if x is None else jnp.swapaxes(x, -1, -2) for x in self._factors)
+        codes, scale, offset = jax.tree.map(
+            lambda x: x.reshape(*self.shape[:-1], x.shape[-1]), (codes, scale, offset)
+        )
+        return QuantizedMatrix(codes, scale, offset, self.table)
+
+    def dense(self) -> jax.Array:
+        """What the codes stand for, float32 `[..., O, I]`, with one rounding per operation."""
+        w = self.to_rows()
+        values = w.codes.astype(jnp.float32)
+        if w.table is not None:
+            values = w.table.astype(jnp.float32)[w.codes.astype(jnp.int32)]
+        groups = values.reshape(*w.scale.shape, -1) * w.scale.astype(jnp.float32)[..., None]
+        if w.offset is not None:
+            groups = groups + w.offset.astype(jnp.float32)[..., None]
+        return groups.reshape(w.shape)
+
+    def rows(self, ids: jax.Array) -> jax.Array:
+        """Rows of a matrix that is no stack, float32 `[*ids.shape, I]`."""
+        codes, scale, offset = self.codes, *self._factors
+        if not self.tiled:
+            parts = jax.tree.map(lambda x: x[ids], (codes, scale, offset))
+        else:
+            tile, row = ids // ROWS, ids % ROWS
+            codes = codes[tile, :, :, row]
+            scale, offset = (x if x is None else x[tile, :, row] for x in (scale, offset))
+            parts = _columns(codes), scale, offset
+        return QuantizedMatrix(*parts, self.table).dense()
+
+    @property
+    def _factors(self) -> tuple[jax.Array, jax.Array | None]:
+        return self.scale, self.offset
+
+
+def _columns(codes: jax.Array) -> jax.Array:
+    """Codes of rows `[..., I]` out of theirs in tiles, `[..., W, quads, QUAD]`."""
+    if codes.shape[-2] == 4:
+        signed = codes.dtype == jnp.int8
+        halves = jax.lax.bitcast_convert_type(codes, jnp.uint8)
+        codes = jnp.concatenate([halves & 15, halves >> 4], axis=-2)
+        codes = (codes.astype(jnp.int8) - 8).astype(jnp.int4) if signed else codes.astype(jnp.uint4)
+    return codes.reshape(*codes.shape[:-3], -1)
+
+
+def nbytes(matrix: QuantizedMatrix) -> int:
+    """Bytes in memory, where two codes of 4 bits share one."""
+    wide = jax.tree.leaves((matrix.scale, matrix.offset, matrix.table))
+    codes = math.prod(matrix.shape) * matrix.bits // 8
+    return codes + sum(math.prod(a.shape) * a.dtype.itemsize for a in wide)
