@@ -1,6 +1,7 @@
 """Attention in plain XLA, for any backend: query blocks, and for each only the keys it can see.
 
-A block of queries meets its keys in tiles `[B, K, G, block_q, tile]`:
+The query heads of a key head and the queries of a block are rows of one matrix, `[B, K, rows, H]`,
+which meets its keys in tiles `[B, K, rows, tile]`:
 
     decode, short prompts    one tile of all keys
     local layers             one tile of `block_q + window - 1` keys, cut out of the key axis
@@ -13,6 +14,8 @@ SigLIP layer as a tile of all heads.
 
 So local layers are linear in the length, no `[T, S]` array exists beyond a tile, and the backward
 pass recomputes each query block instead of storing its tiles.
+
+Local letters: R rows: query heads of a key head, and queries of a block.
 """
 
 import math
@@ -78,36 +81,46 @@ def _block_of_queries(k_BSKH, v_BSKH, kv_pos_BS, spec, T):
     S = k_BSKH.shape[1]
     # Heads before keys, as caches keep them and products read them; cut once for all blocks.
     k_BKSH, v_BKSH = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
-    if spec.window is not None and T + spec.window - 1 < S:
-        span = T + spec.window - 1
+    span = T + (spec.window or S) - 1
+    if span < S:
 
-        def windowed(q_BTKGH, lo_BT, hi_BT, offset):
+        def of_rows(q_BKRH, lo_BT, hi_BT, offset):
             start = jnp.clip(offset - (spec.window - 1), 0, S - span)
             k, v = (lax.dynamic_slice_in_dim(x, start, span, 2) for x in (k_BKSH, v_BKSH))
             pos = lax.dynamic_slice_in_dim(kv_pos_BS, start, span, 1)
-            return _one_tile(q_BTKGH, k, v, lo_BT, hi_BT, pos, spec)
+            return _one_tile(q_BKRH, k, v, lo_BT, hi_BT, pos, spec)
 
-        return windowed
-    if T > 1 and S >= 2 * BLOCK_K:
+    elif T > 1 and S >= 2 * BLOCK_K:
         tiles = math.ceil(S / BLOCK_K)
         k_nBKSH, v_nBKSH = (_split(x, tiles, BLOCK_K, axis=2) for x in (k_BKSH, v_BKSH))
         pos_nBS = _split(kv_pos_BS, tiles, BLOCK_K, fill=-1)
-        return lambda q_BTKGH, lo_BT, hi_BT, offset: _running_softmax(
-            q_BTKGH, lo_BT, hi_BT, (k_nBKSH, v_nBKSH, pos_nBS), spec
-        )
-    return lambda q_BTKGH, lo_BT, hi_BT, offset: _one_tile(
-        q_BTKGH, k_BKSH, v_BKSH, lo_BT, hi_BT, kv_pos_BS, spec
-    )
+
+        def of_rows(q_BKRH, lo_BT, hi_BT, offset):
+            return _running_softmax(q_BKRH, lo_BT, hi_BT, (k_nBKSH, v_nBKSH, pos_nBS), spec)
+
+    else:
+
+        def of_rows(q_BKRH, lo_BT, hi_BT, offset):
+            return _one_tile(q_BKRH, k_BKSH, v_BKSH, lo_BT, hi_BT, kv_pos_BS, spec)
+
+    def block(q_BTKGH, lo_BT, hi_BT, offset):
+        B, _, K, G, H = q_BTKGH.shape
+        q_BKRH = jnp.moveaxis(q_BTKGH, 1, 3).reshape(B, K, G * T, H)
+        out_BKRH, lse_BKR = of_rows(q_BKRH, lo_BT, hi_BT, offset)
+        out_BTKGH = jnp.moveaxis(out_BKRH.reshape(B, K, G, T, H), 3, 1)
+        return out_BTKGH, jnp.moveaxis(lse_BKR.reshape(B, K, G, T), 3, 1)
+
+    return block
 
 
-def _one_tile(q_BTKGH, k_BKSH, v_BKSH, lo_BT, hi_BT, kv_pos_BS, spec):
-    p_BKGTS, top_BKGT = _exp_scores(q_BTKGH, k_BKSH, lo_BT, hi_BT, kv_pos_BS, spec)
-    total_BKGT = jnp.sum(p_BKGTS, axis=-1)
-    return _normalise(_weigh(p_BKGTS, v_BKSH), total_BKGT, top_BKGT, q_BTKGH.dtype)
+def _one_tile(q_BKRH, k_BKSH, v_BKSH, lo_BT, hi_BT, kv_pos_BS, spec):
+    p_BKRS, top_BKR1 = _exp_scores(q_BKRH, k_BKSH, lo_BT, hi_BT, kv_pos_BS, spec)
+    total_BKR1 = jnp.sum(p_BKRS, axis=-1, keepdims=True)
+    return _normalise(_weigh(p_BKRS, v_BKSH), total_BKR1, top_BKR1, q_BKRH.dtype)
 
 
-def _running_softmax(q_BTKGH, lo_BT, hi_BT, tiles, spec):
-    B, T, K, G, H = q_BTKGH.shape
+def _running_softmax(q_BKRH, lo_BT, hi_BT, tiles, spec):
+    B, K, R, H = q_BKRH.shape
     first_B, last_B = jnp.min(jnp.where(hi_BT > lo_BT, lo_BT, 2**30), 1), jnp.max(hi_BT, 1)
 
     def tile(carry, xs):
@@ -115,22 +128,21 @@ def _running_softmax(q_BTKGH, lo_BT, hi_BT, tiles, spec):
         live = jnp.any((pos_BS >= first_B[:, None]) & (pos_BS < last_B[:, None]) & (pos_BS >= 0))
 
         def update(carry):
-            top_BKGT, total_BKGT, sum_BTKGH = carry
-            p_BKGTS, new_top = _exp_scores(q_BTKGH, k_BKSH, lo_BT, hi_BT, pos_BS, spec, top_BKGT)
-            keep_BKGT = jnp.exp(top_BKGT - new_top)
-            total_BKGT = total_BKGT * keep_BKGT + jnp.sum(p_BKGTS, axis=-1)
-            keep_BTKG1 = jnp.moveaxis(keep_BKGT, 3, 1)[..., None]
-            return new_top, total_BKGT, sum_BTKGH * keep_BTKG1 + _weigh(p_BKGTS, v_BKSH)
+            top_BKR1, total_BKR1, sum_BKRH = carry
+            p_BKRS, new_top = _exp_scores(q_BKRH, k_BKSH, lo_BT, hi_BT, pos_BS, spec, top_BKR1)
+            keep_BKR1 = jnp.exp(top_BKR1 - new_top)
+            total_BKR1 = total_BKR1 * keep_BKR1 + jnp.sum(p_BKRS, axis=-1, keepdims=True)
+            return new_top, total_BKR1, sum_BKRH * keep_BKR1 + _weigh(p_BKRS, v_BKSH)
 
         return lax.cond(live, update, lambda carry: carry, carry), None
 
     start = (
-        jnp.full((B, K, G, T), MASKED, jnp.float32),
-        jnp.zeros((B, K, G, T), jnp.float32),
-        jnp.zeros((B, T, K, G, H), jnp.float32),
+        jnp.full((B, K, R, 1), MASKED, jnp.float32),
+        jnp.zeros((B, K, R, 1), jnp.float32),
+        jnp.zeros((B, K, R, H), jnp.float32),
     )
-    (top_BKGT, total_BKGT, sum_BTKGH), _ = lax.scan(tile, start, tiles)
-    return _normalise(sum_BTKGH, total_BKGT, top_BKGT, q_BTKGH.dtype)
+    (top_BKR1, total_BKR1, sum_BKRH), _ = lax.scan(tile, start, tiles)
+    return _normalise(sum_BKRH, total_BKR1, top_BKR1, q_BKRH.dtype)
 
 
 def _head_by_head(q_BTNH, k_BSKH, v_BSKH, spec):
@@ -177,40 +189,30 @@ def _cap(scores, spec, dtype):
     return scores
 
 
-def _exp_scores(q_BTKGH, k_BKSH, lo_BT, hi_BT, kv_pos_BS, spec, floor_BKGT=MASKED):
-    """`exp(scores - top)` (0 where masked) and `top`, at least `floor_BKGT`."""
-    s_BKGTS = spec.scale * jnp.einsum(
-        "BTKGH,BKSH->BKGTS",
-        q_BTKGH,
-        k_BKSH,
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-    s_BKGTS = _cap(s_BKGTS, spec, q_BTKGH.dtype)
-    seen_B11TS = visible(lo_BT, hi_BT, kv_pos_BS)[:, None, None]
-    s_BKGTS = jnp.where(seen_B11TS, s_BKGTS, MASKED)
-    top_BKGT = lax.stop_gradient(jnp.maximum(jnp.max(s_BKGTS, axis=-1), floor_BKGT))
-    p_BKGTS = jnp.where(seen_B11TS, jnp.exp(s_BKGTS - top_BKGT[..., None]), 0.0)
-    return p_BKGTS, top_BKGT
+def _exp_scores(q_BKRH, k_BKSH, lo_BT, hi_BT, kv_pos_BS, spec, floor_BKR1=MASKED):
+    """`exp(scores - top)` (0 where masked) and `top`, at least `floor_BKR1`."""
+    exact = dict(precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    s_BKRS = spec.scale * jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKSH, **exact)
+    s_BKRS = _cap(s_BKRS, spec, q_BKRH.dtype)
+    groups = q_BKRH.shape[2] // lo_BT.shape[1]
+    seen_B1RS = jnp.tile(visible(lo_BT, hi_BT, kv_pos_BS), (1, groups, 1))[:, None]
+    s_BKRS = jnp.where(seen_B1RS, s_BKRS, MASKED)
+    top_BKR1 = jnp.maximum(jnp.max(s_BKRS, axis=-1, keepdims=True), floor_BKR1)
+    top_BKR1 = lax.stop_gradient(top_BKR1)
+    return jnp.where(seen_B1RS, jnp.exp(s_BKRS - top_BKR1), 0.0), top_BKR1
 
 
-def _weigh(p_BKGTS, v_BKSH):
-    return jnp.einsum(
-        "BKGTS,BKSH->BTKGH",
-        p_BKGTS.astype(v_BKSH.dtype),
-        v_BKSH,
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
+def _weigh(p_BKRS, v_BKSH):
+    exact = dict(precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    return jnp.einsum("BKRS,BKSH->BKRH", p_BKRS.astype(v_BKSH.dtype), v_BKSH, **exact)
 
 
-def _normalise(sum_BTKGH, total_BKGT, top_BKGT, dtype):
+def _normalise(sum_BKRH, total_BKR1, top_BKR1, dtype):
     """Output, and the logarithm of the softmax's denominator; 0 and -inf where nothing is seen."""
-    total_BTKG, top_BTKG = (jnp.moveaxis(x, 3, 1) for x in (total_BKGT, top_BKGT))
-    none_BTKG = total_BTKG == 0
-    safe_BTKG = jnp.where(none_BTKG, 1.0, total_BTKG)
-    out_BTKGH = (sum_BTKGH / safe_BTKG[..., None]).astype(dtype)
-    return out_BTKGH, jnp.where(none_BTKG, -jnp.inf, top_BTKG + jnp.log(safe_BTKG))
+    none_BKR1 = total_BKR1 == 0
+    safe_BKR1 = jnp.where(none_BKR1, 1.0, total_BKR1)
+    lse_BKR1 = jnp.where(none_BKR1, -jnp.inf, top_BKR1 + jnp.log(safe_BKR1))
+    return (sum_BKRH / safe_BKR1).astype(dtype), lse_BKR1[..., 0]
 
 
 def _split(x, blocks: int, size: int = BLOCK_Q, fill: int = 0, axis: int = 1):
