@@ -25,6 +25,7 @@ from gemma_jax.config import GemmaConfig, LayerSpec
 from gemma_jax.nn.layer_groups import LayerGroup
 from gemma_jax.sharding import Partition
 from gemma_jax.weights.int8 import to_int8
+from gemma_kernels.platform import target_platform
 
 BLOCK = 128  # slots: kernels read whole ones
 ARRAYS = ("k_BKSH", "v_BKSH", "k_scale_BKS", "v_scale_BKS")  # of a layer
@@ -65,6 +66,17 @@ class LayerCache:
         stack = "" if self.layer is None else "L"
         letters = {name: stack + name.rpartition("_")[2] for name in self.arrays}
         return LayerCache(**letters, layer=None if self.layer is None else "")
+
+    def packed(self) -> "LayerCache":
+        """One layer's keys and values without axes of size 1 before slots; a stack as it is.
+
+        What a loop carries, writes and multiplies in one shape, XLA's CPU backend does not copy. It
+        takes axes of size 1 out of products, and a cache that has them elsewhere is then copied
+        whole, up to five times at every token.
+        """
+        if target_platform() != "cpu" or len(self.k_BKSH) > 1:
+            return self
+        return jax.tree.map(lambda a: a.squeeze([i for i in range(3) if a.shape[i] == 1]), self)
 
     def of_layer(self) -> "LayerCache":
         """Keys and values of the layer alone."""
@@ -325,13 +337,30 @@ def write_heads(
 
     Scales, `[B, K, S]`, are written alike.
     """
+    B, K, T = new_BKTH.shape[:3]
+    on_cpu, S = target_platform() == "cpu", old_BKSH.shape[2 if layer is None else 3]
+    if on_cpu and B * K * T == 1:
+        # Of one token XLA would make a slice update, which it fuses with whatever reads the cache
+        # and does once more for the loop: it copies the cache for that. The second one is dropped.
+        new_BKTH = jnp.repeat(new_BKTH, 2, axis=2)
+        slot_BT = jnp.concatenate([slot_BT, jnp.full_like(slot_BT, S)], axis=1)
     # With an index for each row and head: of anything shorter, XLA for TPUs makes a scatter that
     # wants the cache in another layout, and copies all of it.
-    B, K = new_BKTH.shape[:2]
     row_B11, head_1K1 = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
     at = (row_B11, head_1K1, slot_BT[:, None])
-    at = at if layer is None else (layer, *at)
-    return old_BKSH.at[at].set(new_BKTH, mode="drop")
+    if layer is not None:
+        return old_BKSH.at[(layer, *at)].set(new_BKTH, mode="drop")
+    if not on_cpu:
+        return old_BKSH.at[at].set(new_BKTH, mode="drop")
+    # In the shape that `LayerCache.packed` has.
+    unit = [axis for axis in (0, 1) if new_BKTH.shape[axis] == 1]
+    at = tuple(index.squeeze(unit) for axis, index in enumerate(at) if axis not in unit)
+    return (
+        old_BKSH.squeeze(unit)
+        .at[at]
+        .set(new_BKTH.squeeze(unit), mode="drop")
+        .reshape(old_BKSH.shape)
+    )
 
 
 def write_heads_on(partition: Partition, full: bool) -> Callable[..., jax.Array]:

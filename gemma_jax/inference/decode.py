@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from gemma_jax.config import GemmaConfig
 from gemma_jax.decoder.batch import Batch
-from gemma_jax.decoder.cache import Cache, init_cache
+from gemma_jax.decoder.cache import Cache, LayerCache, init_cache
 from gemma_jax.decoder.forward import forward
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.inference.logits_processors import (
@@ -173,10 +173,27 @@ def advance(
     if not loop:
         return state
 
-    def body(state: State) -> State:
-        return constrained(_decode(model, state, propose, allow, processors), partition)
+    like = state
 
-    return constrained(jax.lax.while_loop(lambda s: jnp.any(s.active_B), body, state), partition)
+    def body(packed: State) -> State:
+        state = _shaped(packed, like)
+        return _packed(constrained(_decode(model, state, propose, allow, processors), partition))
+
+    packed = jax.lax.while_loop(lambda s: jnp.any(s.active_B), body, _packed(state))
+    return constrained(_shaped(packed, like), partition)
+
+
+def _packed(state: State) -> State:
+    """With all caches in it, those of drafts too, as a loop carries them."""
+
+    def pack(node):
+        return node.packed() if isinstance(node, LayerCache) else node
+
+    return jax.tree.map(pack, state, is_leaf=lambda node: isinstance(node, LayerCache))
+
+
+def _shaped(state: State, like: State) -> State:
+    return jax.tree.map(lambda a, b: a if a.shape == b.shape else a.reshape(b.shape), state, like)
 
 
 def constrained(tree: Tree, partition: Partition | None) -> Tree:

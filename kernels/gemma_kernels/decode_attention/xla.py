@@ -34,10 +34,9 @@ def decode_attention_xla(
     G = N // K
     scaled = k_scale_BKS is not None
     dtype = q_BTNH.dtype if scaled else jnp.promote_types(q_BTNH.dtype, k_BKSH.dtype)
-    exact = dict(precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
     q_BKRH = jnp.moveaxis(q_BTNH.reshape(B, T, K, G, H), 1, 3).reshape(B, K, G * T, H)
-    s_BKRS = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH.astype(dtype), k_BKSH.astype(dtype), **exact)
+    s_BKRS = _batched("RH,SH->RS", q_BKRH.astype(dtype), k_BKSH.astype(dtype))
     s_BKRS = s_BKRS * (spec.scale if not scaled else spec.scale * k_scale_BKS[:, :, None])
     if not spec.softmax_in_float32:
         s_BKRS = s_BKRS.astype(q_BTNH.dtype).astype(jnp.float32)
@@ -52,10 +51,29 @@ def decode_attention_xla(
     safe_BKR1 = jnp.where(some_BKR1, total_BKR1, 1.0)
     if scaled:
         p_BKRS = p_BKRS * v_scale_BKS[:, :, None]
-    out_BKRH = jnp.einsum("BKRS,BKSH->BKRH", p_BKRS.astype(dtype), v_BKSH.astype(dtype), **exact)
+    out_BKRH = _batched("RS,SH->RH", p_BKRS.astype(dtype), v_BKSH.astype(dtype))
     out_BKRH = (out_BKRH / safe_BKR1).astype(q_BTNH.dtype)
     out_BTNH = jnp.moveaxis(out_BKRH.reshape(B, K, G, T, H), 3, 1).reshape(B, T, N, H)
     if not return_lse:
         return out_BTNH
     lse_BKR = (top_BKR1 + jnp.log(safe_BKR1))[..., 0]
     return out_BTNH, jnp.moveaxis(lse_BKR.reshape(B, K, G, T), 3, 1).reshape(B, T, N)
+
+
+def _batched(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """The product of two batches of matrices `[B, K, ...]`, in float32.
+
+    Its operands have no axes of size 1: XLA's CPU backend would take them out, and copy a cache
+    that is written in one shape and multiplied in another.
+    """
+    unit = [axis for axis in (0, 1) if b.shape[axis] == 1]
+    kept = "".join(letter for axis, letter in enumerate("BK") if axis not in unit)
+    left, right, result = equation.replace("->", ",").split(",")
+    out = jnp.einsum(
+        f"{kept}{left},{kept}{right}->{kept}{result}",
+        a.squeeze(unit),
+        b.squeeze(unit),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    return jnp.expand_dims(out, unit)

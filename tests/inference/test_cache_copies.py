@@ -1,0 +1,101 @@
+"""The compiled token loop writes caches where they lie: it copies none of them.
+
+Each token writes one slot per layer, so a loop that copies whole caches is slower the more slots
+they have. XLA decides that by the shapes in which caches are carried, written and multiplied.
+"""
+
+import json
+import re
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from gemma_jax.inference.decode import advance, empty_state
+from gemma_jax.inference.sampling import Sampling, SamplingRows
+from gemma_jax.placement import shard
+from gemma_jax.sharding import make_mesh
+
+WINDOW, MAX_LEN = 136, 328
+LAYERS, SLOTS, ENDS = (1, 2), (256, MAX_LEN), ((), (16,))  # a ring is of whole blocks of 128
+
+
+def compiled_loop(heads: int, batch: int, dtype: str, layout: str, sizes=None) -> str:
+    """The optimised program that adds tokens to `batch` rows."""
+    cfg = tiny.gemma3(layers=3, window=WINDOW, num_heads=2 * heads, num_kv_heads=heads)
+    model = tiny.model(cfg, layout)
+    if sizes is not None:
+        model = shard(model, make_mesh(cfg, jax.devices()[:2], **sizes))
+    state = empty_state(
+        np.zeros(batch, np.uint32),
+        SamplingRows.of([Sampling()] * batch, cfg.vocab_size),
+        np.full((batch, 1), -1, np.int32),
+        cfg=cfg,
+        layer_groups=model.layer_groups,
+        max_len=MAX_LEN,
+        dtype=jnp.dtype(dtype),
+        new_tokens=4,
+        partition=model.runtime.partition,
+    )
+    return advance.lower(model, state, None, loop=True).compile().as_text()
+
+
+def in_loops(program: str) -> list[str]:
+    """Lines of all computations that a loop of the program runs, however deep."""
+    lines, entry, name = {}, None, None
+    for line in program.splitlines():
+        if head := re.match(r"(ENTRY )?%([\w.\-]+) \(.*\{$", line):
+            name = head[2]
+            lines[name], entry = [], name if head[1] else entry
+        elif name is not None:
+            lines[name].append(line)
+
+    def called(computation: str, how: str) -> set[str]:
+        return set(re.findall(rf"(?:{how})=%([\w.\-]+)", "\n".join(lines[computation])))
+
+    outside = {entry} | called(entry, "calls|to_apply")
+    found, waiting = set(), set().union(*(called(name, "body") for name in outside))
+    while waiting:
+        found.add(name := waiting.pop())
+        waiting |= called(name, "body|condition|calls|to_apply") - found
+    return [line for name in found for line in lines[name]]
+
+
+def cache_copies(program: str, batch: int, heads: int) -> list[str]:
+    """Copies, in loops, of keys, values or scales of a layer or a stack of layers."""
+    arrays = [(*scale, *end) for scale in product(LAYERS, [batch], [heads], SLOTS) for end in ENDS]
+    shapes = {tuple(n for n in shape if n > 1) for shape in arrays}
+    copies = re.findall(r"= \w+(\[[\d,]+\])\S* copy\(", "\n".join(in_loops(program)))
+    return [c for c in copies if tuple(n for n in json.loads(c) if n > 1) in shapes]
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "scan"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("heads, batch", [(1, 1), (1, 5), (3, 1), (3, 5)])
+def test_no_cache_is_copied_per_token(heads, batch, dtype, layout):
+    assert cache_copies(compiled_loop(heads, batch, dtype, layout), batch, heads) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("heads, batch, sizes", [(1, 6, {"data": 2}), (6, 1, {"tensor": 2})])
+def test_no_cache_is_copied_per_token_on_a_mesh(heads, batch, sizes, dtype):
+    program = compiled_loop(heads, batch, dtype, "unrolled", sizes)
+    own = batch // sizes.get("data", 1), heads // sizes.get("tensor", 1)
+    assert cache_copies(program, *own) == []
+
+
+def test_copies_are_found_where_there_are_some():
+    @jax.jit
+    def loop(cache_BKSH):
+        def body(carry):
+            old_BKSH, i = carry
+            new_BKSH = old_BKSH.at[:, :, i].set(jnp.sum(old_BKSH))
+            return new_BKSH[::-1] + old_BKSH, i + 1
+
+        return jax.lax.while_loop(lambda carry: carry[1] < 9, body, (cache_BKSH, 0))
+
+    program = loop.lower(jnp.zeros((5, 3, MAX_LEN, 16))).compile().as_text()
+    assert cache_copies(program, 5, 3)
