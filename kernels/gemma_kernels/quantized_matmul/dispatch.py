@@ -1,10 +1,15 @@
-"""One entry for every implementation."""
+"""One entry for every implementation.
+
+Local letters: R rows of activations; I inputs.
+"""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Literal
 
 import jax
 
+from gemma_kernels.quantized_matmul.cpu import quantized_matmul_cpu
 from gemma_kernels.quantized_matmul.form import QuantizedMatrix
 from gemma_kernels.quantized_matmul.reference import quantized_matmul_reference
 from gemma_kernels.quantized_matmul.xla import quantized_matmul_xla
@@ -12,10 +17,11 @@ from gemma_kernels.quantized_matmul.xla import quantized_matmul_xla
 Activations = Literal["float", "int8"]
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "cpu": quantized_matmul_cpu,
     "xla": quantized_matmul_xla,
     "reference": quantized_matmul_reference,
 }
-AUTOMATIC = ("xla",)  # tried in this order
+AUTOMATIC = ("cpu", "xla")  # tried in this order
 
 
 def quantized_matmul(
@@ -23,6 +29,7 @@ def quantized_matmul(
     w: QuantizedMatrix,
     *,
     activations: Activations = "float",
+    frozen: bool = False,
     implementation: str | None = None,
 ) -> jax.Array:
     """Multiplies activations with a quantised matrix: `x @ w.T`.
@@ -32,6 +39,8 @@ def quantized_matmul(
       w: `[O, I]`, in either layout.
       activations: `"float"`: as they are. `"int8"`: rounded to int8 with a scale per 32 of a row,
         so that products are those of whole numbers; the only rounding besides that of float32.
+      frozen: The matrix is a constant: gradients reach `x` alone, by way of the widened matrix and
+        as if nothing had been rounded. Kernels refuse gradients otherwise.
       implementation: `None` or `"auto"` takes the first that can serve this call; a name from
         `IMPLEMENTATIONS` takes that one or fails.
 
@@ -51,6 +60,17 @@ def quantized_matmul(
     """
     if x_RI.ndim != 2 or len(w.shape) != 2 or x_RI.shape[1] != w.shape[1]:
         raise ValueError(f"x has shape {x_RI.shape} and w {w.shape}; expected [R, I] and [O, I]")
+    if activations not in ("float", "int8"):
+        raise ValueError(f"unknown {activations=}; choose float or int8")
+    if frozen:
+        return _with_gradient_of_x(implementation, activations)(x_RI, w)
+    return _first_that_can(implementation, activations, x_RI, w)
+
+
+def _first_that_can(
+    implementation: str | None, activations: Activations, x_RI: jax.Array, w: QuantizedMatrix
+) -> jax.Array:
+    """The product by the implementation named, or by the first of `AUTOMATIC` that serves it."""
     if implementation not in (None, "auto"):
         if implementation not in IMPLEMENTATIONS:
             known = ", ".join(["auto", *IMPLEMENTATIONS])
@@ -63,3 +83,19 @@ def quantized_matmul(
         except NotImplementedError as reason:
             reasons.append(f"{name}: {reason}")
     raise NotImplementedError("no quantized matmul implementation fits: " + "; ".join(reasons))
+
+
+@cache
+def _with_gradient_of_x(implementation: str | None, activations: Activations):
+    """The product with a matrix that is a constant."""
+
+    @jax.custom_jvp
+    def product(x_RI, w):
+        return _first_that_can(implementation, activations, x_RI, w)
+
+    @product.defjvp
+    def gradient(primals, tangents):
+        x_RI, w = primals
+        return product(x_RI, w), quantized_matmul_xla(tangents[0], w)
+
+    return product

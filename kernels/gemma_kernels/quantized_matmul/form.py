@@ -8,13 +8,14 @@ blocks of GGUF files, and tables of 16 values (nf4). Two layouts of it exist:
 
 - Rows: `codes [..., O, I]` of int8, int4 or uint4, `scale` and `offset` `[..., O, I // group]`.
 - Tiles, for CPUs: 8 rows and 32 columns at a time, so that a product reads each byte once and in
-  order, with a row in each lane of a vector. `scale` and `offset` are `[..., O / 8, I // group, 8]`.
-  8 bits: `codes [..., O / 8, I / 32, 8, 8, 4]`, int8: column `4 q + c` of a tile's 32 at `[q, r, c]`.
+  order, with a row in each lane of a vector. `scale` and `offset` are
+  `[..., O / 8, I // group, 8]`.
+  8 bits: `codes [..., O / 8, I / 32, 8, 8, 4]`, int8: column `4 q + c` of the 32 at `[q, r, c]`.
   4 bits: `codes [..., O / 8, I / 32, 4, 8, 4]`: column `4 q + c` in the low half of a byte and
   column `16 + 4 q + c` in the high one. Halves are 0 to 15; they stand for that (uint8), or for 8
   less (int8).
 
-Local letters: O outputs; I inputs; E groups of inputs; U tiles of outputs; W tiles of inputs.
+Letters: O outputs; I inputs; U tiles of outputs; W tiles of inputs.
 """
 
 import math

@@ -1,4 +1,7 @@
-"""The definition: the product with the widened matrix, in float32."""
+"""The definition: the product with the widened matrix, in float32.
+
+Local letters: R rows of activations; I inputs; O outputs.
+"""
 
 import jax
 import jax.numpy as jnp

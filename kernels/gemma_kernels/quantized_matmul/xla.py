@@ -1,4 +1,7 @@
-"""The product in plain XLA, for any backend."""
+"""The product in plain XLA, for any backend.
+
+Local letters: R rows of activations; I inputs; O outputs.
+"""
 
 import jax
 import jax.numpy as jnp
