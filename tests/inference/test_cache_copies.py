@@ -19,11 +19,13 @@ from gemma_jax.inference.sampling import Sampling, SamplingRows
 from gemma_jax.placement import shard
 from gemma_jax.sharding import make_mesh
 
-WINDOW, MAX_LEN = 136, 328
-LAYERS, SLOTS, ENDS = (1, 2), (256, MAX_LEN), ((), (16,))  # a ring is of whole blocks of 128
+WINDOW, MAX_LEN, LONG = 136, 328, 1280  # a long one is read in blocks
+LAYERS, SLOTS, ENDS = (1, 2), (256, MAX_LEN, LONG), ((), (16,))  # a ring is of whole blocks of 128
 
 
-def compiled_loop(heads: int, batch: int, dtype: str, layout: str, sizes=None) -> str:
+def compiled_loop(
+    heads: int, batch: int, dtype: str, layout: str, sizes=None, max_len=MAX_LEN
+) -> str:
     """The optimised program that adds tokens to `batch` rows."""
     cfg = tiny.gemma3(layers=3, window=WINDOW, num_heads=2 * heads, num_kv_heads=heads)
     model = tiny.model(cfg, layout)
@@ -35,7 +37,7 @@ def compiled_loop(heads: int, batch: int, dtype: str, layout: str, sizes=None) -
         np.full((batch, 1), -1, np.int32),
         cfg=cfg,
         layer_groups=model.layer_groups,
-        max_len=MAX_LEN,
+        max_len=max_len,
         dtype=jnp.dtype(dtype),
         new_tokens=4,
         partition=model.runtime.partition,
@@ -77,6 +79,13 @@ def cache_copies(program: str, batch: int, heads: int) -> list[str]:
 @pytest.mark.parametrize("heads, batch", [(1, 1), (1, 5), (3, 1), (3, 5)])
 def test_no_cache_is_copied_per_token(heads, batch, dtype, layout):
     assert cache_copies(compiled_loop(heads, batch, dtype, layout), batch, heads) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("heads, batch", [(1, 1), (3, 5)])
+def test_no_long_cache_is_copied_per_token(heads, batch, dtype):
+    program = compiled_loop(heads, batch, dtype, "unrolled", max_len=LONG)
+    assert cache_copies(program, batch, heads) == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
