@@ -27,6 +27,12 @@ typedef int v8i __attribute__((vector_size(32)));
 typedef uint8_t v32 __attribute__((vector_size(32)));
 typedef uint16_t v16u __attribute__((vector_size(32)));
 typedef int8_t v8c __attribute__((vector_size(8)));
+// In memory, wherever they begin.
+#define ANYWHERE aligned(1), may_alias
+typedef float v8f_at __attribute__((vector_size(32), ANYWHERE));
+typedef uint8_t v32_at __attribute__((vector_size(32), ANYWHERE));
+typedef uint16_t v8h_at __attribute__((vector_size(16), ANYWHERE));
+typedef int8_t v8c_at __attribute__((vector_size(8), ANYWHERE));
 
 typedef struct {
   const void* data;  // NULL: none
@@ -35,18 +41,22 @@ typedef struct {
 
 typedef struct {
   long R, O, I, tiles, blocks, groups;  // tiles: 8 rows of the matrix; blocks: 32 columns of one
-  int bits, bias, group, int8;          // bias: what 4-bit codes are larger by
+  int bits, bias, group, int8;          // bias: what 4-bit codes are larger by; -1: see `values`
   const float *x, *values;              // values: what 4-bit codes stand for
   const uint8_t* codes;
   Factors scale, offset;
   float* y;
-  int8_t* rounded;  // [R, I]; with `units` [R, blocks] and `sums` [R, 2 * blocks], if int8
-  float* units;
-  int* sums;
+  // If int8, activations rounded (see round_row): codes, a unit per 32, and what products begin with,
+  // -bias * sum of codes, and unit * sum of codes, both for each part of 32 that has its own scale.
+  int8_t* rounded;
+  float *units, *sums;
+  int* begins;
+  int parts;
 } Product;
 
 typedef struct {
-  void (*products)(const Product*, long first, long end);  // tiles
+  void (*float_products)(const Product*, long first, long end);  // tiles
+  void (*int8_products)(const Product*, long first, long end);
   void (*round_row)(const Product*, long row);
 } Instructions;
 
@@ -62,8 +72,10 @@ INLINE int four_bytes(const int8_t* x) {
 
 // ---- Any machine, in C alone ----
 #define NAME(x) x##_plain
+#define FLOAT NAME
 #define LANES 8
 #define ROWS 4
+#define FLOAT_ROWS 2
 #define BIAS8 0
 #define vec v8f
 INLINE v8f from_half_plain(const uint16_t* p) {
@@ -79,13 +91,11 @@ INLINE v8f from_half_plain(const uint16_t* p) {
   return out;
 }
 INLINE v8f widen_plain(const uint8_t* p) {
-  v8c codes;
-  memcpy(&codes, p, 8);
-  return __builtin_convertvector(codes, v8f);
+  return __builtin_convertvector(*(const v8c_at*)p, v8f);
 }
-INLINE v8f nibbles_plain(const uint8_t* p, int high, const float* values) {
+INLINE v8f nibbles_plain(const uint8_t* codes, int high, const Product* p) {
   v8f out;
-  for (int i = 0; i < 8; i++) out[i] = values[high ? p[i] >> 4 : p[i] & 15];
+  for (int i = 0; i < 8; i++) out[i] = p->values[high ? codes[i] >> 4 : codes[i] & 15];
   return out;
 }
 INLINE v8f quad_plain(const float* x) {
@@ -96,19 +106,14 @@ INLINE v8f spread_plain(v8f v, int h) {
   return (v8f){a, a, a, a, b, b, b, b};
 }
 INLINE v32 unpack_plain(v32 codes) { return codes; }
-INLINE v8i dots_plain(v8i acc, const v32* u, const int8_t* x, int quads, int bits) {
+INLINE void dots_plain(v8i* acc, const v32* u, const int8_t* x, int N, int quads, int bits) {
   (void)bits;
-  for (int q = 0; q < quads; q++)
-    for (int r = 0; r < 8; r++)
-      for (int c = 0; c < 4; c++) acc[r] += (int8_t)u[q][4 * r + c] * x[4 * q + c];
-  return acc;
+  for (int n = 0; n < N; n++, x += 32)
+    for (int q = 0; q < quads; q++)
+      for (int r = 0; r < 8; r++)
+        for (int c = 0; c < 4; c++) acc[n][r] += (int8_t)u[q][4 * r + c] * x[4 * q + c];
 }
 #include "tiles.h"
-#undef NAME
-#undef LANES
-#undef ROWS
-#undef BIAS8
-#undef vec
 
 // ---- Sets of instructions: functions between WITH(...) and END may use them ----
 #define TEXT(x) #x
@@ -127,19 +132,22 @@ INLINE v8i dots_plain(v8i acc, const v32* u, const int8_t* x, int quads, int bit
 // ---- AVX2: products of bytes in pairs, which fit 16 bits if one factor is below 129 ----
 WITH("avx2,fma,f16c")
 #define NAME(x) x##_avx2
+#define FLOAT NAME
 #define LANES 8
 #define ROWS 4
+#define FLOAT_ROWS 2
 #define BIAS8 0
 #define vec v8f
 INLINE v8f from_half_avx2(const uint16_t* p) { return (v8f)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 INLINE v8f widen_avx2(const uint8_t* p) {
   return (v8f)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }
-INLINE v8f nibbles_avx2(const uint8_t* p, int high, const float* values) {
-  __m256i i = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
-  if (high) i = _mm256_srli_epi32(i, 4);
-  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), i);
-  const __m256 above = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values + 8), i);
+INLINE v8f nibbles_avx2(const uint8_t* codes, int high, const Product* p) {
+  __m256i i = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)codes));
+  i = high ? _mm256_srli_epi32(i, 4) : _mm256_and_si256(i, _mm256_set1_epi32(15));
+  if (p->bias >= 0) return (v8f)_mm256_cvtepi32_ps(_mm256_sub_epi32(i, _mm256_set1_epi32(p->bias)));
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(p->values), i);
+  const __m256 above = _mm256_permutevar8x32_ps(_mm256_loadu_ps(p->values + 8), i);
   return (v8f)_mm256_blendv_ps(low, above, _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));
 }
 INLINE v8f quad_avx2(const float* x) { return (v8f)_mm256_broadcast_ps((const __m128*)x); }
@@ -148,46 +156,40 @@ INLINE v8f spread_avx2(v8f v, int h) {
   return (v8f)_mm256_permutevar8x32_ps((__m256)v, _mm256_add_epi32(lanes, _mm256_set1_epi32(2 * h)));
 }
 INLINE v32 unpack_avx2(v32 codes) { return codes; }
-INLINE v8i dots_avx2(v8i acc, const v32* u, const int8_t* x, int quads, int bits) {
+INLINE void dots_avx2(v8i* acc, const v32* u, const int8_t* x, int N, int quads, int bits) {
   const __m256i one = _mm256_set1_epi16(1);
-  __m256i pairs = _mm256_setzero_si256(), sum = (__m256i)acc;
-  for (int q = 0; q < quads; q++) {
-    const __m256i w = (__m256i)u[q], v = _mm256_set1_epi32(four_bytes(x + 4 * q));
-    if (bits == 4)
-      pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(w, v));
-    else
-      sum = _mm256_add_epi32(
-          sum, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_sign_epi8(w, w), _mm256_sign_epi8(v, w)), one));
+  for (int n = 0; n < N; n++, x += 32) {
+    __m256i pairs = _mm256_setzero_si256(), sum = (__m256i)acc[n];
+    for (int q = 0; q < quads; q++) {
+      const __m256i w = (__m256i)u[q], v = _mm256_set1_epi32(four_bytes(x + 4 * q));
+      if (bits == 4) {
+        pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(w, v));
+        continue;
+      }
+      const __m256i size = _mm256_sign_epi8(w, w), signs = _mm256_sign_epi8(v, w);
+      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(size, signs), one));
+    }
+    acc[n] = (v8i)(bits == 4 ? _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, one)) : sum);
   }
-  return (v8i)(bits == 4 ? _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, one)) : sum);
 }
 #include "tiles.h"
-#undef NAME
-#undef BIAS8
 END
 
 // ---- AVX-VNNI: four products of bytes and their sum at once; one factor has no sign ----
 WITH("avx2,fma,f16c,avxvnni")
 #define NAME(x) x##_avxvnni
+#define FLOAT(x) x##_avx2
+#define ROWS 4
 #define BIAS8 128
 #define from_half_avxvnni from_half_avx2
-#define widen_avxvnni widen_avx2
-#define nibbles_avxvnni nibbles_avx2
-#define quad_avxvnni quad_avx2
-#define spread_avxvnni spread_avx2
 INLINE v32 unpack_avxvnni(v32 codes) { return codes ^ 128; }
-INLINE v8i dots_avxvnni(v8i acc, const v32* u, const int8_t* x, int quads, int bits) {
+INLINE void dots_avxvnni(v8i* acc, const v32* u, const int8_t* x, int N, int quads, int bits) {
   (void)bits;
   for (int q = 0; q < quads; q++)
-    acc = (v8i)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)u[q], _mm256_set1_epi32(four_bytes(x + 4 * q)));
-  return acc;
+    for (int n = 0; n < N; n++)
+      acc[n] = (v8i)_mm256_dpbusd_avx_epi32((__m256i)acc[n], (__m256i)u[q], _mm256_set1_epi32(four_bytes(x + 32 * n + 4 * q)));
 }
 #include "tiles.h"
-#undef NAME
-#undef LANES
-#undef ROWS
-#undef BIAS8
-#undef vec
 END
 
 // ---- AVX-512: twice the lanes, twice the registers ----
@@ -195,8 +197,10 @@ END
 typedef float v16f __attribute__((vector_size(64)));
 WITH(AVX512)
 #define NAME(x) x##_avx512
+#define FLOAT NAME
 #define LANES 16
 #define ROWS 8
+#define FLOAT_ROWS 8
 #define BIAS8 0
 #define vec v16f
 #define from_half_avx512 from_half_avx2
@@ -205,10 +209,10 @@ WITH(AVX512)
 INLINE v16f widen_avx512(const uint8_t* p) {
   return (v16f)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
-INLINE v16f nibbles_avx512(const uint8_t* p, int high, const float* values) {
-  __m512i i = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+INLINE v16f nibbles_avx512(const uint8_t* codes, int high, const Product* p) {
+  __m512i i = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)codes));
   if (high) i = _mm512_srli_epi32(i, 4);
-  return (v16f)_mm512_permutexvar_ps(i, _mm512_loadu_ps(values));
+  return (v16f)_mm512_permutexvar_ps(i, _mm512_loadu_ps(p->values));  // by the lowest 4 bits
 }
 INLINE v16f quad_avx512(const float* x) { return (v16f)_mm512_broadcast_f32x4(_mm_loadu_ps(x)); }
 INLINE v16f spread_avx512(v8f v, int h) {
@@ -217,25 +221,21 @@ INLINE v16f spread_avx512(v8f v, int h) {
                                      _mm512_castps256_ps512((__m256)v));
 }
 #include "tiles.h"
-#undef NAME
-#undef BIAS8
 END
 
 // ---- AVX-512 with VNNI ----
 WITH(AVX512 ",avx512vnni")
 #define NAME(x) x##_vnni
+#define FLOAT(x) x##_avx512
+#define ROWS 8
 #define BIAS8 128
 #define from_half_vnni from_half_avx2
-#define widen_vnni widen_avx512
-#define nibbles_vnni nibbles_avx512
-#define quad_vnni quad_avx512
-#define spread_vnni spread_avx512
 INLINE v32 unpack_vnni(v32 codes) { return codes ^ 128; }
-INLINE v8i dots_vnni(v8i acc, const v32* u, const int8_t* x, int quads, int bits) {
+INLINE void dots_vnni(v8i* acc, const v32* u, const int8_t* x, int N, int quads, int bits) {
   (void)bits;
   for (int q = 0; q < quads; q++)
-    acc = (v8i)_mm256_dpbusd_epi32((__m256i)acc, (__m256i)u[q], _mm256_set1_epi32(four_bytes(x + 4 * q)));
-  return acc;
+    for (int n = 0; n < N; n++)
+      acc[n] = (v8i)_mm256_dpbusd_epi32((__m256i)acc[n], (__m256i)u[q], _mm256_set1_epi32(four_bytes(x + 32 * n + 4 * q)));
 }
 #include "tiles.h"
 END
@@ -267,28 +267,24 @@ WITH("dotprod")
 WITH("+dotprod")
 #endif
 #define NAME(x) x##_dotprod
-#define LANES 8
+#define FLOAT(x) x##_plain
 #define ROWS 4
 #define BIAS8 0
-#define vec v8f
 #define from_half_dotprod from_half_plain
-#define widen_dotprod widen_plain
-#define nibbles_dotprod nibbles_plain
-#define quad_dotprod quad_plain
-#define spread_dotprod spread_plain
 #define unpack_dotprod unpack_plain
-INLINE v8i dots_dotprod(v8i acc, const v32* u, const int8_t* x, int quads, int bits) {
+INLINE void dots_dotprod(v8i* acc, const v32* u, const int8_t* x, int N, int quads, int bits) {
   (void)bits;
-  int32x4_t sums[2];
-  memcpy(sums, &acc, 32);
-  for (int q = 0; q < quads; q++) {
-    int8x16_t codes[2];
-    memcpy(codes, &u[q], 32);
-    const int8x16_t v = vreinterpretq_s8_s32(vdupq_n_s32(four_bytes(x + 4 * q)));
-    for (int i = 0; i < 2; i++) sums[i] = vdotq_s32(sums[i], codes[i], v);
+  for (int n = 0; n < N; n++, x += 32) {
+    int32x4_t sums[2];
+    memcpy(sums, &acc[n], 32);
+    for (int q = 0; q < quads; q++) {
+      int8x16_t codes[2];
+      memcpy(codes, &u[q], 32);
+      const int8x16_t v = vreinterpretq_s8_s32(vdupq_n_s32(four_bytes(x + 4 * q)));
+      for (int i = 0; i < 2; i++) sums[i] = vdotq_s32(sums[i], codes[i], v);
+    }
+    memcpy(&acc[n], sums, 32);
   }
-  memcpy(&acc, sums, 32);
-  return acc;
 }
 #include "tiles.h"
 END
@@ -369,10 +365,10 @@ static void help(Work* w) {
   long chunk, finished = 0;
   while ((chunk = __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->chunks) {
     const long first = chunk * w->step, end = first + w->step < w->count ? first + w->step : w->count;
-    if (w->rounding)
+    if (w->rounding) {
       for (long m = first; m < end; m++) w->use->round_row(w->product, m);
-    else
-      w->use->products(w->product, first, end);
+    } else
+      (w->product->int8 ? w->use->int8_products : w->use->float_products)(w->product, first, end);
     finished++;
   }
   if (finished) __atomic_add_fetch(&w->done, finished, __ATOMIC_RELEASE);
@@ -458,7 +454,7 @@ static const char* read(XLA_FFI_CallFrame* f, Product* p) {
   if (table->dims[0]) {
     if (!is(table, XLA_FFI_DataType_F32, 1) || table->dims[0] != 16 || p->bits != 4 || p->int8)
       return "a table is float32 [16], for 4-bit codes and float32 activations";
-    p->values = table->data;
+    p->values = table->data, p->bias = -1;
   }
   p->x = x->data, p->codes = codes->data, p->y = y->data;
   return NULL;
@@ -481,10 +477,11 @@ static XLA_FFI_Error* product(XLA_FFI_CallFrame* f, int int8) {
   const Instructions* use = CHOICES[choice()].use;
   char* memory = NULL;
   if (int8) {
-    const size_t blocks = p.R * p.blocks;
-    if (!(memory = malloc(blocks * 44)))
+    const size_t blocks = p.R * p.blocks, parts = p.parts = p.group % 32 ? 2 : 1;
+    if (!(memory = malloc(blocks * (36 + 8 * parts))))
       return failure(f, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "no memory for rounded activations");
-    p.units = (float*)memory, p.sums = (int*)(p.units + blocks), p.rounded = (int8_t*)(p.sums + 2 * blocks);
+    p.units = (float*)memory, p.sums = p.units + blocks, p.begins = (int*)(p.sums + blocks * parts);
+    p.rounded = (int8_t*)(p.begins + blocks * parts);
   }
   const long row = p.I * 8 * (p.R < 4 ? p.R : p.R * 2);  // about the time of a tile's products
   int done = !int8 || together(f, &p, use, 1, p.R, 65536 / p.I + 1);
