@@ -14,6 +14,7 @@ from .catalog import Notify, resolve
 from .changed_config import ChangeConfig
 from .errors import CheckpointError
 from .formats import is_checkpoint, no_checkpoint, open_source
+from .kept import Keep
 from .load import Placement, Transform, load_source
 from .tokenizers import VOCABULARIES, find_tokenizer
 
@@ -32,6 +33,7 @@ def load_weights(
     per_layer_dtype: jax.typing.DTypeLike | None = None,
     config: ChangeConfig | None = None,
     block: MakeBlock = Block,
+    keep: Keep | None = None,
     progress: Callable[[int, int], None] | None = None,
     notify: Notify | None = None,
 ) -> Gemma:
@@ -61,8 +63,12 @@ def load_weights(
         from the front, whichever of several equal ones the config keeps.
       block: Makes the layers; see `gemma_jax.Gemma`. A model that was saved with blocks of its own
         is loaded with these alone.
+      keep: `(param, matrix) -> value`, applied to each Param whose tensors are quantised: they
+        stay as they are stored, bit for bit, and are neither widened nor transformed. What has no
+        form in memory, or is stacked with layers of another type, is widened all the same, and
+        `notify` is told. Default: all are widened.
       progress: Called with (bytes done, bytes in all), counted after decoding.
-      notify: See `resolve`.
+      notify: See `resolve`; told as well what could not be kept.
 
     Raises:
       CheckpointError: everything that is wrong with the checkpoint, in one error.
@@ -86,6 +92,8 @@ def load_weights(
         per_layer_dtype=per_layer_dtype,
         config=config,
         block=block,
+        keep=keep,
+        notify=notify,
         progress=progress,
     )
 

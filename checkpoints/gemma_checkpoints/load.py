@@ -2,13 +2,13 @@
 
 Threads read, decode and check pieces, and write them into the parameters. Host memory holds one
 piece per thread and nothing else, so the peak is the model plus less than its largest tensor. On a
-mesh, a process reads what its own devices hold.
+mesh, a process reads what its own devices hold. Quantised tensors may stay as they are (`kept.py`).
 """
 
 import math
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -27,9 +27,12 @@ from gemma_jax.weights.tree import ParamPath, dims_of, flat_params, with_params
 
 from .beside_config import check_block
 from .buffers import Box, Buffer, TableBuffer, local_boxes, make_buffer
+from .catalog import Notify, to_stderr
 from .changed_config import ChangeConfig, changed_config
 from .errors import CheckpointError
+from .kept import Keep, KeptPiece, is_quantised, kept_buffer, kept_pieces
 from .matching import Move, match
+from .matrix_buffer import MatrixBuffer
 from .params import named_slots
 from .select_parts import config_for
 from .source import Source
@@ -60,9 +63,21 @@ class Piece:
     buffer: Buffer
     last: bool
 
+    what = "values"  # that may be broken
+
     @property
     def path(self) -> ParamPath:
         return self.move.slot.path
+
+    @property
+    def nbytes(self) -> int:
+        return _size(self.move, self.rows, self.columns)
+
+    def fill(self, source: Source) -> int:
+        """Reads, decodes and writes; how many values are NaN or infinite."""
+        array = _decode(source, self)
+        self.buffer.write(*_located(array, self))
+        return count_non_finite(array)
 
 
 def load_source(
@@ -78,6 +93,8 @@ def load_source(
     per_layer_dtype: jax.typing.DTypeLike | None = None,
     config: ChangeConfig | None = None,
     block: MakeBlock = Block,
+    keep: Keep | None = None,
+    notify: Notify | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Gemma:
     """Loads the model of a source that is open; the arguments are those of `load_weights`.
@@ -93,7 +110,7 @@ def load_source(
     model = abstract_model(cfg, runtime=runtime, layout=layout, block=block)
     params = flat_params(model)
     moves = match(source, named_slots(model))
-    arrays, non_finite = {}, Counter()
+    arrays, non_finite, widened = {}, Counter(), Counter()
     if per_layer_table != "device" and cfg.per_layer is None:
         raise ValueError(
             f"{per_layer_table=}, but this model has no per-layer table; leave it at 'device'"
@@ -103,14 +120,18 @@ def load_source(
         moves.remove(move)
         arrays[TABLE] = _on_disk(source, move, per_layer_dtype or dtype)
 
+    def on_host(path: ParamPath) -> bool:
+        return path == TABLE and per_layer_table == "host"
+
     def sharding(path: ParamPath) -> jax.sharding.Sharding | None:
-        if placement is None or (path == TABLE and per_layer_table == "host"):
+        if placement is None or on_host(path):
             return None
         return placement(path, dims_of(params[path]), params[path].get_value().shape)
 
-    def buffer(path: ParamPath, stored: np.dtype) -> Buffer:
+    def buffer(path: ParamPath, group: list[Move]) -> Buffer:
+        stored = jnp.result_type(*(move.info.dtype for move in group))
         shape = params[path].get_value().shape
-        if path == TABLE and per_layer_table == "host":
+        if on_host(path):
             return TableBuffer(shape, jnp.dtype(per_layer_dtype or dtype or stored))
         return make_buffer(shape, jnp.dtype(dtype or stored), sharding(path))
 
@@ -119,28 +140,61 @@ def load_source(
         parts = local_boxes(params[slot.path].get_value().shape, sharding(slot.path))
         return list(dict.fromkeys(box if slot.row is None else box[1:] for box in parts))
 
+    def kept(path: ParamPath, group: list[Move]) -> MatrixBuffer | None:
+        if keep is None or not any(map(is_quantised, group)):
+            return None
+        try:
+            if on_host(path):
+                raise ValueError("a table in the memory of the host")
+            return kept_buffer(group, params[path], sharding(path))
+        except ValueError as reason:
+            widened.update((move.info.encoding, str(reason)) for move in group)
+            return None
+
+    def pieces() -> Iterator[Piece | KeptPiece]:
+        groups: dict[ParamPath, list[Move]] = {}
+        for move in moves:
+            groups.setdefault(move.slot.path, []).append(move)
+        for path, group in groups.items():
+            if (matrix := kept(path, group)) is not None:
+                regions = lambda move: [_region(move, box) for box in boxes(move)]  # noqa: E731
+                yield from kept_pieces(group, matrix, regions)
+            else:
+                yield from _pieces(group, boxes, buffer(path, group), by_rows=source.reads_rows)
+
     total, done = sum(_size(move, *_region(move, box)) for move in moves for box in boxes(move)), 0
-    pieces = _pieces(moves, boxes, buffer, by_rows=source.reads_rows)
-
-    def work(piece: Piece) -> int:
-        array = _decode(source, piece)
-        piece.buffer.write(*_located(array, piece))
-        return count_non_finite(array)
-
-    for piece, bad in _in_threads(work, pieces):
-        non_finite[piece.move.row.theirs] += bad
+    for piece, bad in _in_threads(lambda piece: piece.fill(source), pieces()):
+        non_finite[piece.move.row.theirs, piece.what] += bad
         if piece.last:
-            array = piece.buffer.finish()
-            if transform is not None and not isinstance(piece.buffer, TableBuffer):
-                array = transform(params[piece.path], array)
-            arrays[piece.path] = array
-        done += _size(piece.move, piece.rows, piece.columns)
+            arrays[piece.path] = _finished(piece, params[piece.path], transform, keep)
+        done += piece.nbytes
         if progress is not None:
             progress(done, total)
     if broken := +non_finite:  # those above zero
-        problems = [f"{name}: {n} values are NaN or infinite" for name, n in broken.items()]
+        problems = [f"{name}: {n} {what} are NaN or infinite" for (name, what), n in broken.items()]
         raise CheckpointError(source.path, problems)
+    if widened:
+        (notify or to_stderr)(_widened(source, widened))
     return with_params(model, arrays)
+
+
+def _finished(
+    piece: Piece | KeptPiece, param: nnx.Param, transform: Transform | None, keep: Keep | None
+) -> Weight:
+    """What a Param holds, once its last piece is written."""
+    if isinstance(piece, KeptPiece):
+        matrix = piece.buffer.finish()
+        return matrix if keep is None else keep(param, matrix)  # pyright: ignore[reportReturnType]
+    array = piece.buffer.finish()
+    if transform is None or isinstance(piece.buffer, TableBuffer):
+        return array
+    return transform(param, array)
+
+
+def _widened(source: Source, counts: Mapping[tuple[str, str], int]) -> str:
+    """One line on the quantised tensors that could not stay so."""
+    each = [f"{n} in {encoding} ({reason})" for (encoding, reason), n in sorted(counts.items())]
+    return f"{source.path.name}: widened, not kept as stored: {', '.join(each)}"
 
 
 def _on_disk(source: Source, move: Move, dtype: jax.typing.DTypeLike | None) -> DiskTable:
@@ -156,26 +210,17 @@ def _on_disk(source: Source, move: Move, dtype: jax.typing.DTypeLike | None) -> 
 
 
 def _pieces(
-    moves: list[Move],
-    boxes: Callable[[Move], list[Box]],
-    make: Callable[[ParamPath, np.dtype], Buffer],
-    *,
-    by_rows: bool,
+    group: list[Move], boxes: Callable[[Move], list[Box]], buffer: Buffer, *, by_rows: bool
 ) -> Iterator[Piece]:
-    """Param by Param; its buffer is made when the first piece is asked for."""
-    groups: dict[ParamPath, list[Move]] = {}
-    for move in moves:
-        groups.setdefault(move.slot.path, []).append(move)
-    for path, group in groups.items():
-        buffer = make(path, jnp.result_type(*(move.info.dtype for move in group)))
-        parts = [
-            (move, part)
-            for move in group
-            for box in boxes(move)
-            for part in (_cut(move, box) if by_rows else [box])
-        ]
-        for i, (move, box) in enumerate(parts, 1):
-            yield Piece(move, box, *_region(move, box), buffer, last=i == len(parts))
+    """The pieces of one Param."""
+    parts = [
+        (move, part)
+        for move in group
+        for box in boxes(move)
+        for part in (_cut(move, box) if by_rows else [box])
+    ]
+    for i, (move, box) in enumerate(parts, 1):
+        yield Piece(move, box, *_region(move, box), buffer, last=i == len(parts))
 
 
 def _cut(move: Move, box: Box) -> list[Box]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from gemma_jax.config import GemmaConfig
 
+from .blocks import BlockForm, Blocks
 from .name_table import Table
 
 
@@ -21,12 +22,14 @@ class TensorInfo:
       encoding: How it is stored: `BF16`, `Q4_K`, ...
       dtype: Of the NumPy array that reading gives.
       nbytes: In the file.
+      form: How a quantised tensor can be kept in memory; `None` if it cannot, or is none.
     """
 
     shape: tuple[int, ...]
     encoding: str
     dtype: np.dtype
     nbytes: int
+    form: BlockForm | None = None
 
 
 class Source(Protocol):
@@ -65,5 +68,12 @@ class Source(Protocol):
         """Part of one tensor along its first two axes, `TensorInfo.dtype`. May run in any thread.
 
         A tensor of one axis has rows alone.
+        """
+        ...
+
+    def read_blocks(self, name: str, rows: slice = slice(None)) -> Blocks:
+        """Rows of a tensor that has a `TensorInfo.form`, as they are stored. May run in any thread.
+
+        Whole rows: columns are taken from what is read.
         """
         ...

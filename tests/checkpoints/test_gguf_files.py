@@ -9,8 +9,9 @@ import pytest
 from tiny_checkpoints import by_name, plain, random_model, tiny, write_gguf
 
 import gemma_checkpoints as gc
+from gemma_checkpoints.gguf.blocks import FORMS
 from gemma_checkpoints.gguf.config import config_from_gguf
-from gemma_checkpoints.gguf.decode import FAST, decode
+from gemma_checkpoints.gguf.decode import decode
 from gemma_checkpoints.gguf.header import read_gguf_header
 from gemma_jax.presets import preset
 
@@ -30,7 +31,7 @@ def random_blocks(kind: Type, rows: int, columns: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 60, shape, np.uint8)
 
 
-@pytest.mark.parametrize("kind", FAST)
+@pytest.mark.parametrize("kind", FORMS)
 def test_fast_decoders_equal_the_package(kind):
     kind = Type[kind]
     block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tiny_checkpoints import plain, random_model, tiny, write_gguf
+from tiny_checkpoints import random_model, tiny, write_gguf
 
 import gemma_checkpoints as gc
 from gemma_checkpoints.hf.config_out import config_to_hf
@@ -28,6 +28,8 @@ jax.block_until_ready(jax.numpy.zeros(3) + 1)
 tiny, path, dtype, place = sys.argv[1:]
 to_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 options = dict(dtype=dtype, placement=(lambda *_: to_device) if place == "device" else None)
+if place == "kept":
+    options["keep"] = lambda param, matrix: matrix
 gc.load_weights(tiny, **options)  # imports, threads and programs are not what is measured
 before = peak()
 model = gc.load_weights(path, **options)
@@ -71,19 +73,33 @@ def test_peak_is_the_model_and_a_little(dtype, place, big_folder, tmp_path):
     assert grown < size + largest / 2, f"model {size:,}, peak {grown:,}, largest {largest:,}"
 
 
-def test_quantised_files_too(tmp_path):
+@pytest.fixture(scope="module")
+def quantised_files(tmp_path_factory):
+    """A small one, and one of 100 MB in Q8_0."""
     gguf = pytest.importorskip("gguf")
-    kind = gguf.GGMLQuantizationType.Q8_0
+    kind, folder = gguf.GGMLQuantizationType.Q8_0, tmp_path_factory.mktemp("quantised")
 
     def encode(name, array):
         return np.zeros((array.shape[0], array.shape[1] // 32 * 34), np.uint8), kind
 
-    small = write_gguf(tmp_path / "s.gguf", random_model(tiny("gemma3-1b")), "gemma3", plain)
+    small = write_gguf(folder / "s.gguf", random_model(tiny("gemma3-1b")), "gemma3", encode)
     cfg = big_config()
     cfg = replace(cfg, layers=tuple(replace(spec, d_ff=256) for spec in cfg.layers))
-    big = write_gguf(tmp_path / "b.gguf", random_model(cfg), "gemma3", encode)
-    size, grown = measure(small, big, "float32", "host")
+    return small, write_gguf(folder / "b.gguf", random_model(cfg), "gemma3", encode)
+
+
+def test_quantised_files_too(quantised_files):
+    size, grown = measure(*quantised_files, "float32", "host")
     assert grown < size + 40_000 * 1_024 * 2
+
+
+def test_kept_as_they_are_they_take_the_memory_of_the_file(quantised_files):
+    """In all, at the peak, with nothing widened on the way: the largest tensor would show."""
+    size, grown = measure(*quantised_files, "float32", "kept")
+    stored = quantised_files[1].stat().st_size
+    largest = 40_000 * 1_024 // 32 * 34
+    assert size < 1.01 * stored
+    assert grown < 1.15 * stored + largest / 2, f"file {stored:,}, peak {grown:,}"
 
 
 def measure(*arguments) -> tuple[int, int]:

@@ -76,6 +76,7 @@ def write_gguf(
     writer.add_token_list(pieces or [b"<pad>", b"a"] * (cfg.vocab_size // 2))
     if spec.window:
         writer.add_sliding_window(spec.window)
+        writer.add_sliding_window_pattern([layer.kind == "local" for layer in cfg.layers])
     if wide.rope_scale != 1:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(wide.rope_scale)

@@ -1,4 +1,7 @@
-"""A GGUF file as a source, in parts or not: quantised tensors are decoded to float32 when read."""
+"""A GGUF file as a source, in parts or not.
+
+Quantised tensors are read as they are (`read_blocks`), or decoded to float32 (`read`).
+"""
 
 import math
 from collections.abc import Mapping
@@ -10,11 +13,13 @@ import numpy as np
 
 from gemma_jax.config import GemmaConfig
 
+from ..blocks import Blocks
 from ..errors import CheckpointError
 from ..heads import is_tied
 from ..name_table import Table
 from ..safetensors_file import DTYPES, read_at
 from ..source import TensorInfo
+from .blocks import FORMS, to_blocks
 from .config import config_from_gguf
 from .decode import decode
 from .header import GGUFHeader, GGUFTensor, read_gguf_header
@@ -79,18 +84,37 @@ class GGUFFile:
         array = self._rows(name, rows)
         return array if array.ndim < 2 else array[:, columns]
 
+    def read_blocks(self, name: str, rows: slice = slice(None)) -> Blocks:
+        return to_blocks(self._raw(name, rows), self.tensors[name].encoding)
+
+    def mapped(self, name: str) -> "np.ndarray | MappedRows":
+        """One tensor, mapped into memory and not read."""
+        info, (path, first_byte) = self.tensors[name], self._places[name]
+        if (plain := PLAIN.get(info.encoding)) is not None:
+            return np.memmap(path, plain, mode="r", offset=first_byte, shape=info.shape)
+        shape = (info.shape[0], info.nbytes // info.shape[0])
+        return MappedRows(
+            np.memmap(path, np.uint8, mode="r", offset=first_byte, shape=shape), info.encoding
+        )
+
     def _rows(self, name: str, rows: slice) -> np.ndarray:
+        info, raw = self.tensors[name], self._raw(name, rows)
+        shape = (len(raw), *info.shape[1:])
+        plain = PLAIN.get(info.encoding)
+        if plain is not None:
+            return raw.reshape(-1).view(plain).reshape(shape)
+        block_size, block_bytes = _block(info.encoding)
+        return decode(raw.reshape(-1, block_bytes), info.encoding, block_size).reshape(shape)
+
+    def _raw(self, name: str, rows: slice) -> np.ndarray:
+        """Bytes of some rows: `[rows, blocks, bytes of a block]`, of plain values as of blocks."""
         info, (path, first_byte) = self.tensors[name], self._places[name]
         first, last, _ = rows.indices(info.shape[0])
         row_bytes = info.nbytes // info.shape[0]
-        plain = PLAIN.get(info.encoding)
-        shape = (last - first, *info.shape[1:])
         raw = np.empty((last - first) * row_bytes, np.uint8)
         read_at(path, first_byte + first * row_bytes, raw)
-        if plain is not None:
-            return raw.view(plain).reshape(shape)
-        block_size, block_bytes = _block(info.encoding)
-        return decode(raw.reshape(-1, block_bytes), info.encoding, block_size).reshape(shape)
+        _, block_bytes = _block(info.encoding)
+        return raw.reshape(last - first, -1, block_bytes)
 
     def _add_tower(self, mmproj: Path, metadata: Mapping[str, object], first_part: Path) -> None:
         if (arch := metadata.get("general.architecture")) != "gemma3":
@@ -156,6 +180,29 @@ class GGUFFile:
             self._places[in_stack(name, i)] = (path, first_byte + i * step)
 
 
+@dataclass(frozen=True)
+class MappedRows:
+    """A quantised matrix in its file: an index of rows reads and decodes them.
+
+    Attributes:
+      raw: The file, mapped: uint8 `[rows, bytes of a row]`.
+    """
+
+    raw: np.ndarray
+    encoding: str
+
+    dtype = np.dtype(np.float32)
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    def __getitem__(self, ids: np.ndarray) -> np.ndarray:
+        """float32 `[*ids.shape, values of a row]`."""
+        block_size, block_bytes = _block(self.encoding)
+        blocks = np.asarray(self.raw[ids]).reshape(-1, block_bytes)
+        return decode(blocks, self.encoding, block_size).reshape(*ids.shape, -1)
+
+
 def _info(tensor: GGUFTensor) -> TensorInfo:
     gguf = _package()
     try:
@@ -166,7 +213,8 @@ def _info(tensor: GGUFTensor) -> TensorInfo:
     if tensor.shape[-1] % block_size or not math.prod(tensor.shape):
         raise ValueError(f"shape {list(tensor.shape)} is not made of blocks of {block_size}")
     nbytes = math.prod(tensor.shape) // block_size * block_bytes
-    return TensorInfo(tensor.shape, encoding, _decoded_dtype(encoding), nbytes)
+    form = FORMS.get(encoding) if len(tensor.shape) > 1 else None
+    return TensorInfo(tensor.shape, encoding, _decoded_dtype(encoding), nbytes, form)
 
 
 @cache

@@ -8,6 +8,7 @@ import numpy as np
 
 from gemma_jax.config import GemmaConfig
 
+from ..blocks import Blocks
 from ..errors import CheckpointError
 from ..heads import is_tied
 from ..json_values import read_json
@@ -69,6 +70,9 @@ class HFFolder:
     ) -> np.ndarray:
         file, theirs = self._where[name]
         return file.read(theirs, rows, columns)
+
+    def read_blocks(self, name: str, rows: slice = slice(None)) -> Blocks:
+        raise NotImplementedError(name)
 
     def mapped(self, name: str) -> np.ndarray:
         """One tensor, mapped into memory and not read."""

@@ -17,6 +17,7 @@ from gemma_jax.decoder.model import Gemma
 from gemma_jax.weights.tree import flat_params
 
 from ..beside_config import noted_beside_config
+from ..blocks import Blocks
 from ..catalog import resolve
 from ..errors import CheckpointError
 from ..export import host_array, refuse_inexact, tensor_bytes
@@ -132,6 +133,9 @@ class OrbaxFolder:
         request = ocp.args.PyTreeRestore(item={name: 0}, restore_args=wanted, partial_restore=True)
         array = self._orbax(lambda c, path: c.restore(path, args=request))[name]
         return array[rows] if array.ndim < 2 else array[rows, columns]
+
+    def read_blocks(self, name: str, rows: slice = slice(None)) -> Blocks:
+        raise ValueError(f"{name}: an Orbax folder has no blocks")
 
     def _metadata(self) -> dict[str, Any]:
         return self._orbax(lambda c, path: c.metadata(path).item_metadata.tree)
