@@ -25,6 +25,7 @@ from .hf.folder import CONFIG, INDEX, SINGLE, HFFolder
 from .hf.names import hf_table, published_name, unused
 from .hf.processor_config import says_processor, without_processor
 from .hf.processor_out import processor_to_hf
+from .hf.quantised import split_quantisation
 from .json_values import Json, flag, read_json
 from .name_table import Row, dropped, expand
 from .params import EMBEDDERS, Slot, depths, named_slots
@@ -267,7 +268,7 @@ def _from_source(source: Path | None, cfg: GemmaConfig) -> tuple[Json | None, HF
     """The config of `source`, if it describes `cfg`, and `source` itself if it has weights too."""
     if source is None or not (source / CONFIG).is_file():
         return None, None
-    raw = read_json(source / CONFIG)
+    raw, _ = split_quantisation(read_json(source / CONFIG))
     text = text_config(raw)
     cfg = without_processor(cfg)
     alone = cfg.vision is None and cfg.audio is None

@@ -173,8 +173,8 @@ def load_source(
     if broken := +non_finite:  # those above zero
         problems = [f"{name}: {n} {what} are NaN or infinite" for (name, what), n in broken.items()]
         raise CheckpointError(source.path, problems)
-    if widened:
-        (notify or to_stderr)(_widened(source, widened))
+    for line in [*source.notes, *([_widened(widened)] if widened else [])]:
+        (notify or to_stderr)(f"{source.path.name}: {line}")
     return with_params(model, arrays)
 
 
@@ -191,10 +191,10 @@ def _finished(
     return transform(param, array)
 
 
-def _widened(source: Source, counts: Mapping[tuple[str, str], int]) -> str:
+def _widened(counts: Mapping[tuple[str, str], int]) -> str:
     """One line on the quantised tensors that could not stay so."""
     each = [f"{n} in {encoding} ({reason})" for (encoding, reason), n in sorted(counts.items())]
-    return f"{source.path.name}: widened, not kept as stored: {', '.join(each)}"
+    return f"widened, not kept as stored: {', '.join(each)}"
 
 
 def _on_disk(source: Source, move: Move, dtype: jax.typing.DTypeLike | None) -> DiskTable:

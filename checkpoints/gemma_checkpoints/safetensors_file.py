@@ -25,6 +25,15 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 ENCODINGS = {dtype: encoding for encoding, dtype in DTYPES.items()}
+# Of parts of quantised weights; no parameter is stored so.
+INTEGERS = {
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+}
+_ALL = DTYPES | INTEGERS
+_WRITTEN = {dtype: encoding for encoding, dtype in _ALL.items()}
 _LENGTH = struct.Struct("<Q")
 MAX_RANK = 8
 MAX_HEADER = 100 << 20  # the limit of the safetensors package, in bytes
@@ -143,7 +152,7 @@ def write_safetensors(
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, (shape, dtype) in tensors.items():
         begin, end = end, end + math.prod(shape) * dtype.itemsize
-        entry = {"dtype": ENCODINGS[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        entry = {"dtype": _WRITTEN[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         header[name] = entry
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _LENGTH.size)
@@ -159,9 +168,9 @@ def _parse_entry(entry: dict, start: int) -> _Place:
     if len(shape) > MAX_RANK or not all(_is_size(n) for n in (*shape, begin, end)):
         raise ValueError(f"shape {shape} and data_offsets {[begin, end]} must be sizes")
     # Encodings without a NumPy dtype of ours are for the loader to refuse, if it wants the tensor.
-    dtype = DTYPES.get(encoding, np.dtype(np.uint8))
+    dtype = _ALL.get(encoding, np.dtype(np.uint8))
     expected = math.prod(shape) * dtype.itemsize
-    if encoding in DTYPES and end - begin != expected:
+    if encoding in _ALL and end - begin != expected:
         raise ValueError(f"{encoding} of shape {shape} takes {expected} bytes, not {end - begin}")
     return _Place(TensorInfo(tuple(shape), str(encoding), dtype, end - begin), start + begin)
 

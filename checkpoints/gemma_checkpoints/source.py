@@ -1,6 +1,6 @@
 """What the loader needs to know of a checkpoint, whatever its format."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -45,6 +45,7 @@ class Source(Protocol):
       beside_config: What the model was besides its config, as `beside_config.py` says it; `None`
         where the format does not know.
       reads_rows: Whether some rows of a tensor can be had without reading all of it.
+      notes: Lines on what the checkpoint asks for and is done otherwise here.
 
     Examples:
       >>> import gemma_checkpoints as gc
@@ -61,6 +62,7 @@ class Source(Protocol):
     spoilt: Mapping[str, str]
     beside_config: tuple[str, ...] | None
     reads_rows: bool
+    notes: Sequence[str]
 
     def read(
         self, name: str, rows: slice = slice(None), columns: slice = slice(None)

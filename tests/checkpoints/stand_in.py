@@ -1,9 +1,10 @@
 """A quantised matrix in the place of an array, as simple as can be: for tests of loading."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
+import jax.numpy as jnp
 
 from gemma_jax.weights.contract import contracted
 from gemma_jax.weights.protocol import StandIn
@@ -44,4 +45,7 @@ def keep(param, matrix) -> Kept:
     shape = param.get_value().shape
     stacked = matrix.codes.ndim - (5 if matrix.tiled else 2)
     assert math.prod(shape[stacked:]) == math.prod(matrix.shape[-2:])
+    if matrix.table is not None:  # layers are stacked along the first axis of all arrays
+        table = jnp.broadcast_to(matrix.table, (*shape[:stacked], 16))
+        matrix = replace(matrix, table=table)
     return Kept(matrix, shape[stacked:])

@@ -209,7 +209,8 @@ def edited(name="model.norm.weight", **entry):
         (edited(data_offsets=[0, 144]), "overlap or leave a gap"),
         (edited(data_offsets=[0]), "broken header entry"),
         (edited(dtype="F32"), "F32 of shape [72] takes 288 bytes, not 144"),
-        (edited(dtype="U8"), "norm.weight is stored as U8"),
+        (edited(dtype="U8"), "U8 of shape [72] takes 72 bytes, not 144"),
+        (edited(dtype="F8_E4M3"), "norm.weight is stored as F8_E4M3"),
     ],
 )
 def test_broken_safetensors_headers(change, message, hf_folder):

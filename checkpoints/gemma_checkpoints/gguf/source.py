@@ -49,6 +49,7 @@ class GGUFFile:
     beside_config = None
     format = "GGUF"
     reads_rows = True
+    notes = ()
 
     def __post_init__(self):
         headers = read_parts(self.path)

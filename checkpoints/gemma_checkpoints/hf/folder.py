@@ -1,6 +1,6 @@
 """A Hugging Face folder as a source: `config.json` and one or more safetensors files."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from ..source import TensorInfo
 from .config import TOWERS, config_from_hf
 from .names import EMBEDDING, HEAD, UNREAD_TOWER, hf_table, short_name
 from .processor_config import with_processor
+from .quantised import QuantisedMatrix, quantised_matrices, split_quantisation
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -27,12 +28,14 @@ class HFFolder:
     """See `Source`. Names are those of the tables: what stands in front of them is taken off.
 
     Attributes:
-      raw_config: `config.json` as it is.
+      raw_config: `config.json`, but for what it says of quantised weights.
+      notes: Lines on what a quantised folder asks for and is not done here.
       spoilt: Modality -> why, where the files beside the weights say nothing sound of it.
     """
 
     path: Path
     raw_config: dict = field(init=False)
+    notes: list[str] = field(init=False, default_factory=list)
     config: GemmaConfig = field(init=False)
     table: Table = field(init=False)
     tensors: dict[str, TensorInfo] = field(init=False)
@@ -42,7 +45,7 @@ class HFFolder:
     reads_rows = True
 
     def __post_init__(self):
-        self.raw_config = read_json(self.path / CONFIG)
+        self.raw_config, quantisation = split_quantisation(read_json(self.path / CONFIG))
         self.spoilt = {}
         try:
             self.config = config_from_hf(self.raw_config, modalities=())
@@ -58,7 +61,10 @@ class HFFolder:
                 self.spoilt[modality] = f"{CONFIG}: {error}"
         if len(self.spoilt) < len(TOWERS):
             self.config = self._read_config(*(one for one in TOWERS if one not in self.spoilt))
+        self._matrices: Mapping[str, QuantisedMatrix] = {}
         self._open(self._files())
+        if quantisation is not None:
+            self._join_matrices(quantisation)
         self.config = replace(self.config, tied_head=self._has_tied_head())
         self.table = hf_table(self.config) + (UNREAD_TOWER if "image" in self.spoilt else ())
 
@@ -68,21 +74,49 @@ class HFFolder:
     def read(
         self, name: str, rows: slice = slice(None), columns: slice = slice(None)
     ) -> np.ndarray:
+        if name in self._matrices:
+            return self._matrices[name].values(rows)[:, columns]
+        return self._read_part(name, rows, columns)
+
+    def read_blocks(self, name: str, rows: slice = slice(None)) -> Blocks:
+        return self._matrices[name].blocks(rows)
+
+    def _read_part(
+        self, name: str, rows: slice = slice(None), columns: slice = slice(None)
+    ) -> np.ndarray:
         file, theirs = self._where[name]
         return file.read(theirs, rows, columns)
 
-    def read_blocks(self, name: str, rows: slice = slice(None)) -> Blocks:
-        raise NotImplementedError(name)
+    def _join_matrices(self, said: object) -> None:
+        """Puts each quantised matrix in the place of the tensors that it is made of."""
+        try:
+            self._matrices, self.notes = quantised_matrices(
+                said, self.tensors, self.spellings, self._read_part
+            )
+        except ValueError as error:
+            raise CheckpointError(self.path, list(error.args)) from None
+        parts = {part for matrix in self._matrices.values() for part in matrix.parts}
+        plain = {name: info for name, info in self.tensors.items() if name not in parts}
+        self.tensors = plain | {name: matrix.info for name, matrix in self._matrices.items()}
 
     def mapped(self, name: str) -> np.ndarray:
         """One tensor, mapped into memory and not read."""
+        if name in self._matrices:
+            raise CheckpointError(
+                self.path, f"{name} is quantised in several tensors, and cannot stay on disk"
+            )
         file, theirs = self._where[name]
         return file.mapped(theirs)
 
     @property
     def spellings(self) -> dict[str, str]:
-        """Name as in the table -> name in the files."""
-        return {name: theirs for name, (_, theirs) in self._where.items()}
+        """Name as in the table -> name in the files, or the one that a plain tensor would have."""
+        parts = {name: theirs for name, (_, theirs) in self._where.items()}
+        joined = {
+            name: parts[matrix.parts[0]].removesuffix("_packed")
+            for name, matrix in self._matrices.items()
+        }
+        return parts | joined
 
     def _has_tied_head(self) -> bool:
         """What is stored says it; see `heads`. One table under the name of either serves as both

@@ -107,6 +107,7 @@ class OrbaxFolder:
     beside_config: tuple[str, ...] = field(init=False)
     format = "Orbax"
     reads_rows = False
+    notes = ()
 
     def __post_init__(self):
         manifest = read_json(self.path / MANIFEST)
