@@ -17,6 +17,7 @@ _HOMES = {
     "load_source": "load",
     "open_source": "formats",
     "resolve": "catalog",
+    "save_gguf": "gguf.write",
     "save_hf": "export",
     "save_orbax": "orbax.folder",
     "stated_in_json": "generation_config",
