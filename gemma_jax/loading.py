@@ -16,7 +16,17 @@ from gemma_jax.nn.layer_groups import Layout
 from gemma_jax.numerics import Numerics, resolve_numerics
 from gemma_jax.runtime import Runtime
 from gemma_jax.sharding import Partition, Rules, make_mesh
-from gemma_jax.storages import BITS, WEIGHT_STORAGES, WeightStorage, one_of
+from gemma_jax.storages import (
+    ACTIVATIONS,
+    STORED,
+    WEIGHT_STORAGES,
+    Activations,
+    StorageRules,
+    WeightStorage,
+    is_narrower,
+    is_quantised,
+    one_of,
+)
 from gemma_jax.text import Tokenizer
 from gemma_jax.weights.off_device import Place
 
@@ -28,7 +38,8 @@ class LoadKeywords(TypedDict, total=False):
     mmproj: str | None
     dtype: jax.typing.DTypeLike | None
     vision_dtype: jax.typing.DTypeLike | None
-    weights: WeightStorage | None
+    weights: WeightStorage | StorageRules | None
+    activations: Activations
     cache_dtype: jax.typing.DTypeLike | None
     numerics: str | Numerics
     attention_impl: str
@@ -50,8 +61,13 @@ class LoadOptions:
       dtype: Dtype of activations. Default: float32 on CPU, bfloat16 elsewhere.
       vision_dtype: The same inside the vision tower, whose weights stay as those of the decoder.
         Default: `dtype`.
-      weights: Dtype the weights are stored in: `"float32"`, `"bfloat16"`, or `"int8"` with a
-        float32 scale per output channel. Default: `dtype`.
+      weights: How matrices are stored: `"float32"`, `"bfloat16"`; `"int8"` with a float32 scale
+        per output channel, or `"int8:32"`, `":64"`, `":128"` with one per so many inputs; 4 bits
+        as `"int4"` (per 32), `"int4:64"`, `"int4:128"` or `"int4:channel"`; or by patterns of
+        names, see `quantise`. `"stored"` keeps the quantised blocks of a file as they are.
+        Default: `dtype`.
+      activations: `"int8"` rounds activations to whole numbers as well, per 32 of them, in products
+        with quantised weights.
       cache_dtype: Dtype of cached keys and values; int8 has a float32 scale per token and head.
         Default: `dtype`.
       numerics: `"hf"` or `"gdm"`; see `gemma_jax.numerics`.
@@ -81,7 +97,8 @@ class LoadOptions:
     mmproj: str | None = None
     dtype: jax.typing.DTypeLike | None = None
     vision_dtype: jax.typing.DTypeLike | None = None
-    weights: WeightStorage | None = None
+    weights: WeightStorage | StorageRules | None = None
+    activations: Activations = "float"
     cache_dtype: jax.typing.DTypeLike | None = None
     numerics: str | Numerics = "hf"
     attention_impl: str = "auto"
@@ -97,8 +114,28 @@ class LoadOptions:
                 f"per_layer_table={self.per_layer_table!r} is for one device; on a mesh leave it "
                 "at 'device'"
             )
-        if self.weights not in (None, *WEIGHT_STORAGES):
-            raise ValueError(f"weights={self.weights!r} must be {one_of(WEIGHT_STORAGES)}")
+        names = self._storages
+        if wrong := [name for name in names if name not in WEIGHT_STORAGES]:
+            raise ValueError(f"weights={wrong[0]!r} must be {one_of(WEIGHT_STORAGES)}")
+        if isinstance(self.weights, Mapping) and STORED in names:
+            raise ValueError(
+                f"weights={STORED!r} is for all matrices; by patterns, give what to make of them"
+            )
+        if self.activations not in ACTIVATIONS:
+            raise ValueError(f"activations={self.activations!r} must be {one_of(ACTIVATIONS)}")
+        quantised = any(name == STORED or is_quantised(name) for name in names)
+        if self.activations != "float" and not quantised:
+            raise ValueError(
+                f"activations={self.activations!r} is for quantised weights; give weights='int8', "
+                "another storage of whole numbers, or 'stored'"
+            )
+
+    @property
+    def _storages(self) -> tuple[str, ...]:
+        weights = self.weights
+        if isinstance(weights, Mapping):
+            return tuple(weights.values())
+        return () if weights is None else (weights,)
 
 
 def load(
@@ -180,7 +217,10 @@ def load_model(
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.dtype(options.dtype or ("float32" if on_cpu else "bfloat16"))
     stored = options.weights
-    narrower = stored if stored is not None and BITS[stored] < 8 * dtype.itemsize else None
+    by_name = isinstance(stored, Mapping)
+    if stored == STORED:
+        raise ValueError("weights='stored': this checkpoint has no quantised blocks")
+    narrower = stored if by_name or (stored and is_narrower(stored, dtype.name)) else None
     partition = (
         None
         if options.mesh is None
@@ -202,7 +242,7 @@ def load_model(
             partition=partition,
         ),
         layout=options.layout or ("unrolled" if on_cpu else "scan"),
-        transform=store_weights(narrower) if narrower else None,
+        transform=store_weights(narrower, options.activations) if narrower else None,
         placement=partition and partition.placement,
         per_layer_table=options.per_layer_table,
         per_layer_dtype=jnp.bfloat16 if narrower else None,

@@ -1,62 +1,229 @@
-"""Makes models whose weights are stored narrower than the arithmetic (`weights/stored.py`).
+"""Makes models whose weights are stored narrower than the arithmetic.
 
-`store_weights` is the transform that `load` applies to each parameter as it arrives; `quantise`
-applies it to a whole model. The model does not know: a Param holds a `StoredWeight` in place of an
-array.
+`quantise` makes one of a model; `store_weights` is the transform that `load` applies to each
+parameter as it arrives. The model does not know: a Param holds a stand-in (`weights/protocol.py`)
+in the place of an array.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from gemma_jax.decoder.model import Gemma
-from gemma_jax.storages import WEIGHT_STORAGES, WeightStorage, one_of
-from gemma_jax.weights.int8 import to_int8
-from gemma_jax.weights.protocol import Weight
+from gemma_jax.decoder.names import layer_names
+from gemma_jax.storages import (
+    ACTIVATIONS,
+    MADE_STORAGES,
+    Activations,
+    StorageRules,
+    WeightStorage,
+    is_quantised,
+    one_of,
+    storage_bits,
+    storage_group,
+)
+from gemma_jax.weights.off_device import OffDeviceTable
+from gemma_jax.weights.protocol import Weight, dense
+from gemma_jax.weights.quantized import QuantizedWeight
 from gemma_jax.weights.stored import StoredWeight
-from gemma_jax.weights.tree import map_params
+from gemma_jax.weights.tree import ParamPath, flat_params, with_params
+from gemma_kernels.quantized_matmul import QuantizedMatrix
+
+Store = Callable[[ParamPath, jax.Array], Weight]
+
+# What groups do not suit, if nobody says otherwise: matrices of towers, some of which no group
+# divides, and Gemma 3n's mixing of four streams, which is tiny.
+SCALE_BYTES = 4
+PER_CHANNEL = ("vision.*", "audio.*", "*.altup.*")
 
 
-def store_weights(storage: WeightStorage) -> Callable[[nnx.Param, jax.Array], Weight]:
-    """A function `(param, array) -> array or StoredWeight` for one loaded parameter.
+def quantise(
+    model: Gemma,
+    storage: WeightStorage | StorageRules,
+    *,
+    activations: Activations = "float",
+) -> Gemma:
+    """Makes a model with its matrices stored narrower; arithmetic stays what it was.
 
-    Vectors (norm scales) keep their dtype. int8 is symmetric, one scale per output channel.
+    Args:
+      storage: Of all matrices, by a name as in `LoadOptions.weights`; or patterns of their names
+        (`embed.table`, `blocks.3.attn.q.w`, `*.ffn.*`) with the storage of each. The first pattern
+        that fits decides, and what none fits stays as it is, as vectors always do. One name for all
+        with a scale per group means `"int8"` for `vision.*`, `audio.*` and `*.altup.*`.
+      activations: `"int8"` rounds activations as well, in products with quantised matrices.
+
+    Raises:
+      ValueError: An unknown storage; a pattern that decides on no matrix; a matrix whose inputs
+        its group does not divide.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> model = gj.load_model("checkpoints/digits", modalities=("text",))
+      >>> small = gj.quantise(model, {"embed.*": "int8", "*": "int4:32"})
+      >>> small.embed.table.get_value().matrix.bits, small.blocks[0][0].ffn.up.w.get_value().nbytes
+      (8, 7680)
     """
-    if storage not in WEIGHT_STORAGES:
-        raise ValueError(f"{storage=} must be {one_of(WEIGHT_STORAGES)}")
-    to_storage = _TO_STORAGE[storage]
+    store = store_weights(storage, activations)(model)
 
-    def store(param: nnx.Param, array: jax.Array) -> Weight:
-        inputs = param.get_metadata().get("inputs", "")
-        return to_storage(array, _last_axes(array, inputs)) if inputs else array
+    def stored(path: ParamPath, value: Weight) -> Weight:
+        return value if isinstance(value, OffDeviceTable) else store(path, dense(value))
 
-    return store
+    params = flat_params(model)
+    return with_params(model, {path: stored(path, p.get_value()) for path, p in params.items()})
 
 
-def quantise(model: Gemma, storage: WeightStorage) -> Gemma:
-    """The model with its matrices stored as `storage`; arithmetic stays what it was."""
-    store = store_weights(storage)
-    return map_params(model, lambda param: store(param, param.get_value()))
+def store_weights(
+    storage: WeightStorage | StorageRules, activations: Activations = "float"
+) -> Callable[[Gemma], Store]:
+    """A function of a model, abstract or not, that returns how one of its parameters is stored.
+
+    Vectors (norm scales) keep their dtype. Arguments and errors are those of `quantise`.
+    """
+    rules = storage if isinstance(storage, Mapping) else {"*": storage}
+    for name in rules.values():
+        if name not in MADE_STORAGES:
+            raise ValueError(f"storage={name!r} must be {one_of(MADE_STORAGES)}")
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"{activations=} must be {one_of(ACTIVATIONS)}")
+
+    def of(model: Gemma) -> Store:
+        chosen, params = storages_of(model, storage), flat_params(model)
+
+        def store(path: ParamPath, array: jax.Array) -> Weight:
+            if path not in chosen:
+                return array
+            return _stored(params[path], array, chosen[path], activations, model)
+
+        return store
+
+    return of
 
 
-def _last_axes(array: jax.Array, letters: str) -> tuple[int, ...]:
-    return tuple(range(array.ndim - len(letters), array.ndim))
+def keep_matrix(
+    activations: Activations = "float",
+) -> Callable[[nnx.Param, QuantizedMatrix], Weight]:
+    """A function `(param, matrix) -> weight` for what a file holds in quantised blocks.
+
+    The matrix is `[..., O, I]`, in the order of the entries of the parameter; it keeps its codes,
+    scales and layout.
+    """
+
+    def keep(param: nnx.Param, matrix: QuantizedMatrix) -> Weight:
+        metadata, shape = param.get_metadata(), tuple(param.get_value().shape)
+        stacked = len(shape) - len(metadata["dims"])
+        count = len(metadata["inputs"])
+        return QuantizedWeight.of(matrix, shape, count, activations, num_stacked=stacked)
+
+    return keep
+
+
+def storages_of(
+    model: Gemma, storage: WeightStorage | StorageRules
+) -> dict[ParamPath, WeightStorage]:
+    """The storage of every matrix that is to have another; see `quantise`."""
+    for_all = not isinstance(storage, Mapping)
+    rules = rules_for_all(storage) if for_all else dict(storage)
+    unused, chosen, problems = set(rules), {}, []
+    matrices = {path: p for path, p in flat_params(model).items() if _num_inputs(p)}
+    for path, param in matrices.items():
+        names = [name for name, _ in layer_names(path, model)]
+        fitting = [next((r for r in rules if fnmatchcase(name, r)), None) for name in names]
+        unused -= set(fitting)
+        found = {rules[rule] if rule else None for rule in fitting}
+        if len(found) > 1:
+            problems.append(
+                f"{names[0]} and {names[-1]} lie in one array, and cannot be stored as "
+                f'{" and ".join(sorted(map(str, found)))}; load the model with layout="unrolled"'
+            )
+        elif (kind := found.pop()) is not None:
+            chosen[path] = kind
+            problems += _indivisible(names[0], param, kind)
+    if unused and not for_all:
+        known = ", ".join(next(layer_names(path, model))[0] for path in list(matrices)[:4])
+        problems += [
+            f"the pattern {rule!r} decides on no matrix: none is called so, or an earlier pattern "
+            f"fits it too; names are such as {known}"
+            for rule in rules
+            if rule in unused
+        ]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ValueError(problems[0] + more)
+    return chosen
+
+
+def weight_bytes(model: Gemma, storage: WeightStorage | StorageRules, bits: int = 16) -> int:
+    """Bytes of a model, abstract or not, whose matrices are stored so.
+
+    Args:
+      bits: Of an entry of all else.
+
+    Raises:
+      ValueError: As `quantise` does.
+    """
+    chosen, total = storages_of(model, storage), 0
+    for path, param in flat_params(model).items():
+        size, kind = math.prod(param.get_value().shape), chosen.get(path)
+        total += size * (storage_bits(kind) if kind else bits) // 8
+        if kind is not None and is_quantised(kind):
+            inputs = math.prod(param.get_value().shape[-_num_inputs(param) :])
+            total += size // (storage_group(kind) or inputs) * SCALE_BYTES
+    return total
+
+
+def rules_for_all(storage: WeightStorage) -> StorageRules:
+    """What one name for all matrices stands for."""
+    in_groups = is_quantised(storage) and storage != "int8"
+    return (dict.fromkeys(PER_CHANNEL, "int8") if in_groups else {}) | {"*": storage}
+
+
+def _indivisible(name: str, param: nnx.Param, storage: WeightStorage) -> list[str]:
+    group = storage_group(storage) if is_quantised(storage) else None
+    inputs = math.prod(param.get_value().shape[-_num_inputs(param) :])
+    if group is None or inputs % group == 0:
+        return []
+    return [
+        f"{name} has {inputs} inputs, which groups of {group} ({storage}) do not divide; give it "
+        f'another storage, as in {{"{name}": "int8", "*": "{storage}"}}'
+    ]
+
+
+def _num_inputs(param: nnx.Param) -> int:
+    return len(param.get_metadata().get("inputs", ""))
+
+
+def _stored(
+    param: nnx.Param,
+    array: jax.Array,
+    storage: WeightStorage,
+    activations: Activations,
+    model: Gemma,
+) -> Weight:
+    if storage == "float32":
+        return array
+    if storage == "bfloat16":
+        return array if array.dtype == jnp.bfloat16 else _as_bits(array)
+    partition, where = model.runtime.partition, None
+    form = (_num_inputs(param), storage_bits(storage), storage_group(storage), activations)
+    if partition is not None:
+        shapes = jax.eval_shape(lambda a: _rounded(a, *form, where=partition.whole), array)
+        where = partition.param_shardings(param.replace(shapes))
+    return _rounded(array, *form, where=where)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3, 4), static_argnames="where")
+def _rounded(array, num_inputs, bits, group, activations, *, where) -> QuantizedWeight:
+    weight = QuantizedWeight.rounded(
+        array, num_inputs, bits, group, activations, in_pieces=where is None
+    )
+    return weight if where is None else jax.lax.with_sharding_constraint(weight, where)
 
 
 @jax.jit
 def _as_bits(array: jax.Array) -> StoredWeight:
-    bits = jax.lax.bitcast_convert_type(array.astype(jnp.bfloat16), jnp.uint16)
-    return StoredWeight(bits, None)
-
-
-def _as_int8(array: jax.Array, axes: tuple[int, ...]) -> StoredWeight:
-    return StoredWeight(*to_int8(array, axes))
-
-
-_TO_STORAGE: dict[WeightStorage, Callable[[jax.Array, tuple[int, ...]], Weight]] = {
-    "float32": lambda array, axes: array,
-    "bfloat16": lambda array, axes: _as_bits(array),
-    "int8": jax.jit(_as_int8, static_argnums=1),
-}
+    return StoredWeight(jax.lax.bitcast_convert_type(array.astype(jnp.bfloat16), jnp.uint16))

@@ -63,6 +63,11 @@ class HasLetters(Protocol):
 class HasArrayDims(Protocol):
     """What stands in a Param in the place of an array (`weights.protocol.StandIn`)."""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array that it stands for."""
+        ...
+
     def array_dims(self, dims: str) -> Any:
         """The same tree with the letters of its last axes in the place of each array."""
         ...
@@ -149,10 +154,27 @@ class Partition:
         return jax.tree.map(of, tree, is_leaf=lambda x: isinstance(x, nnx.Param | HasLetters))
 
     def param_shardings(self, param: nnx.Param) -> Any:
-        """Of its array, or of the arrays in the place of one; without letters, whole everywhere."""
+        """Of its array, or of the arrays in the place of one; without letters, whole everywhere.
+
+        Several arrays are split alike or not at all: a letter whose mesh axes divide its size but
+        not the blocks or scales of it is whole on every device.
+        """
         value, dims = param.get_value(), param.get_metadata().get("dims", "")
-        letters = value.array_dims(dims) if isinstance(value, HasArrayDims) else dims
-        return jax.tree.map(lambda a, dims: self.sharding(dims, a.shape), value, letters)
+        if not isinstance(value, HasArrayDims):
+            return jax.tree.map(lambda a: self.sharding(dims, a.shape), value)
+        self.spec(dims, value.shape)  # refuses what does not divide
+        letters, uneven = value.array_dims(dims), set()
+        for array, of_array in zip(jax.tree.leaves(value), jax.tree.leaves(letters), strict=True):
+            sizes = array.shape[array.ndim - len(of_array) :]
+            uneven |= {x for x, size in zip(of_array, sizes) if size % self._parts(x)}
+        whole = str.maketrans(dict.fromkeys(uneven, "_"))
+        return jax.tree.map(
+            lambda a, dims: self.sharding(dims.translate(whole), a.shape), value, letters
+        )
+
+    def _parts(self, letter: str) -> int:
+        """How many devices share the entries along a letter."""
+        return math.prod(self.mesh.shape[axis] for axis in dict(self.rules).get(letter, ()))
 
     def place(self, tree: Any) -> Any:
         """The tree with its arrays where they belong."""
@@ -169,7 +191,7 @@ class Partition:
 
     def splits(self, letter: str) -> bool:
         """Whether arrays with this letter are split along it."""
-        return math.prod(self.mesh.shape[axis] for axis in dict(self.rules).get(letter, ())) > 1
+        return self._parts(letter) > 1
 
     def index(self, letter: str) -> jax.Array:
         """Which part of those along a letter this device has; for use inside `run`."""

@@ -30,8 +30,15 @@ def test_keywords_change_what_the_options_say():
 
 
 def test_nothing_is_read_for_options_that_do_not_go_together():
-    with pytest.raises(ValueError, match="weights='int3' must be 'float32', 'bfloat16' or 'int8'"):
+    with pytest.raises(ValueError, match="weights='int3' must be 'float32', 'bfloat16', 'int8', "):
         gj.load("nothing", weights="int3")
+    with pytest.raises(ValueError, match="weights='q4' must be"):
+        gj.load("nothing", weights={"embed.*": "int8", "*": "q4"})
+    with pytest.raises(ValueError, match="weights='stored' is for all matrices"):
+        gj.load("nothing", weights={"embed.*": "stored"})
+    for weights in (None, "bfloat16", {"*": "float32"}):
+        with pytest.raises(ValueError, match="activations='int8' is for quantised weights; give"):
+            gj.load("nothing", activations="int8", weights=weights)
     with pytest.raises(ValueError, match="numerics='tf' must be one of: hf, gdm"):
         gj.load("nothing", numerics="tf")
     with pytest.raises(ValueError, match="per_layer_table='host' is for one device"):

@@ -52,8 +52,9 @@ def load_weights(
       runtime: How the model will compute. Independent of `dtype`.
       placement: `(path, dims, shape) -> Sharding | None`: where each Param goes. Its pieces go
         straight there, and only those are read that devices of this process hold.
-      transform: `(param, array) -> value`, applied to each Param as soon as it is complete, so
-        that a model can be quantised while it never exists as a whole.
+      transform: A function of the model, still without arrays, that returns `(path, array) ->
+        value`. That is applied to each Param as soon as it is complete, so that a model can be
+        quantised while it never exists as a whole.
       per_layer_table: Where Gemma 3n's table of per-layer embeddings goes: with the other
         parameters, to the memory of the host, or nowhere: it stays in its safetensors file. Off the
         device it is not transformed.

@@ -16,9 +16,10 @@ from flax import nnx
 
 from gemma_jax.config import GemmaConfig
 from gemma_jax.decoder.model import Block, Gemma, MakeBlock, abstract_model
+from gemma_jax.decoder.names import layer_names
 
 from .errors import CheckpointError, by_layer
-from .params import layer_names, named_slots
+from .params import named_slots
 from .source import Source
 from .written_values import NAMELESS, written
 

@@ -12,6 +12,7 @@ from flax import nnx
 
 from gemma_jax.config import GemmaConfig
 from gemma_jax.decoder.model import Gemma
+from gemma_jax.decoder.names import EMBEDDERS
 from gemma_jax.weights.protocol import StandIn
 from gemma_jax.weights.tree import ParamPath, flat_params, with_attributes
 
@@ -28,7 +29,7 @@ from .hf.processor_out import processor_to_hf
 from .hf.quantised import split_quantisation
 from .json_values import Json, flag, read_json
 from .name_table import Row, dropped, expand
-from .params import EMBEDDERS, Slot, depths, named_slots
+from .params import Slot, depths, named_slots
 from .rearrange import shape as side_shape
 from .safetensors_file import ENCODINGS, write_safetensors
 from .tokenizers import copy_companions

@@ -16,7 +16,6 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from gemma_jax.decoder.model import Block, Gemma, MakeBlock, abstract_model
 from gemma_jax.nn.layer_groups import Layout
@@ -42,7 +41,8 @@ AHEAD = 8  # pieces waiting per thread
 TABLE: ParamPath = ("per_layer", "table")
 
 Placement = Callable[[ParamPath, str, tuple[int, ...]], jax.sharding.Sharding | None]
-Transform = Callable[[nnx.Param, jax.Array], Weight]
+Transformed = Callable[[ParamPath, jax.Array], Weight]
+Transform = Callable[[Gemma], Transformed]
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
@@ -109,6 +109,7 @@ def load_source(
     cfg = declared if config is None else changed_config(source, declared, config, block)
     model = abstract_model(cfg, runtime=runtime, layout=layout, block=block)
     params = flat_params(model)
+    transformed = None if transform is None else transform(model)
     moves = match(source, named_slots(model))
     arrays, non_finite, widened = {}, Counter(), Counter()
     if per_layer_table != "device" and cfg.per_layer is None:
@@ -166,7 +167,7 @@ def load_source(
     for piece, bad in _in_threads(lambda piece: piece.fill(source), pieces()):
         non_finite[piece.move.row.theirs, piece.what] += bad
         if piece.last:
-            arrays[piece.path] = _finished(piece, params[piece.path], transform, keep)
+            arrays[piece.path] = _finished(piece, params[piece.path], transformed, keep)
         done += piece.nbytes
         if progress is not None:
             progress(done, total)
@@ -179,7 +180,7 @@ def load_source(
 
 
 def _finished(
-    piece: Piece | KeptPiece, param: nnx.Param, transform: Transform | None, keep: Keep | None
+    piece: Piece | KeptPiece, param: nnx.Param, transform: Transformed | None, keep: Keep | None
 ) -> Weight:
     """What a Param holds, once its last piece is written."""
     if isinstance(piece, KeptPiece):
@@ -188,7 +189,7 @@ def _finished(
     array = piece.buffer.finish()
     if transform is None or isinstance(piece.buffer, TableBuffer):
         return array
-    return transform(param, array)
+    return transform(piece.path, array)
 
 
 def _widened(counts: Mapping[tuple[str, str], int]) -> str:

@@ -4,17 +4,15 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import reduce
 from string import ascii_lowercase
 
 from flax import nnx
 
 from gemma_jax.config import GemmaConfig
 from gemma_jax.decoder.model import Gemma, abstract_model
+from gemma_jax.decoder.names import EMBEDDERS, layer_names
 from gemma_jax.encoder_config import MobileNetConfig, VisionConfig
 from gemma_jax.weights.tree import ParamPath, dims_of, flat_params
-
-EMBEDDERS = "modality_embedders"
 
 
 @dataclass(frozen=True)
@@ -77,26 +75,6 @@ def _part(name: str, cfg: GemmaConfig) -> str:
     if first in ("vision", "audio"):
         return f"{first}.{'projector' if second == 'projector' else 'tower'}"
     return "text"
-
-
-def layer_names(path: ParamPath, model: Gemma) -> Iterator[tuple[str, int | None]]:
-    """Names of what lies at a path, one per layer that is stacked there, each with its row.
-
-    What lies in no layer has one name, and no row. The embedders of vocabularies are called after
-    their first ids: their places depend on which modalities were loaded.
-    """
-    if path[:1] == (EMBEDDERS,) and len(path) > 1:
-        ids = model.cfg.modality_vocabularies[path[1]]
-        path = (EMBEDDERS, ids.first_id, *path[2:])
-    if "blocks" not in path or len(path) < path.index("blocks") + 3:
-        yield ".".join(map(str, path)), None
-        return
-    at = path.index("blocks")
-    owner, (_, group, position, *rest) = path[:at], path[at:]
-    groups = reduce(getattr, owner, model).layer_groups
-    for repeat in range(groups[group].repeats):
-        layer = groups[group].layer_index(position, repeat)
-        yield ".".join(map(str, (*owner, "blocks", layer, *rest))), repeat
 
 
 def _slots(path: ParamPath, param: nnx.Param, model: Gemma) -> Iterator[tuple[str, Slot]]:

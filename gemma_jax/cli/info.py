@@ -1,5 +1,6 @@
 """`gemma-jax info`: what a model is and what it needs."""
 
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,6 +9,7 @@ import typer
 
 from gemma_jax.cli import common
 from gemma_jax.cli.model_options import SliceOption, all_but, refuse_options
+from gemma_jax.storages import MADE_STORAGES, is_quantised
 
 if TYPE_CHECKING:
     from gemma_jax.config import GemmaConfig
@@ -93,7 +95,7 @@ def _facts(source: str, slice_name: str | None) -> dict[str, Any]:
         "weight_bytes": {
             "float32": 4 * parameters,
             "bfloat16": 2 * parameters,
-            "int8": _int8_bytes(cfg),
+            **_quantised_bytes(cfg),
         },
         "cache_bytes_bfloat16": {str(n): cache_bytes(cfg, 1, n, "bfloat16") for n in contexts},
         "cache_bytes_if_all_layers_were_global_bfloat16": {
@@ -102,18 +104,20 @@ def _facts(source: str, slice_name: str | None) -> dict[str, Any]:
     }
 
 
-def _int8_bytes(cfg: "GemmaConfig") -> int:
-    """Of a model loaded with `weights="int8"`: scales are float32, vectors bfloat16 here."""
-    import jax
+def _quantised_bytes(cfg: "GemmaConfig") -> dict[str, int]:
+    """By storage of whole numbers and float32 scales; vectors are bfloat16 here.
 
+    Those in groups that do not divide the inputs of the model's matrices are left out.
+    """
     from gemma_jax.decoder.model import abstract_model
-    from gemma_jax.quantise import store_weights
-    from gemma_jax.weights.tree import map_params
+    from gemma_jax.quantise import weight_bytes
 
-    store = store_weights("int8")
-    narrow = lambda param: store(param, param.get_value().astype("bfloat16"))  # noqa: E731
-    shapes = jax.eval_shape(lambda model: map_params(model, narrow), abstract_model(cfg))
-    return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(shapes))
+    model, sizes = abstract_model(cfg), {}
+    for storage in MADE_STORAGES:
+        if is_quantised(storage):
+            with suppress(ValueError):
+                sizes[storage] = weight_bytes(model, storage)
+    return sizes
 
 
 def _text(source: str) -> dict:

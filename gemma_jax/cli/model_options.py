@@ -19,7 +19,7 @@ import typer
 
 from gemma_jax.cli import common, progress
 from gemma_jax.cli.errors import flags_for
-from gemma_jax.storages import CACHE_STORAGES, WEIGHT_STORAGES
+from gemma_jax.storages import ACTIVATIONS, CACHE_STORAGES, MADE_STORAGES, WEIGHT_STORAGES
 
 if TYPE_CHECKING:
     from gemma_jax.decoder.model import Gemma
@@ -44,6 +44,8 @@ class Place(StrEnum):
 
 
 WeightStorage = StrEnum("WeightStorage", {name: name for name in WEIGHT_STORAGES})
+MadeStorage = StrEnum("MadeStorage", {name: name for name in MADE_STORAGES})
+Activations = StrEnum("Activations", {name: name for name in ACTIVATIONS})
 CacheStorage = StrEnum("CacheStorage", {name: name for name in CACHE_STORAGES})
 
 # Those that commands which run no model share, too.
@@ -84,8 +86,14 @@ class ModelOptions:
     ] = None
     weights: Annotated[
         WeightStorage | None,
-        typer.Option(help="Dtype the weights are stored in. Default: that of the arithmetic."),
+        typer.Option(
+            help="What weights are stored as; stored: as the file's blocks. Default: as --dtype."
+        ),
     ] = None
+    activations: Annotated[
+        Activations,
+        typer.Option(help="What activations are rounded to in products with quantised weights."),
+    ] = Activations.float
     cache_dtype: CacheDTypeOption = None
     vision_dtype: Annotated[
         DType | None, typer.Option(help="Dtype inside the vision tower. Default: as --dtype.")

@@ -13,8 +13,8 @@ from gemma_jax.cli.model_options import (
     AttentionOption,
     CacheDTypeOption,
     DType,
+    MadeStorage,
     SliceOption,
-    WeightStorage,
     refuse_options,
 )
 
@@ -38,6 +38,7 @@ class Fit(StrEnum):
         "vision_dtype": "plan is about text",
         "modalities": "plan reads no weights",
         "mmproj": "plan is about text",
+        "activations": "plan counts products of floats",
         "numerics": "plan follows the roundings of transformers",
         "per_layer_table": "plan puts all weights on the devices",
     }
@@ -54,8 +55,8 @@ def command(
     ] = DType.bfloat16,
     cache_dtype: CacheDTypeOption = None,
     weights: Annotated[
-        WeightStorage | None,
-        typer.Option("--weights", "--quant", help="Dtype the weights are stored in."),
+        MadeStorage | None,
+        typer.Option("--weights", "--quant", help="What the weights are stored as."),
     ] = None,
     mode: Annotated[
         Mode, typer.Option(help="A token for every row, a chunk of prompt, or a training step.")

@@ -15,7 +15,7 @@ from gemma_jax.nn.norm import RMSNorm, rms_norm
 from gemma_jax.numerics import Numerics
 from gemma_jax.weights.contract import contract
 from gemma_jax.weights.gather import lookup
-from gemma_jax.weights.protocol import scaled_rows
+from gemma_jax.weights.protocol import head_rows
 from gemma_kernels.cross_entropy import cross_entropy
 
 
@@ -55,8 +55,8 @@ class Embedder(nnx.Module):
 
     def cross_entropy(self, x_BTD: jax.Array, labels_BT: jax.Array, **options) -> jax.Array:
         """Losses of the labels, with the logits in chunks; see `gemma_kernels.cross_entropy`."""
-        table_VD, scale_V = scaled_rows(self.output.get_value())
-        losses_BT = cross_entropy(x_BTD, table_VD, labels_BT, scale_V=scale_V, **options)
+        table = head_rows(self.output.get_value())
+        losses_BT = cross_entropy(x_BTD, table, labels_BT, **options)
         return losses_BT  # pyright: ignore[reportReturnType]
 
 

@@ -10,14 +10,13 @@ from gemma_jax.decoder.cache import layer_capacity
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.decoder.skipping import last_with_keys
 from gemma_jax.planning.lowering import Work
+from gemma_jax.weights.protocol import array_bytes
 from gemma_jax.weights.tree import flat_params
 
 
 def local_bytes(tree: Any) -> int:
     """Of the arrays' parts on one device; arrays may be shapes with shardings."""
-    return sum(
-        math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree)
-    )
+    return sum(array_bytes(a, a.sharding.shard_shape(a.shape)) for a in jax.tree.leaves(tree))
 
 
 def weight_bytes(model: Gemma) -> dict[str, int]:

@@ -7,7 +7,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from gemma_jax.config import GemmaConfig
 from gemma_jax.decoder.batch import Batch
@@ -20,12 +19,11 @@ from gemma_jax.inference.session import CHUNK
 from gemma_jax.quantise import store_weights
 from gemma_jax.runtime import Runtime
 from gemma_jax.sharding import Partition
-from gemma_jax.storages import BITS, WeightStorage
+from gemma_jax.storages import WeightStorage, is_narrower
 from gemma_jax.training.objectives import next_token
 from gemma_jax.training.step import make_step
 from gemma_jax.training.trainable import trainable
-from gemma_jax.weights.protocol import Weight
-from gemma_jax.weights.tree import map_params
+from gemma_jax.weights.tree import flat_params, with_params
 
 Mode = Literal["decode", "prefill", "train"]
 
@@ -41,7 +39,7 @@ class Work:
       batch: Rows.
       context: Tokens that the caches hold; in training, the length of a row.
       dtype: Of activations and, unless they are given, of weights and caches.
-      weights: How matrices are stored, as in `LoadOptions`: `"int8"`, `"bfloat16"`, `"float32"`.
+      weights: How matrices are stored, as in `LoadOptions`: `"int8"`, `"int4:64"`, `"bfloat16"`...
       cache_dtype: Of keys and values.
     """
 
@@ -71,15 +69,18 @@ def placed_model(cfg: GemmaConfig, work: Work, partition: Partition) -> Gemma:
     stored = work.weights
     # As in loading: arrays, unless what is stored is narrower than the arithmetic. What is trained
     # are arrays always: stored weights have no gradients.
-    narrower = stored and not training and BITS[stored] < 8 * jnp.dtype(work.dtype).itemsize
-    store = store_weights(stored) if stored and narrower else lambda param, array: array
+    narrower = stored and not training and is_narrower(stored, work.dtype)
     dtype = work.dtype if narrower else stored or work.dtype
-
-    def narrow(param: nnx.Param) -> Weight:
-        return store(param, param.get_value().astype(dtype))
-
     model = abstract_model(cfg, runtime=runtime)
-    return with_shardings(jax.eval_shape(lambda model: map_params(model, narrow), model), partition)
+
+    def narrow(model: Gemma) -> Gemma:
+        store = store_weights(stored)(model) if stored and narrower else lambda path, array: array
+        arrays = {path: p.get_value().astype(dtype) for path, p in flat_params(model).items()}
+        return with_params(model, {path: store(path, array) for path, array in arrays.items()})
+
+    # The mesh in context tells how weights lie on the chips that the plan is for.
+    with jax.sharding.use_abstract_mesh(partition.mesh.abstract_mesh):
+        return with_shardings(jax.eval_shape(narrow, model), partition)
 
 
 def abstract_cache(cfg: GemmaConfig, work: Work, model: Gemma, partition: Partition) -> Cache:

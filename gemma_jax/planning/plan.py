@@ -19,7 +19,7 @@ from gemma_jax.planning import hlo_text as hlo
 from gemma_jax.planning.hardware import Topology
 from gemma_jax.planning.lowering import Work, abstract_cache, lower, placed_model
 from gemma_jax.sharding import TRAINING, Partition, make_mesh, mesh_sizes
-from gemma_jax.storages import BITS
+from gemma_jax.storages import is_quantised
 
 # What a collective takes however little it carries: an assumption, of the usual order.
 LATENCY = 3e-6
@@ -159,7 +159,7 @@ def check(cfg: GemmaConfig, work: Work) -> None:
         raise ValueError(
             f"context={work.context} exceeds the model's {cfg.max_positions} positions"
         )
-    if work.mode == "train" and work.weights and BITS[work.weights] < 16:
+    if work.mode == "train" and work.weights and is_quantised(work.weights):
         raise ValueError(f"{work.weights} weights have no gradients; train in bfloat16 or float32")
 
 
@@ -328,6 +328,7 @@ def link_seconds(traffic: Mapping[str, Mapping[str, int]], links: float) -> floa
 def weight_shapes(model: Gemma) -> set[tuple[str, tuple[int, ...]]]:
     """Of the matrices, whole and as a device holds them, stacked and one layer alone."""
     names = {"bfloat16": "bf16", "float32": "f32", "float16": "f16", "int8": "s8"}
+    names |= {"int4": "s4", "uint4": "u4"}
     shapes = set()
     for array in jax.tree.leaves(model):
         local = array.sharding.shard_shape(array.shape)

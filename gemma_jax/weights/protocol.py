@@ -2,7 +2,7 @@
 
 A weight is an array, or a `StandIn`: a pytree of arrays that multiplies, looks up and cuts itself.
 All code outside of this folder uses a weight through `shape`, `nbytes` and the functions that take
-either: `contract`, `lookup`, and `array_dims`, `take`, `dense`, `scaled_rows` of this file. So a
+either: `contract`, `lookup`, and `array_dims`, `take`, `dense`, `head_rows` of this file. So a
 new format is one file with one class, and no change elsewhere.
 
 Letters live in the Param (`dims`, and `inputs` for those it sums over), not in the stand-in: axes
@@ -19,6 +19,8 @@ from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
+
+from gemma_kernels.quantized_matmul import QuantizedMatrix
 
 Index = int | tuple[int, ...]  # so many first entries, or the entries with these indices
 
@@ -38,7 +40,7 @@ class StandIn(ABC):
     @property
     def nbytes(self) -> int:
         """Bytes of its arrays in memory, wherever that is."""
-        return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(self))
+        return sum(map(array_bytes, jax.tree.leaves(self)))
 
     @abstractmethod
     def contract(self, equation: str, x: jax.Array) -> jax.Array:
@@ -75,12 +77,23 @@ class StandIn(ABC):
           an axis that is never split. Where a letter's axis holds blocks, whole blocks are split.
         """
 
-    def scaled_rows(self) -> tuple[jax.Array, jax.Array | None]:
-        """The same as an array, in floats or int8, and a factor for each row of one in int8."""
-        return self.dense(), None
+    def head_rows(self) -> jax.Array | QuantizedMatrix:
+        """The same for a loss over its rows, `[V, D]`, which widens some of them at a time."""
+        return self.dense()
 
 
 Weight = jax.Array | StandIn
+
+
+def array_bytes(array: Any, shape: tuple[int, ...] | None = None) -> int:
+    """Bytes of an array in memory, where two codes of 4 bits share one.
+
+    Args:
+      array: Or whatever has its shape and dtype.
+      shape: Of a part of it; default: all.
+    """
+    bits = 4 if array.dtype in (jnp.int4, jnp.uint4) else 8 * array.dtype.itemsize
+    return -(-math.prod(array.shape if shape is None else shape) * bits // 8)
 
 
 def array_dims(weight: Weight, dims: str) -> Any:
@@ -93,9 +106,9 @@ def dense(weight: Weight) -> jax.Array:
     return weight.dense() if isinstance(weight, StandIn) else weight
 
 
-def scaled_rows(weight: Weight) -> tuple[jax.Array, jax.Array | None]:
-    """The weight as an array, and factors of its rows; see `StandIn.scaled_rows`."""
-    return weight.scaled_rows() if isinstance(weight, StandIn) else (weight, None)
+def head_rows(weight: Weight) -> jax.Array | QuantizedMatrix:
+    """The weight as `gemma_kernels.cross_entropy` takes a table; see `StandIn.head_rows`."""
+    return weight.head_rows() if isinstance(weight, StandIn) else weight
 
 
 @overload

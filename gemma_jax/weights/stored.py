@@ -1,8 +1,8 @@
-"""Weights stored narrower than the arithmetic: bfloat16 or int8 in memory, float32 in use.
+"""Weights stored narrower than the arithmetic: bfloat16 in memory, float32 in use.
 
-Decoding on a CPU is bound by reading the weights, so half or a quarter of the bytes is close to
-twice or thrice the speed, if XLA never writes the widened weights back to memory. Which form of
-the product achieves that was measured (`gemma_jax/benchmarks`), hence the three ways of `contract`.
+Decoding on a CPU is bound by reading the weights, so half of the bytes is close to twice the speed,
+if XLA never writes the widened weights back to memory. Which form of the product achieves that was
+measured (`gemma_jax/benchmarks`), hence the three ways of `contract`.
 
 Local letters: R rows; O outputs; I inputs of one product.
 """
@@ -27,55 +27,39 @@ WHOLE_BYTES = 64 << 20  # a widened matrix up to this size may exist as a whole
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StoredWeight(StandIn):
-    """A weight with output letters first.
+    """A weight in bfloat16, with output letters first.
 
     Attributes:
-      values: bfloat16 as its uint16 bits (XLA's CPU backend widens these in place, but converts
-        whole stacks of bfloat16), or int8.
-      scale: float32 factor per output channel for int8, `None` for bfloat16.
+      bits: bfloat16 as its uint16 bits: XLA's CPU backend widens these in place, but converts whole
+        stacks of bfloat16.
     """
 
-    values: jax.Array
-    scale: jax.Array | None
+    bits: jax.Array
 
     @property
     def shape(self) -> tuple[int, ...]:
         """See `StandIn`."""
-        return self.values.shape
+        return self.bits.shape
 
     def rows(self, ids: jax.Array) -> jax.Array:
         """Rows along the first axis, widened to float32."""
-        rows = _widen(lookup(self.values, ids))
-        return rows if self.scale is None else _scaled(rows, self.scale[ids])
+        return _widen(lookup(self.bits, ids))
 
     def dense(self) -> jax.Array:
         """The array, widened to float32."""
-        wide = _widen(self.values)
-        return wide if self.scale is None else _scaled(wide, self.scale)
+        return _widen(self.bits)
 
     def take(self, axis: int, index: Index) -> "StoredWeight":
-        """See `StandIn`; scales go along where the axis is one of outputs."""
-        values, scale = take(self.values, axis, index), self.scale
-        place = axis + self.values.ndim
-        if scale is not None and place < scale.ndim:
-            scale = take(scale, place, index)
-        return StoredWeight(values, scale)
+        """See `StandIn`."""
+        return StoredWeight(take(self.bits, axis, index))
 
     def array_dims(self, dims: str) -> "StoredWeight":
         """See `StandIn`."""
-        if self.scale is None:
-            return StoredWeight(dims, None)  # pyright: ignore[reportArgumentType]
-        stacked = self.values.ndim - len(dims)
-        return StoredWeight(dims, dims[: self.scale.ndim - stacked])  # pyright: ignore[reportArgumentType]
+        return StoredWeight(dims)  # pyright: ignore[reportArgumentType]
 
-    def scaled_rows(self) -> tuple[jax.Array, jax.Array | None]:
-        """The weight as an array of bfloat16, or as one of int8 and its scales."""
-        return self._narrow(self.values), self.scale
-
-    def _narrow(self, values: jax.Array) -> jax.Array:
-        if self.scale is None:
-            return jax.lax.bitcast_convert_type(values, jnp.bfloat16)
-        return values
+    def head_rows(self) -> jax.Array:
+        """The array in bfloat16."""
+        return _as_bfloat16(self.bits)
 
     def contract(self, equation: str, x: jax.Array) -> jax.Array:
         """`einsum(equation, x, self)`, summed in float32, returned in the dtype of `x`."""
@@ -84,7 +68,7 @@ class StoredWeight(StandIn):
         free = len(letters_x) - len(inputs)
         outputs = len(dims) - len(inputs)
         rows_RI = x.reshape(math.prod(x.shape[:free]), -1)
-        w_OI = self.values.reshape(math.prod(self.values.shape[:outputs]), -1)
+        w_OI = self.bits.reshape(math.prod(self.bits.shape[:outputs]), -1)
         if target_platform() != "tpu":
             # Ties the weights to this step's activations: XLA would otherwise widen them once,
             # outside the token loop, and keep the float32 copy. For TPUs it does not, but would
@@ -93,24 +77,19 @@ class StoredWeight(StandIn):
         if target_platform() == "cpu":
             y_RO = _matmul(rows_RI.astype(jnp.float32), w_OI)
         else:  # accelerators widen while they multiply
-            w_OI = self._narrow(w_OI).astype(x.dtype)
+            w_OI = _as_bfloat16(w_OI).astype(x.dtype)
             exact = "highest" if x.dtype == jnp.float32 else "default"
             y_RO = jnp.dot(rows_RI, w_OI.T, precision=exact, preferred_element_type=jnp.float32)
-        if self.scale is not None:
-            y_RO = y_RO * self.scale.reshape(-1)
-        shape = x.shape[:free] + self.values.shape[:outputs]
+        shape = x.shape[:free] + self.bits.shape[:outputs]
         return y_RO.reshape(shape).astype(x.dtype)
 
 
-def _scaled(wide: jax.Array, scale: jax.Array) -> jax.Array:
-    """`wide`, times factors along its first axes."""
-    return wide * scale.reshape(scale.shape + (1,) * (wide.ndim - scale.ndim))
+def _as_bfloat16(bits: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
 
 
-def _widen(values: jax.Array) -> jax.Array:
-    if values.dtype == jnp.uint16:
-        return jax.lax.bitcast_convert_type(values.astype(jnp.uint32) << 16, jnp.float32)
-    return values.astype(jnp.float32)
+def _widen(bits: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
 
 
 def _matmul(rows_RI: jax.Array, w_OI: jax.Array) -> jax.Array:

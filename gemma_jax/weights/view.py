@@ -13,9 +13,10 @@ from gemma_jax.weights.protocol import (
     Weight,
     array_dims,
     dense,
-    scaled_rows,
+    head_rows,
     take,
 )
+from gemma_kernels.quantized_matmul import QuantizedMatrix
 
 
 @jax.tree_util.register_dataclass
@@ -69,9 +70,9 @@ class Part(StandIn):
         """Those of the whole."""
         return replace(self, whole=array_dims(self.whole, dims))
 
-    def scaled_rows(self) -> tuple[jax.Array, jax.Array | None]:
+    def head_rows(self) -> jax.Array | QuantizedMatrix:
         """See `StandIn`."""
-        return scaled_rows(self.taken())
+        return head_rows(self.taken())
 
     def contract(self, equation: str, x: jax.Array) -> jax.Array:
         """`einsum(equation, x, self)`; see `weights.contract`."""

@@ -110,7 +110,8 @@ def test_an_empty_folder_is_filled(save, model, tmp_path):
 
 @pytest.mark.parametrize("save", SAVERS)
 def test_quantised_parameters_are_refused(save, tmp_path):
-    model = gc.load_weights(DATA / "g3_text", transform=lambda param, a: a.astype(jnp.int8))
+    as_int8 = lambda path, a: a.astype(jnp.int8)  # noqa: E731
+    model = gc.load_weights(DATA / "g3_text", transform=lambda _: as_int8)
     with pytest.raises(gc.CheckpointError, match="is int8: only plain floats"):
         save(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())

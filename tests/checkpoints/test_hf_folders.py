@@ -122,12 +122,17 @@ def test_straight_to_a_device(layout):
 def test_transform_sees_each_param_once_and_complete():
     seen = []
 
-    def negate(param, array):
-        seen.append((param.dims, param.get_value().shape))
-        assert array.shape == param.get_value().shape
-        return jnp.asarray(-np.asarray(array))
+    def negated(model):
+        params = flat_params(model)
 
-    model = gc.load_weights(DATA / "g3_text", transform=negate)
+        def negate(path, array):
+            seen.append((params[path].dims, array.shape))
+            assert array.shape == params[path].get_value().shape
+            return jnp.asarray(-np.asarray(array))
+
+        return negate
+
+    model = gc.load_weights(DATA / "g3_text", transform=negated)
     plain = gc.load_weights(DATA / "g3_text")
     expected = [(p.dims, p.get_value().shape) for p in flat_params(plain).values()]
     assert sorted(seen) == sorted(expected)

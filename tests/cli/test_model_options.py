@@ -41,6 +41,7 @@ REFUSED = {
         "vision_dtype": "plan is about text",
         "modalities": "plan reads no weights",
         "mmproj": "plan is about text",
+        "activations": "plan counts products of floats",
         "numerics": "plan follows the roundings of transformers",
         "per_layer_table": "plan puts all weights on the devices",
     },
@@ -137,8 +138,8 @@ def asked(monkeypatch):
     return asked
 
 
-ALL = ("--dtype=bfloat16", "--weights=int8", "--vision-dtype=float32", "--numerics=gdm",
-       "--attention-impl=xla")  # fmt: skip
+ALL = ("--dtype=bfloat16", "--weights=int8", "--activations=int8", "--vision-dtype=float32",
+       "--numerics=gdm", "--attention-impl=xla")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -150,6 +151,7 @@ def test_what_is_typed_arrives(name, call, asked, half):
     wanted = gj.LoadOptions(
         dtype="bfloat16",
         weights="int8",
+        activations="int8",
         vision_dtype="float32",
         cache_dtype="int8" if cache else None,
         numerics="gdm",

@@ -16,7 +16,7 @@ from gemma_jax.planning.costs import weight_bytes
 from gemma_jax.planning.lowering import with_shardings
 from gemma_jax.quantise import quantise
 from gemma_jax.sharding import INFERENCE, Partition, make_mesh
-from gemma_jax.weights.stored import StoredWeight
+from gemma_jax.weights.quantized import QuantizedWeight
 from gemma_jax.weights.tree import flat_params, with_params
 
 CFG = replace(tiny.gemma3(3), tied_head=False)
@@ -72,7 +72,7 @@ def test_table_and_head_are_trained_apart(model, ids):
 def test_int8_has_a_scale_for_each_row_of_the_head(model, ids):
     small = quantise(model, "int8")
     head = small.embed.head.get_value()
-    assert isinstance(head, StoredWeight) and head.shape == (CFG.vocab_size, CFG.d_model)
+    assert isinstance(head, QuantizedWeight) and head.shape == (CFG.vocab_size, CFG.d_model)
     np.testing.assert_allclose(forward(small, ids).logits, forward(model, ids).logits, atol=0.3)
     np.testing.assert_allclose(loss(small, ids), loss(model, ids), atol=0.1)
 

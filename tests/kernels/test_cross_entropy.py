@@ -15,6 +15,7 @@ from marks import nightly
 from gemma_kernels.compilers.tpu_targets import lower
 from gemma_kernels.cross_entropy import IMPLEMENTATIONS, cross_entropy
 from gemma_kernels.cross_entropy.xla import default_chunk
+from gemma_kernels.quantized_matmul import QuantizedMatrix
 
 
 def operands(B=2, T=5, D=12, V=96, dtype=jnp.float32, seed=0):
@@ -156,11 +157,14 @@ def test_gradients_have_the_dtypes_of_the_operands():
     assert (dx.dtype, dtable.dtype) == (jnp.bfloat16, jnp.bfloat16)
 
 
-def test_a_table_of_integers():
-    """As its widened form, which gets no gradient."""
-    x, table, labels = operands(V=80)
-    scale = jnp.max(jnp.abs(table), axis=1) / 127
-    stored = jnp.round(table / scale[:, None]).astype(jnp.int8)
+@pytest.mark.parametrize("tiled", [False, True], ids=["rows", "tiles"])
+@pytest.mark.parametrize("V", [80, 72])
+def test_a_quantised_table(V, tiled):
+    """As its widened form; it gets no gradient."""
+    x, table, labels = operands(V=V, D=32)
+    scale = jnp.max(jnp.abs(table), axis=1, keepdims=True) / 127
+    stored = QuantizedMatrix(jnp.round(table / scale).astype(jnp.int8), scale)
+    stored = stored.to_tiles() if tiled else stored
 
     def run(table, name=None, **options):
         def total(x):
@@ -169,9 +173,9 @@ def test_a_table_of_integers():
 
         return jax.jit(jax.value_and_grad(total))(x)
 
-    expected = run(stored * scale[:, None], "reference")
+    expected = run(stored.dense(), "reference")
     for name in IMPLEMENTATIONS:
-        assert_close(run(stored, name, scale_V=scale, chunk=32), expected)
+        assert_close(run(stored, name, chunk=32), expected)
 
 
 @pytest.mark.parametrize("wrap", ["vmap", "remat", "scan"])
@@ -309,12 +313,12 @@ def test_misuse_is_refused():
         ({"soft_cap": 0.0}, "soft_cap=0.0 must be positive"),
         ({"chunk": 0}, "chunk=0 must be at least 1"),
         ({"weights_BT": jnp.ones(5)}, r"weights of shape \(5,\) do not fit"),
-        ({"scale_V": jnp.ones(96)}, "a table of integers comes with scale_V"),
-        ({"scale_V": jnp.ones(3)}, r"scale_V has shape \(3,\); it needs \(96,\)"),
     ):
         with pytest.raises(ValueError, match=message):
             call(**options)
     with pytest.raises(ValueError, match=r"x must be \[B, T, D\] and the table \[V, D\]"):
         cross_entropy(x, table[:, :5], labels)
+    with pytest.raises(ValueError, match="a table holds floats, got int8; whole numbers .* are a"):
+        cross_entropy(x, table.astype(jnp.int8), labels)
     with pytest.raises(ValueError, match="labels must be integers"):
         cross_entropy(x, table, labels.astype(jnp.float32))

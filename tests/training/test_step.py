@@ -109,12 +109,12 @@ def test_int8_weights_may_be_frozen_around_what_is_trained():
     before = gj.loss(model, tokens)
     after, _, _ = run(model, optax.sgd(0.3), [tokens] * 4, norms)
     assert gj.loss(after, tokens) < before
-    assert after.blocks[0][0].attn.q.w.get_value().values.dtype == jnp.int8
+    assert after.blocks[0][0].attn.q.w.get_value().matrix.codes.dtype == jnp.int8
 
 
 def test_what_has_no_gradient_is_refused_by_name():
     model = quantise(tiny.model(CFG), "int8")
-    with pytest.raises(ValueError, match=r"StoredWeight .*\.w has no gradient: .* `where`"):
+    with pytest.raises(ValueError, match=r"QuantizedWeight .*\.w has no gradient: .* `where`"):
         trainable(model)
     assert trainable(model, norms).trained
 

@@ -11,22 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from flax import nnx
 
 import gemma_checkpoints as gc
 from gemma_jax import forward, generate, loss, matformer
 from gemma_jax.placement import shard
 from gemma_jax.planning import costs
 from gemma_jax.planning.lowering import Work
-from gemma_jax.quantise import store_weights
 from gemma_jax.sharding import TRAINING, make_mesh
 from gemma_jax.weights.contract import contract
 from gemma_jax.weights.gather import lookup
 from gemma_jax.weights.int8 import to_int8
 from gemma_jax.weights.off_device import DiskTable, HostTable, OffDeviceTable
-from gemma_jax.weights.protocol import StandIn, dense, take
+from gemma_jax.weights.protocol import StandIn, array_bytes, dense, head_rows, take
+from gemma_jax.weights.quantized import QuantizedWeight
+from gemma_jax.weights.stored import StoredWeight
 from gemma_jax.weights.tree import map_params
 from gemma_jax.weights.view import Part
+from gemma_kernels.quantized_matmul import QuantizedMatrix
 
 BLOCK = 32
 ATOL = 2e-5  # ten times the rounding of float32 sums in another order; mistakes show at 0.1
@@ -187,16 +188,19 @@ ARRAY = np.random.default_rng(0).standard_normal((6, 4, 64), np.float32)
 
 
 def stored(storage):
-    param = nnx.Param(jnp.asarray(ARRAY), dims=DIMS, inputs="D")
-    return store_weights(storage)(param, param.get_value())
+    if storage == "bfloat16":
+        bits = jax.lax.bitcast_convert_type(jnp.asarray(ARRAY, jnp.bfloat16), jnp.uint16)
+        return StoredWeight(bits)
+    return QuantizedWeight.rounded(jnp.asarray(ARRAY), 1, *storage)
 
 
 STAND_INS = {
     "bfloat16": lambda: stored("bfloat16"),
-    "int8": lambda: stored("int8"),
+    "int8": lambda: stored((8, None)),
+    "int4": lambda: stored((4, 32)),
     "part of an array": lambda: Part.of(jnp.asarray(ARRAY), -1, 32),
-    "part of int8": lambda: Part.of(stored("int8"), -2, (0, 1, 3)),
-    "part of a part": lambda: Part.of(Part.of(stored("int8"), -1, 32), -2, 2),
+    "part of int8": lambda: Part.of(stored((8, None)), -2, (0, 1, 3)),
+    "part of a part": lambda: Part.of(Part.of(stored((8, None)), -1, 32), -2, 2),
     "host": lambda: HostTable.of(ARRAY),
     "disk": lambda: DiskTable.of(ARRAY.reshape(6, -1), (4, 64), np.dtype("float32")),
     "part of a host table": lambda: Part.of(HostTable.of(ARRAY), -2, (0, 3)),
@@ -223,18 +227,16 @@ def test_shape_rows_and_dense_agree(weight):
     ids = jnp.array([[5, 0], [3, 3]])
     np.testing.assert_array_equal(weight.rows(ids), wide[ids])
     np.testing.assert_array_equal(jax.jit(lookup)(weight, ids), wide[ids])
-    assert weight.nbytes == sum(array.nbytes for array in jax.tree.leaves(weight))
+    assert weight.nbytes == sum(map(array_bytes, jax.tree.leaves(weight)))
 
 
-def test_scaled_rows_say_the_same(weight, off_device):
+def test_the_rows_of_a_head_say_the_same(weight, off_device):
     if off_device and isinstance(weight, Part):
         with pytest.raises(ValueError, match="viewed, not cut"):
-            weight.scaled_rows()
+            weight.head_rows()
         return
-    values, scale = weight.scaled_rows()
-    wide = values.astype(jnp.float32)
-    if scale is not None:
-        wide = wide * scale.reshape(scale.shape + (1,) * (wide.ndim - scale.ndim))
+    rows = head_rows(weight)
+    wide = rows.dense() if isinstance(rows, QuantizedMatrix) else rows.astype(jnp.float32)
     np.testing.assert_array_equal(wide, dense(weight))
 
 

@@ -4,21 +4,20 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from gemma_kernels.cross_entropy.reference import statistics_reference
 from gemma_kernels.cross_entropy.xla import statistics_xla
+from gemma_kernels.quantized_matmul.form import QuantizedMatrix
 
 IMPLEMENTATIONS: dict[str, Callable] = {"xla": statistics_xla, "reference": statistics_reference}
 
 
 def cross_entropy(
     x_BTD: jax.Array,
-    table_VD: jax.Array,
+    table_VD: jax.Array | QuantizedMatrix,
     labels_BT: jax.Array,
     *,
     weights_BT: jax.Array | None = None,
-    scale_V: jax.Array | None = None,
     soft_cap: float | None = None,
     z_loss: float = 0.0,
     chunk: int | None = None,
@@ -32,10 +31,10 @@ def cross_entropy(
 
     Args:
       x_BTD: Activations in front of the head.
-      table_VD: The head: one row per entry of the vocabulary, floating or int8.
+      table_VD: The head: one row per entry of the vocabulary, of floats or as a quantised matrix,
+        which gets no gradient and is widened in chunks.
       labels_BT: int32. A label outside `[0, V)`, -1 by custom, is ignored: loss and gradients 0.
       weights_BT: Factors on the losses; tokens of weight 0 are ignored.
-      scale_V: Factors on the rows of a table in integers. Neither of the two gets a gradient.
       soft_cap: Logits become `soft_cap * tanh(logits / soft_cap)`; `None` leaves them.
       z_loss: Factor on the squared log-sum-exp that is added, to keep it near 0 (PaLM, section 5).
       chunk: Rows of the table whose logits exist at one time; `None` chooses.
@@ -56,21 +55,17 @@ def cross_entropy(
       >>> cross_entropy(x_BTD, table_VD, jnp.array([[3, -1]])).round(2)  # -1: ignored
       Array([[6.91, 0.  ]], dtype=float32)
     """
-    _check(x_BTD, table_VD, labels_BT, weights_BT, scale_V, soft_cap, chunk)
+    _check(x_BTD, table_VD, labels_BT, weights_BT, soft_cap, chunk)
     name = "xla" if implementation is None else implementation
     if name not in IMPLEMENTATIONS:
         known = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"unknown cross-entropy {implementation=}; choose one of: {known}")
-    if scale_V is not None:
-        scale_V = lax.stop_gradient(scale_V.astype(jnp.float32))
     with jax.named_scope("cross_entropy"):
-        lse_BT, chosen_BT = IMPLEMENTATIONS[name](
-            x_BTD, table_VD, scale_V, labels_BT, soft_cap, chunk
-        )
+        lse_BT, chosen_BT = IMPLEMENTATIONS[name](x_BTD, table_VD, labels_BT, soft_cap, chunk)
         losses_BT = lse_BT - chosen_BT
         if z_loss:
             losses_BT += z_loss * jnp.square(lse_BT)
-        counts_BT = (labels_BT >= 0) & (labels_BT < len(table_VD))
+        counts_BT = (labels_BT >= 0) & (labels_BT < table_VD.shape[0])
         if weights_BT is not None:
             counts_BT &= weights_BT != 0
             losses_BT *= weights_BT.astype(jnp.float32)
@@ -78,8 +73,8 @@ def cross_entropy(
     return (losses_BT, lse_BT) if return_lse else losses_BT
 
 
-def _check(x_BTD, table_VD, labels_BT, weights_BT, scale_V, soft_cap, chunk) -> None:
-    if x_BTD.ndim != 3 or table_VD.ndim != 2 or x_BTD.shape[2] != table_VD.shape[1]:
+def _check(x_BTD, table_VD, labels_BT, weights_BT, soft_cap, chunk) -> None:
+    if x_BTD.ndim != 3 or len(table_VD.shape) != 2 or x_BTD.shape[2] != table_VD.shape[1]:
         raise ValueError(
             f"x must be [B, T, D] and the table [V, D] with one D, got {x_BTD.shape} and "
             f"{table_VD.shape}"
@@ -92,12 +87,10 @@ def _check(x_BTD, table_VD, labels_BT, weights_BT, scale_V, soft_cap, chunk) -> 
                 f"{name} of shape {array.shape} do not fit activations of shape {x_BTD.shape}; "
                 f"give {x_BTD.shape[:2]}"
             )
-    if scale_V is not None and scale_V.shape != table_VD.shape[:1]:
-        raise ValueError(f"scale_V has shape {scale_V.shape}; it needs {table_VD.shape[:1]}")
-    if jnp.issubdtype(table_VD.dtype, jnp.floating) == (scale_V is not None):
+    if not (isinstance(table_VD, QuantizedMatrix) or jnp.issubdtype(table_VD.dtype, jnp.floating)):
         raise ValueError(
-            f"a table of integers comes with scale_V, any other without; got {table_VD.dtype} and "
-            f"scale_V={None if scale_V is None else scale_V.shape}"
+            f"a table holds floats, got {table_VD.dtype}; whole numbers with scales are a "
+            "QuantizedMatrix"
         )
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"{soft_cap=} must be positive, or None for no cap")

@@ -4,23 +4,24 @@ import jax
 import jax.numpy as jnp
 from jax.lax import Precision
 
+from gemma_kernels.quantized_matmul.form import QuantizedMatrix
+
 
 def statistics_reference(
     x_BTD: jax.Array,
-    table_VD: jax.Array,
-    scale_V: jax.Array | None,
+    table_VD: jax.Array | QuantizedMatrix,
     labels_BT: jax.Array,
     soft_cap: float | None,
     chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Of the logits `x @ (table * scale)^T`, capped: log-sum-exp, and that of the label.
+    """Of the logits `x @ table^T`, capped: log-sum-exp, and that of the label.
 
     Returns:
       float32 `[B, T]` twice; the second is 0 for a label that is no row of the table.
     """
+    if isinstance(table_VD, QuantizedMatrix):
+        table_VD = table_VD.dense()
     wide_VD = table_VD.astype(jnp.float32)
-    if scale_V is not None:
-        wide_VD = wide_VD * scale_V[:, None]
     logits_BTV = jnp.einsum(
         "BTD,VD->BTV", x_BTD.astype(jnp.float32), wide_VD, precision=Precision.HIGHEST
     )

@@ -31,6 +31,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from gemma_kernels.platform import target_platform
+from gemma_kernels.quantized_matmul.form import ROWS as TILE_ROWS
+from gemma_kernels.quantized_matmul.form import QuantizedMatrix
 
 MOST_GROUPS = 16
 ROWS = 16  # of a tile in a TPU's memory, for dtypes of two bytes
@@ -45,28 +47,27 @@ def default_chunk(tokens: int, width: int, vocab: int) -> int:
     return min(max(tile // (4 * max(tokens, width)), SMALLEST_CHUNK), vocab)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def statistics_xla(
     x_BTD: jax.Array,
-    table_VD: jax.Array,
-    scale_V: jax.Array | None,
+    table_VD: jax.Array | QuantizedMatrix,
     labels_BT: jax.Array,
     soft_cap: float | None,
     chunk: int | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Same result as `reference.statistics_reference`."""
-    return _forward(x_BTD, table_VD, scale_V, labels_BT, soft_cap, chunk)[0]
+    return _forward(x_BTD, table_VD, labels_BT, soft_cap, chunk)[0]
 
 
-def _forward(x_BTD, table_VD, scale_V, labels_BT, soft_cap, chunk):
+def _forward(x_BTD, table_VD, labels_BT, soft_cap, chunk):
     def step(carry, first, size):
         top_BT, total_BT, chosen_BT = carry
-        rows = _rows(table_VD, scale_V, first, size, x_BTD.dtype)
-        logits_BTGR = _logits(x_BTD, rows, soft_cap)
+        rows_GRD = _rows(table_VD, first, size, x_BTD.dtype)
+        logits_BTGR = _logits(x_BTD, rows_GRD, soft_cap)
         new_BT = jnp.maximum(top_BT, jnp.max(logits_BTGR, axis=(2, 3)))
         exp_BTGR = jnp.exp(logits_BTGR - new_BT[..., None, None])
         total_BT = total_BT * jnp.exp(top_BT - new_BT) + jnp.sum(exp_BTGR, axis=(2, 3))
-        own_BTGR = _is_label(labels_BT, len(table_VD), first, size)
+        own_BTGR = _is_label(labels_BT, table_VD.shape[0], first, size)
         chosen_BT += jnp.sum(jnp.where(own_BTGR, logits_BTGR, 0), axis=(2, 3))
         return new_BT, total_BT, chosen_BT
 
@@ -74,27 +75,25 @@ def _forward(x_BTD, table_VD, scale_V, labels_BT, soft_cap, chunk):
     carry = (jnp.full_like(zeros_BT, -jnp.inf), zeros_BT, zeros_BT)
     top_BT, total_BT, chosen_BT = _each_chunk(step, carry, x_BTD, table_VD, chunk)
     lse_BT = top_BT + jnp.log(total_BT)
-    return (lse_BT, chosen_BT), (x_BTD, table_VD, scale_V, labels_BT, lse_BT)
+    return (lse_BT, chosen_BT), (x_BTD, table_VD, labels_BT, lse_BT)
 
 
 def _backward(soft_cap, chunk, saved, cotangents):
-    x_BTD, table_VD, scale_V, labels_BT, lse_BT = saved
+    x_BTD, table_VD, labels_BT, lse_BT = saved
     dlse_BT, dchosen_BT = cotangents
-    learns = jnp.issubdtype(table_VD.dtype, jnp.floating)
+    learns = not isinstance(table_VD, QuantizedMatrix)
     exact = _exact(x_BTD.dtype)
 
     def step(carry, first, size):
         dx_BTD, dtable_GVD = carry
-        rows_GRD, scale_GR = _rows(table_VD, scale_V, first, size, x_BTD.dtype)
-        logits_BTGR = _logits(x_BTD, (rows_GRD, scale_GR), soft_cap)
+        rows_GRD = _rows(table_VD, first, size, x_BTD.dtype)
+        logits_BTGR = _logits(x_BTD, rows_GRD, soft_cap)
         p_BTGR = jnp.exp(logits_BTGR - lse_BT[..., None, None])
-        own_BTGR = _is_label(labels_BT, len(table_VD), first, size)
+        own_BTGR = _is_label(labels_BT, table_VD.shape[0], first, size)
         d_BTGR = dlse_BT[..., None, None] * p_BTGR
         d_BTGR += jnp.where(own_BTGR, dchosen_BT[..., None, None], 0)
         if soft_cap is not None:
             d_BTGR *= 1 - jnp.square(logits_BTGR / soft_cap)
-        if scale_GR is not None:
-            d_BTGR *= scale_GR
         d_BTGR = d_BTGR.astype(x_BTD.dtype)
         dx_BTD += jnp.einsum("BTGR,GRD->BTD", d_BTGR, rows_GRD, **exact)
         if learns:
@@ -106,7 +105,7 @@ def _backward(soft_cap, chunk, saved, cotangents):
     carry = (jnp.zeros(x_BTD.shape, jnp.float32), dtable_GVD)
     dx_BTD, dtable_GVD = _each_chunk(step, carry, x_BTD, table_VD, chunk)
     dtable_VD = dtable_GVD.reshape(table_VD.shape) if learns else None
-    return dx_BTD.astype(x_BTD.dtype), dtable_VD, None, None
+    return dx_BTD.astype(x_BTD.dtype), dtable_VD, None
 
 
 statistics_xla.defvjp(_forward, _backward)
@@ -119,6 +118,8 @@ def _each_chunk(step: Callable, carry, x_BTD, table_VD, chunk: int | None):
     """
     (V, D), (B, T) = table_VD.shape, x_BTD.shape[:2]
     size = max((chunk or default_chunk(B * T, D, V)) // _groups(V), 1)
+    if isinstance(table_VD, QuantizedMatrix) and table_VD.tiled:
+        size = max(size // TILE_ROWS, 1) * TILE_ROWS
     steps, rest = divmod(V // _groups(V), size)
     if rest:
         carry = step(carry, steps * size, rest)
@@ -135,28 +136,37 @@ def _groups(V: int) -> int:
     return math.gcd(V // ROWS, MOST_GROUPS) if V % ROWS == 0 else 1
 
 
-def _grouped(array_V: jax.Array) -> jax.Array:
-    G = _groups(len(array_V))
+def _grouped(array_V: jax.Array, V: int | None = None) -> jax.Array:
+    """An array of rows, or of tiles of them, in the groups of `V` rows."""
+    G = _groups(V or len(array_V))
     return array_V.reshape(G, len(array_V) // G, *array_V.shape[1:])
 
 
-def _rows(table_VD, scale_V, first, size, dtype):
-    """`size` rows of every group in `dtype`, and their factors."""
+def _rows(table_VD, first, size, dtype):
+    """`size` rows of every group, `[G, R, D]` in `dtype`."""
     cut = partial(lax.dynamic_slice_in_dim, start_index=first, slice_size=size, axis=1)
+    if isinstance(table_VD, QuantizedMatrix):
+        return _widened_rows(table_VD, first, size).astype(dtype)
     if table_VD.dtype == jnp.bfloat16 and dtype != jnp.bfloat16:
         # Cut as bits: XLA's CPU backend would else widen the whole table, and keep it beside.
         bits_VD = lax.bitcast_convert_type(table_VD, jnp.uint16)
-        rows_GRD = lax.bitcast_convert_type(cut(_grouped(bits_VD)), jnp.bfloat16)
-    else:
-        rows_GRD = cut(_grouped(table_VD))
-    return rows_GRD.astype(dtype), None if scale_V is None else cut(_grouped(scale_V))
+        return lax.bitcast_convert_type(cut(_grouped(bits_VD)), jnp.bfloat16).astype(dtype)
+    return cut(_grouped(table_VD)).astype(dtype)
 
 
-def _logits(x_BTD, rows, soft_cap):
-    rows_GRD, scale_GR = rows
+def _widened_rows(table: QuantizedMatrix, first, size) -> jax.Array:
+    rows = TILE_ROWS if table.tiled else 1
+
+    def cut(array: jax.Array) -> jax.Array:
+        grouped = _grouped(array, table.shape[0])
+        return lax.dynamic_slice_in_dim(grouped, first // rows, size // rows, axis=1)
+
+    parts = jax.tree.map(cut, (table.codes, table.scale, table.offset))
+    return QuantizedMatrix(*parts, table.table, table.tiled).dense()
+
+
+def _logits(x_BTD, rows_GRD, soft_cap):
     logits_BTGR = jnp.einsum("BTD,GRD->BTGR", x_BTD, rows_GRD, **_exact(x_BTD.dtype))
-    if scale_GR is not None:
-        logits_BTGR *= scale_GR
     if soft_cap is not None:
         logits_BTGR = soft_cap * jnp.tanh(logits_BTGR / soft_cap)
     return logits_BTGR
