@@ -6,6 +6,7 @@ model = shard(model, mesh)            # or load_model(..., mesh=mesh): straight 
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 from gemma_jax.decoder.cache import Cache, init_cache
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.sharding import Partition, Rules
+from gemma_jax.weights.quantized import QuantizedWeight
 from gemma_jax.weights.tree import with_attributes
 
 
@@ -43,4 +45,9 @@ def empty_cache(model: Gemma, batch: int, max_len: int, slack: int = 0) -> Cache
 
 def with_partition(model: Gemma, partition: Partition | None) -> Gemma:
     """The model, whose arrays lie where `partition` says, computing there."""
+
+    def spread(node: Any) -> Any:
+        return replace(node, partition=partition) if isinstance(node, QuantizedWeight) else node
+
+    model = jax.tree.map(spread, model, is_leaf=lambda node: isinstance(node, QuantizedWeight))
     return with_attributes(model, runtime=replace(model.runtime, partition=partition))

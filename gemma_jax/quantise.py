@@ -7,6 +7,7 @@ in the place of an array.
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 
@@ -16,6 +17,7 @@ from flax import nnx
 
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.decoder.names import layer_names
+from gemma_jax.sharding import Partition
 from gemma_jax.storages import (
     ACTIVATIONS,
     MADE_STORAGES,
@@ -105,7 +107,7 @@ def store_weights(
 
 
 def keep_matrix(
-    activations: Activations = "float",
+    activations: Activations = "float", partition: Partition | None = None
 ) -> Callable[[nnx.Param, QuantizedMatrix], Weight]:
     """A function `(param, matrix) -> weight` for what a file holds in quantised blocks.
 
@@ -117,7 +119,8 @@ def keep_matrix(
         metadata, shape = param.get_metadata(), tuple(param.get_value().shape)
         stacked = len(shape) - len(metadata["dims"])
         count = len(metadata["inputs"])
-        return QuantizedWeight.of(matrix, shape, count, activations, num_stacked=stacked)
+        weight = QuantizedWeight.of(matrix, shape, count, activations, num_stacked=stacked)
+        return replace(weight, partition=partition)
 
     return keep
 
@@ -208,16 +211,17 @@ def _stored(
         return array
     if storage == "bfloat16":
         return array if array.dtype == jnp.bfloat16 else _as_bits(array)
-    partition, where = model.runtime.partition, None
     form = (_num_inputs(param), storage_bits(storage), storage_group(storage), activations)
-    if partition is not None:
-        shapes = jax.eval_shape(lambda a: _rounded(a, *form, where=partition.whole), array)
-        where = partition.param_shardings(param.replace(shapes))
-    return _rounded(array, *form, where=where)
+    partition = model.runtime.partition
+    if partition is None:
+        return _rounded(array, *form)
+    shapes = jax.eval_shape(lambda a: _rounded(a, *form, where=partition.whole), array)
+    where = partition.param_shardings(param.replace(shapes))
+    return replace(_rounded(array, *form, where=where), partition=partition)
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3, 4), static_argnames="where")
-def _rounded(array, num_inputs, bits, group, activations, *, where) -> QuantizedWeight:
+def _rounded(array, num_inputs, bits, group, activations, *, where=None) -> QuantizedWeight:
     weight = QuantizedWeight.rounded(
         array, num_inputs, bits, group, activations, in_pieces=where is None
     )

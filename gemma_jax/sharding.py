@@ -163,14 +163,22 @@ class Partition:
         if not isinstance(value, HasArrayDims):
             return jax.tree.map(lambda a: self.sharding(dims, a.shape), value)
         self.spec(dims, value.shape)  # refuses what does not divide
-        letters, uneven = value.array_dims(dims), set()
-        for array, of_array in zip(jax.tree.leaves(value), jax.tree.leaves(letters), strict=True):
-            sizes = array.shape[array.ndim - len(of_array) :]
-            uneven |= {x for x, size in zip(of_array, sizes) if size % self._parts(x)}
+        letters = self.dividing(value.array_dims(dims), value)
+        return jax.tree.map(lambda a, dims: self.sharding(dims, a.shape), value, letters)
+
+    def dividing(self, letters: Any, arrays: Any) -> Any:
+        """The letters of some arrays, `_` in the place of those that do not divide all of them."""
+        uneven = set()
+        for array, dims in zip(jax.tree.leaves(arrays), jax.tree.leaves(letters), strict=True):
+            sizes = array.shape[array.ndim - len(dims) :]
+            uneven |= {x for x, size in zip(dims, sizes) if size % self._parts(x)}
         whole = str.maketrans(dict.fromkeys(uneven, "_"))
-        return jax.tree.map(
-            lambda a, dims: self.sharding(dims.translate(whole), a.shape), value, letters
-        )
+        return jax.tree.map(lambda dims: dims.translate(whole), letters)
+
+    def axes(self, letters: str) -> tuple[str, ...]:
+        """The axes of the mesh that these letters are split over."""
+        rules = dict(self.rules)
+        return tuple(axis for letter in letters for axis in rules.get(letter, ()))
 
     def _parts(self, letter: str) -> int:
         """How many devices share the entries along a letter."""

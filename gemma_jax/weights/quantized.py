@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_jax.sharding import Partition
 from gemma_jax.weights.gather import lookup
+from gemma_jax.weights.on_mesh import product_on_mesh
 from gemma_jax.weights.protocol import Index, StandIn, take
 from gemma_jax.weights.rounding import round_to_groups
 from gemma_kernels.platform import target_platform
@@ -35,11 +37,14 @@ class QuantizedWeight(StandIn):
         in front, as all arrays do.
       inputs: Sizes of the input axes, whose product is I.
       activations: What activations are rounded to before the product; see `quantized_matmul`.
+      partition: The mesh that the arrays are spread over: each device multiplies with its part, as
+        the compiler cannot cut kernels.
     """
 
     matrix: QuantizedMatrix
     inputs: tuple[int, ...] = field(metadata={"static": True})
     activations: Activations = field(default="float", metadata={"static": True})
+    partition: Partition | None = field(default=None, metadata={"static": True})
 
     @classmethod
     def of(
@@ -115,6 +120,8 @@ class QuantizedWeight(StandIn):
 
     def contract(self, equation: str, x: jax.Array) -> jax.Array:
         """`einsum(equation, x, self)`, summed in float32, returned in the dtype of `x`."""
+        if self.partition is not None:
+            return product_on_mesh(equation, x, self, self.partition)
         free, outputs = x.ndim - len(self.inputs), len(self.matrix.shape) - 1
         rows_RI = x.reshape(math.prod(x.shape[:free]), -1)
         flat = self._map(lambda a: a.reshape(-1, *a.shape[outputs:]))
