@@ -4,11 +4,13 @@ Local letters: R rows of activations; I inputs.
 """
 
 from collections.abc import Callable
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from typing import Literal
 
 import jax
 
+from gemma_kernels.platform import require
 from gemma_kernels.quantized_matmul.cpu import quantized_matmul_cpu
 from gemma_kernels.quantized_matmul.form import QuantizedMatrix
 from gemma_kernels.quantized_matmul.reference import quantized_matmul_reference
@@ -16,12 +18,35 @@ from gemma_kernels.quantized_matmul.xla import quantized_matmul_xla
 
 Activations = Literal["float", "int8"]
 
+
+def _of_layer(implementation: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`implementation`, given the layer of a stack that is meant."""
+
+    def quantized_matmul(x_RI, w, *, layer=None, **options):
+        if layer is not None:
+            at = partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
+            codes, scale, offset = jax.tree.map(at, (w.codes, w.scale, w.offset))
+            w = replace(w, codes=codes, scale=scale, offset=offset)
+        return implementation(x_RI, w, **options)
+
+    return quantized_matmul
+
+
+def _tpu(x_RI: jax.Array, w: QuantizedMatrix, **options) -> jax.Array:
+    require("tpu")
+    # Pallas takes a while to import.
+    from gemma_kernels.quantized_matmul.tpu import quantized_matmul_tpu
+
+    return quantized_matmul_tpu(x_RI, w, **options)
+
+
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
-    "cpu": quantized_matmul_cpu,
-    "xla": quantized_matmul_xla,
-    "reference": quantized_matmul_reference,
+    "tpu": _tpu,
+    "cpu": _of_layer(quantized_matmul_cpu),
+    "xla": _of_layer(quantized_matmul_xla),
+    "reference": _of_layer(quantized_matmul_reference),
 }
-AUTOMATIC = ("cpu", "xla")  # tried in this order
+AUTOMATIC = ("tpu", "cpu", "xla")  # tried in this order
 
 
 def quantized_matmul(
@@ -29,6 +54,7 @@ def quantized_matmul(
     w: QuantizedMatrix,
     *,
     activations: Activations = "float",
+    layer: jax.Array | None = None,
     frozen: bool = False,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -36,9 +62,10 @@ def quantized_matmul(
 
     Args:
       x_RI: float32 or bfloat16 `[R, I]`.
-      w: `[O, I]`, in either layout.
+      w: `[O, I]`, in any layout.
       activations: `"float"`: as they are. `"int8"`: rounded to int8 with a scale per 32 of a row,
         so that products are those of whole numbers; the only rounding besides that of float32.
+      layer: int32. `w` is a stack of matrices `[L, O, I]`, of which this one is read where it lies.
       frozen: The matrix is a constant: gradients reach `x` alone, by way of the widened matrix and
         as if nothing had been rounded. Kernels refuse gradients otherwise.
       implementation: `None` or `"auto"` takes the first that can serve this call; a name from
@@ -58,28 +85,35 @@ def quantized_matmul(
       >>> float(quantized_matmul(jnp.ones((1, 64)), w)[0, 0])
       96.0
     """
-    if x_RI.ndim != 2 or len(w.shape) != 2 or x_RI.shape[1] != w.shape[1]:
-        raise ValueError(f"x has shape {x_RI.shape} and w {w.shape}; expected [R, I] and [O, I]")
+    stacked = layer is not None
+    if x_RI.ndim != 2 or len(w.shape) != 2 + stacked or x_RI.shape[1] != w.shape[-1]:
+        expected = "[R, I] and [L, O, I]" if stacked else "[R, I] and [O, I]"
+        raise ValueError(f"x has shape {x_RI.shape} and w {w.shape}; expected {expected}")
     if activations not in ("float", "int8"):
         raise ValueError(f"unknown {activations=}; choose float or int8")
     if frozen:
-        return _with_gradient_of_x(implementation, activations)(x_RI, w)
-    return _first_that_can(implementation, activations, x_RI, w)
+        return _with_gradient_of_x(implementation, activations)(x_RI, w, layer)
+    return _first_that_can(implementation, activations, x_RI, w, layer)
 
 
 def _first_that_can(
-    implementation: str | None, activations: Activations, x_RI: jax.Array, w: QuantizedMatrix
+    implementation: str | None,
+    activations: Activations,
+    x_RI: jax.Array,
+    w: QuantizedMatrix,
+    layer: jax.Array | None,
 ) -> jax.Array:
     """The product by the implementation named, or by the first of `AUTOMATIC` that serves it."""
+    options = dict(activations=activations, layer=layer)
     if implementation not in (None, "auto"):
         if implementation not in IMPLEMENTATIONS:
             known = ", ".join(["auto", *IMPLEMENTATIONS])
             raise ValueError(f"unknown quantized matmul {implementation=}; choose one of: {known}")
-        return IMPLEMENTATIONS[implementation](x_RI, w, activations=activations)
+        return IMPLEMENTATIONS[implementation](x_RI, w, **options)
     reasons = []
     for name in AUTOMATIC:
         try:
-            return IMPLEMENTATIONS[name](x_RI, w, activations=activations)
+            return IMPLEMENTATIONS[name](x_RI, w, **options)
         except NotImplementedError as reason:
             reasons.append(f"{name}: {reason}")
     raise NotImplementedError("no quantized matmul implementation fits: " + "; ".join(reasons))
@@ -90,12 +124,13 @@ def _with_gradient_of_x(implementation: str | None, activations: Activations):
     """The product with a matrix that is a constant."""
 
     @jax.custom_jvp
-    def product(x_RI, w):
-        return _first_that_can(implementation, activations, x_RI, w)
+    def product(x_RI, w, layer):
+        return _first_that_can(implementation, activations, x_RI, w, layer)
 
     @product.defjvp
     def gradient(primals, tangents):
-        x_RI, w = primals
-        return product(x_RI, w), quantized_matmul_xla(tangents[0], w)
+        x_RI, w, layer = primals
+        widened = IMPLEMENTATIONS["xla"]
+        return product(x_RI, w, layer), widened(tangents[0], w, layer=layer)
 
     return product

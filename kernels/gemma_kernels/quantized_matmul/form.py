@@ -4,9 +4,11 @@
                   + offset[o, i // group], if there are offsets
 
 One form serves them all: int8 and int4 with a scale per channel or per 32, 64, 128 inputs, the
-blocks of GGUF files, and tables of 16 values (nf4). Two layouts of it exist:
+blocks of GGUF files, and tables of 16 values (nf4). Three layouts of it exist:
 
 - Rows: `codes [..., O, I]` of int8, int4 or uint4, `scale` and `offset` `[..., O, I // group]`.
+- Columns, for TPUs, whose matrix units take inputs before outputs: `codes [..., I, O]`, `scale` and
+  `offset` `[..., I // group, O]`; of float16 the bits, as int16: kernels there know no float16.
 - Tiles, for CPUs: 8 rows and 32 columns at a time, so that a product reads each byte once and in
   order, with a row in each lane of a vector. `scale` and `offset` are
   `[..., O / 8, I // group, 8]`.
@@ -35,10 +37,11 @@ class QuantizedMatrix:
 
     Attributes:
       codes: In one of the layouts.
-      scale: float16, bfloat16 or float32.
+      scale: float16 (in columns its bits, int16), bfloat16 or float32.
       offset: Like `scale`; `None` for symmetric codes.
       table: float32 `[16]`, what 4-bit codes from 0 to 15 stand for; `None`: for themselves.
-      tiled: The layout.
+      tiled: Whether the layout is that of tiles.
+      columns: Whether the layout is that of columns.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -55,10 +58,14 @@ class QuantizedMatrix:
     offset: jax.Array | None = None
     table: jax.Array | None = None
     tiled: bool = field(default=False, metadata={"static": True})
+    columns: bool = field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
         """`[..., O, I]`."""
+        if self.columns:
+            *stack, I, O = self.codes.shape
+            return (*stack, O, I)
         if not self.tiled:
             return self.codes.shape
         *stack, U, W, _, _, _ = self.codes.shape
@@ -79,7 +86,7 @@ class QuantizedMatrix:
     @property
     def group(self) -> int:
         """Neighbouring inputs that share a scale."""
-        return self.shape[-1] // self.scale.shape[-2 if self.tiled else -1]
+        return self.shape[-1] // self.scale.shape[-2 if self.tiled or self.columns else -1]
 
     def to_tiles(self) -> "QuantizedMatrix":
         """The same in tiles, bit for bit.
@@ -89,6 +96,8 @@ class QuantizedMatrix:
         """
         if self.tiled:
             return self
+        if self.columns:
+            return self.to_rows().to_tiles()
         *stack, O, I = self.shape
         if O % ROWS or I % COLUMNS:
             raise ValueError(f"[{O}, {I}] is not made of tiles of {ROWS} x {COLUMNS}")
@@ -110,6 +119,9 @@ class QuantizedMatrix:
 
     def to_rows(self) -> "QuantizedMatrix":
         """The same with the codes of each row next to each other, bit for bit."""
+        if self.columns:
+            codes, *factors = self._swapped
+            return QuantizedMatrix(codes, *map(_float16, factors), self.table)
         if not self.tiled:
             return self
         codes = _columns(jnp.moveaxis(self.codes, -2, -4))
@@ -118,6 +130,13 @@ class QuantizedMatrix:
             lambda x: x.reshape(*self.shape[:-1], x.shape[-1]), (codes, scale, offset)
         )
         return QuantizedMatrix(codes, scale, offset, self.table)
+
+    def to_columns(self) -> "QuantizedMatrix":
+        """The same with the codes of each input next to each other, bit for bit."""
+        if self.columns:
+            return self
+        codes, *factors = self.to_rows()._swapped
+        return QuantizedMatrix(codes, *map(_float16_bits, factors), self.table, columns=True)
 
     def dense(self) -> jax.Array:
         """What the codes stand for, float32 `[..., O, I]`, with one rounding per operation."""
@@ -133,7 +152,10 @@ class QuantizedMatrix:
     def rows(self, ids: jax.Array) -> jax.Array:
         """Rows of a matrix that is no stack, float32 `[*ids.shape, I]`."""
         codes, scale, offset = self.codes, *self._factors
-        if not self.tiled:
+        if self.columns:
+            parts = (codes, _float16(scale), _float16(offset))
+            parts = jax.tree.map(lambda x: jnp.moveaxis(x[:, ids], 0, -1), parts)
+        elif not self.tiled:
             parts = jax.tree.map(lambda x: x[ids], (codes, scale, offset))
         else:
             tile, row = ids // ROWS, ids % ROWS
@@ -146,6 +168,11 @@ class QuantizedMatrix:
     def _factors(self) -> tuple[jax.Array, jax.Array | None]:
         return self.scale, self.offset
 
+    @property
+    def _swapped(self) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        parts = self.codes, *self._factors
+        return jax.tree.map(lambda x: jnp.swapaxes(x, -1, -2), parts)
+
 
 def _columns(codes: jax.Array) -> jax.Array:
     """Codes of rows `[..., I]` out of theirs in tiles, `[..., W, quads, QUAD]`."""
@@ -155,6 +182,19 @@ def _columns(codes: jax.Array) -> jax.Array:
         codes = jnp.concatenate([halves & 15, halves >> 4], axis=-2)
         codes = (codes.astype(jnp.int8) - 8).astype(jnp.int4) if signed else codes.astype(jnp.uint4)
     return codes.reshape(*codes.shape[:-3], -1)
+
+
+def _float16(x: jax.Array | None) -> jax.Array | None:
+    """The numbers of which `_float16_bits` are the bits."""
+    if x is None or x.dtype != jnp.int16:
+        return x
+    return jax.lax.bitcast_convert_type(x, jnp.float16)
+
+
+def _float16_bits(x: jax.Array | None) -> jax.Array | None:
+    if x is None or x.dtype != jnp.float16:
+        return x
+    return jax.lax.bitcast_convert_type(x, jnp.int16)
 
 
 def nbytes(matrix: QuantizedMatrix) -> int:

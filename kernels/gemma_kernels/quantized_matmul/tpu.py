@@ -1,0 +1,75 @@
+"""Products with quantised matrices on TPU, as Pallas kernels: which of them, and for what.
+
+A few rows of activations, as in decoding, take `tpu_sums.py`. Both ask for weights with inputs
+before outputs (`columns` in `form.py`), as the matrix unit takes them: loading them transposed
+takes twice as long.
+
+Local letters: R rows; I inputs; O outputs.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+from gemma_kernels.quantized_matmul.form import QuantizedMatrix
+from gemma_kernels.quantized_matmul.reference import rounded_to_int8
+from gemma_kernels.quantized_matmul.tpu_factors import LANES
+from gemma_kernels.quantized_matmul.tpu_sums import few_rows
+
+MOST_ROWS = 16
+
+
+def quantized_matmul_tpu(
+    x_RI: jax.Array,
+    w: QuantizedMatrix,
+    *,
+    activations: str = "float",
+    layer: jax.Array | None = None,
+    outputs: int | None = None,
+    integers: bool | None = None,
+    interpret: bool | pltpu.InterpretParams = False,
+) -> jax.Array:
+    """Same result as `reference.quantized_matmul_reference`, for bfloat16.
+
+    Args:
+      layer: int32. `w` is a stack of matrices `[L, O, I]`, of which this one is read where it lies.
+      outputs: Of a step of the kernel; default: by shape.
+      integers: Whether products of a few rows are those of int8 numbers; default: if the chip has
+        such.
+      interpret: Run without a TPU, by Pallas' interpreter.
+
+    Raises:
+      NotImplementedError: A call that these kernels do not serve; says why.
+    """
+    _check(x_RI, w)
+    chip = None if interpret else pltpu.get_tpu_info()
+    if integers is None:
+        integers = chip is None or chip.int8_ops_per_second > 0
+    dtype = x_RI.dtype
+    if activations == "int8":
+        x_RI = rounded_to_int8(x_RI.astype(jnp.float32))
+    layer = jnp.int32(0) if layer is None else jnp.asarray(layer, jnp.int32)
+    y_RO = few_rows(
+        x_RI, w, layer, outputs, integers, chip.mxu_column_size if chip else LANES,
+        chip.num_cores if chip else 1, interpret,
+    )  # fmt: skip
+    return y_RO.astype(dtype)
+
+
+def _check(x_RI: jax.Array, w: QuantizedMatrix) -> None:
+    (R, I), group = x_RI.shape, w.group
+    if x_RI.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"activations are {x_RI.dtype}; it takes bfloat16")
+    if not w.columns:
+        layout = "tiles" if w.tiled else "rows"
+        raise NotImplementedError(f"weights lie in {layout}; it takes columns (to_columns)")
+    if w.table is not None:
+        raise NotImplementedError("codes stand for values of a table; it takes them as numbers")
+    if group == I:
+        raise NotImplementedError("scales per channel, which XLA applies to its own product")
+    if R > MOST_ROWS:
+        raise NotImplementedError(f"{R} rows of activations; it takes up to {MOST_ROWS}")
+    if I % LANES:
+        raise NotImplementedError(f"{I} inputs; it takes multiples of {LANES}")
+    if LANES % group and group % LANES:
+        raise NotImplementedError(f"groups of {group}; it takes divisors and multiples of {LANES}")
