@@ -16,6 +16,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from gemma_jax.decoder.model import Block, Gemma, MakeBlock, abstract_model
 from gemma_jax.nn.layer_groups import Layout
