@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
-from typing import TypedDict, Unpack
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,9 @@ from gemma_jax.storages import (
 )
 from gemma_jax.text import Tokenizer
 from gemma_jax.weights.off_device import Place
+
+if TYPE_CHECKING:
+    from gemma_checkpoints import Source
 
 
 class LoadKeywords(TypedDict, total=False):
@@ -65,7 +68,7 @@ class LoadOptions:
         per output channel, or `"int8:32"`, `":64"`, `":128"` with one per so many inputs; 4 bits
         as `"int4"` (per 32), `"int4:64"`, `"int4:128"` or `"int4:channel"`; or by patterns of
         names, see `quantise`. `"stored"` keeps the quantised blocks of a file as they are.
-        Default: `dtype`.
+        Default: `dtype`; folders of ours are loaded as they were saved.
       activations: `"int8"` rounds activations to whole numbers as well, per 32 of them, in products
         with quantised weights.
       cache_dtype: Dtype of cached keys and values; int8 has a float32 scale per token and head.
@@ -210,17 +213,22 @@ def load_model(
       >>> model.vision is None
       True
     """
-    from gemma_checkpoints import load_weights
-    from gemma_jax.quantise import store_weights
+    from gemma_checkpoints import load_source, open_source, resolve
+    from gemma_jax.quantise import keep_matrix, store_weights
 
     options = _changed(options, changes)
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.dtype(options.dtype or ("float32" if on_cpu else "bfloat16"))
-    stored = options.weights
-    by_name = isinstance(stored, Mapping)
-    if stored == STORED:
-        raise ValueError("weights='stored': this checkpoint has no quantised blocks")
-    narrower = stored if by_name or (stored and is_narrower(stored, dtype.name)) else None
+    weights, opened = options.weights, open_source(resolve(source), mmproj=options.mmproj)
+    saved = _quantised_folder(opened)
+    if weights == STORED and not (saved or any(info.form for info in opened.tensors.values())):
+        raise ValueError(
+            f"weights='stored': {source} has no quantised blocks that can be kept; leave it out, "
+            "or say what to make of the weights, as in weights='int8'"
+        )
+    keeps = weights == STORED or (weights is None and saved)
+    plain = None if keeps or isinstance(weights, Mapping) else weights
+    narrower = None if keeps or (plain and not is_narrower(plain, dtype.name)) else weights
     partition = (
         None
         if options.mesh is None
@@ -228,11 +236,10 @@ def load_model(
             source, options.mesh, options.rules, options.modalities, mmproj=options.mmproj
         )
     )
-    return load_weights(
-        source,
+    return load_source(
+        opened,
         modalities=options.modalities,
-        mmproj=options.mmproj,
-        dtype=dtype if stored is None or narrower else jnp.dtype(stored),
+        dtype=dtype if plain is None or narrower else jnp.dtype(plain),
         runtime=Runtime(
             dtype=dtype,
             numerics=resolve_numerics(options.numerics),
@@ -243,13 +250,19 @@ def load_model(
         ),
         layout=options.layout or ("unrolled" if on_cpu else "scan"),
         transform=store_weights(narrower, options.activations) if narrower else None,
+        keep=keep_matrix(options.activations, partition) if keeps else None,
         placement=partition and partition.placement,
         per_layer_table=options.per_layer_table,
-        per_layer_dtype=jnp.bfloat16 if narrower else None,
+        per_layer_dtype=jnp.bfloat16 if narrower or keeps else None,
         config=config,
         block=block,
         progress=progress,
     )
+
+
+def _quantised_folder(opened: "Source") -> bool:
+    """Whether a folder of ours was saved with quantised weights: it is loaded as it was."""
+    return opened.format == "Orbax" and bool(opened.quantised)
 
 
 def partition_for(

@@ -111,15 +111,20 @@ def keep_matrix(
 ) -> Callable[[nnx.Param, QuantizedMatrix], Weight]:
     """A function `(param, matrix) -> weight` for what a file holds in quantised blocks.
 
-    The matrix is `[..., O, I]`, in the order of the entries of the parameter; it keeps its codes,
-    scales and layout.
+    The matrix is `[..., O, I]`, in the order of the entries of the parameter, in either layout; it
+    keeps its codes and scales.
     """
 
     def keep(param: nnx.Param, matrix: QuantizedMatrix) -> Weight:
         metadata, shape = param.get_metadata(), tuple(param.get_value().shape)
         stacked = len(shape) - len(metadata["dims"])
         count = len(metadata["inputs"])
+        matrix = jax.tree.map(jnp.asarray, matrix)
         weight = QuantizedWeight.of(matrix, shape, count, activations, num_stacked=stacked)
+        weight = weight.laid_out()
+        if partition is None:
+            return weight
+        weight = jax.device_put(weight, partition.param_shardings(param.replace(weight)))
         return replace(weight, partition=partition)
 
     return keep

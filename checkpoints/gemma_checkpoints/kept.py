@@ -1,8 +1,9 @@
 """Quantised tensors that stay as they are: which ones can, and the pieces that they are read in."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 from flax import nnx
 from jax.sharding import Sharding
@@ -19,6 +20,15 @@ from .source import Source
 PIECE = 1 << 19  # bytes of the file
 Keep = Callable[[nnx.Param, QuantizedMatrix], Weight]
 Region = tuple[slice, slice]  # rows and columns of a tensor
+
+
+@runtime_checkable
+class KeepsMatrices(Protocol):
+    """A source of parameters that were quantised matrices before they were saved."""
+
+    def matrix_of(self, group: Sequence[Move]) -> QuantizedMatrix | None:
+        """That of a Param, whose layers are the tensors of `group`; `None` if it is no such."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from .buffers import Box, Buffer, TableBuffer, local_boxes, make_buffer
 from .catalog import Notify, to_stderr
 from .changed_config import ChangeConfig, changed_config
 from .errors import CheckpointError
-from .kept import Keep, KeptPiece, is_quantised, kept_buffer, kept_pieces
+from .kept import Keep, KeepsMatrices, KeptPiece, is_quantised, kept_buffer, kept_pieces
 from .matching import Move, match
 from .matrix_buffer import MatrixBuffer
 from .params import named_slots
@@ -153,10 +153,17 @@ def load_source(
             widened.update((move.info.encoding, str(reason)) for move in group)
             return None
 
+    groups: dict[ParamPath, list[Move]] = {}
+    for move in moves:
+        groups.setdefault(move.slot.path, []).append(move)
+    if keep is not None and isinstance(source, KeepsMatrices):
+        for path in [path for path in groups if not on_host(path)]:
+            if (matrix := source.matrix_of(groups[path])) is not None:
+                arrays[path] = keep(params[path], matrix)
+                del groups[path]
+    moves = [move for group in groups.values() for move in group]
+
     def pieces() -> Iterator[Piece | KeptPiece]:
-        groups: dict[ParamPath, list[Move]] = {}
-        for move in moves:
-            groups.setdefault(move.slot.path, []).append(move)
         for path, group in groups.items():
             if (matrix := kept(path, group)) is not None:
                 regions = lambda move: [_region(move, box) for box in boxes(move)]  # noqa: E731

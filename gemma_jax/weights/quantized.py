@@ -118,6 +118,11 @@ class QuantizedWeight(StandIn):
         """See `StandIn`."""
         return (*self.matrix.shape[:-1], *self.inputs)
 
+    def laid_out(self) -> "QuantizedWeight":
+        """In the layout of this platform: tiles for a CPU, where it is made of them, else rows."""
+        tiled = target_platform() == "cpu" and is_of_tiles(*self.matrix.shape[-2:])
+        return replace(self, matrix=self.matrix.to_tiles() if tiled else self.matrix.to_rows())
+
     def contract(self, equation: str, x: jax.Array) -> jax.Array:
         """`einsum(equation, x, self)`, summed in float32, returned in the dtype of `x`."""
         if self.partition is not None:
@@ -130,7 +135,7 @@ class QuantizedWeight(StandIn):
             # outside the token loop, and keep the float32 copy. For TPUs it does not, but would
             # write a layer's weights out before it multiplies what is tied.
             flat, rows_RI = jax.lax.optimization_barrier((flat, rows_RI))
-        y_RO = quantized_matmul(rows_RI, flat, activations=self.activations)
+        y_RO = quantized_matmul(rows_RI, flat, activations=self.activations, frozen=True)
         return y_RO.reshape(x.shape[:free] + self.matrix.shape[:-1])
 
     def rows(self, ids: jax.Array) -> jax.Array:

@@ -43,7 +43,7 @@ def test_foreign_versions_and_configs(saved):
     manifest = saved / "gemma_jax.json"
     good = json.loads(manifest.read_text())
     for bad, message in (
-        (good | {"version": 2}, "version 2; expected 1"),
+        (good | {"version": 3}, "version 3; expected 1"),
         ({"version": 1}, "broken config: 'config'"),
         (good | {"config": good["config"] | {"wings": 2}}, "broken config: .*wings"),
         (good | {"config": good["config"] | {"d_model": -1}}, "d_model=-1 must be positive"),

@@ -4,6 +4,7 @@ Names do not depend on how layers are stacked, so a folder loads into either lay
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -14,7 +15,9 @@ from flax import nnx
 
 from gemma_jax.config import GemmaConfig
 from gemma_jax.decoder.model import Gemma
+from gemma_jax.weights.quantized import QuantizedWeight
 from gemma_jax.weights.tree import flat_params
+from gemma_kernels.quantized_matmul import QuantizedMatrix
 
 from ..beside_config import noted_beside_config
 from ..blocks import Blocks
@@ -24,12 +27,15 @@ from ..export import host_array, refuse_inexact, tensor_bytes
 from ..folders import new_folder
 from ..hf.names import hf_table
 from ..json_values import read_json
+from ..matching import Move
 from ..name_table import Row, Table, expand
 from ..params import depths, named_slots
 from ..source import TensorInfo
 from ..tokenizers import copy_companions
+from .quantized import PARTS, Quantised, facts_in, for_manifest, to_save
 
-MANIFEST, ARRAYS, VERSION = "gemma_jax.json", "arrays", 1
+MANIFEST, ARRAYS = "gemma_jax.json", "arrays"
+VERSION, WITH_QUANTISED = 1, 2
 
 
 def save_orbax(model: Gemma, folder: str | Path, *, source: str | Path | None = None) -> Path:
@@ -44,7 +50,8 @@ def save_orbax(model: Gemma, folder: str | Path, *, source: str | Path | None = 
     must call this together, on one file system, and have room for a second copy of their shards.
 
     Args:
-      model: Dense parameters in float32, float16 or bfloat16; they are stored as they are.
+      model: Parameters in float32, float16, bfloat16, or quantised ones (`gemma_jax.quantise`);
+        they are stored as they are.
       folder: Must not exist, or be empty.
       source: Checkpoint whose tokenizer goes along, and settings of the images' processor.
 
@@ -66,14 +73,22 @@ def save_orbax(model: Gemma, folder: str | Path, *, source: str | Path | None = 
 
     target = Path(folder)
     params = flat_params(model)
-    refuse_inexact(target, params)
+    refuse_inexact(target, params, but=QuantizedWeight)
     noted = noted_beside_config(target, model)
     source = None if source is None else resolve(source)
     slots = named_slots(model)
-    arrays = {name: _array(params[slot.path], slot.row) for name, slot in slots.items()}
+    arrays, facts = {}, {}
+    for name, slot in slots.items():
+        value = params[slot.path].get_value()
+        if isinstance(value, QuantizedWeight):
+            facts[name], parts = to_save(value, slot.row)
+            arrays |= {f"{name}:{part}": _on_host(array) for part, array in parts.items()}
+        else:
+            arrays[name] = _array(params[slot.path], slot.row)
     with new_folder(target, needed=tensor_bytes(params)) as part:
         if jax.process_index() == 0:
-            manifest = {"version": VERSION, "config": asdict(model.cfg)}
+            version = WITH_QUANTISED if facts else VERSION
+            manifest = {"version": version, "config": asdict(model.cfg), **for_manifest(facts)}
             manifest |= {"beside_config": noted} if noted else {}
             (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
             if source is not None:
@@ -95,6 +110,10 @@ def _array(param: nnx.Param, row: int | None) -> np.ndarray | jax.Array:
     return value if row is None else value[row]
 
 
+def _on_host(array: jax.Array) -> np.ndarray | jax.Array:
+    return np.asarray(array) if array.is_fully_addressable else array
+
+
 @dataclass
 class OrbaxFolder:
     """See `Source`. Arrays are read whole: `rows` selects afterwards."""
@@ -103,6 +122,8 @@ class OrbaxFolder:
     config: GemmaConfig = field(init=False)
     table: Table = field(init=False)
     tensors: dict[str, TensorInfo] = field(init=False)
+    quantised: dict[str, Quantised] = field(init=False)
+    parts: dict[str, list[str]] = field(init=False)
     spoilt: dict[str, str] = field(init=False, default_factory=dict)
     beside_config: tuple[str, ...] = field(init=False)
     format = "Orbax"
@@ -111,15 +132,30 @@ class OrbaxFolder:
 
     def __post_init__(self):
         manifest = read_json(self.path / MANIFEST)
-        if manifest.get("version") != VERSION:
-            found = manifest.get("version")
-            raise CheckpointError(self.path / MANIFEST, f"version {found!r}; expected {VERSION}")
+        if (found := manifest.get("version")) not in (VERSION, WITH_QUANTISED):
+            raise CheckpointError(
+                self.path / MANIFEST, f"version {found!r}; expected {VERSION} or {WITH_QUANTISED}"
+            )
         try:
             self.config = _restored(GemmaConfig, manifest["config"])
             self.beside_config = tuple(manifest.get("beside_config", ()))
-        except (KeyError, TypeError, ValueError) as error:
+            self.quantised = facts_in(manifest)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(self.path / MANIFEST, f"broken config: {error}") from None
-        self.tensors = {name: _info(entry) for name, entry in self._metadata().items()}
+        stored = {name: _info(entry) for name, entry in self._metadata().items()}
+        self.parts = {
+            name: [part for part in PARTS if f"{name}:{part}" in stored] for name in self.quantised
+        }
+        infos = {
+            name: TensorInfo(
+                one.shape,
+                one.encoding,
+                np.dtype(np.float32),
+                sum(stored.pop(f"{name}:{part}").nbytes for part in self.parts[name]),
+            )
+            for name, one in self.quantised.items()
+        }
+        self.tensors = stored | infos
         self.table = tuple(Row(r.ours, r.ours) for r in hf_table(self.config) if r.ours is not None)
         if self.beside_config:  # blocks of a user's own may have parameters of their own
             known = expand(self.table, depths(self.config))
@@ -128,12 +164,39 @@ class OrbaxFolder:
     def read(
         self, name: str, rows: slice = slice(None), columns: slice = slice(None)
     ) -> np.ndarray:
+        if name in self.quantised:
+            array = np.asarray(self.matrix(name).dense()).reshape(self.tensors[name].shape)
+        else:
+            array = self._read(name)
+        return array[rows] if array.ndim < 2 else array[rows, columns]
+
+    def matrix(self, name: str) -> QuantizedMatrix:
+        """A quantised parameter of one layer as it was saved, `[*outputs, I]`."""
+        parts = {part: self._read(f"{name}:{part}") for part in self.parts[name]}
+        try:
+            return self.quantised[name].matrix(parts)
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(self.path, f"{name}: {error}") from None
+
+    def matrix_of(self, group: Sequence[Move]) -> QuantizedMatrix | None:
+        """The matrix of a Param, whose layers are the tensors of `group`, as it was saved; `None`
+        if they are not quantised, or not alike."""
+        names = [move.row.theirs for move in group]
+        first, *others = (self.quantised.get(name) for name in names)
+        if first is None or any(other != first for other in others):
+            return None
+        if group[0].slot.row is None:
+            return self.matrix(names[0])
+        rows = sorted(zip((move.slot.row for move in group), names))
+        layers = [self.matrix(name) for _, name in rows]
+        return jax.tree.map(lambda *arrays: np.stack(arrays), *layers)
+
+    def _read(self, name: str) -> np.ndarray:
         import orbax.checkpoint as ocp
 
         wanted = {name: ocp.RestoreArgs(restore_type=np.ndarray)}
         request = ocp.args.PyTreeRestore(item={name: 0}, restore_args=wanted, partial_restore=True)
-        array = self._orbax(lambda c, path: c.restore(path, args=request))[name]
-        return array[rows] if array.ndim < 2 else array[rows, columns]
+        return self._orbax(lambda c, path: c.restore(path, args=request))[name]
 
     def read_blocks(self, name: str, rows: slice = slice(None)) -> Blocks:
         raise ValueError(f"{name}: an Orbax folder has no blocks")
