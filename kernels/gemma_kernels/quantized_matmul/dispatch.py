@@ -1,6 +1,6 @@
 """One entry for every implementation.
 
-Local letters: R rows of activations; I inputs.
+Local letters: R rows of activations; I inputs; O outputs.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from gemma_kernels.platform import require
 from gemma_kernels.quantized_matmul.cpu import quantized_matmul_cpu
 from gemma_kernels.quantized_matmul.form import QuantizedMatrix
 from gemma_kernels.quantized_matmul.reference import quantized_matmul_reference
-from gemma_kernels.quantized_matmul.xla import quantized_matmul_xla
+from gemma_kernels.quantized_matmul.xla import gradient_of_x, quantized_matmul_xla
 
 Activations = Literal["float", "int8"]
 
@@ -23,13 +23,16 @@ def _of_layer(implementation: Callable[..., jax.Array]) -> Callable[..., jax.Arr
     """`implementation`, given the layer of a stack that is meant."""
 
     def quantized_matmul(x_RI, w, *, layer=None, **options):
-        if layer is not None:
-            at = partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
-            codes, scale, offset = jax.tree.map(at, (w.codes, w.scale, w.offset))
-            w = replace(w, codes=codes, scale=scale, offset=offset)
-        return implementation(x_RI, w, **options)
+        return implementation(x_RI, w if layer is None else _matrix(w, layer), **options)
 
     return quantized_matmul
+
+
+def _matrix(w: QuantizedMatrix, layer: jax.Array) -> QuantizedMatrix:
+    """One matrix of a stack."""
+    at = partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
+    codes, scale, offset = jax.tree.map(at, (w.codes, w.scale, w.offset))
+    return replace(w, codes=codes, scale=scale, offset=offset)
 
 
 def _tpu(x_RI: jax.Array, w: QuantizedMatrix, **options) -> jax.Array:
@@ -121,16 +124,18 @@ def _first_that_can(
 
 @cache
 def _with_gradient_of_x(implementation: str | None, activations: Activations):
-    """The product with a matrix that is a constant."""
+    """The product with a matrix that is a constant. Backward keeps it as it is, in codes."""
 
-    @jax.custom_jvp
+    @jax.custom_vjp
     def product(x_RI, w, layer):
         return _first_that_can(implementation, activations, x_RI, w, layer)
 
-    @product.defjvp
-    def gradient(primals, tangents):
-        x_RI, w, layer = primals
-        widened = IMPLEMENTATIONS["xla"]
-        return product(x_RI, w, layer), widened(tangents[0], w, layer=layer)
+    def forward(x_RI, w, layer):
+        return product(x_RI, w, layer), (w, layer)
 
+    def backward(kept, dy_RO):
+        w, layer = kept
+        return gradient_of_x(dy_RO, w if layer is None else _matrix(w, layer)), None, None
+
+    product.defvjp(forward, backward)
     return product

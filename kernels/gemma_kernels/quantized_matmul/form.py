@@ -120,16 +120,14 @@ class QuantizedMatrix:
     def to_rows(self) -> "QuantizedMatrix":
         """The same with the codes of each row next to each other, bit for bit."""
         if self.columns:
-            codes, *factors = self._swapped
-            return QuantizedMatrix(codes, *map(_float16, factors), self.table)
+            codes = jnp.swapaxes(self.codes, -1, -2)
+            return QuantizedMatrix(codes, *self._factors_of_rows, self.table)
         if not self.tiled:
             return self
-        codes = _columns(jnp.moveaxis(self.codes, -2, -4))
-        scale, offset = (x if x is None else jnp.swapaxes(x, -1, -2) for x in self._factors)
-        codes, scale, offset = jax.tree.map(
-            lambda x: x.reshape(*self.shape[:-1], x.shape[-1]), (codes, scale, offset)
-        )
-        return QuantizedMatrix(codes, scale, offset, self.table)
+        codes = self.whole_codes()
+        if self.bits == 4:
+            codes = codes.astype(jnp.int4 if self.signed else jnp.uint4)
+        return QuantizedMatrix(codes, *self._factors_of_rows, self.table)
 
     def to_columns(self) -> "QuantizedMatrix":
         """The same with the codes of each input next to each other, bit for bit."""
@@ -140,14 +138,29 @@ class QuantizedMatrix:
 
     def dense(self) -> jax.Array:
         """What the codes stand for, float32 `[..., O, I]`, with one rounding per operation."""
-        w = self.to_rows()
-        values = w.codes.astype(jnp.float32)
-        if w.table is not None:
-            values = w.table.astype(jnp.float32)[w.codes.astype(jnp.int32)]
-        groups = values.reshape(*w.scale.shape, -1) * w.scale.astype(jnp.float32)[..., None]
-        if w.offset is not None:
-            groups = groups + w.offset.astype(jnp.float32)[..., None]
-        return groups.reshape(w.shape)
+        return self.values(self.whole_codes())
+
+    def whole_codes(self) -> jax.Array:
+        """The codes, a byte each, int8 `[..., O, I]`."""
+        if self.columns:
+            return jnp.swapaxes(self.codes, -1, -2).astype(jnp.int8)
+        if not self.tiled:
+            return self.codes.astype(jnp.int8)
+        # Those of four columns as one number, which XLA moves faster.
+        quads = jax.lax.bitcast_convert_type(self.codes, jnp.int32)  # [..., U, W, quads, ROWS]
+        codes = jax.lax.bitcast_convert_type(jnp.moveaxis(quads, -1, -3), self.codes.dtype)
+        return _columns(codes).reshape(self.shape)
+
+    def values(self, codes: jax.Array) -> jax.Array:
+        """What codes stand for that lie as `whole_codes`; see `dense`."""
+        scale, offset = self._factors_of_rows
+        values = codes.astype(jnp.float32)
+        if self.table is not None:
+            values = self.table.astype(jnp.float32)[codes.astype(jnp.int32)]
+        groups = values.reshape(*scale.shape, -1) * scale.astype(jnp.float32)[..., None]
+        if offset is not None:
+            groups = groups + offset.astype(jnp.float32)[..., None]
+        return groups.reshape(self.shape)
 
     def rows(self, ids: jax.Array) -> jax.Array:
         """Rows of a matrix that is no stack, float32 `[*ids.shape, I]`."""
@@ -159,14 +172,30 @@ class QuantizedMatrix:
             parts = jax.tree.map(lambda x: x[ids], (codes, scale, offset))
         else:
             tile, row = ids // ROWS, ids % ROWS
-            codes = codes[tile, :, :, row]
+            codes = _columns(codes[tile, :, :, row])
+            if self.bits == 4:
+                codes = codes.astype(jnp.int4 if self.signed else jnp.uint4)
             scale, offset = (x if x is None else x[tile, :, row] for x in (scale, offset))
-            parts = _columns(codes), scale, offset
+            parts = codes, scale, offset
         return QuantizedMatrix(*parts, self.table).dense()
 
     @property
     def _factors(self) -> tuple[jax.Array, jax.Array | None]:
         return self.scale, self.offset
+
+    @property
+    def _factors_of_rows(self) -> tuple[jax.Array, jax.Array | None]:
+        """Scales and offsets `[..., O, I // group]`."""
+        if not self.tiled and not self.columns:
+            return self._factors
+
+        def rows(x: jax.Array | None) -> jax.Array | None:
+            if x is None:
+                return None
+            groups = x.shape[-2]
+            return jnp.swapaxes(_float16(x), -1, -2).reshape(*self.shape[:-1], groups)
+
+        return rows(self.scale), rows(self.offset)
 
     @property
     def _swapped(self) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -175,12 +204,12 @@ class QuantizedMatrix:
 
 
 def _columns(codes: jax.Array) -> jax.Array:
-    """Codes of rows `[..., I]` out of theirs in tiles, `[..., W, quads, QUAD]`."""
+    """int8 codes of rows `[..., I]` out of theirs in tiles, `[..., W, quads, QUAD]`."""
     if codes.shape[-2] == 4:
         signed = codes.dtype == jnp.int8
         halves = jax.lax.bitcast_convert_type(codes, jnp.uint8)
-        codes = jnp.concatenate([halves & 15, halves >> 4], axis=-2)
-        codes = (codes.astype(jnp.int8) - 8).astype(jnp.int4) if signed else codes.astype(jnp.uint4)
+        codes = jnp.concatenate([halves & 15, halves >> 4], axis=-2).astype(jnp.int8)
+        codes = codes - 8 if signed else codes
     return codes.reshape(*codes.shape[:-3], -1)
 
 
