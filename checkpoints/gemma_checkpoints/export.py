@@ -20,6 +20,7 @@ from .beside_config import refuse_beside_config
 from .catalog import resolve
 from .errors import CheckpointError
 from .folders import new_folder
+from .hf.compressed_out import PackedPart, Storage, compressed
 from .hf.config import TOWERS, config_from_hf, text_config
 from .hf.config_out import config_to_hf
 from .hf.folder import CONFIG, INDEX, SINGLE, HFFolder
@@ -83,7 +84,7 @@ class UnusedTensor:
         return self.source.read(self.short_name).astype(self.dtype, copy=False)
 
 
-AnyTensor = Tensor | UnusedTensor
+AnyTensor = Tensor | UnusedTensor | PackedPart
 
 
 def save_hf(
@@ -91,6 +92,7 @@ def save_hf(
     folder: str | Path,
     *,
     dtype: jax.typing.DTypeLike | None = None,
+    weights: str | None = None,
     max_shard_bytes: int = MAX_SHARD,
     source: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -105,6 +107,9 @@ def save_hf(
       model: Dense parameters in float32, float16 or bfloat16.
       folder: Must not exist, or be empty.
       dtype: To cast to; default: as the parameters are.
+      weights: `"int4"`, `"int8"`, or one of them with a group of inputs (`"int4:128"`): matrices of
+        attention and feed-forward layers are rounded, and stored as compressed-tensors does. int4
+        has a scale per 32 inputs unless it says so, int8 one per output.
       max_shard_bytes: A larger model becomes several files with an index.
       source: The checkpoint that the model came from (name or path): its tokenizer goes along, so
         do settings of its processors of images and sounds that are those of the model, and
@@ -129,6 +134,7 @@ def save_hf(
     if model.cfg.modality_vocabularies and model.cfg.vision is None and model.cfg.audio is None:
         model = _decoder(model)
     target, params = Path(folder), flat_params(model)
+    storage = None if weights is None else Storage.parse(weights)
     refuse_inexact(target, params)
     refuse_beside_config(target, model)
     if not all(param.get_value().is_fully_addressable for param in params.values()):
@@ -142,15 +148,20 @@ def save_hf(
         config, origin = _from_source(source, model.cfg)
         config = _new_config(model.cfg) if config is None else config
         processor = _processor(source, model.cfg)
+        tensors: list[AnyTensor] = [
+            *_tensors(model, params, dtype, {} if origin is None else origin.spellings),
+            *([] if origin is None else _unused(origin, dtype)),
+        ]
+        plain = tensors[0].dtype
+        if storage is not None:
+            named = [(one.row.ours if isinstance(one, Tensor) else None, one) for one in tensors]
+            tensors = compressed(named, storage)
+            config = config | {"quantization_config": storage.config(model.cfg)}
     except ValueError as error:
         raise CheckpointError(target, f"cannot be exported: {error}") from None
-    tensors: list[AnyTensor] = [
-        *_tensors(model, params, dtype, {} if origin is None else origin.spellings),
-        *([] if origin is None else _unused(origin, dtype)),
-    ]
     total = sum(tensor.nbytes for tensor in tensors)
     with new_folder(target, needed=total) as part:
-        _write_config(part / CONFIG, config, tensors[0].dtype, source)
+        _write_config(part / CONFIG, config, plain, source)
         _write_companions(part, source, processor)
         done = 0
         for file, shard in _shards(tensors, max_shard_bytes).items():

@@ -19,6 +19,7 @@ from gemma_jax.cli import (
     info,
     list_models,
     plan,
+    quantise,
     score,
     shield,
     slice,
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Gemma in JAX: write, chat, score, inspect, convert.",
+    help="Gemma in JAX: write, chat, score, inspect, convert, quantise.",
     epilog="SRC is a catalog name (gemma3-270m), a Hugging Face folder, a .gguf file, or an Orbax "
     "folder written by `gemma-jax convert`. --debug, anywhere, shows tracebacks. --coordinator "
     "HOST:PORT --num-processes N --process-id I, anywhere, make this one of N processes that run "
@@ -39,7 +40,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     generate, chat, score, transcribe, shield, forward, tokenize, encode_image, encode_audio, info,
-    convert, slice, plan,
+    convert, quantise, slice, plan,
 )  # fmt: skip
 for module in COMMANDS:
     app.command(module.__name__.rpartition(".")[2].replace("_", "-"))(module.command)
