@@ -5,17 +5,14 @@ piece per thread and nothing else, so the peak is the model plus less than its l
 mesh, a process reads what its own devices hold. Quantised tensors may stay as they are (`kept.py`).
 """
 
-import math
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from gemma_jax.decoder.model import Block, Gemma, MakeBlock, abstract_model
@@ -34,10 +31,10 @@ from .kept import Keep, KeepsMatrices, KeptPiece, is_quantised, kept_buffer, kep
 from .matching import Move, match
 from .matrix_buffer import MatrixBuffer
 from .params import named_slots
+from .pieces import Piece, pieces_of, region, size
 from .select_parts import config_for
 from .source import Source
 
-PIECE = 1 << 20  # bytes of a decoded piece: small enough to stay in cache
 AHEAD = 8  # pieces waiting per thread
 TABLE: ParamPath = ("per_layer", "table")
 
@@ -45,40 +42,6 @@ Placement = Callable[[ParamPath, str, tuple[int, ...]], jax.sharding.Sharding | 
 Transformed = Callable[[ParamPath, jax.Array], Weight]
 Transform = Callable[[Gemma], Transformed]
 Item, Result = TypeVar("Item"), TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Part of one tensor, on its way into the buffer of a Param.
-
-    Attributes:
-      box: Of our parameter, as `move.slot` describes it.
-      rows, columns: Of their tensor, the same part.
-      last: Whether no piece of the Param comes after.
-    """
-
-    move: Move
-    box: Box
-    rows: slice
-    columns: slice
-    buffer: Buffer
-    last: bool
-
-    what = "values"  # that may be broken
-
-    @property
-    def path(self) -> ParamPath:
-        return self.move.slot.path
-
-    @property
-    def nbytes(self) -> int:
-        return _size(self.move, self.rows, self.columns)
-
-    def fill(self, source: Source) -> int:
-        """Reads, decodes and writes; how many values are NaN or infinite."""
-        array = _decode(source, self)
-        self.buffer.write(*_located(array, self))
-        return count_non_finite(array)
 
 
 def load_source(
@@ -166,12 +129,12 @@ def load_source(
     def pieces() -> Iterator[Piece | KeptPiece]:
         for path, group in groups.items():
             if (matrix := kept(path, group)) is not None:
-                regions = lambda move: [_region(move, box) for box in boxes(move)]  # noqa: E731
+                regions = lambda move: [region(move, box) for box in boxes(move)]  # noqa: E731
                 yield from kept_pieces(group, matrix, regions)
             else:
-                yield from _pieces(group, boxes, buffer(path, group), by_rows=source.reads_rows)
+                yield from pieces_of(group, boxes, buffer(path, group), by_rows=source.reads_rows)
 
-    total, done = sum(_size(move, *_region(move, box)) for move in moves for box in boxes(move)), 0
+    total, done = sum(size(move, *region(move, box)) for move in moves for box in boxes(move)), 0
     for piece, bad in _in_threads(lambda piece: piece.fill(source), pieces()):
         non_finite[piece.move.row.theirs, piece.what] += bad
         if piece.last:
@@ -218,77 +181,6 @@ def _on_disk(source: Source, move: Move, dtype: jax.typing.DTypeLike | None) -> 
     return DiskTable.of(mapped, move.slot.shape[1:], jnp.dtype(dtype or mapped.dtype))
 
 
-def _pieces(
-    group: list[Move], boxes: Callable[[Move], list[Box]], buffer: Buffer, *, by_rows: bool
-) -> Iterator[Piece]:
-    """The pieces of one Param."""
-    parts = [
-        (move, part)
-        for move in group
-        for box in boxes(move)
-        for part in (_cut(move, box) if by_rows else [box])
-    ]
-    for i, (move, box) in enumerate(parts, 1):
-        yield Piece(move, box, *_region(move, box), buffer, last=i == len(parts))
-
-
-def _cut(move: Move, box: Box) -> list[Box]:
-    """Boxes of about `PIECE` bytes where rows of theirs are rows of ours, else the one."""
-    parsed = move.row.parsed
-    if parsed is not None and not (parsed.keeps_first_axis and len(parsed.left[0]) == 1):
-        return [box]
-    first, *rest = box
-    step = max(1, PIECE * len(first) // max(1, _size(move, *_region(move, box))))
-    return [(first[i : i + step], *rest) for i in range(0, len(first), step)]
-
-
-def _region(move: Move, box: Box) -> tuple[slice, slice]:
-    """Rows and columns of their tensor that hold a box of our parameter.
-
-    Raises:
-      ValueError: Other axes than those are split.
-    """
-    slot, parsed = move.slot, move.row.parsed
-    sizes, cuts = slot.sizes, dict(zip(slot.dims, box))
-    axes = tuple(slot.dims) if parsed is None else parsed.left
-    regions = []
-    for letters in axes:  # none for an axis of size 1
-        cut = cuts[letters[0]] if letters else range(1)
-        inner = math.prod(sizes[letter] for letter in letters[1:])
-        regions.append(slice(cut.start * inner, cut.stop * inner))
-    leading = {letters[0] for letters in axes[:2] if letters}
-    for letter, cut in cuts.items():
-        if letter not in leading and cut != range(sizes[letter]):
-            raise ValueError(
-                f"{move.name} cannot be loaded in parts along {letter}; drop the rule for it"
-            )
-    return regions[0], regions[1] if len(regions) > 1 else slice(None)
-
-
-def _size(move: Move, rows: slice, columns: slice) -> int:
-    """Bytes of part of a tensor after decoding."""
-    shape = list(move.info.shape)
-    shape[:2] = [len(range(n)[cut]) for n, cut in zip(shape, (rows, columns))]
-    return math.prod(shape) * move.info.dtype.itemsize
-
-
-def _decode(source: Source, piece: Piece) -> np.ndarray:
-    """The piece as our parameter has it, still in the dtype of the source."""
-    row, slot = piece.move.row, piece.move.slot
-    array = source.read(row.theirs, piece.rows, piece.columns)
-    if row.plus_one:
-        array = array - array.dtype.type(1)
-    if row.parsed is None:
-        return array
-    return row.parsed(array, dict(zip(slot.dims, map(len, piece.box))))
-
-
-def _located(array: np.ndarray, piece: Piece) -> tuple[np.ndarray, tuple[int, ...]]:
-    """`array` with the axes of the Param, and the index of its first element in it."""
-    row, index = piece.move.slot.row, tuple(cut.start for cut in piece.box)
-    return (array, index) if row is None else (array[None], (row, *index))
-
-
 def _in_threads(
     work: Callable[[Item], Result], items: Iterable[Item]
 ) -> Iterator[tuple[Item, Result]]:
@@ -308,19 +200,3 @@ def _in_threads(
         finally:
             for _, future in waiting:
                 future.cancel()
-
-
-_EXPONENTS = {
-    "float32": (np.uint32, 0x7F80_0000),
-    "float16": (np.uint16, 0x7C00),
-    "bfloat16": (np.uint16, 0x7F80),
-}
-
-
-def count_non_finite(array: np.ndarray) -> int:
-    """How many values are NaN or infinite, that is, have all exponent bits set.
-
-    NumPy's own `isfinite` takes bfloat16 one value at a time.
-    """
-    unsigned, exponent = _EXPONENTS[array.dtype.name]
-    return np.count_nonzero((array.view(unsigned) & unsigned(exponent)) == unsigned(exponent))

@@ -103,6 +103,30 @@ def test_a_folder_becomes_a_file_that_says_the_same(tmp_path):
     assert second.decode(second.encode(text)) == text
 
 
+def test_what_a_folder_says_of_texts_goes_along(tmp_path):
+    """Sampling, ids that end an answer, and the chat template."""
+    model = random_model(tiny("gemma3-1b", num_layers=1, vocab_size=384))
+    folder = _with_vocabulary(tmp_path, model)
+    template = "{{ bos_token }}{{ messages[0]['content'] }}"
+    said = {"do_sample": True, "temperature": 0.7, "top_k": 64, "eos_token_id": [1, 40]}
+    (folder / "generation_config.json").write_text(json.dumps(said))
+    (folder / "chat_template.jinja").write_text(template)
+    saved = gc.save_gguf(model, tmp_path / "m.gguf", source=folder)
+    first, second = gc.generation_defaults(folder), gc.generation_defaults(saved)
+    assert second.sampling == first.sampling and first.sampling.temperature == 0.7
+    assert load_tokenizer(str(saved)).stop_ids == load_tokenizer(str(folder)).stop_ids == (1, 40)
+    assert (
+        load_tokenizer(str(saved)).chat_template.text
+        == "{{ bos_token }}{{ messages[0]['content'] }}"
+    )
+    again = gc.save_gguf(model, tmp_path / "again.gguf", source=saved)
+    assert gc.generation_defaults(again) == second
+    said["eos_token_id"] = [1, 40, 41, 42]
+    (folder / "generation_config.json").write_text(json.dumps(said))
+    with pytest.raises(gc.CheckpointError, match="more than a GGUF file can say"):
+        gc.save_gguf(model, tmp_path / "more.gguf", source=folder)
+
+
 def test_the_types_that_llama_cpp_would_choose_where_the_package_can():
     """Of Gemma 3 270M, against its published Q4_K_M."""
     shapes = {"token_embd.weight": (262_144, 640), "output_norm.weight": (640,)}

@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 
 from gemma_jax.text import hf_json, sentencepiece_proto
+from gemma_jax.text.gguf_config import STOP_PIECES
 from gemma_jax.text.gguf_header import ARRAY, MAGIC, U32, Cursor
 from gemma_jax.text.tokenizer_config import read_tokenizer_config
 from gemma_jax.text.vocabulary import SPACE, Kind, Vocabulary
 
 from ..errors import CheckpointError
+from ..generation_config import GenerationDefaults
+from .sampling import PREFIX as SAMPLING
 
 PAD_SCORE, ADDED_SCORE = -10_000.0, -1_000.0
 _RESERVED = re.compile(rb"<unused\d+>|<mask>|<2mass>|\[@BOS@\]|<pad>")  # `does_token_look_special`
@@ -34,6 +37,7 @@ _TYPES = {
     np.dtype(np.float64): "FLOAT64",
     np.dtype(bool): "BOOL",
 }
+EOS = "tokenizer.ggml.eos_token_id"
 TOKENS, SCORES, TYPES = (f"tokenizer.ggml.{key}" for key in ("tokens", "scores", "token_type"))
 # What describes the weights of the file that it is copied from, and not those of the new one.
 NOT_COPIED = re.compile(
@@ -42,11 +46,12 @@ NOT_COPIED = re.compile(
 )
 
 
-def add_vocabulary(writer: Any, path: Path, vocab_size: int) -> None:
+def add_vocabulary(writer: Any, path: Path, vocab_size: int, *, sampling: bool) -> None:
     """Puts a vocabulary into a `GGUFWriter`, with a piece for each row of the embedding.
 
     Args:
       path: A GGUF file, a `tokenizer.json` or a `tokenizer.model`; `find_tokenizer` finds it.
+      sampling: Whether what a GGUF file says of sampling goes along.
 
     Raises:
       CheckpointError: It is broken.
@@ -55,9 +60,36 @@ def add_vocabulary(writer: Any, path: Path, vocab_size: int) -> None:
         if path.suffix in (".json", ".model"):
             _add_from_folder(writer, path, vocab_size)
         else:
-            _add_from_gguf(writer, path, vocab_size)
+            _add_from_gguf(writer, path, vocab_size, sampling)
     except ValueError as error:
         raise CheckpointError(path, str(error)) from None
+
+
+def add_generation(writer: Any, defaults: GenerationDefaults) -> None:
+    """Puts what a folder says of texts into a `GGUFWriter` that has its vocabulary.
+
+    All settings of sampling are written: llama.cpp has defaults of its own for those that a file
+    does not say.
+
+    Raises:
+      ValueError: More ids end an answer than a file can say.
+    """
+    keys = writer.kv_data[0]
+    pieces = keys[TOKENS].value
+    known = {keys[EOS].value, *(pieces.index(p) for p in STOP_PIECES.intersection(pieces))}
+    more = [i for i in defaults.stop_ids or () if i not in known]
+    adders = [a for key, a in (("eot", writer.add_eot_token_id), ("eom", writer.add_eom_token_id))
+              if f"tokenizer.ggml.{key}_token_id" not in keys]  # fmt: skip
+    if len(more) > len(adders):
+        raise ValueError(f"ids that end an answer ({more}) are more than a GGUF file can say")
+    for add, i in zip(adders, more):
+        add(i)
+    if (sampling := defaults.sampling) is not None:
+        writer.add_sampling_temp(float(sampling.temperature))
+        writer.add_sampling_top_k(int(sampling.top_k))
+        writer.add_sampling_top_p(float(sampling.top_p))
+        writer.add_sampling_min_p(float(sampling.min_p))
+        writer.add_sampling_penalty_repeat(float(sampling.repetition_penalty))
 
 
 def name_in_header(path: Path) -> str | None:
@@ -67,12 +99,14 @@ def name_in_header(path: Path) -> str | None:
     return name.decode("utf-8", "replace") if isinstance(name, bytes) else None
 
 
-def _add_from_gguf(writer: Any, path: Path, vocab_size: int) -> None:
+def _add_from_gguf(writer: Any, path: Path, vocab_size: int, sampling: bool) -> None:
     from gguf import GGUFValueType
 
     for key, kind, value in _typed_entries(path):
         general = key.startswith("general.") and not NOT_COPIED.match(key)
         if not general and not key.startswith("tokenizer."):
+            continue
+        if key.startswith(SAMPLING) and not sampling:
             continue
         if kind == ARRAY:
             sub_type = GGUFValueType.STRING

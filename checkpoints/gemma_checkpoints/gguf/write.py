@@ -22,6 +22,7 @@ from ..catalog import Notify, resolve, to_stderr
 from ..errors import CheckpointError
 from ..export import host_array
 from ..formats import open_source
+from ..generation_config import generation_defaults
 from ..name_table import Row, expand
 from ..params import Slot, depths, named_slots
 from ..rearrange import shape as side_shape
@@ -30,7 +31,7 @@ from ..tokenizers import find_tokenizer, is_gguf
 from .metadata_out import add_config, architecture, query_factor
 from .mix import MIXES, tensor_types
 from .names import EMBEDDING, PER_LAYER_TABLE, STACKS, gguf_table
-from .vocabulary_out import add_vocabulary, name_in_header
+from .vocabulary_out import add_generation, add_vocabulary, name_in_header
 
 CHUNK = 1 << 22  # values that are rounded at a time
 MAX_HALF = 65_504
@@ -93,7 +94,9 @@ def save_gguf(
         types = tensor_types({tensor.name: tensor.shape for tensor in tensors}, MIXES[mix])
         with replacing(target) as part:
             writer = _writer(part, cfg, MIXES[mix].file_type, name or _name(origin))
-            add_vocabulary(writer, vocabulary, cfg.vocab_size)
+            add_vocabulary(writer, vocabulary, cfg.vocab_size, sampling=origin.is_file())
+            if origin.is_dir():
+                add_generation(writer, generation_defaults(origin))
             _write(writer, tensors, types, progress)
     except ValueError as error:
         if isinstance(error, CheckpointError):
