@@ -1,5 +1,7 @@
 """Quantised products compiled for real TPUs, with the compiler of libtpu and no TPU."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,6 +9,7 @@ from marks import nightly
 
 from gemma_kernels.compilers.tpu_targets import CHIPS, lower
 from gemma_kernels.quantized_matmul import QuantizedMatrix, quantized_matmul
+from gemma_kernels.quantized_matmul.tpu import FEW
 
 pytest.importorskip("libtpu", reason="the compiler comes with the plan extra: gemma-jax[plan]")
 
@@ -19,7 +22,11 @@ SHAPES = {
     "12B, down": (4, 15360, 3840, 64, "int4", "bfloat16", False),
     "27B, down": (8, 21504, 5376, 128, "int4", "int16", False),
     "E2B, per layer": (1, 256, 2048, 32, "int4", "int16", False),
-    "4B, head": (1, 2560, 262_208, 32, "int8", "int16", False),
+    "1B, head": (1, 1152, 262_144, 32, "int8", "int16", False),
+    "12B, gate, 64 rows": (64, 3840, 15360, 32, "int4", "int16", False),
+    "4B, down, prefill": (1000, 10240, 2560, 32, "int4", "int16", False),
+    "4B, Q4_K, prefill": (512, 2560, 10240, 32, "uint4", "float32", True),
+    "27B, down, prefill": (2048, 21504, 5376, 64, "int8", "bfloat16", False),
 }
 ALL = [(chip, name) for chip in CHIPS for name in SHAPES]
 BY_DAY = [("v5e", "270M, o"), ("tpu7x", "E2B, per layer")]
@@ -46,8 +53,8 @@ def test_compiles_and_copies_no_weights(chip, name):
     lowered = lower(product, chip, *operands(*SHAPES[name]))
     assert "tpu_custom_call" in lowered.as_text()
     memory = lowered.compile().memory_analysis()
-    # The activations once per group of a tile, in two digits, and the result.
-    spread = R * I * 8 * 4 + R * I * 4
+    # The activations, for few rows once per group of a tile in two digits, and the result.
+    spread = 4 * R * I * (9 if R <= FEW else 1)
     assert memory.temp_size_in_bytes < 2**18 + 2 * spread + 8 * R * O
 
 
@@ -67,7 +74,7 @@ def test_a_layer_of_a_stack_is_not_copied(chip):
 
 
 def test_the_first_that_serves_is_taken():
-    few, many = (operands(R, 2560, 2560, 32, "int4", "int16", False) for R in (1, 64))
-    auto = lambda *arrays: product(*arrays, implementation="auto")  # noqa: E731
-    assert "tpu_custom_call" in lower(auto, "v5e", *few).as_text()
-    assert "tpu_custom_call" not in lower(auto, "v5e", *many).as_text()
+    groups, channels = (operands(1, 2560, 2560, n, "int4", "int16", False) for n in (32, 2560))
+    auto = partial(product, implementation="auto")
+    assert "tpu_custom_call" in lower(auto, "v5e", *groups).as_text()
+    assert "tpu_custom_call" not in lower(auto, "v5e", *channels).as_text()

@@ -10,7 +10,8 @@ import pytest
 from gemma_kernels.quantized_matmul import QuantizedMatrix, quantized_matmul
 from gemma_kernels.quantized_matmul.reference import quantized_matmul_reference
 from gemma_kernels.quantized_matmul.tpu import quantized_matmul_tpu
-from gemma_kernels.quantized_matmul.tpu_factors import loadable, to_float32
+from gemma_kernels.quantized_matmul.tpu_factors import loadable, outputs_of_a_step, to_float32
+from gemma_kernels.quantized_matmul.tpu_widen import Blocks, default_blocks, many_rows
 
 RANGES = {"int8": (-128, 128), "int4": (-8, 8), "uint4": (0, 16)}
 
@@ -29,7 +30,7 @@ def activations(R, I, seed=1):
     return jnp.asarray(np.random.default_rng(seed).normal(size=(R, I)), jnp.bfloat16)
 
 
-@partial(jax.jit, static_argnames=("outputs", "integers", "activations"))
+@partial(jax.jit, static_argnames=("outputs", "blocks", "integers", "activations"))
 def run(x_RI, w, **options):
     return quantized_matmul_tpu(x_RI, w.to_columns(), interpret=True, **options)
 
@@ -48,9 +49,9 @@ CASES = {
     "Q4_1, one row": (1, 640, 256, 32, "uint4", "float16", True, True),
     "Q8_0, two rows": (2, 256, 256, 32, "int8", "float16", False, True),
     "groups of 16, one row": (1, 384, 256, 16, "int8", "float32", False, True),
-    "groups of 64, three rows": (3, 384, 320, 64, "int4", "bfloat16", False, True),
+    "groups of 64, three rows": (3, 384, 384, 64, "int4", "bfloat16", False, True),
     "groups of 128, eight rows, offsets": (8, 256, 256, 128, "uint4", "float16", True, True),
-    "sixteen rows": (16, 256, 256, 32, "int4", "float16", False, True),
+    "eight rows": (8, 256, 256, 32, "int4", "float16", False, True),
     "fp8 codes, one row": (1, 384, 256, 32, "int4", "float16", False, False),
     "fp8 codes, unsigned, five rows": (5, 384, 256, 32, "uint4", "float16", True, False),
     "bfloat16 codes, four rows": (4, 256, 256, 64, "int8", "float16", False, False),
@@ -63,6 +64,60 @@ def test_it_is_the_product_with_the_widened_matrix(name):
     R, I, O, group, codes, factors, offset, integers = CASES[name]
     w, x_RI = matrix(O, I, group, codes, factors, offset), activations(R, I)
     assert_close(run(x_RI, w, outputs=256, integers=integers), x_RI, w)
+
+
+def assert_as_good_as_bfloat16(y_RO, x_RI, w):
+    """At most 1.5 times as far off as XLA's product with the matrix in bfloat16."""
+    wide = np.asarray(quantized_matmul_reference(x_RI.astype(jnp.float32), w))
+    plain = quantized_matmul(x_RI, w, implementation="xla")
+    assert y_RO.dtype == jnp.bfloat16
+    off, allowed = (
+        np.sqrt(np.mean((np.asarray(y, np.float32) - wide) ** 2)) for y in (y_RO, plain)
+    )
+    assert 0 < off <= 1.5 * allowed
+
+
+# rows, inputs, outputs, group, codes, offset, blocks
+MANY = {
+    "nine rows": (9, 256, 256, 32, "int4", False, None),
+    "three tiles of inputs, two of rows, two of outputs, offsets": (
+        (25, 1536, 384, 32, "uint4", True, Blocks(16, 512, 256))
+    ),
+    "groups of 64": (20, 1024, 256, 64, "int8", False, Blocks(32, 512, 256)),
+    "groups of 512": (20, 1024, 256, 512, "int4", False, None),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_many_rows(name):
+    R, I, O, group, codes, offset, blocks = MANY[name]
+    w, x_RI = matrix(O, I, group, codes, offset=offset), activations(R, I)
+    assert_as_good_as_bfloat16(run(x_RI, w, blocks=blocks), x_RI, w)
+
+
+def test_many_rows_scaled_in_bfloat16():
+    """As on chips whose vector units compute in it."""
+    w, x_RI = matrix(256, 512, 32), activations(16, 512)
+    options = dict(layer=jnp.int32(0), blocks=Blocks(16, 256, 256), narrow=True, interpret=True)
+    y_RO = jax.jit(partial(many_rows, **options))(x_RI, w.to_columns())
+    assert_as_good_as_bfloat16(y_RO, x_RI, w)
+
+
+def test_steps_cover_the_outputs():
+    for O, most, cores in (
+        (10_240, 3_000, 1),
+        (640, 4_000, 2),
+        (262_144, 3_276, 2),
+        (21_504, 9, 1),
+    ):
+        outputs = outputs_of_a_step(O, most, 256, cores)
+        steps = -(-O // (outputs * cores)) * cores
+        assert outputs % 256 == 0 and outputs <= max(most, 256)
+        assert O <= steps * outputs < 1.3 * O + 256 * cores
+    for I, group in ((640, 32), (6_912, 32), (3_840, 128), (21_504, 64), (5_376, 5_376 // 2)):
+        blocks = default_blocks(64, I, 2_048, group, 4, 128, 1)
+        assert I % blocks.inputs == 0 and blocks.inputs % group == 0
+        assert blocks.inputs == I or blocks.inputs // group % 8 == 0
 
 
 def test_outliers_of_activations_cost_others_no_digits():
@@ -119,8 +174,9 @@ REFUSED = {
     "weights lie in rows": (activations(1, 128), dict(columns=False)),
     "codes stand for values of a table": (activations(1, 128), dict(table=jnp.ones(16))),
     "per channel": (activations(1, 128), dict(group=128)),
-    "17 rows": (activations(17, 128), {}),
     "160 inputs": (activations(1, 160), {}),
+    "200 outputs": (activations(1, 128), dict(O=200)),
+    "groups of 8; of more than 8 rows": (activations(9, 128), dict(group=8)),
     "groups of 96": (activations(1, 384), dict(group=96)),
 }
 
@@ -128,7 +184,7 @@ REFUSED = {
 @pytest.mark.parametrize("reason", REFUSED)
 def test_what_it_does_not_serve_is_refused(reason):
     x_RI, facts = REFUSED[reason]
-    w = matrix(256, x_RI.shape[1], facts.get("group", 32))
+    w = matrix(facts.get("O", 256), x_RI.shape[1], facts.get("group", 32))
     w = QuantizedMatrix(w.codes, w.scale, table=facts.get("table"))
     w = w.to_columns() if facts.get("columns", True) else w
     with pytest.raises(NotImplementedError, match=reason):

@@ -1,8 +1,8 @@
 """Products with quantised matrices on TPU, as Pallas kernels: which of them, and for what.
 
-A few rows of activations, as in decoding, take `tpu_sums.py`. Both ask for weights with inputs
-before outputs (`columns` in `form.py`), as the matrix unit takes them: loading them transposed
-takes twice as long.
+Up to `FEW` rows of activations, as in decoding, take `tpu_sums.py`, more `tpu_widen.py`. Both ask
+for weights with inputs before outputs (`columns` in `form.py`), as the matrix unit takes them:
+loading them transposed takes twice as long.
 
 Local letters: R rows; I inputs; O outputs.
 """
@@ -13,10 +13,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from gemma_kernels.quantized_matmul.form import QuantizedMatrix
 from gemma_kernels.quantized_matmul.reference import rounded_to_int8
-from gemma_kernels.quantized_matmul.tpu_factors import LANES
+from gemma_kernels.quantized_matmul.tpu_factors import LANES, SUBLANES
 from gemma_kernels.quantized_matmul.tpu_sums import few_rows
+from gemma_kernels.quantized_matmul.tpu_widen import Blocks, default_blocks, many_rows
 
-MOST_ROWS = 16
+FEW = 8
+BFLOAT16_SINCE = 6  # generation whose vector units compute in it
 
 
 def quantized_matmul_tpu(
@@ -26,6 +28,7 @@ def quantized_matmul_tpu(
     activations: str = "float",
     layer: jax.Array | None = None,
     outputs: int | None = None,
+    blocks: Blocks | None = None,
     integers: bool | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> jax.Array:
@@ -33,7 +36,8 @@ def quantized_matmul_tpu(
 
     Args:
       layer: int32. `w` is a stack of matrices `[L, O, I]`, of which this one is read where it lies.
-      outputs: Of a step of the kernel; default: by shape.
+      outputs: Of a step, for few rows; default: by shape.
+      blocks: How to cut a product of many rows; default: by shape.
       integers: Whether products of a few rows are those of int8 numbers; default: if the chip has
         such.
       interpret: Run without a TPU, by Pallas' interpreter.
@@ -42,22 +46,24 @@ def quantized_matmul_tpu(
       NotImplementedError: A call that these kernels do not serve; says why.
     """
     _check(x_RI, w)
+    dtype, R = x_RI.dtype, len(x_RI)
     chip = None if interpret else pltpu.get_tpu_info()
-    if integers is None:
-        integers = chip is None or chip.int8_ops_per_second > 0
-    dtype = x_RI.dtype
+    mxu, cores = (chip.mxu_column_size, chip.num_cores) if chip else (LANES, 1)
     if activations == "int8":
         x_RI = rounded_to_int8(x_RI.astype(jnp.float32))
     layer = jnp.int32(0) if layer is None else jnp.asarray(layer, jnp.int32)
-    y_RO = few_rows(
-        x_RI, w, layer, outputs, integers, chip.mxu_column_size if chip else LANES,
-        chip.num_cores if chip else 1, interpret,
-    )  # fmt: skip
-    return y_RO.astype(dtype)
+    if R > FEW:
+        O, I = w.shape[-2:]
+        blocks = blocks or default_blocks(R, I, O, w.group, w.bits, mxu, cores)
+        narrow = chip is not None and chip.generation >= BFLOAT16_SINCE
+        return many_rows(x_RI, w, layer, blocks, narrow, interpret)
+    if integers is None:
+        integers = chip is None or chip.int8_ops_per_second > 0
+    return few_rows(x_RI, w, layer, outputs, integers, mxu, cores, interpret).astype(dtype)
 
 
 def _check(x_RI: jax.Array, w: QuantizedMatrix) -> None:
-    (R, I), group = x_RI.shape, w.group
+    (R, I), O, group = x_RI.shape, w.shape[-2], w.group
     if x_RI.dtype != jnp.bfloat16:
         raise NotImplementedError(f"activations are {x_RI.dtype}; it takes bfloat16")
     if not w.columns:
@@ -67,9 +73,10 @@ def _check(x_RI: jax.Array, w: QuantizedMatrix) -> None:
         raise NotImplementedError("codes stand for values of a table; it takes them as numbers")
     if group == I:
         raise NotImplementedError("scales per channel, which XLA applies to its own product")
-    if R > MOST_ROWS:
-        raise NotImplementedError(f"{R} rows of activations; it takes up to {MOST_ROWS}")
-    if I % LANES:
-        raise NotImplementedError(f"{I} inputs; it takes multiples of {LANES}")
+    if I % LANES or O % LANES:
+        # Arrays of other widths may lie transposed in memory, and would be copied.
+        raise NotImplementedError(f"{I} inputs, {O} outputs; it takes multiples of {LANES}")
     if LANES % group and group % LANES:
         raise NotImplementedError(f"groups of {group}; it takes divisors and multiples of {LANES}")
+    if R > FEW and group < 2 * SUBLANES:
+        raise NotImplementedError(f"groups of {group}; of more than {FEW} rows it takes 16 or more")

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 LANES, SUBLANES = 128, 8
 VMEM = 56 * 2**20  # of 64 MiB in the smallest chips
@@ -25,3 +26,12 @@ def to_float32(x: jax.Array) -> jax.Array:
     size = jnp.minimum(size, size + size - SMALLEST)
     sign = bits & jnp.int32(-(2**31))
     return lax.bitcast_convert_type(lax.bitcast_convert_type(size, jnp.int32) | sign, jnp.float32)
+
+
+def outputs_of_a_step(O: int, most: int, unit: int, cores: int) -> int:
+    """A multiple of `unit` up to `most`, of which few cover `O` with little left over, and each
+    core as many."""
+    most = max(min(most, O // cores) // unit, 1)
+    covered = {n * unit: pl.cdiv(O, n * unit * cores) * n * unit for n in range(1, most + 1)}
+    least = min(covered[n] for n in covered if 2 * n > most * unit)
+    return max(n for n in covered if covered[n] == least and 2 * n > most * unit)

@@ -44,12 +44,15 @@ from gemma_kernels.quantized_matmul.tpu_factors import (
     SUBLANES,
     VMEM,
     loadable,
+    outputs_of_a_step,
     to_float32,
 )
 
 CHUNK = 256
 STEP_BYTES = 4 * 2**20  # codes of a step
 BASE = 128  # of a digit
+# Rows up to which two digits are less work than bfloat16 codes, by inputs of a matrix unit's pass.
+MOST_DIGITS = {128: 8, 256: 4}
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def few_rows(
     """
     (R, I), O = x_RI.shape, w.shape[-2]
     if integers:
-        product = jnp.int8 if R <= (8 if mxu == LANES else 4) else jnp.bfloat16
+        product = jnp.int8 if R <= MOST_DIGITS[mxu] else jnp.bfloat16
     else:
         product = jnp.bfloat16 if w.bits == 8 else jnp.float8_e4m3fn
     groups = SUBLANES if R == 1 else min(max(mxu // w.group, 1), SUBLANES)
@@ -138,10 +141,9 @@ def few_rows(
 
 
 def default_outputs(I: int, O: int, bits: int, cores: int = 1) -> int:
-    """Outputs of a step: up to `STEP_BYTES` of codes, and as many steps for each core."""
-    most = max(STEP_BYTES * 8 // (bits * I) // LANES, 1) * LANES
-    steps = pl.cdiv(pl.cdiv(O, most), cores) * cores
-    return pl.cdiv(pl.cdiv(O, steps), LANES) * LANES
+    """Outputs of a step: up to `STEP_BYTES` of codes."""
+    unit = LANES if O < 4 * CHUNK else CHUNK
+    return outputs_of_a_step(O, STEP_BYTES * 8 // (bits * I), unit, cores)
 
 
 def _spread(x_RI: jax.Array, plan: _Plan, with_sums: bool) -> list[jax.Array]:
