@@ -51,6 +51,11 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names (tests/test_p
     from gemma_jax.multimodal.prompts import Prompt as Prompt
     from gemma_jax.numerics import Numerics as Numerics
     from gemma_jax.presets import PRESETS as PRESETS, preset as preset
+    from gemma_jax.quantisation import (
+        RoundingError as RoundingError,
+        quantisation_errors as quantisation_errors,
+        quantise as quantise,
+    )
     from gemma_jax.runtime import Runtime as Runtime
     from gemma_jax.saving import save as save
     from gemma_jax.text import Tokenizer as Tokenizer, encode_chat as encode_chat
@@ -93,6 +98,7 @@ _HOMES = {
     "gemma_jax.multimodal.prompts": ("Prompt",),
     "gemma_jax.numerics": ("Numerics",),
     "gemma_jax.presets": ("PRESETS", "preset"),
+    "gemma_jax.quantisation": ("RoundingError", "quantisation_errors", "quantise"),
     "gemma_jax.runtime": ("Runtime",),
     "gemma_jax.saving": ("save",),
     "gemma_jax.text": ("Tokenizer", "encode_chat"),

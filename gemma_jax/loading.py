@@ -214,7 +214,7 @@ def load_model(
       True
     """
     from gemma_checkpoints import load_source, open_source, resolve
-    from gemma_jax.quantise import keep_matrix, store_weights
+    from gemma_jax.quantisation import keep_matrix, store_weights
 
     options = _changed(options, changes)
     on_cpu = jax.default_backend() == "cpu"

@@ -35,7 +35,7 @@ FLOORS = (
     ("nn",),
     ("vision", "audio"),
     ("decoder",),
-    ("multimodal", "matformer", "quantise", "lora"),
+    ("multimodal", "matformer", "quantisation", "lora"),
     ("placement",),
     ("inference", "training"),
     ("planning", "evaluation", "serving", "viz"),
@@ -152,7 +152,7 @@ def test_light_imports(module):
 
 def test_importing_takes_no_device():
     """Else a platform that does not exist would be missed."""
-    modules = ("cli.app", "loading", "inference.generate", "quantise", "evaluation.scoring")
+    modules = ("cli.app", "loading", "inference.generate", "quantisation", "evaluation.scoring")
     imports = ", ".join(f"gemma_jax.{name}" for name in modules)
     assert fresh(f"import {imports}; print('fine')", JAX_PLATFORMS="nowhere") == "fine"
 

@@ -110,7 +110,7 @@ def _quantised_bytes(cfg: "GemmaConfig") -> dict[str, int]:
     Those in groups that do not divide the inputs of the model's matrices are left out.
     """
     from gemma_jax.decoder.model import abstract_model
-    from gemma_jax.quantise import weight_bytes
+    from gemma_jax.quantisation import weight_bytes
 
     model, sizes = abstract_model(cfg), {}
     for storage in MADE_STORAGES:

@@ -16,7 +16,7 @@ from gemma_jax.inference.decode import advance, empty_state
 from gemma_jax.inference.prefill import PrefillChunk
 from gemma_jax.inference.sampling import Sampling, SamplingRows
 from gemma_jax.inference.session import CHUNK
-from gemma_jax.quantise import store_weights
+from gemma_jax.quantisation import store_weights
 from gemma_jax.runtime import Runtime
 from gemma_jax.sharding import Partition
 from gemma_jax.storages import WeightStorage, is_narrower

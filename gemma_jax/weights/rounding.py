@@ -25,8 +25,8 @@ def round_to_groups(w_OI: jax.Array, bits: int, group: int) -> tuple[jax.Array, 
       >>> import jax.numpy as jnp
       >>> from gemma_jax.weights.rounding import round_to_groups
       >>> codes, scale = round_to_groups(jnp.array([[3.0, -1.5, 0.0, 0.4]]), 4, 2)
-      >>> codes.tolist(), scale.round(3).tolist()
-      ([[7, -4, 0, 7]], [[0.4000000059604645, 0.05299999937415123]])
+      >>> codes.tolist(), [round(float(7.5 * x), 3) for x in scale[0]]
+      ([[7, -4, 0, 7]], [3.0, 0.4])
     """
     most = 2 ** (bits - 1)
     groups = w_OI.astype(jnp.float32).reshape(*w_OI.shape[:-1], -1, group)

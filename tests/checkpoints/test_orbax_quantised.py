@@ -12,7 +12,7 @@ import tiny
 
 import gemma_checkpoints as gc
 import gemma_jax as gj
-from gemma_jax.quantise import quantise
+from gemma_jax.quantisation import quantise
 from gemma_jax.weights.protocol import StandIn, array_bytes, dense
 from gemma_jax.weights.quantized import QuantizedWeight
 from gemma_jax.weights.tree import flat_params

@@ -11,7 +11,7 @@ from marks import nightly
 import gemma_jax as gj
 from gemma_jax.multimodal.placeholders import soft_tokens
 from gemma_jax.numerics import NUMERICS
-from gemma_jax.quantise import quantise
+from gemma_jax.quantisation import quantise
 from gemma_jax.training.trainable import trainable
 from gemma_kernels.cross_entropy import xla
 

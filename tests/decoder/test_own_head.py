@@ -14,7 +14,7 @@ from gemma_jax.matformer.slicing import parameters
 from gemma_jax.placement import shard
 from gemma_jax.planning.costs import weight_bytes
 from gemma_jax.planning.lowering import with_shardings
-from gemma_jax.quantise import quantise
+from gemma_jax.quantisation import quantise
 from gemma_jax.sharding import INFERENCE, Partition, make_mesh
 from gemma_jax.weights.quantized import QuantizedWeight
 from gemma_jax.weights.tree import flat_params, with_params

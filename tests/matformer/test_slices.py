@@ -25,7 +25,7 @@ from gemma_jax.matformer import (
     slice_config,
     slice_model,
 )
-from gemma_jax.quantise import quantise
+from gemma_jax.quantisation import quantise
 
 CFG = tiny.gemma3n()  # nine layers, local local global; the last three share keys and values
 NARROW = Slice(ffn_widths=(20, 30, 48, 7, 8, 9, 1, 47, 48))

@@ -14,7 +14,7 @@ from gemma_jax import forward, generate, init_cache, loss, matformer
 from gemma_jax.encoder_config import AttentionBlock
 from gemma_jax.multimodal.encode import encode_audio, encode_images
 from gemma_jax.placement import shard, with_partition
-from gemma_jax.quantise import quantise
+from gemma_jax.quantisation import quantise
 from gemma_jax.sharding import INFERENCE, LONG_CONTEXT, TRAINING, Partition, make_mesh
 from gemma_jax.training.trainable import trainable
 

@@ -13,7 +13,7 @@ import tiny
 import gemma_jax as gj
 from gemma_jax.matformer import Slice, at
 from gemma_jax.placement import shard
-from gemma_jax.quantise import quantise
+from gemma_jax.quantisation import quantise
 from gemma_jax.sharding import TRAINING, make_mesh
 from gemma_jax.training.objectives import TrainBatch, elastic, next_token
 from gemma_jax.training.optimizers import muon

@@ -9,7 +9,7 @@ from flax import nnx
 from marks import nightly
 
 from gemma_jax import Runtime, forward, generate
-from gemma_jax.quantise import quantise
+from gemma_jax.quantisation import quantise
 from gemma_jax.storages import MADE_STORAGES, storage_bits, storage_group
 from gemma_jax.weights import stored as module
 from gemma_jax.weights.contract import contract

@@ -13,7 +13,7 @@ from marks import nightly
 import gemma_jax as gj
 from gemma_jax import forward, generate, matformer
 from gemma_jax.placement import shard
-from gemma_jax.quantise import keep_matrix, quantise, store_weights
+from gemma_jax.quantisation import keep_matrix, quantise, store_weights
 from gemma_jax.sharding import TRAINING, make_mesh
 from gemma_jax.weights import quantized as module
 from gemma_jax.weights.contract import contract
@@ -379,6 +379,28 @@ def test_one_name_for_all_keeps_towers_and_streams_per_channel():
     seeing = of_whole_groups(vision=tiny.vision())
     tower = quantise(seeing, "int4:64").vision.tower
     assert tower.patches.proj.w.get_value().matrix.bits == 8
+
+
+def test_the_report_says_what_each_matrix_loses(model):
+    rules = {"embed.*": "int8", "blocks.1.*": "int4:64", "*.ffn.*": "bfloat16"}
+    errors = gj.quantisation_errors(model, rules)
+    small = quantise(model, rules)
+    for name, param in (
+        ("embed.table", lambda m: m.embed.table),
+        ("blocks.1.ffn.down.w", lambda m: m.blocks[0][1].ffn.down.w),
+        ("blocks.2.ffn.up.w", lambda m: m.blocks[0][2].ffn.up.w),
+    ):
+        wide, found = (np.asarray(dense(param(m).get_value())) for m in (model, small))
+        error = np.abs(found - wide)
+        assert errors[name].largest == pytest.approx(error.max(), rel=1e-5)
+        assert errors[name].relative == pytest.approx(
+            np.sqrt(np.mean(error**2) / np.mean(wide**2)), rel=1e-4
+        )
+    assert "blocks.0.attn.q.w" not in errors
+    bits = {e.storage: e.bits_per_weight for e in errors.values()}
+    assert bits == {"int8": 8.5, "int4:64": 4.5, "bfloat16": 16}
+    stacked = gj.quantisation_errors(of_whole_groups("scan"), "int8")
+    assert {"blocks.0.attn.q.w", "blocks.1.attn.q.w", "blocks.2.attn.q.w"} <= stacked.keys()
 
 
 def test_errors_are_found_before_anything_is_read():

@@ -50,7 +50,7 @@ def save_orbax(model: Gemma, folder: str | Path, *, source: str | Path | None = 
     must call this together, on one file system, and have room for a second copy of their shards.
 
     Args:
-      model: Parameters in float32, float16, bfloat16, or quantised ones (`gemma_jax.quantise`);
+      model: Parameters in float32, float16, bfloat16, or quantised ones (`gemma_jax.quantisation`);
         they are stored as they are.
       folder: Must not exist, or be empty.
       source: Checkpoint whose tokenizer goes along, and settings of the images' processor.

@@ -2,8 +2,6 @@
 
 An array `NAME` becomes `NAME:codes` (those of 4 bits two a byte, even columns in the low half),
 `NAME:scale`, and `NAME:offset`, `NAME:table` where there are such; the manifest says the rest.
-
-Local letters: O outputs; I inputs.
 """
 
 import math

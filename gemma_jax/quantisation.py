@@ -7,7 +7,7 @@ in the place of an array.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 
@@ -30,7 +30,7 @@ from gemma_jax.storages import (
     storage_group,
 )
 from gemma_jax.weights.off_device import OffDeviceTable
-from gemma_jax.weights.protocol import Weight, dense
+from gemma_jax.weights.protocol import StandIn, Weight, array_bytes, dense
 from gemma_jax.weights.quantized import QuantizedWeight
 from gemma_jax.weights.stored import StoredWeight
 from gemma_jax.weights.tree import ParamPath, flat_params, with_params
@@ -68,7 +68,7 @@ def quantise(
       >>> model = gj.load_model("checkpoints/digits", modalities=("text",))
       >>> small = gj.quantise(model, {"embed.*": "int8", "*": "int4:32"})
       >>> small.embed.table.get_value().matrix.bits, small.blocks[0][0].ffn.up.w.get_value().nbytes
-      (8, 7680)
+      (8, 10240)
     """
     store = store_weights(storage, activations)(model)
 
@@ -77,6 +77,78 @@ def quantise(
 
     params = flat_params(model)
     return with_params(model, {path: stored(path, p.get_value()) for path, p in params.items()})
+
+
+@dataclass(frozen=True)
+class RoundingError:
+    """Says what storing a matrix narrower loses.
+
+    Attributes:
+      storage: Of the matrix.
+      relative: Root mean square of the error, over that of the entries.
+      largest: Error of an entry.
+      bits_per_weight: With scales.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> model = gj.load_model("checkpoints/digits", modalities=("text",))
+      >>> gj.quantisation_errors(model, {"embed.*": "bfloat16"})["embed.table"].bits_per_weight
+      16.0
+    """
+
+    storage: WeightStorage
+    relative: float
+    largest: float
+    bits_per_weight: float
+
+
+def quantisation_errors(
+    model: Gemma, storage: WeightStorage | StorageRules
+) -> dict[str, RoundingError]:
+    """Measures what `quantise(model, storage)` would lose, matrix by matrix and layer by layer.
+
+    Args:
+      model: With weights as exact as there are; each is rounded by itself, and forgotten.
+      storage: As for `quantise`, which raises the same errors.
+
+    Returns:
+      Name of a parameter in one layer (`blocks.3.ffn.up.w`) -> its error. Matrices that stay as
+      they are do not appear.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> model = gj.load_model("checkpoints/digits", modalities=("text",))
+      >>> errors = gj.quantisation_errors(model, {"embed.*": "int8", "*": "int4:32"})
+      >>> error = errors["blocks.2.ffn.up.w"]
+      >>> error.storage, error.bits_per_weight, round(error.relative, 1)
+      ('int4:32', 5.0, 0.1)
+    """
+    params, found = flat_params(model), {}
+    for path, kind in storages_of(model, storage).items():
+        value = params[path].get_value()
+        if isinstance(value, OffDeviceTable):
+            continue
+        array = dense(value)
+        stored = _stored(params[path], array, kind, "float", model)
+        bits = 8 * (stored.nbytes if isinstance(stored, StandIn) else array_bytes(stored))
+        for name, row in layer_names(path, model):
+            whole, part = (x if row is None else _layer(x, row) for x in (array, stored))
+            relative, largest = _errors(whole, part)
+            found[name] = RoundingError(kind, float(relative), float(largest), bits / array.size)
+    return found
+
+
+def _layer(weight: Weight, row: int) -> Weight:
+    return jax.tree.map(lambda a: a[row], weight)
+
+
+@jax.jit
+def _errors(array: jax.Array, stored: Weight) -> tuple[jax.Array, jax.Array]:
+    wide = array.astype(jnp.float32)
+    error = dense(stored).astype(jnp.float32) - wide
+    size = jnp.sqrt(jnp.mean(jnp.square(wide)))
+    relative = jnp.sqrt(jnp.mean(jnp.square(error))) / jnp.where(size == 0, 1, size)
+    return relative, jnp.max(jnp.abs(error))
 
 
 def store_weights(
