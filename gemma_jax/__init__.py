@@ -64,6 +64,10 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names (tests/test_p
         elastic as elastic,
         next_token as next_token,
     )
+    from gemma_jax.training.quantisation_aware import (
+        fake_quantise as fake_quantise,
+        quantisation_aware as quantisation_aware,
+    )
     from gemma_jax.training.optimizers import muon as muon
     from gemma_jax.training.state import TrainState as TrainState
     from gemma_jax.training.step import make_step as make_step
@@ -103,6 +107,7 @@ _HOMES = {
     "gemma_jax.saving": ("save",),
     "gemma_jax.text": ("Tokenizer", "encode_chat"),
     "gemma_jax.training.objectives": ("TrainBatch", "elastic", "next_token"),
+    "gemma_jax.training.quantisation_aware": ("fake_quantise", "quantisation_aware"),
     "gemma_jax.training.optimizers": ("muon",),
     "gemma_jax.training.state": ("TrainState",),
     "gemma_jax.training.step": ("make_step",),

@@ -30,6 +30,7 @@ ACTIVATIONS: tuple[Activations, ...] = get_args(Activations)
 # What a storage keeps of a file as it is, and what it makes of any model.
 STORED: WeightStorage = "stored"
 MADE_STORAGES = tuple(name for name in WEIGHT_STORAGES if name != STORED)
+BLOCK_STORAGES = ("q4_0", "q8_0")  # blocks of 32 in GGUF files: training rounds to them, too
 
 
 def storage_bits(storage: WeightStorage) -> int:
@@ -46,7 +47,7 @@ def is_narrower(storage: WeightStorage, dtype: str) -> bool:
     return storage_bits(storage) < (32 if dtype == "float32" else 16)
 
 
-def storage_group(storage: WeightStorage) -> int | None:
+def storage_group(storage: str) -> int | None:
     """Neighbouring inputs that share a scale in a storage of whole numbers; `None`: all of them.
 
     >>> storage_group("int8"), storage_group("int4"), storage_group("int4:128")
@@ -58,9 +59,9 @@ def storage_group(storage: WeightStorage) -> int | None:
     return int(group or 32)
 
 
-def is_quantised(storage: WeightStorage) -> bool:
+def is_quantised(storage: str) -> bool:
     """Whether a storage is one of whole numbers and scales."""
-    return storage.startswith("int")
+    return storage.startswith("int") or storage in BLOCK_STORAGES
 
 
 def one_of(names: tuple[str, ...]) -> str:

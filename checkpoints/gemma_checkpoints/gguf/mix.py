@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+BLOCK = 32  # entries of the types that can be made
 FALLBACKS: Mapping[str, str] = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}
 EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
 # Small or sensitive matrices: parts of their names.
@@ -47,11 +48,10 @@ MIXES: Mapping[str, Mix] = {
 def tensor_types(shapes: Mapping[str, tuple[int, ...]], mix: Mix) -> dict[str, str]:
     """Name -> type, for all tensors of a file.
 
+    Rows that are not made of blocks of 32, in very small models alone, stay F16.
+
     Args:
       shapes: Name -> shape, the last axis as it lies in memory.
-
-    Raises:
-      ValueError: Rows of a matrix are not made of blocks of 32.
     """
     sensitive = {**_order(shapes, "attn_v"), **_order(shapes, "ffn_down")}
 
@@ -65,9 +65,7 @@ def tensor_types(shapes: Mapping[str, tuple[int, ...]], mix: Mix) -> dict[str, s
         chosen = mix.embeddings if name in EMBEDDINGS else mix.matrices
         if name in sensitive and _wants_more(*sensitive[name]):
             chosen = mix.more
-        if shape[-1] % 32:
-            raise ValueError(f"{name}: rows of {shape[-1]} are not made of blocks of 32")
-        return FALLBACKS.get(chosen, chosen)
+        return "F16" if shape[-1] % BLOCK else FALLBACKS.get(chosen, chosen)
 
     return {name: kind(name, shape) for name, shape in shapes.items()}
 
