@@ -113,7 +113,7 @@ class Blocks:
     def count_non_finite(self) -> int:
         """How many scales and offsets are NaN or infinite."""
         factors = [self.scale] if self.offset is None else [self.scale, self.offset]
-        return sum(np.count_nonzero(~np.isfinite(one.astype(np.float32))) for one in factors)
+        return sum(int(np.count_nonzero(~np.isfinite(one.astype("f4")))) for one in factors)
 
     def _wide_codes(self) -> np.ndarray:
         """One code a byte, `[R, W, 32]`; those of 4 bits from 0 to 15."""

@@ -6,6 +6,7 @@ import subprocess
 
 import numpy as np
 import pytest
+from stand_in import keep
 from tiny_checkpoints import DATA, by_name, random_model, tiny
 
 import gemma_checkpoints as gc
@@ -52,6 +53,20 @@ def test_tensors_are_the_same_byte_by_byte(both):
             continue
         assert ours[name].tensor_type == tensor.tensor_type, name
         np.testing.assert_array_equal(ours[name].data, tensor.data, err_msg=name)
+
+
+@pytest.mark.parametrize("layout", ["scan", "unrolled"])
+def test_blocks_that_were_kept_are_written_as_they_were(layout, tmp_path):
+    theirs = QUANT / "g3_q4_0.gguf"
+    model = gc.load_weights(theirs, layout=layout, keep=keep)
+    saved = gc.save_gguf(model, tmp_path / "m.gguf", "q4_0", source=theirs)
+    first, second = (
+        {t.name: t.data for t in gguf.GGUFReader(path).tensors if t.tensor_type.name == "Q4_0"}
+        for path in (theirs, saved)
+    )
+    assert first.keys() == second.keys() and len(first) == 49
+    for name, blocks in first.items():
+        np.testing.assert_array_equal(second[name], blocks, err_msg=name)
 
 
 @pytest.mark.parametrize("mix", MIXES)

@@ -122,10 +122,10 @@ class GGUFOut:
 
     def chunks(self) -> Iterator[np.ndarray]:
         """All of it, some rows at a time."""
-        rows = self.shape[-2] if len(self.shape) > 1 else 1
-        step = max(1, CHUNK // self.shape[-1])
+        _, rows, width = (1, 1, *self.shape)[-3:]
+        step = max(1, CHUNK // width)
         for part in self.parts:
-            array = part().reshape(rows, self.shape[-1])
+            array = part().reshape(rows, width)
             for i in range(0, rows, step):
                 yield np.asarray(array[i : i + step], np.float32)
 

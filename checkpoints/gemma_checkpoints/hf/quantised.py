@@ -26,8 +26,11 @@ class QuantisedMatrix(Protocol):
       parts: Names of the tensors that it is made of.
     """
 
-    info: TensorInfo
-    parts: tuple[str, ...]
+    @property
+    def info(self) -> TensorInfo: ...
+
+    @property
+    def parts(self) -> tuple[str, ...]: ...
 
     def blocks(self, rows: slice) -> Blocks:
         """Some rows as they are stored, if `info` has a form."""
@@ -66,7 +69,7 @@ def quantised_matrices(
       ValueError: fields or tensors that are unknown, missing or impossible; an argument for each.
     """
     method = said.get("quant_method") if isinstance(said, dict) else None
-    if not isinstance(said, dict) or method not in METHODS:
+    if not isinstance(said, dict) or not isinstance(method, str) or method not in METHODS:
         raise ValueError(
             f"{KEY}.quant_method is {method!r}, which is not read; expected "
             f"{' or '.join(METHODS)}; plain weights and GGUF files are read as well"
