@@ -190,7 +190,9 @@ def keep_matrix(
     def keep(param: nnx.Param, matrix: QuantizedMatrix) -> Weight:
         metadata, shape = param.get_metadata(), tuple(param.get_value().shape)
         stacked = len(shape) - len(metadata["dims"])
-        count = len(metadata["inputs"])
+        # Files hold rows of all layers' vectors: of the per-layer table two axes are inputs.
+        sizes = (math.prod(shape[-n:]) for n in range(1, len(shape)))
+        count = 1 + list(sizes).index(matrix.shape[-1])
         matrix = jax.tree.map(jnp.asarray, matrix)
         weight = QuantizedWeight.of(matrix, shape, count, activations, num_stacked=stacked)
         weight = weight.laid_out()

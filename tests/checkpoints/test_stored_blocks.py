@@ -18,7 +18,7 @@ import gemma_checkpoints as gc
 from gemma_checkpoints.gguf import source as gguf_source
 from gemma_checkpoints.gguf.blocks import FORMS, to_blocks
 from gemma_checkpoints.gguf.decode import decode
-from gemma_jax import forward
+from gemma_jax import forward, load_model
 from gemma_jax.sharding import TRAINING, Partition, make_mesh
 from gemma_jax.weights.tree import flat_params
 from gemma_kernels.quantized_matmul import nbytes, quantized_matmul
@@ -270,3 +270,19 @@ def test_logits_of_files_by_llama_cpp(name):
     assert len(matrices(model)) > 7
     logits = forward(model, given["input_ids"].astype(np.int32)).logits
     assert_close(logits, expected["logits"], 2 * tolerance["logits"])
+
+
+@pytest.mark.parametrize("place", ["device", *nightly("host", "disk")])
+def test_stored_weights_of_gemma3n_wherever_its_table_lies(place):
+    """As users load them: `weights="stored"`."""
+    given, expected, tolerance = case("quant", "g3n_q4_0")
+    model = load_model(
+        str(DATA / "quant" / "g3n_q4_0.gguf"),
+        dtype="float32",
+        weights="stored",
+        per_layer_table=place,
+    )
+    logits = forward(model, given["input_ids"].astype(np.int32)).logits
+    # Off the device rows are bfloat16, as with all weights that are narrower than floats.
+    widest = tolerance["logits"] if place == "device" else 2**-9 * np.abs(expected["logits"]).max()
+    assert_close(logits, expected["logits"], widest)
