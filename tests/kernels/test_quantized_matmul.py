@@ -1,5 +1,6 @@
 """One suite over every implementation of the product with a quantised matrix."""
 
+from dataclasses import replace
 from functools import cache, partial
 
 import jax
@@ -33,6 +34,7 @@ def instruction_sets() -> list[str]:
 
 SETS = instruction_sets()
 # Implementations that run here, and in what layout. `cpu` once per set of instructions.
+ELSEWHERE = {"tpu"}  # with tests of their own: test_quantized_matmul_tpu.py
 WAYS = [("xla", "rows"), ("xla", "tiles"), *((f"cpu/{name}", "tiles") for name in SETS)]
 
 
@@ -137,6 +139,31 @@ def test_a_batch_becomes_rows(implementation, activations):
     assert np.abs(one_each[1] - y[1]).max() > 0.1
     shared = jax.vmap(lambda w: product(implementation, activations)(x[0], w))(stack)
     np.testing.assert_allclose(shared[1], quantized_matmul(x[0], case.matrix(1)), atol=1e-1)
+
+
+@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize("case", FEW, ids=lambda case: case.name)
+@pytest.mark.parametrize("implementation", ["xla", "cpu"])
+def test_one_matrix_of_a_stack(implementation, case, activations):
+    skip_without_library(implementation)
+    if case.table and activations == "int8":
+        pytest.skip("refused: see test_what_tiles_on_cpus_refuse")
+    matrices, x = [case.matrix(seed).to_tiles() for seed in range(3)], case.x(2)
+    table = matrices[0].table
+    matrices = [replace(matrix, table=table) for matrix in matrices]
+    stack = replace(jax.tree.map(lambda *leaves: jnp.stack(leaves), *matrices), table=table)
+    one = product(implementation, activations)
+    _, found = jax.lax.scan(
+        lambda carry, layer: (carry, one(x, stack, layer=layer)), 0, jnp.arange(3)
+    )
+    for matrix, y in zip(matrices, found, strict=True):
+        np.testing.assert_allclose(y, one(x, matrix), rtol=0, atol=1e-4)
+    each = jax.vmap(lambda layer: one(x, stack, layer=layer))(jnp.arange(3))
+    np.testing.assert_allclose(each, found, rtol=0, atol=1e-4)
+    if activations == "float":
+        frozen = partial(quantized_matmul, layer=1, frozen=True, implementation=implementation)
+        gradient = jax.grad(lambda x: frozen(x, stack).sum())(x)
+        np.testing.assert_allclose(gradient[0], matrices[1].dense().sum(0), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "cpu"])
@@ -251,14 +278,14 @@ def test_operands_that_do_not_fit():
     w = BY_NAME["Q8_0"].matrix()
     with pytest.raises(ValueError, match=r"expected \[R, I\] and \[O, I\]"):
         quantized_matmul(jnp.ones((1, 64)), w)
-    with pytest.raises(ValueError, match="choose one of: auto, cpu, "):
+    with pytest.raises(ValueError, match="choose one of: auto, "):
         quantized_matmul(BY_NAME["Q8_0"].x(1), w, implementation="blas")
     with pytest.raises(ValueError, match="choose float or int8"):
         quantized_matmul(BY_NAME["Q8_0"].x(1), w, activations="int4")
 
 
 GOOD = dict(x=((2, 64), "float32"), codes=((2, 2, 8, 8, 4), "int8"), scale=((2, 2, 8), "float16"),
-            offset=((0,), "float32"), table=((0,), "float32"))  # fmt: skip
+            offset=((0,), "float32"), table=((0,), "float32"), layer=((0,), "int32"))  # fmt: skip
 BAD = {
     "x and y are float32 matrices": dict(x=((2, 64), "float16")),
     "codes are not tiles": dict(codes=((16, 64), "int8")),
@@ -269,6 +296,9 @@ BAD = {
     "scale does not fit the codes": dict(scale=((1, 2, 8), "float16")),
     "offset does not fit the codes": dict(offset=((2, 1, 8), "float16")),
     "a table is float32": dict(table=((8,), "float32")),
+    "there is no such layer": dict(
+        layer=((), "int32"), codes=((0, 2, 2, 8, 8, 4), "int8"), scale=((0, 2, 2, 8), "float16")
+    ),
 }
 
 
@@ -306,6 +336,6 @@ def skip_without_library(implementation: str) -> None:
 
 
 def test_every_implementation_is_in_this_suite():
-    assert {way.partition("/")[0] for way, _ in WAYS} | {"reference"} >= IMPLEMENTATIONS.keys() - (
-        {"cpu"} if not SETS else set()
+    assert {way.partition("/")[0] for way, _ in WAYS} | {"cpu", "reference"} | ELSEWHERE == (
+        IMPLEMENTATIONS.keys()
     )

@@ -4,8 +4,7 @@ Local letters: R rows of activations; I inputs; O outputs.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from typing import Literal
 
 import jax
@@ -23,16 +22,9 @@ def _of_layer(implementation: Callable[..., jax.Array]) -> Callable[..., jax.Arr
     """`implementation`, given the layer of a stack that is meant."""
 
     def quantized_matmul(x_RI, w, *, layer=None, **options):
-        return implementation(x_RI, w if layer is None else _matrix(w, layer), **options)
+        return implementation(x_RI, w if layer is None else w.layer(layer), **options)
 
     return quantized_matmul
-
-
-def _matrix(w: QuantizedMatrix, layer: jax.Array) -> QuantizedMatrix:
-    """One matrix of a stack."""
-    at = partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
-    codes, scale, offset = jax.tree.map(at, (w.codes, w.scale, w.offset))
-    return replace(w, codes=codes, scale=scale, offset=offset)
 
 
 def _tpu(x_RI: jax.Array, w: QuantizedMatrix, **options) -> jax.Array:
@@ -45,7 +37,7 @@ def _tpu(x_RI: jax.Array, w: QuantizedMatrix, **options) -> jax.Array:
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "tpu": _tpu,
-    "cpu": _of_layer(quantized_matmul_cpu),
+    "cpu": quantized_matmul_cpu,
     "xla": _of_layer(quantized_matmul_xla),
     "reference": _of_layer(quantized_matmul_reference),
 }
@@ -135,7 +127,7 @@ def _with_gradient_of_x(implementation: str | None, activations: Activations):
 
     def backward(kept, dy_RO):
         w, layer = kept
-        return gradient_of_x(dy_RO, w if layer is None else _matrix(w, layer)), None, None
+        return gradient_of_x(dy_RO, w if layer is None else w.layer(layer)), None, None
 
     product.defvjp(forward, backward)
     return product

@@ -88,6 +88,12 @@ class QuantizedMatrix:
         """Neighbouring inputs that share a scale."""
         return self.shape[-1] // self.scale.shape[-2 if self.tiled or self.columns else -1]
 
+    def layer(self, index: jax.Array) -> "QuantizedMatrix":
+        """One matrix of a stack `[L, O, I]`."""
+        parts = self.codes, self.scale, self.offset
+        one = [x if x is None else jax.lax.dynamic_index_in_dim(x, index, 0, False) for x in parts]
+        return QuantizedMatrix(*one, self.table, self.tiled, self.columns)
+
     def to_tiles(self) -> "QuantizedMatrix":
         """The same in tiles, bit for bit.
 

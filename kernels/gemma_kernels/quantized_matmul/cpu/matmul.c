@@ -423,40 +423,51 @@ static XLA_FFI_Error* failure(XLA_FFI_CallFrame* f, XLA_FFI_Error_Code code, con
 
 static int is(const XLA_FFI_Buffer* b, int type, int rank) { return (int)b->dtype == type && b->rank == rank; }
 
-// [O / 8, groups, 8] of one of the three types.
-static int factors(const XLA_FFI_Buffer* b, const Product* p, Factors* out) {
-  const int type = b->dtype;
+// [O / 8, groups, 8] of one of the three types, or those of a stack of matrices.
+static int factors(const XLA_FFI_Buffer* b, const Product* p, long layers, long layer, Factors* out) {
+  const int type = b->dtype, wide = type == XLA_FFI_DataType_F32 ? 4 : 2, stacked = layers > 0;
   if (type != XLA_FFI_DataType_F16 && type != XLA_FFI_DataType_F32 && type != XLA_FFI_DataType_BF16) return 0;
-  *out = (Factors){b->data, type};
-  return b->rank == 3 && b->dims[0] == p->tiles && b->dims[1] == p->groups && b->dims[2] == 8;
+  *out = (Factors){(const char*)b->data + layer * p->tiles * p->groups * 8 * wide, type};
+  const int64_t* dims = b->dims + stacked;
+  if (b->rank != 3 + stacked || (stacked && b->dims[0] != layers)) return 0;
+  return dims[0] == p->tiles && dims[1] == p->groups && dims[2] == 8;
 }
 
-// What is wrong with the operands x, codes, scale, offset, table and the result y; NULL: nothing.
+// What is wrong with the operands x, codes, scale, offset, table, layer and the result y; NULL: nothing.
+// What is not there has no elements. With a layer the matrix is one of a stack.
 static const char* read(XLA_FFI_CallFrame* f, Product* p) {
-  if (f->args.size != 5 || f->rets.size != 1) return "expected 5 operands and one result";
+  if (f->args.size != 6 || f->rets.size != 1) return "expected 6 operands and one result";
   XLA_FFI_Buffer **args = (XLA_FFI_Buffer**)f->args.args, *y = f->rets.rets[0];
   const XLA_FFI_Buffer *x = args[0], *codes = args[1], *scale = args[2], *offset = args[3], *table = args[4];
+  const int stacked = args[5]->rank == 0;
   if (!is(x, XLA_FFI_DataType_F32, 2) || !is(y, XLA_FFI_DataType_F32, 2)) return "x and y are float32 matrices";
-  if (codes->rank != 5 || codes->dims[3] != 8 || codes->dims[4] != 4) return "codes are not tiles";
-  p->bits = codes->dims[2];
+  if (codes->rank != 5 + stacked) return "codes are not tiles";
+  const int64_t* dims = codes->dims + stacked;
+  if (dims[3] != 8 || dims[4] != 4) return "codes are not tiles";
+  p->bits = dims[2];
   if (codes->dtype != XLA_FFI_DataType_S8 && !(codes->dtype == XLA_FFI_DataType_U8 && p->bits == 4))
     return "codes are int8, or uint8 of 4 bits";
   if (p->bits != 4 && p->bits != 8) return "codes have 4 or 8 bits";
-  p->R = x->dims[0], p->I = x->dims[1], p->O = y->dims[1], p->tiles = codes->dims[0], p->blocks = codes->dims[1];
+  p->R = x->dims[0], p->I = x->dims[1], p->O = y->dims[1], p->tiles = dims[0], p->blocks = dims[1];
   if (p->blocks * 32 != p->I || p->tiles * 8 != p->O || y->dims[0] != p->R) return "shapes do not fit together";
-  p->groups = scale->rank == 3 ? scale->dims[1] : 0;
+  p->groups = scale->rank == 3 + stacked ? scale->dims[1 + stacked] : 0;
   if (p->groups < 1 || p->I % p->groups || p->I / p->groups % 16) return "groups are not a multiple of 16";
   p->group = p->I / p->groups;
-  if (!factors(scale, p, &p->scale)) return "scale does not fit the codes";
-  if (offset->rank == 3 && !factors(offset, p, &p->offset)) return "offset does not fit the codes";
+  const long layers = stacked ? codes->dims[0] : 0;
+  if (stacked && !is(args[5], XLA_FFI_DataType_S32, 0)) return "a layer is int32";
+  const long layer = stacked && layers ? *(const int32_t*)args[5]->data : 0;
+  if (stacked && (layer < 0 || layer >= layers)) return "there is no such layer";
+  if (!factors(scale, p, layers, layer, &p->scale)) return "scale does not fit the codes";
+  if (offset->rank > 1 && !factors(offset, p, layers, layer, &p->offset)) return "offset does not fit the codes";
   p->bias = codes->dtype == XLA_FFI_DataType_S8 ? 8 : 0;
   p->values = ramp + 8 - p->bias;
-  if (table->dims[0]) {
+  if (table->rank != 1 || table->dims[0]) {
     if (!is(table, XLA_FFI_DataType_F32, 1) || table->dims[0] != 16 || p->bits != 4 || p->int8)
       return "a table is float32 [16], for 4-bit codes and float32 activations";
     p->values = table->data, p->bias = -1;
   }
-  p->x = x->data, p->codes = codes->data, p->y = y->data;
+  p->x = x->data, p->y = y->data;
+  p->codes = (const uint8_t*)codes->data + layer * p->tiles * p->blocks * p->bits * 32;
   return NULL;
 }
 
