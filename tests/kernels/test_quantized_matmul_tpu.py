@@ -56,6 +56,8 @@ CASES = {
     "fp8 codes, unsigned, five rows": (5, 384, 256, 32, "uint4", "float16", True, False),
     "bfloat16 codes, four rows": (4, 256, 256, 64, "int8", "float16", False, False),
     "groups of 256, one row": (1, 512, 256, 256, "int4", "float32", False, False),
+    "per channel, one row": (1, 1152, 256, 1152, "int4", "float32", False, True),
+    "per channel, three rows": (3, 640, 256, 640, "int8", "float16", False, False),
 }
 
 
@@ -84,7 +86,8 @@ MANY = {
         (25, 1536, 384, 32, "uint4", True, Blocks(16, 512, 256))
     ),
     "groups of 64": (20, 1024, 256, 64, "int8", False, Blocks(32, 512, 256)),
-    "groups of 512": (20, 1024, 256, 512, "int4", False, None),
+    "groups of 512": (20, 1024, 256, 512, "int4", False, Blocks(32, 256, 256)),
+    "per channel": (20, 640, 256, 640, "int8", False, Blocks(32, 128, 256)),
 }
 
 
@@ -114,10 +117,8 @@ def test_steps_cover_the_outputs():
         steps = -(-O // (outputs * cores)) * cores
         assert outputs % 256 == 0 and outputs <= max(most, 256)
         assert O <= steps * outputs < 1.3 * O + 256 * cores
-    for I, group in ((640, 32), (6_912, 32), (3_840, 128), (21_504, 64), (5_376, 5_376 // 2)):
-        blocks = default_blocks(64, I, 2_048, group, 4, 128, 1)
-        assert I % blocks.inputs == 0 and blocks.inputs % group == 0
-        assert blocks.inputs == I or blocks.inputs // group % 8 == 0
+    for I, inputs in ((640, 640), (3_840, 1_920), (6_912, 2_304), (21_504, 1_792)):
+        assert default_blocks(64, I, 2_048, 4, 128, 1).inputs == inputs
 
 
 def test_outliers_of_activations_cost_others_no_digits():
@@ -173,7 +174,6 @@ REFUSED = {
     "activations are float32": (jnp.ones((1, 128)), {}),
     "weights lie in rows": (activations(1, 128), dict(columns=False)),
     "codes stand for values of a table": (activations(1, 128), dict(table=jnp.ones(16))),
-    "per channel": (activations(1, 128), dict(group=128)),
     "160 inputs": (activations(1, 160), {}),
     "200 outputs": (activations(1, 128), dict(O=200)),
     "groups of 8; of more than 8 rows": (activations(9, 128), dict(group=8)),

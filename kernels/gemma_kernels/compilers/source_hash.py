@@ -14,6 +14,12 @@ ATTENTION = (
     "attention/tpu/forward.py",
     "attention/tpu/forward_kernels.py",
 )
+QUANTIZED = (
+    "quantized_matmul/tpu.py",
+    "quantized_matmul/tpu_factors.py",
+    "quantized_matmul/tpu_sums.py",
+    "quantized_matmul/tpu_widen.py",
+)
 DECODING = ("decode_attention/tpu.py", "decode_attention/tpu_blocks.py")
 
 

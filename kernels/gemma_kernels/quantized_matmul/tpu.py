@@ -4,7 +4,7 @@ Up to `FEW` rows of activations, as in decoding, take `tpu_sums.py`, more `tpu_w
 for weights with inputs before outputs (`columns` in `form.py`), as the matrix unit takes them:
 loading them transposed takes twice as long.
 
-Local letters: R rows; I inputs; O outputs.
+Local letters: R rows; I inputs.
 """
 
 import jax
@@ -54,7 +54,7 @@ def quantized_matmul_tpu(
     layer = jnp.int32(0) if layer is None else jnp.asarray(layer, jnp.int32)
     if R > FEW:
         O, I = w.shape[-2:]
-        blocks = blocks or default_blocks(R, I, O, w.group, w.bits, mxu, cores)
+        blocks = blocks or default_blocks(R, I, O, w.bits, mxu, cores)
         narrow = chip is not None and chip.generation >= BFLOAT16_SINCE
         return many_rows(x_RI, w, layer, blocks, narrow, interpret)
     if integers is None:
@@ -71,8 +71,6 @@ def _check(x_RI: jax.Array, w: QuantizedMatrix) -> None:
         raise NotImplementedError(f"weights lie in {layout}; it takes columns (to_columns)")
     if w.table is not None:
         raise NotImplementedError("codes stand for values of a table; it takes them as numbers")
-    if group == I:
-        raise NotImplementedError("scales per channel, which XLA applies to its own product")
     if I % LANES or O % LANES:
         # Arrays of other widths may lie transposed in memory, and would be copied.
         raise NotImplementedError(f"{I} inputs, {O} outputs; it takes multiples of {LANES}")

@@ -49,7 +49,8 @@ from gemma_kernels.quantized_matmul.tpu_factors import (
 )
 
 CHUNK = 256
-STEP_BYTES = 4 * 2**20  # codes of a step
+# Codes of a step, by inputs of a matrix unit's pass: chips with larger ones have faster memory.
+STEP_BYTES = {128: 2 * 2**20, 256: 4 * 2**20}
 BASE = 128  # of a digit
 # Rows up to which two digits are less work than bfloat16 codes, by inputs of a matrix unit's pass.
 MOST_DIGITS = {128: 8, 256: 4}
@@ -62,7 +63,8 @@ class _Plan:
     Attributes:
       rows: Rows of activations, a multiple of `together`.
       inputs: Of the matrix.
-      group: Inputs that share a scale.
+      shared: Inputs that share a scale.
+      group: Inputs that share a row: as many, or `LANES` of them.
       groups: Of a tile; 1, 2, 4 or 8.
       outputs: Of a step.
       product: Dtype in which codes enter the matrix unit.
@@ -70,6 +72,7 @@ class _Plan:
 
     rows: int
     inputs: int
+    shared: int
     group: int
     groups: int
     outputs: int
@@ -123,14 +126,16 @@ def few_rows(
         product = jnp.int8 if R <= MOST_DIGITS[mxu] else jnp.bfloat16
     else:
         product = jnp.bfloat16 if w.bits == 8 else jnp.float8_e4m3fn
-    groups = SUBLANES if R == 1 else min(max(mxu // w.group, 1), SUBLANES)
+    group = min(w.group, LANES)
+    groups = SUBLANES if R == 1 else min(mxu // group, SUBLANES)
     together = SUBLANES // groups
     plan = _Plan(
         rows=pl.cdiv(R, together) * together,
         inputs=I,
-        group=w.group,
+        shared=w.group,
+        group=group,
         groups=groups,
-        outputs=outputs or default_outputs(I, O, w.bits, cores),
+        outputs=outputs or default_outputs(I, O, w.bits, mxu, cores),
         product=jnp.dtype(product),
     )
     x_RI = jnp.pad(x_RI, ((0, plan.rows - R), (0, 0)))
@@ -140,10 +145,10 @@ def few_rows(
     return _run(layer, spread, arrays, plan, interpret)[:R]
 
 
-def default_outputs(I: int, O: int, bits: int, cores: int = 1) -> int:
+def default_outputs(I: int, O: int, bits: int, mxu: int, cores: int) -> int:
     """Outputs of a step: up to `STEP_BYTES` of codes."""
     unit = LANES if O < 4 * CHUNK else CHUNK
-    return outputs_of_a_step(O, STEP_BYTES * 8 // (bits * I), unit, cores)
+    return outputs_of_a_step(O, STEP_BYTES[mxu] * 8 // (bits * I), unit, cores)
 
 
 def _spread(x_RI: jax.Array, plan: _Plan, with_sums: bool) -> list[jax.Array]:
@@ -237,8 +242,12 @@ def _widen(ref, wide_ref, plan: _Plan) -> None:
     """Factors of each tile in float32, on the sublanes of their groups in each row."""
     for tile in range(plan.tiles):
         first = tile * plan.groups
-        count = min(plan.groups, ref.shape[0] - first)
-        factor_EO = to_float32(ref[first : first + count])
+        count = min(plan.groups, plan.inputs // plan.group - first)
+        if plan.group == plan.shared:
+            factor_EO = to_float32(ref[first : first + count])
+        else:
+            rows = [(first + n) * plan.group // plan.shared for n in range(count)]
+            factor_EO = jnp.concatenate([to_float32(ref[row : row + 1]) for row in rows])
         for row in range(plan.together):
             at = row * plan.groups
             wide_ref[tile, at : at + count] = factor_EO

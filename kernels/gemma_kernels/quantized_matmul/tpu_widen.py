@@ -18,7 +18,7 @@ offsets.
 Memory of one core, in VMEM: two buffers of activations, codes, scales and results; the scales of
 some outputs in float32, those of a tile spread over sublanes, and the sums in float32.
 
-Local letters: R rows; I inputs; O outputs; E groups of inputs.
+Local letters: R rows; I inputs; O outputs.
 """
 
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ class Blocks:
 
     Attributes:
       rows: Of activations; a multiple of 16.
-      inputs: Of a tile; divides those of the matrix, into whole groups times 8.
+      inputs: Of a tile; a multiple of 128 that divides those of the matrix.
       outputs: Of a tile; a multiple of `PIECE`.
     """
 
@@ -61,12 +61,10 @@ class Blocks:
     outputs: int
 
 
-def default_blocks(R: int, I: int, O: int, group: int, bits: int, mxu: int, cores: int) -> Blocks:
+def default_blocks(R: int, I: int, O: int, bits: int, mxu: int, cores: int) -> Blocks:
     """Tiles for whose product a matrix unit of `mxu` inputs needs longer than for their copies."""
     rows = min(pl.cdiv(R, 16) * 16, ROWS)
-    step = max(group * SUBLANES, LANES)
-    fits = [n for n in range(step, min(I, MOST_INPUTS) + 1, step) if I % n == 0]
-    inputs = max(fits) if fits else I
+    inputs = max(n for n in range(LANES, min(I, MOST_INPUTS) + 1, LANES) if I % n == 0)
     most = 4 * mxu if R > LANES else STEP_BYTES * 8 // (bits * inputs)
     return Blocks(rows, inputs, outputs_of_a_step(O, most, PIECE, cores))
 
@@ -90,11 +88,10 @@ def many_rows(
     narrow = narrow and len(factors) == 1
     rows, inputs, outputs = blocks.rows, blocks.inputs, blocks.outputs
     x_RI = jnp.pad(x_RI.astype(jnp.bfloat16), ((0, pl.cdiv(R, rows) * rows - R), (0, 0)))
-    E = I // w.group
-    spread = (inputs // w.group, 2 * SUBLANES, outputs) if narrow else None
-    spread = spread or (inputs // w.group, SUBLANES, outputs)
+    E, group = I // w.group, min(w.group, LANES)
+    spread = (inputs // group, SUBLANES * (1 + narrow), outputs)
     out_RO = pl.pallas_call(
-        partial(_kernel, group=w.group),
+        partial(_kernel, shared=w.group, group=group),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(len(x_RI) // rows, pl.cdiv(O, outputs), I // inputs),
@@ -121,8 +118,8 @@ def many_rows(
     return out_RO[:R]
 
 
-def _kernel(layer, x_ref, codes_ref, *refs, group: int):
-    """One step: the product with a tile of weights."""
+def _kernel(layer, x_ref, codes_ref, *refs, shared: int, group: int):
+    """One step: the product with a tile of weights, of which `shared` inputs have one scale."""
     *factor_refs, out_ref, wide_refs, spread_refs, sums_ref = refs
     inputs, outputs = codes_ref.shape
     k, last = pl.program_id(2), pl.num_programs(2) - 1
@@ -133,12 +130,12 @@ def _kernel(layer, x_ref, codes_ref, *refs, group: int):
             wide_ref[...] = to_float32(ref[...])
 
     for wide_ref, spread_ref in zip(wide_refs, spread_refs):
-        _spread(wide_ref, spread_ref, k)
+        _spread(wide_ref, spread_ref, k, shared // group)
     for first in range(0, outputs, PIECE):
         chunk = pl.ds(first, PIECE)
         y_RO = jnp.where(k == 0, 0.0, sums_ref[:, chunk])
-        for start in range(0, inputs, max(PIECE, group)):
-            piece = pl.ds(start, min(max(PIECE, group), inputs - start))
+        for start in range(0, inputs, PIECE):
+            piece = pl.ds(start, min(PIECE, inputs - start))
             y_RO += lax.dot(
                 x_ref[:, piece], _widened(codes_ref, spread_refs, piece, chunk, group),
                 precision=lax.Precision.DEFAULT, preferred_element_type=jnp.float32,
@@ -150,11 +147,11 @@ def _kernel(layer, x_ref, codes_ref, *refs, group: int):
         out_ref[...] = sums_ref[...].astype(out_ref.dtype)
 
 
-def _spread(wide_ref, spread_ref, k) -> None:
-    """The factors of tile `k`, each on all sublanes of a register."""
+def _spread(wide_ref, spread_ref, k, alike: int) -> None:
+    """The factors of tile `k`, each on all sublanes of a register, once for `alike` groups."""
     groups, sublanes, outputs = spread_ref.shape
     for g in range(groups):
-        factor_1O = wide_ref[pl.ds(k * groups + g, 1)]
+        factor_1O = wide_ref[pl.ds((k * groups + g) // alike, 1)]
         spread_ref[g] = jnp.broadcast_to(factor_1O, (sublanes, outputs)).astype(spread_ref.dtype)
 
 
