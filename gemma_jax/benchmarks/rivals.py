@@ -30,11 +30,17 @@ from gemma_jax.benchmarks.processes import Rival, start
 PROMPT = "The capital of France is"
 BASELINE = "gemma-jax float32"
 WARM_UP = 4  # tokens
+# Slots of the cache for the token loop, of which the prompt and the new tokens fill a few.
+SLOTS = {"decode": 128, "decode, 1,024 slots": 1_024, "decode, 8,192 slots": 8_192}
 # name -> (option that gives its interpreter, worker, variant)
 RIVALS = {
     BASELINE: ("python", "ours.py", "float32"),
     "gemma-jax bfloat16 weights": ("python", "ours.py", "bfloat16"),
     "gemma-jax int8 weights": ("python", "ours.py", "int8"),
+    "gemma-jax stored weights": ("python", "ours.py", "stored"),
+    "gemma-jax stored weights, int8 activations": ("python", "ours.py", "stored int8"),
+    "gemma-jax float32, earlier checkout": ("before_python", "ours.py", "float32"),
+    "gemma-jax int8 weights, earlier checkout": ("before_python", "ours.py", "int8"),
     "transformers float32": ("torch_python", "hf_torch.py", "float32"),
     "transformers bfloat16": ("torch_python", "hf_torch.py", "bfloat16"),
     "google-deepmind/gemma float32": ("gdm_python", "google_deepmind.py", "float32"),
@@ -46,19 +52,26 @@ RIVALS = {
 def measure(rivals: list[Rival], long: list[int], short: list[int], args) -> None:
     """Warms every rival up, then lets them take turns."""
     new = args.new_tokens
+    work = {"prefill": (len(long), {"ids": long})}
+    for name, slots in SLOTS.items():
+        room = max(new, slots - len(short) - 1)
+        work[name] = new, {"ids": short, "new_tokens": new, "room": room}
+
+    def does(rival: Rival, name: str) -> bool:
+        """Only ours can be told how long a cache shall be."""
+        return name in ("prefill", "decode") or rival.name.startswith("gemma-jax")
+
     for rival in rivals:
         print(f"warm-up of {rival.name}", file=sys.stderr)
-        rival.ask("prefill", ids=long)
-        rival.ask("decode", ids=short, new_tokens=min(WARM_UP, new), room=new)
-    work = {
-        "prefill": (len(long), {"ids": long}),
-        "decode": (new, {"ids": short, "new_tokens": new, "room": new}),
-    }
+        for name, (_, request) in work.items():
+            if does(rival, name):
+                few = {"new_tokens": min(WARM_UP, new)} if "new_tokens" in request else {}
+                rival.ask(name.partition(",")[0], **request | few)
     for repeat in range(args.repeats):
         awake = [rival for rival in rivals if repeat == 0 or rival.spent_s < args.limit]
         for name, (tokens, request) in work.items():
-            for rival in awake:
-                speed = tokens / rival.ask(name, **request)
+            for rival in (rival for rival in awake if does(rival, name)):
+                speed = tokens / rival.ask(name.partition(",")[0], **request)
                 rival.runs.setdefault(name, []).append(speed)
                 turn = f"{name} {repeat + 1}/{args.repeats}, {rival.name}"
                 print(f"{turn}: {speed:.1f} tokens/s", file=sys.stderr)
@@ -84,7 +97,7 @@ def result(rivals: list[Rival], skipped: dict[str, str], args, machine: dict) ->
         "date": time.strftime("%Y-%m-%d"),
         "work": f"prefill of {args.prompt_tokens} tokens; {args.new_tokens} greedy tokens after "
         "a short prompt; batch 1",
-        "machine": machine,
+        "machine": machine | {"load_average_1min_at_the_end": round(os.getloadavg()[0], 2)},
         "rivals": entries,
         "skipped": skipped,
     }
@@ -97,11 +110,15 @@ def print_table(found: dict) -> None:
     machine = found["machine"]
     where = f"{machine['cpu']}, {machine['cores']} cores, load {machine['load_average_1min']}"
     table = Table(title=found["work"], caption=f"tokens/s, medians; {where}")
-    for head in ("", "prefill", "x", "decode", "x", "same tokens"):
+    works = ("prefill", *SLOTS)
+    for head in ("", *(column for work in works for column in (work, "x")), "same tokens"):
         table.add_column(head, justify="right" if head else "left")
     for name, entry in found["rivals"].items():
         cells = []
-        for work in ("prefill", "decode"):
+        for work in works:
+            if work not in entry:
+                cells += ["", ""]
+                continue
             ratio = entry[work]["ratio_to_gemma_jax_float32"]
             cells += [f"{entry[work]['tokens_per_s']:,.1f}", f"{ratio:.2f}"]
         table.add_row(name, *cells, str(entry["first_tokens_equal_to_gemma_jax_float32"]))
@@ -114,9 +131,10 @@ def _command(args) -> str:
     """The command line, with PATH in place of the paths of this machine."""
     words = ["python", "gemma_jax/benchmarks/rivals.py"]
     for name, value in vars(args).items():
-        if value is not None and name != "python":
-            is_path = name.endswith("python") or name in ("hf_folder", "output")
-            words += ["--" + name.replace("_", "-"), "PATH" if is_path else str(value)]
+        if value is not None and name not in ("python", "before_python"):
+            is_path = name.endswith("python") or name in ("hf_folder", "output", "before")
+            words.append("--" + name.replace("_", "-"))
+            words += value if isinstance(value, list) else ["PATH" if is_path else str(value)]
     return shlex.join(words)
 
 
@@ -124,6 +142,10 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     for name, package in (("torch", "transformers"), ("gdm", "gemma"), ("llama", "llama_cpp")):
         parser.add_argument(f"--{name}-python", help=f"interpreter that has `{package}`")
+    parser.add_argument("--before", help="folder of another checkout, for the earlier gemma-jax")
+    parser.add_argument(
+        "--only", nargs="+", help="rivals to run beside the first, by parts of names"
+    )
     parser.add_argument("--model", default="gemma3-270m", help="catalog name, or a GGUF file")
     parser.add_argument("--hf-folder", help="float32 export; made there if it does not exist")
     parser.add_argument("--prompt-tokens", type=int, default=1024)
@@ -138,6 +160,7 @@ def _arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = _arguments()
+    args.before_python = sys.executable if args.before else None
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])  # children inherit it
     machine = benchmark.machine_facts()
     skipped: dict[str, str] = {}
@@ -151,11 +174,15 @@ def main() -> None:
         long = (short * args.prompt_tokens)[: args.prompt_tokens]
         rivals = []
         for name, (option, worker, variant) in RIVALS.items():
+            if args.only and name != BASELINE and not any(part in name for part in args.only):
+                skipped[name] = "left out by --only"
+                continue
             if (python := getattr(args, option)) is None:
                 skipped[name] = f"no --{option.replace('_', '-')} given"
                 continue
+            at = paths | ({"checkout": args.before} if option == "before_python" else {})
             try:
-                rivals.append(stack.enter_context(start(name, python, worker, variant, paths)))
+                rivals.append(stack.enter_context(start(name, python, worker, variant, at)))
             except (OSError, RuntimeError) as error:
                 if name == BASELINE:
                     raise

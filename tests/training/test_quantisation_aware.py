@@ -77,7 +77,8 @@ def test_gradients_are_those_at_the_rounded_weights(model):
 def test_steps_lower_the_loss_of_the_rounded_model(model):
     tokens_BT = tiny.tokens(model.cfg, 2, 16)
     trained, frozen, join = gj.trainable(model)
-    objective = gj.quantisation_aware(gj.next_token, {"*.ffn.[ug]*.w": "q4_0", "*.attn.[qkv].w": "q4_0"})
+    rules = {"*.ffn.[ug]*.w": "q4_0", "*.attn.[qkv].w": "q4_0"}
+    objective = gj.quantisation_aware(gj.next_token, rules)
     init, step = gj.make_step(objective, optax.adam(3e-3), join)
     state, step = init(trained, jax.random.key(0)), jax.jit(step)
     before = objective(model, tokens_BT)[0]

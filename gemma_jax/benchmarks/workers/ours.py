@@ -1,4 +1,5 @@
-"""gemma-jax. Variants: the dtype that the weights are stored in; arithmetic is float32.
+"""gemma-jax. Variants: the form that the weights are stored in, and `int8` after it if activations
+are rounded to int8, too; all other arithmetic is float32.
 
 `checkout` among the paths is the folder of another checkout to import it from.
 """
@@ -17,9 +18,11 @@ from gemma_jax.benchmarks import speed as benchmark
 
 
 class GemmaJax:
-    def __init__(self, storage: str, paths: dict[str, str]):
+    def __init__(self, variant: str, paths: dict[str, str]):
+        storage, _, activations = variant.partition(" ")
         weights = None if storage == "float32" else storage
-        self._model = gemma_jax.load_model(paths["model"], dtype="float32", weights=weights)
+        more = {"activations": activations} if activations else {}
+        self._model = gemma_jax.load_model(paths["model"], dtype="float32", weights=weights, **more)
         self.facts = {"gemma_jax": gemma_jax.__version__, "jax": jax.__version__}
 
     def prefill(self, ids):
