@@ -116,6 +116,17 @@ class Ops:
         shape = (a_ref.shape[0], b_ref.shape[0])
         return pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
 
+    def product_with_rows(self, a: jax.Array, b_ref) -> jax.Array:
+        """`a @ b.T` in float32; `a` in registers."""
+        if self.interpret:
+            return _dot(a, b_ref[...].T)
+
+        def product(acc_ref):
+            plgpu.wgmma(acc_ref, a, b_ref.T)
+            return acc_ref[...]
+
+        return pl.run_scoped(product, plgpu.ACC((a.shape[0], b_ref.shape[0]), jnp.float32))
+
     def add_product(
         self, acc: jax.Array, a, b_ref, meanwhile: Callable[[], None] = lambda: None
     ) -> jax.Array:

@@ -9,7 +9,7 @@ from typing import Literal
 
 import jax
 
-from gemma_kernels.platform import require
+from gemma_kernels.platform import require, require_hopper
 from gemma_kernels.quantized_matmul.cpu import quantized_matmul_cpu
 from gemma_kernels.quantized_matmul.form import QuantizedMatrix
 from gemma_kernels.quantized_matmul.reference import quantized_matmul_reference
@@ -35,13 +35,22 @@ def _tpu(x_RI: jax.Array, w: QuantizedMatrix, **options) -> jax.Array:
     return quantized_matmul_tpu(x_RI, w, **options)
 
 
+def _hopper(x_RI: jax.Array, w: QuantizedMatrix, **options) -> jax.Array:
+    require_hopper()
+    from gemma_kernels.quantized_matmul.hopper import quantized_matmul_hopper
+
+    return quantized_matmul_hopper(x_RI, w, **options)
+
+
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "tpu": _tpu,
+    "hopper": _hopper,
     "cpu": quantized_matmul_cpu,
     "xla": _of_layer(quantized_matmul_xla),
     "reference": _of_layer(quantized_matmul_reference),
 }
-AUTOMATIC = ("tpu", "cpu", "xla")  # tried in this order
+# Tried in this order. "hopper" is not among them as long as it has not run on a Hopper GPU.
+AUTOMATIC = ("tpu", "cpu", "xla")
 
 
 def quantized_matmul(

@@ -147,7 +147,7 @@ def few_rows(
 
 def default_outputs(I: int, O: int, bits: int, mxu: int, cores: int) -> int:
     """Outputs of a step: up to `STEP_BYTES` of codes."""
-    unit = LANES if O < 4 * CHUNK else CHUNK
+    unit = CHUNK if O % CHUNK == 0 else LANES
     return outputs_of_a_step(O, STEP_BYTES[mxu] * 8 // (bits * I), unit, cores)
 
 
