@@ -4,7 +4,9 @@ import dataclasses
 import inspect
 import typing
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from test_imports import ROOT
 
@@ -45,3 +47,31 @@ def test_nothing_is_read_for_options_that_do_not_go_together():
         gj.load("nothing", per_layer_table="host", mesh={"tensor": 8})
     with pytest.raises(TypeError, match="load has no argument 'wieghts'; did you mean weights?"):
         gj.load("nothing", wieghts="int8")
+
+
+Q4_0 = ROOT / "tests" / "parity" / "data" / "quant" / "g3_q4_0.gguf"
+
+
+def test_blocks_of_a_file_stay_as_they_are():
+    """The same logits as of the widened file, to the rounding of float32 sums."""
+    tokens = np.arange(12)[None] + 5
+    wide = gj.load_model(str(Q4_0))
+    kept = gj.load_model(str(Q4_0), weights="stored")
+    weight = kept.blocks[0][0].ffn.up.w.get_value()
+    assert (weight.matrix.bits, weight.matrix.group, weight.activations) == (4, 32, "float")
+    assert weight.matrix.scale.dtype == jnp.float16
+    expected = gj.forward(wide, tokens).logits
+    np.testing.assert_allclose(gj.forward(kept, tokens).logits, expected, atol=5e-5)
+    whole = gj.load_model(str(Q4_0), weights="stored", activations="int8")
+    error = np.abs(gj.forward(whole, tokens).logits - expected)
+    assert 0 < error.mean() < 0.05 * np.std(expected)
+
+
+def test_rules_by_name_while_loading():
+    rules = {"embed.*": "int8", "*.ffn.*": "int4:32", "vision.*": "bfloat16"}
+    small = gj.load_model(DIGITS, weights=rules)
+    kinds = [p.get_value() for p in (small.embed.table, small.blocks[0][0].ffn.up.w)]
+    assert [kind.matrix.bits for kind in kinds] == [8, 4]
+    assert isinstance(small.blocks[0][0].attn.q.w.get_value(), jax.Array)
+    with pytest.raises(ValueError, match="the pattern 'tower.*' decides on no matrix"):
+        gj.load_model(DIGITS, weights={"tower.*": "int8"})

@@ -70,5 +70,5 @@ def test_mistakes_leave_nothing_behind(digits, tmp_path):
     with pytest.raises(ValueError, match="format='gguf' must be 'orbax' or 'hf'"):
         gj.save(model, tok, tmp_path / "mine", format="gguf")
     with pytest.raises(ValueError, match="float32|int8|plain"):
-        gj.save(gj.load_model(DIGITS, weights="int8"), tok, tmp_path / "mine")
+        gj.save(gj.load_model(DIGITS, weights="int8"), tok, tmp_path / "mine", format="hf")
     assert not (tmp_path / "mine").exists()

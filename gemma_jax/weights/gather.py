@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from gemma_jax.weights.protocol import StandIn, Weight
+from gemma_jax.weights.protocol import StandIn, Weight, entry_bits
 from gemma_kernels.platform import target_platform
 
-TILE_BYTES = 32  # rows of int8, 16 of bfloat16: at least those that a TPU's memory keeps together
+TILE_BITS = 256  # 64 rows of int4, 32 of int8, 16 of bfloat16: those that a TPU keeps together
 
 
 def lookup(table: Weight, index: jax.Array) -> jax.Array:
@@ -22,7 +22,7 @@ def lookup(table: Weight, index: jax.Array) -> jax.Array:
         return table.rows(index)
     if (platform := target_platform()) == "cpu":
         return table[index]
-    packed = TILE_BYTES // table.dtype.itemsize
+    packed = TILE_BITS // entry_bits(table.dtype)
     if platform == "tpu" and table.ndim == 3 and table.shape[0] % packed == 0:
         return _from_tiles(table, index, packed)
     if index.size > 1:
@@ -35,6 +35,8 @@ def _from_tiles(table_VLP: jax.Array, index: jax.Array, packed: int) -> jax.Arra
     V, L, P = table_VLP.shape
     tiles = jnp.moveaxis(table_VLP, 1, 0).reshape(L, V // packed, packed, P)
     rows = tiles[:, index // packed]
+    if entry_bits(rows.dtype) < 8:
+        rows = rows.astype(jnp.int8)
     chosen = jnp.arange(packed)[:, None] == (index % packed)[..., None, None]
-    row = jnp.sum(jnp.where(chosen, rows, 0), axis=-2, dtype=table_VLP.dtype)
-    return jnp.moveaxis(row, 0, -2)
+    row = jnp.sum(jnp.where(chosen, rows, 0), axis=-2, dtype=rows.dtype)
+    return jnp.moveaxis(row, 0, -2).astype(table_VLP.dtype)

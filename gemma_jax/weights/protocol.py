@@ -85,15 +85,19 @@ class StandIn(ABC):
 Weight = jax.Array | StandIn
 
 
+def entry_bits(dtype: Any) -> int:
+    """Bits of an entry of an array in memory: two of 4 bits share a byte."""
+    return 4 if dtype in (jnp.int4, jnp.uint4) else 8 * dtype.itemsize
+
+
 def array_bytes(array: Any, shape: tuple[int, ...] | None = None) -> int:
-    """Bytes of an array in memory, where two codes of 4 bits share one.
+    """Bytes of an array in memory.
 
     Args:
       array: Or whatever has its shape and dtype.
       shape: Of a part of it; default: all.
     """
-    bits = 4 if array.dtype in (jnp.int4, jnp.uint4) else 8 * array.dtype.itemsize
-    return -(-math.prod(array.shape if shape is None else shape) * bits // 8)
+    return -(-math.prod(array.shape if shape is None else shape) * entry_bits(array.dtype) // 8)
 
 
 def array_dims(weight: Weight, dims: str) -> Any:

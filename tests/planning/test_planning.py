@@ -137,6 +137,30 @@ def test_caches_in_int8_hold_twice_as_much():
     assert plan.compiled.temporary_bytes < one_layer // 2
 
 
+@pytest.mark.nightly
+@needs_libtpu
+def test_the_largest_in_four_bits_on_four_small_chips():
+    """Gemma 3 27B with 32K of context: every device multiplies with its own codes."""
+    work = Work("decode", batch=1, context=32_768, weights="int4")
+    plan = make_plan("gemma3-27b", preset("gemma3-27b"), find_topology("v5e:2x2"), work)
+    assert plan.fits and plan.weights_bytes < 4.4e9
+    assert plan.compiled.collectives.keys() == {"all-reduce"}
+
+
+def test_four_bits_are_counted_as_half_a_byte():
+    """In the plan's weights as in what is loaded; scales take a bit of each entry."""
+    cfg, one = preset("gemma3-1b"), find_topology("gpu:h100")
+    sizes = {
+        weights: make_plan("", cfg, one, Work("decode", 1, 64, weights=weights), compiles=False)
+        for weights in ("int8", "int4", "int4:128", "int4:channel")
+    }
+    entries = sizes["int4:channel"].weights_bytes / 0.5
+    assert sizes["int8"].weights_bytes == pytest.approx(entries, rel=0.01)
+    assert sizes["int4"].weights_bytes == pytest.approx(entries * 5 / 8, rel=0.01)
+    assert sizes["int4:128"].weights_bytes == pytest.approx(entries * 4.25 / 8, rel=0.01)
+    assert sizes["int4"].read_bytes < 0.65 * sizes["int8"].read_bytes
+
+
 HLO = """\
 HloModule jit_step
 

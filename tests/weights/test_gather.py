@@ -10,6 +10,9 @@ from gemma_jax.weights.gather import lookup
 
 TABLES = [
     ((96, 5, 16), jnp.int8),
+    ((128, 5, 16), jnp.int4),
+    ((128, 5, 16), jnp.uint4),
+    ((96, 5, 16), jnp.int4),  # nor of those of 4 bits
     ((96, 5, 16), jnp.bfloat16),
     ((96, 5, 16), jnp.float32),
     ((90, 5, 16), jnp.int8),  # no whole number of tiles
@@ -23,7 +26,7 @@ TABLES = [
 def test_the_same_rows(shape, dtype, ids, monkeypatch):
     monkeypatch.setattr(module, "target_platform", lambda: "tpu")
     random = np.random.default_rng(0)
-    table = jnp.asarray(random.integers(-120, 120, shape), dtype)
+    table = jnp.asarray(random.integers(-120, 120, shape).astype(dtype))
     index = jnp.asarray(random.integers(0, shape[0], ids), jnp.int32)
     rows = jax.jit(lookup)(table, index)
     assert rows.dtype == dtype and (rows == table[index]).all()
@@ -44,7 +47,7 @@ def test_gradients(monkeypatch):
 
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("rows", [1, 8, 512])
-@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["int8", "int4", "bfloat16"])
 def test_no_table_in_another_order(dtype, rows, devices):
     """Of Gemma 3n's per-layer embeddings, and of a vocabulary that is no multiple of 32 x 8."""
     pytest.importorskip("libtpu", reason="pip install 'gemma-jax[plan]'")
