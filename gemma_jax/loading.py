@@ -18,6 +18,7 @@ from gemma_jax.runtime import Runtime
 from gemma_jax.sharding import Partition, Rules, make_mesh
 from gemma_jax.storages import (
     ACTIVATIONS,
+    AUTO,
     STORED,
     WEIGHT_STORAGES,
     Activations,
@@ -67,8 +68,9 @@ class LoadOptions:
       weights: How matrices are stored: `"float32"`, `"bfloat16"`; `"int8"` with a float32 scale
         per output channel, or `"int8:32"`, `":64"`, `":128"` with one per so many inputs; 4 bits
         as `"int4"` (per 32), `"int4:64"`, `"int4:128"` or `"int4:channel"`; or by patterns of
-        names, see `quantise`. `"stored"` keeps the quantised blocks of a file as they are.
-        Default: `dtype`; folders of ours are loaded as they were saved.
+        names, see `quantise`. `"stored"` keeps the quantised blocks of a file as they are, and
+        `"auto"` does so on a CPU for a file that has some. Default: `dtype`; folders of ours are
+        loaded as they were saved.
       activations: `"int8"` rounds activations to whole numbers as well, per 32 of them, in products
         with quantised weights.
       cache_dtype: Dtype of cached keys and values; int8 has a float32 scale per token and head.
@@ -120,13 +122,14 @@ class LoadOptions:
         names = self._storages
         if wrong := [name for name in names if name not in WEIGHT_STORAGES]:
             raise ValueError(f"weights={wrong[0]!r} must be {one_of(WEIGHT_STORAGES)}")
-        if isinstance(self.weights, Mapping) and STORED in names:
+        whole = [name for name in names if name in (STORED, AUTO)]
+        if isinstance(self.weights, Mapping) and whole:
             raise ValueError(
-                f"weights={STORED!r} is for all matrices; by patterns, give what to make of them"
+                f"weights={whole[0]!r} is for all matrices; by patterns, give what to make of them"
             )
         if self.activations not in ACTIVATIONS:
             raise ValueError(f"activations={self.activations!r} must be {one_of(ACTIVATIONS)}")
-        quantised = any(name == STORED or is_quantised(name) for name in names)
+        quantised = any(name in (STORED, AUTO) or is_quantised(name) for name in names)
         if self.activations != "float" and not quantised:
             raise ValueError(
                 f"activations={self.activations!r} is for quantised weights; give weights='int8', "
@@ -221,7 +224,11 @@ def load_model(
     dtype = jnp.dtype(options.dtype or ("float32" if on_cpu else "bfloat16"))
     weights, opened = options.weights, open_source(resolve(source), mmproj=options.mmproj)
     saved = _quantised_folder(opened)
-    if weights == STORED and not (saved or any(info.form for info in opened.tensors.values())):
+    has_blocks = saved or any(info.form for info in opened.tensors.values())
+    if weights == AUTO:
+        widens = not (has_blocks and on_cpu and options.mesh is None)
+        weights = None if widens and options.activations == "float" else STORED
+    if weights == STORED and not has_blocks:
         raise ValueError(
             f"weights='stored': {source} has no quantised blocks that can be kept; leave it out, "
             "or say what to make of the weights, as in weights='int8'"

@@ -19,6 +19,7 @@ WeightStorage = Literal[
     "int4:128",
     "int4:channel",
     "stored",
+    "auto",
 ]
 CacheStorage = Literal["float32", "bfloat16", "int8"]
 Activations = Literal["float", "int8"]
@@ -29,7 +30,8 @@ CACHE_STORAGES: tuple[CacheStorage, ...] = get_args(CacheStorage)
 ACTIVATIONS: tuple[Activations, ...] = get_args(Activations)
 # What a storage keeps of a file as it is, and what it makes of any model.
 STORED: WeightStorage = "stored"
-MADE_STORAGES = tuple(name for name in WEIGHT_STORAGES if name != STORED)
+AUTO: WeightStorage = "auto"  # stored, on a CPU and where a file has quantised blocks
+MADE_STORAGES = tuple(name for name in WEIGHT_STORAGES if name not in (STORED, AUTO))
 BLOCK_STORAGES = ("q4_0", "q8_0")  # blocks of 32 in GGUF files: training rounds to them, too
 
 

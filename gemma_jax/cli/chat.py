@@ -59,7 +59,7 @@ def command(
 
     sampling = replace(load_sampling(model) or Sampling(**RECOMMENDED), **given)
     tokenizer = load_tokenizer(model)
-    gemma = options.load(model)
+    gemma = options.for_writing().load(model)
 
     def start() -> Conversation:
         return Conversation(

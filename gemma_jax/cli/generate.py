@@ -91,6 +91,7 @@ def command(
     images = common.open_images(image, model, options.mmproj)
     clips = common.open_clips(audio, model)
     tokenizer = load_tokenizer(model) if prompt is not None or has_tokenizer(model) else None
+    options = options.for_writing()
     submodel = common.find_slice(options.slice, model)
     draft = common.find_slice(speculative, model)
     whole = options.load_whole(model, layout="unrolled" if submodel or draft else None)
