@@ -12,8 +12,12 @@ from test_imports import ROOT
 
 import gemma_jax as gj
 from gemma_jax.loading import LoadKeywords
+from gemma_jax.weights.protocol import dense
+from gemma_jax.weights.quantized import QuantizedWeight
 
 DIGITS = str(ROOT / "checkpoints" / "digits")
+ELASTIC = str(ROOT / "checkpoints" / "elastic")
+GGUF_Q4_0 = str(ROOT / "tests" / "parity" / "data" / "quant" / "g3_q4_0.gguf")
 
 
 def test_editors_see_the_fields_as_keywords():
@@ -75,3 +79,19 @@ def test_rules_by_name_while_loading():
     assert isinstance(small.blocks[0][0].attn.q.w.get_value(), jax.Array)
     with pytest.raises(ValueError, match="the pattern 'tower.*' decides on no matrix"):
         gj.load_model(DIGITS, weights={"tower.*": "int8"})
+
+
+@pytest.mark.parametrize("source, stays", [(GGUF_Q4_0, True), (ELASTIC, False)])
+def test_auto_keeps_blocks_where_there_are_some(source, stays):
+    auto, plain = (gj.load_model(source, weights=weights) for weights in ("auto", None))
+    weight = auto.blocks[0][0].ffn.up.w.get_value()
+    assert isinstance(weight, QuantizedWeight) == stays
+    assert not isinstance(plain.blocks[0][0].ffn.up.w.get_value(), QuantizedWeight)
+    np.testing.assert_array_equal(dense(weight), plain.blocks[0][0].ffn.up.w.get_value())
+
+
+def test_auto_is_for_all_matrices_and_not_for_what_has_no_blocks():
+    with pytest.raises(ValueError, match="weights='auto' is for all matrices"):
+        gj.LoadOptions(weights={"*": "auto"})
+    with pytest.raises(ValueError, match="has no quantised blocks"):
+        gj.load_model(ELASTIC, weights="auto", activations="int8")

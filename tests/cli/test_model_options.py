@@ -179,7 +179,9 @@ def test_modalities_that_a_model_does_not_have_are_refused_in_one_line(call):
 @pytest.mark.parametrize("name", RUNS)
 def test_defaults_are_those_of_the_library(name, call, asked):
     call(name)
-    assert asked == [gj.LoadOptions(dtype="float32" if name == "forward" else None)]
+    writes, own = {"weights": "auto"}, {"forward": {"dtype": "float32"}}
+    own |= {"generate": writes, "chat": writes}
+    assert asked == [gj.LoadOptions(**own.get(name, {}))]
 
 
 def test_chat_as_in_python(call, seer):
