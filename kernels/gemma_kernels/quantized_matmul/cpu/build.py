@@ -15,7 +15,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 SOURCES = ("matmul.c", "tiles.h", "xla_ffi_c_api.h")
 # No instructions are named here: the library holds several sets, and chooses when it runs.
-FLAGS = ("-O3", "-std=gnu11", "-shared", "-fvisibility=hidden", "-Wno-psabi")
+FLAGS = ("-O3", "-std=gnu11", "-g0", "-shared", "-fvisibility=hidden", "-Wno-psabi")
 NOT_ON_WINDOWS = ("-fPIC",)
 COMPILERS = ("cc", "gcc", "clang")
 
