@@ -34,7 +34,7 @@ def instruction_sets() -> list[str]:
 
 SETS = instruction_sets()
 # Implementations that run here, and in what layout. `cpu` once per set of instructions.
-ELSEWHERE = {"tpu"}  # with tests of their own: test_quantized_matmul_tpu.py
+ELSEWHERE = {"tpu", "hopper"}  # with tests of their own: test_quantized_matmul_{tpu,hopper}.py
 WAYS = [("xla", "rows"), ("xla", "tiles"), *((f"cpu/{name}", "tiles") for name in SETS)]
 
 
@@ -85,7 +85,8 @@ def test_the_product_is_that_of_the_definition(way, layout, case, activations):
         pytest.skip("refused: see test_what_tiles_on_cpus_refuse")
     matrix = case.matrix()
     w = laid_out(matrix, layout)
-    for rows in ROWS if case in FEW else (1, 17):
+    many = ROWS if way.startswith("cpu") else (1, 3, 100)
+    for rows in many if case in FEW else (1, 17):
         x = case.x(rows)
         y = product(way, activations)(x, w)
         assert y.dtype == x.dtype and y.shape == (rows, case.O)
