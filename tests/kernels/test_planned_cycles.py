@@ -10,13 +10,14 @@ import pytest
 
 from gemma_kernels.attention.tpu import blocks as tpu_blocks
 from gemma_kernels.attention.tpu import tuning
-from gemma_kernels.compilers.source_hash import ATTENTION, DECODING, source_hash
+from gemma_kernels.compilers.source_hash import ATTENTION, DECODING, QUANTIZED, source_hash
 from gemma_kernels.compilers.tpu_schedule import Job, Schedule, planned, read_schedules
 from gemma_kernels.compilers.tpu_targets import CHIPS
 
 ROOT = Path(__file__).parents[2]
 STORED = ROOT / "kernels" / "bench" / "results" / "tpu-schedule.json"
 STORED_DECODING = STORED.with_name("tpu-decode-schedule.json")
+STORED_QUANTIZED = STORED.with_name("tpu-matmul-schedule.json")
 
 BUNDLES = """\
 = control target key start
@@ -125,6 +126,13 @@ def test_no_decoding_step_is_planned_to_be_slower_than_stored(chip, dtypes):
     assert compared == 2 * len(dtypes.split(","))
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("chip, rows, products", [("v5p", "1", 15), ("tpu7x", "1,8", 25)])
+def test_no_quantised_product_is_planned_to_be_slower_than_stored(chip, rows, products):
+    options = ["--chips", chip, "--models", "4B", "--rows", rows]
+    assert checked("tpu_matmul_schedule.py", STORED_QUANTIZED, *options) == products
+
+
 def checked(bench, stored, *options) -> int:
     """How many kernels the bench compares with what is stored, none of them slower."""
     pytest.importorskip("libtpu", reason="the compiler comes with the plan extra: gemma-jax[plan]")
@@ -138,7 +146,11 @@ def checked(bench, stored, *options) -> int:
 
 @pytest.mark.parametrize(
     "bench, stored, files",
-    [("tpu_schedule", STORED, ATTENTION), ("tpu_decode_schedule", STORED_DECODING, DECODING)],
+    [
+        ("tpu_schedule", STORED, ATTENTION),
+        ("tpu_decode_schedule", STORED_DECODING, DECODING),
+        ("tpu_matmul_schedule", STORED_QUANTIZED, QUANTIZED),
+    ],
 )
 def test_the_kernels_are_those_whose_schedules_are_stored(bench, stored, files):
     """Compiling all of them takes an hour; by day it is enough that their code is the same.

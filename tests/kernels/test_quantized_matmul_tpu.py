@@ -106,17 +106,15 @@ def test_many_rows_scaled_in_bfloat16():
     assert_as_good_as_bfloat16(y_RO, x_RI, w)
 
 
-def test_steps_cover_the_outputs():
-    for O, most, cores in (
-        (10_240, 3_000, 1),
-        (640, 4_000, 2),
-        (262_144, 3_276, 2),
-        (21_504, 9, 1),
+def test_steps_are_few_and_shared_evenly():
+    for I, O, most, cores, outputs in (
+        (2560, 10_240, 3_000, 1, 2_560),
+        (1024, 640, 4_000, 1, 640),
+        (1024, 640, 4_000, 2, 640),  # halves would not be multiples of 128
+        (4096, 5_376, 1_100, 2, 896),
+        (21_504, 5_376, 9, 1, 128),
     ):
-        outputs = outputs_of_a_step(O, most, 256, cores)
-        steps = -(-O // (outputs * cores)) * cores
-        assert outputs % 256 == 0 and outputs <= max(most, 256)
-        assert O <= steps * outputs < 1.3 * O + 256 * cores
+        assert outputs_of_a_step(I, O, most, 128, cores) == outputs
     for I, inputs in ((640, 640), (3_840, 1_920), (6_912, 2_304), (21_504, 1_792)):
         assert default_blocks(64, I, 2_048, 4, 128, 1).inputs == inputs
 

@@ -8,6 +8,7 @@ from jax.experimental import pallas as pl
 LANES, SUBLANES = 128, 8
 VMEM = 56 * 2**20  # of 64 MiB in the smallest chips
 SMALLEST = 2.0**-14  # normal number in float16
+STEP_CODES = 2**20
 BIAS = (127 - 15) << 23  # between the exponents of float16 and float32
 
 
@@ -28,10 +29,18 @@ def to_float32(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(lax.bitcast_convert_type(size, jnp.int32) | sign, jnp.float32)
 
 
-def outputs_of_a_step(O: int, most: int, unit: int, cores: int) -> int:
-    """A multiple of `unit` up to `most`, of which few cover `O` with little left over, and each
-    core as many."""
-    most = max(min(most, O // cores) // unit, 1)
-    covered = {n * unit: pl.cdiv(O, n * unit * cores) * n * unit for n in range(1, most + 1)}
-    least = min(covered[n] for n in covered if 2 * n > most * unit)
-    return max(n for n in covered if covered[n] == least and 2 * n > most * unit)
+def outputs_of_a_step(I: int, O: int, most: int, unit: int, cores: int) -> int:
+    """A multiple of `unit` up to `most` with which the steps of the busiest core cost the least.
+
+    A step costs as much as `STEP_CODES` more codes would; one that goes beyond the end, or steps
+    that cores do not share evenly, some of these.
+    """
+    fixed = STEP_CODES / I
+
+    def cost(n: int) -> float:
+        steps = pl.cdiv(O, n)
+        uneven = O % n > 0 or steps % min(cores, steps) > 0
+        return pl.cdiv(steps, cores) * (n + fixed) + 3 * fixed * uneven
+
+    choices = range(unit, max(most, unit) + 1, unit)
+    return min(choices, key=lambda n: (cost(n), -n))

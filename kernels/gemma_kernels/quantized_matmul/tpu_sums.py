@@ -146,9 +146,12 @@ def few_rows(
 
 
 def default_outputs(I: int, O: int, bits: int, mxu: int, cores: int) -> int:
-    """Outputs of a step: up to `STEP_BYTES` of codes."""
-    unit = CHUNK if O % CHUNK == 0 else LANES
-    return outputs_of_a_step(O, STEP_BYTES[mxu] * 8 // (bits * I), unit, cores)
+    """Outputs of a step: up to `STEP_BYTES` of codes, and where these are enough for it, of two
+    steps at least, so that copies hide behind work."""
+    most = max(STEP_BYTES[mxu] * 8 // (bits * I), CHUNK)
+    if O > most // 2 * cores:
+        most = min(most, max(O // (2 * cores), most // 4, CHUNK))
+    return outputs_of_a_step(I, O, most, LANES, cores)
 
 
 def _spread(x_RI: jax.Array, plan: _Plan, with_sums: bool) -> list[jax.Array]:

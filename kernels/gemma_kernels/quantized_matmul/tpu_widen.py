@@ -66,7 +66,7 @@ def default_blocks(R: int, I: int, O: int, bits: int, mxu: int, cores: int) -> B
     rows = min(pl.cdiv(R, 16) * 16, ROWS)
     inputs = max(n for n in range(LANES, min(I, MOST_INPUTS) + 1, LANES) if I % n == 0)
     most = 4 * mxu if R > LANES else STEP_BYTES * 8 // (bits * inputs)
-    return Blocks(rows, inputs, outputs_of_a_step(O, most, PIECE, cores))
+    return Blocks(rows, inputs, outputs_of_a_step(I, O, most, PIECE, cores))
 
 
 def many_rows(
