@@ -195,7 +195,7 @@ def keep_matrix(
         count = 1 + list(sizes).index(matrix.shape[-1])
         matrix = jax.tree.map(jnp.asarray, matrix)
         weight = QuantizedWeight.of(matrix, shape, count, activations, num_stacked=stacked)
-        weight = weight.laid_out()
+        weight = weight.laid_out(looked_up=_is_looked_up(param), num_stacked=stacked)
         if partition is None:
             return weight
         weight = jax.device_put(weight, partition.param_shardings(param.replace(weight)))
@@ -291,6 +291,7 @@ def _stored(
     if storage == "bfloat16":
         return array if array.dtype == jnp.bfloat16 else _as_bits(array)
     form = (_num_inputs(param), storage_bits(storage), storage_group(storage), activations)
+    form += (_is_looked_up(param), array.ndim - len(param.get_metadata()["dims"]))
     partition = model.runtime.partition
     if partition is None:
         return _rounded(array, *form)
@@ -299,10 +300,24 @@ def _stored(
     return replace(_rounded(array, *form, where=where), partition=partition)
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3, 4), static_argnames="where")
-def _rounded(array, num_inputs, bits, group, activations, *, where=None) -> QuantizedWeight:
+def _is_looked_up(param: nnx.Param) -> bool:
+    """Whether rows of it are read one by one, as those of a vocabulary."""
+    return param.get_metadata()["dims"].startswith("V")
+
+
+@partial(jax.jit, static_argnums=range(1, 7), static_argnames="where")
+def _rounded(
+    array, num_inputs, bits, group, activations, looked_up, num_stacked, *, where=None
+) -> QuantizedWeight:
     weight = QuantizedWeight.rounded(
-        array, num_inputs, bits, group, activations, in_pieces=where is None
+        array,
+        num_inputs,
+        bits,
+        group,
+        activations,
+        in_pieces=where is None,
+        looked_up=looked_up,
+        num_stacked=num_stacked,
     )
     return weight if where is None else jax.lax.with_sharding_constraint(weight, where)
 

@@ -163,12 +163,17 @@ class Partition:
         if not isinstance(value, HasArrayDims):
             return jax.tree.map(lambda a: self.sharding(dims, a.shape), value)
         self.spec(dims, value.shape)  # refuses what does not divide
-        letters = self.dividing(value.array_dims(dims), value)
+        sizes = dict(zip(dims, value.shape[len(value.shape) - len(dims) :]))
+        letters = self.dividing(value.array_dims(dims), value, sizes)
         return jax.tree.map(lambda a, dims: self.sharding(dims, a.shape), value, letters)
 
-    def dividing(self, letters: Any, arrays: Any) -> Any:
-        """The letters of some arrays, `_` in the place of those that do not divide all of them."""
-        uneven = set()
+    def dividing(self, letters: Any, arrays: Any, sizes: Mapping[str, int] = {}) -> Any:
+        """The letters of some arrays, `_` in the place of those that do not divide all of them.
+
+        Args:
+          sizes: Of letters, which must divide too: an axis may hold several letters.
+        """
+        uneven = {letter for letter, size in sizes.items() if size % self._parts(letter)}
         for array, dims in zip(jax.tree.leaves(arrays), jax.tree.leaves(letters), strict=True):
             sizes = array.shape[array.ndim - len(dims) :]
             uneven |= {x for x, size in zip(dims, sizes) if size % self._parts(x)}

@@ -13,6 +13,7 @@ from gemma_jax.compat import computed_once
 from gemma_jax.config import LayerSpec
 from gemma_jax.nn.layer_groups import LayerGroup
 from gemma_jax.runtime import Runtime
+from gemma_jax.weights.protocol import StandIn
 
 KeysValues = Any  # what a layer shares with later ones is theirs to define
 
@@ -207,7 +208,8 @@ def _repeat(body, x, caches, blocks, extra, repeats: range, of: int):
     Caches and blocks are stacked along all repeats, `of` in number; what comes besides and results
     along those that run. Caches are carried and written in place, in their stacks: as inputs and
     outputs of the scan there would be two of each, even of one that is donated. Of blocks that do
-    not all run, each is read where it lies as well: a slice of their stacks would be a copy.
+    not all run, each is read where it lies as well: a slice of their stacks would be a copy. So are
+    weights whose kernels can do that.
     """
     if of == 1:
         caches, blocks, extra = jax.tree.map(
@@ -217,12 +219,18 @@ def _repeat(body, x, caches, blocks, extra, repeats: range, of: int):
         return x, *jax.tree.map(lambda a: jax.lax.expand_dims(a, (0,)), results)
     whole = len(repeats) == of
     at = partial(jax.lax.dynamic_index_in_dim, keepdims=False)
+    leaves, tree = jax.tree.flatten(blocks, is_leaf=_reads_layers)
+    scanned = [None if _reads_layers(leaf) else leaf for leaf in leaves]
+
+    def block(arrays: list[Any], i: jax.Array) -> Any:
+        own = [leaf.at_layer(i) if a is None else a for leaf, a in zip(leaves, arrays)]
+        return jax.tree.unflatten(tree, own)
 
     def step(carry, xs):
         x, caches = carry
         i, (own, extra) = xs
-        own = own if whole else jax.tree.map(lambda a: at(a, i), blocks)
-        x, new, results = body(x, own, _at(caches, i), extra)
+        own = own if whole else jax.tree.map(lambda a: at(a, i), scanned)
+        x, new, results = body(x, block(own, i), _at(caches, i), extra)
         return (x, _at(new, None)), results
 
     if len(repeats) == 1:
@@ -230,9 +238,13 @@ def _repeat(body, x, caches, blocks, extra, repeats: range, of: int):
         (x, caches), results = step((x, caches), alone)
         return x, caches, jax.tree.map(lambda a: jax.lax.expand_dims(a, (0,)), results)
     numbers = jnp.arange(repeats.start, repeats.stop)
-    over = (numbers, (blocks if whole else (), extra))
+    over = (numbers, (scanned if whole else (), extra))
     (x, caches), results = jax.lax.scan(step, (x, caches), over)
     return x, caches, results
+
+
+def _reads_layers(leaf: Any) -> bool:
+    return isinstance(leaf, StandIn) and leaf.reads_layers
 
 
 def _at(caches: tuple[LayerCache | None, ...], layer: jax.Array | None):

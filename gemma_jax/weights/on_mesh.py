@@ -36,7 +36,9 @@ def product_on_mesh(equation: str, x: jax.Array, weight: Spread, partition: Part
     rows = "".join(c if c == "B" else "_" for c in free)  # activations are split along no other
     rows = partition.dividing(rows, jax.ShapeDtypeStruct(sizes, x.dtype))
     local = replace(weight, partition=None)
-    split = partition.dividing(local.array_dims(dims), local)
+    split = partition.dividing(
+        local.array_dims(dims), local, dict(zip(dims, weight.shape, strict=True))
+    )
     taken, kept = set(partition.axes(rows)), ""
     for letter in dict.fromkeys("".join(jax.tree.leaves(split))):  # those of outputs come first
         if not taken & (axes := set(partition.axes(letter))):

@@ -15,7 +15,7 @@ adds `b (a x)` to `contract(equation, x, base)`, and whose other methods ask `ba
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,9 @@ class StandIn(ABC):
     Every method is there in every class; one that makes no sense for a class raises `ValueError`
     with a line that says so and what to do.
     """
+
+    # Whether a layer of a stack can be read without taking it out (`at_layer`).
+    reads_layers: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -60,6 +63,14 @@ class StandIn(ABC):
         Raises:
           ValueError: The format has no boundary there.
         """
+
+    def at_layer(self, index: jax.Array) -> "StandIn":
+        """One layer of a stack, whose axis is the first of all arrays, where the stack lies.
+
+        Raises:
+          ValueError: The format reads no layers so.
+        """
+        raise ValueError(f"{type(self).__name__} does not read a layer of a stack where it lies")
 
     @abstractmethod
     def dense(self) -> jax.Array:

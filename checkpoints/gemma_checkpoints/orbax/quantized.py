@@ -70,7 +70,7 @@ def to_save(weight: QuantizedWeight, row: int | None) -> tuple[Quantised, dict[s
     """One layer of a weight, and its arrays by the ends of their names."""
     if row is not None:
         weight = jax.tree.map(lambda a: a[row], weight)
-    matrix = weight.matrix.to_rows()
+    matrix = weight.in_rows().matrix
     facts = Quantised(weight.shape, len(weight.inputs), matrix.bits, matrix.signed)
     codes = _packed(matrix.codes) if matrix.bits == 4 else matrix.codes
     arrays = (codes, matrix.scale, matrix.offset, matrix.table)
