@@ -145,6 +145,9 @@ def test_the_largest_in_four_bits_on_four_small_chips():
     plan = make_plan("gemma3-27b", preset("gemma3-27b"), find_topology("v5e:2x2"), work)
     assert plan.fits and plan.weights_bytes < 4.4e9
     assert plan.compiled.collectives.keys() == {"all-reduce"}
+    # No layer is copied or widened in memory; the table, of which rows are read too, is.
+    assert plan.compiled.temporary_bytes < 1e9
+    assert {moved["shape"][0] for moved in plan.as_dict()["compiled"]["moved_weights"]} == {65_552}
 
 
 def test_four_bits_are_counted_as_half_a_byte():
