@@ -27,19 +27,20 @@ def open_source(path: str | Path, *, mmproj: str | Path | None = None) -> Source
       >>> gc.open_source("checkpoints/digits").format
       'Hugging Face'
     """
-    from .gguf.source import GGUFFile
-    from .hf.folder import CONFIG, HFFolder
-    from .orbax.folder import MANIFEST, OrbaxFolder
-
     path, tower = Path(path), None if mmproj is None else Path(mmproj)
     try:
         for one in filter(None, (path, tower)):
             if not one.exists():
                 raise CheckpointError(one, "no such file or folder")
         if path.is_file() and is_gguf(path):
+            from .gguf.source import GGUFFile  # each format by itself: they take long to import
+
             return GGUFFile(path, tower)
         if tower is not None:
             raise CheckpointError(tower, f"mmproj goes with a GGUF file, and {path} is none")
+        from .hf.folder import CONFIG, HFFolder
+        from .orbax.folder import MANIFEST, OrbaxFolder
+
         if (path / MANIFEST).is_file():
             return OrbaxFolder(path)
         if (path / CONFIG).is_file():

@@ -30,7 +30,7 @@ def command(
     from gemma_jax.benchmarks import speed as benchmark
 
     _check(model, options, prompt_tokens, new_tokens)
-    with common.stderr.status("starting processes") as status:
+    with common.stderr().status("starting processes") as status:
         # Children come first: once this process holds an accelerator they could not have it.
         outside = benchmark.starts(["--model", model, *options.words()], repeats, tell=_tell)
         outside["import_s"] = benchmark.import_seconds(repeats, tell=_tell)

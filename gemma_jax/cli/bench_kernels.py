@@ -46,7 +46,7 @@ def command(
         raise ValueError("--table is what --tune writes; give both")
     one_device(chips[0])  # without libtpu it ends here, with one line
     rows = []
-    with common.stderr.status("compiling") as status:
+    with common.stderr().status("compiling") as status:
         for row in tuning.survey(chips, kinds, shapes, tune):
             rows.append(row)
             status.update(f"{row['chip']}, {row['kind']}, {row['shape']}: {row['useful']:.1%}")

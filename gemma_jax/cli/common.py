@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 if TYPE_CHECKING:
     import numpy as np
+    from rich.console import Console
 
     from gemma_checkpoints.description import Description
     from gemma_jax.audio.waves import Audio
@@ -24,8 +24,14 @@ if TYPE_CHECKING:
     from gemma_jax.matformer import Slice
     from gemma_jax.vision.images import Image
 
-stderr = Console(stderr=True)
 STDERR = 2  # its number, by which libraries in C write to it
+
+
+def stderr() -> "Console":
+    """For what a person reads; imported late, as a command that only answers needs none of it."""
+    from rich.console import Console
+
+    return Console(stderr=True)
 
 
 def complete_name(incomplete: str) -> list[str]:

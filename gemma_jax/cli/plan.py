@@ -145,7 +145,7 @@ def _ranked(plans: "Iterable[Plan]") -> "list[Plan]":
     """The fastest first, those that do not fit last; says of each as it is made."""
     made = []
     for plan in plans:
-        common.stderr.print(f"{_axes(plan)}: {_verdict(plan)}", highlight=False)
+        common.stderr().print(f"{_axes(plan)}: {_verdict(plan)}", highlight=False)
         made.append(plan)
     return sorted(made, key=lambda plan: (not plan.fits, -plan.tokens_per_second))
 

@@ -2,9 +2,6 @@
 
 import sys
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
-
 
 class Bar:
     """A bar that vanishes when its block ends, or earlier by `stop`: text may share its terminal.
@@ -20,6 +17,9 @@ class Bar:
         self._title, self._unit, self._scale, self._idle = title, unit, scale, idle
         self._progress = None
         if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
             columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn()
             self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
             self._task = self._progress.add_task(idle, total=None)

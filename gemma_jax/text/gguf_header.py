@@ -152,6 +152,17 @@ class Cursor:
         self.need(0)
         return strings
 
+    def skip_strings(self, count: int) -> None:
+        self.need(8 * count)
+        data, unpack, pos = self.data, U64.unpack_from, self.pos
+        for _ in range(count):  # written out, as in `array`
+            (length,) = unpack(data, pos)
+            if length > _MAX_BYTES:
+                self.need(length)
+            pos += 8 + length
+        self.pos = pos
+        self.need(0)
+
     def numbers(self, kind: int, count: int) -> np.ndarray:
         length = self.width(kind) * count
         self.need(length)

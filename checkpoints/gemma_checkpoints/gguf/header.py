@@ -93,9 +93,7 @@ class _Cursor(Cursor):
         start = self.pos
         kind, count = self.number(U32), self.number(U64)
         if kind == STRING:
-            self.need(8 * count)
-            for _ in range(count):
-                self.skip(self.number(U64))
+            self.skip_strings(count)
             return count
         if count > SHORT:
             self.skip(count * self.width(kind))
