@@ -1,10 +1,10 @@
 """Finding, building and doing without the library for products with tiles on CPUs."""
 
 import logging
+import subprocess
 from pathlib import Path
 
 import jax
-import jaxlib
 import numpy as np
 import pytest
 
@@ -99,9 +99,45 @@ def test_unknown_instructions():
         instructions("sse9")
 
 
-def test_the_header_is_that_of_the_oldest_jaxlib():
-    """Later ones name things otherwise; what is used of them lies where it did."""
-    if jaxlib.__version__ != "0.10.2":
-        pytest.skip("another version of jaxlib is installed")
-    installed = Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h"
-    assert (build.FOLDER / "xla_ffi_c_api.h").read_bytes() == installed.read_bytes()
+LAYOUT = r"""
+#include <stdio.h>
+#include HEADER
+#define AT(type, field) printf(#type "." #field " %zu\n", offsetof(XLA_FFI_##type, field));
+#define IS(name) printf(#name " %zu\n", (size_t)(XLA_FFI_##name));
+int main(void) {
+  AT(Api_Version, major_version) AT(Api_Version, minor_version)
+  AT(Metadata, api_version) AT(Metadata, traits) AT(Metadata_Extension, metadata)
+  AT(Error_Create_Args, message) AT(Error_Create_Args, errc) AT(Error_Destroy_Args, error)
+  AT(ThreadPool_Schedule_Args, ctx) AT(ThreadPool_Schedule_Args, task)
+  AT(ThreadPool_Schedule_Args, data) AT(ThreadPool_NumThreads_Args, num_threads)
+  AT(Api, api_version) AT(Api, XLA_FFI_Error_Create) AT(Api, XLA_FFI_Error_Destroy)
+  AT(Api, XLA_FFI_ThreadPool_Schedule) AT(Api, XLA_FFI_ThreadPool_NumThreads)
+  AT(Buffer, dtype) AT(Buffer, data) AT(Buffer, rank) AT(Buffer, dims)
+  AT(Args, size) AT(Args, args) AT(Rets, size) AT(Rets, rets)
+  AT(CallFrame, api) AT(CallFrame, ctx) AT(CallFrame, stage) AT(CallFrame, args)
+  AT(CallFrame, rets)
+  IS(Error_Create_Args_STRUCT_SIZE) IS(Error_Destroy_Args_STRUCT_SIZE)
+  IS(ThreadPool_Schedule_Args_STRUCT_SIZE) IS(ThreadPool_NumThreads_Args_STRUCT_SIZE)
+  IS(DataType_S8) IS(DataType_S32) IS(DataType_U8) IS(DataType_F16) IS(DataType_F32)
+  IS(DataType_BF16) IS(Error_Code_INVALID_ARGUMENT) IS(Error_Code_RESOURCE_EXHAUSTED)
+  IS(ExecutionStage_EXECUTE) IS(API_MAJOR)
+}
+"""
+
+
+def test_structs_lie_as_the_installed_jaxlib_has_them(tmp_path):
+    try:
+        compiler = build.compiler()
+    except OSError as reason:
+        pytest.skip(str(reason))
+    theirs = Path(jax.ffi.include_dir())
+    (tmp_path / "layout.c").write_text(LAYOUT)
+
+    def layout(header: Path) -> bytes:
+        command = [*compiler, f"-I{theirs}", f'-DHEADER="{header}"', "layout.c", "-o", "layout"]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+        return subprocess.run(["./layout"], cwd=tmp_path, check=True, capture_output=True).stdout
+
+    ours = layout(build.FOLDER / "xla_ffi.h")
+    assert ours.count(b"\n") == 44
+    assert ours == layout(theirs / "xla/ffi/api/c_api.h")

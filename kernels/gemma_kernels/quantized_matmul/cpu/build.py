@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SOURCES = ("matmul.c", "tiles.h", "xla_ffi_c_api.h")
+SOURCES = ("matmul.c", "tiles.h", "xla_ffi.h")
 # No instructions are named here: the library holds several sets, and chooses when it runs.
 FLAGS = ("-O3", "-std=gnu11", "-g0", "-shared", "-fvisibility=hidden", "-Wno-psabi")
 NOT_ON_WINDOWS = ("-fPIC",)

@@ -17,7 +17,7 @@
 #define yield_thread() sched_yield()
 #define EXPORT __attribute__((visibility("default")))
 #endif
-#include "xla_ffi_c_api.h"
+#include "xla_ffi.h"
 
 #define INLINE __attribute__((always_inline)) static inline
 enum { AHEAD = 2048, BLOCK = 64 };  // bytes to fetch ahead; rows of activations that caches hold
