@@ -10,11 +10,10 @@
 #include <string.h>
 #ifdef _WIN32
 #include <windows.h>
-#define yield_thread() SwitchToThread()
 #define EXPORT __declspec(dllexport)
 #else
 #include <sched.h>
-#define yield_thread() sched_yield()
+#include <time.h>
 #define EXPORT __attribute__((visibility("default")))
 #endif
 #include "xla_ffi.h"
@@ -379,6 +378,24 @@ static void help_and_release(void* work) {
   release(work);
 }
 
+// For those who began and have not finished: a few cycles; then, as somebody else seems to have the core
+// of one of them, the core that waits is given to others too, and at last the wait is a sleep.
+static void wait(int turn) {
+#if defined(__x86_64__)
+  if (turn < 200) {
+    __builtin_ia32_pause();
+    return;
+  }
+#endif
+#ifdef _WIN32
+  SwitchToThread();
+#else
+  const struct timespec moment = {0, 20000};
+  if (turn < 400) sched_yield();
+  else nanosleep(&moment, NULL);
+#endif
+}
+
 // Does `count` rows or tiles in chunks of at least `least` on as many threads as there are.
 static int together(XLA_FFI_CallFrame* f, const Product* p, const Instructions* use, int rounding, long count,
                     long least) {
@@ -405,12 +422,7 @@ static int together(XLA_FFI_CallFrame* f, const Product* p, const Instructions* 
     f->api->XLA_FFI_Error_Destroy(&gone);
   }
   help(w);
-  for (int turn = 0; __atomic_load_n(&w->done, __ATOMIC_ACQUIRE) < w->chunks; turn++) {
-    if (turn > 200) yield_thread();  // somebody else has the core of a helper
-#if defined(__x86_64__)
-    else __builtin_ia32_pause();
-#endif
-  }
+  for (int turn = 0; __atomic_load_n(&w->done, __ATOMIC_ACQUIRE) < w->chunks; turn++) wait(turn);
   release(w);
   return 1;
 }
