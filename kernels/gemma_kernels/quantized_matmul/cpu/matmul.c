@@ -115,12 +115,12 @@ INLINE void dots_plain(v8i* acc, const v32* u, const int8_t* x, int N, int quads
 #include "tiles.h"
 
 // ---- Sets of instructions: functions between WITH(...) and END may use them ----
-#define TEXT(x) #x
+#define QUOTED(x) #x
 #ifdef __clang__
-#define WITH(set) _Pragma(TEXT(clang attribute push(__attribute__((target(set))), apply_to = function)))
+#define WITH(set) _Pragma(QUOTED(clang attribute push(__attribute__((target(set))), apply_to = function)))
 #define END _Pragma("clang attribute pop")
 #else
-#define WITH(set) _Pragma("GCC push_options") _Pragma(TEXT(GCC target(set)))
+#define WITH(set) _Pragma("GCC push_options") _Pragma(QUOTED(GCC target(set)))
 #define END _Pragma("GCC pop_options")
 #endif
 
@@ -380,7 +380,7 @@ static void help_and_release(void* work) {
 
 // For those who began and have not finished: a few cycles; then, as somebody else seems to have the core
 // of one of them, the core that waits is given to others too, and at last the wait is a sleep.
-static void wait(int turn) {
+static void wait_a_turn(int turn) {
 #if defined(__x86_64__)
   if (turn < 200) {
     __builtin_ia32_pause();
@@ -422,7 +422,7 @@ static int together(XLA_FFI_CallFrame* f, const Product* p, const Instructions* 
     f->api->XLA_FFI_Error_Destroy(&gone);
   }
   help(w);
-  for (int turn = 0; __atomic_load_n(&w->done, __ATOMIC_ACQUIRE) < w->chunks; turn++) wait(turn);
+  for (int turn = 0; __atomic_load_n(&w->done, __ATOMIC_ACQUIRE) < w->chunks; turn++) wait_a_turn(turn);
   release(w);
   return 1;
 }
