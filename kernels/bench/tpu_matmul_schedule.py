@@ -13,7 +13,7 @@ what is stored as Markdown, layers as sums over their matrices; `--check` compil
 if a product needs 3 % more cycles than stored; where it checks all rows, it stores the hash of the
 kernels' source, which a fast test compares.
 
-Local letters: R rows; I inputs; O outputs.
+Local letters: R rows; I inputs; O outputs; E groups of inputs.
 """
 
 import argparse

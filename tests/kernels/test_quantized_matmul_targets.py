@@ -59,6 +59,19 @@ def test_compiles_and_copies_no_weights(chip, name):
     assert memory.temp_size_in_bytes < 2**18 + 2 * spread + 8 * R * O
 
 
+@pytest.mark.parametrize("chip", nightly(*CHIPS))
+def test_a_table_in_rows_is_not_copied(chip):
+    """That of Gemma 3 4B, whose width is no multiple of 128; but for its scales."""
+    V, D = 262_208, 2_560
+    arrays = array(V, D, dtype="int8"), array(V, D // 32, dtype="float16")
+
+    def head(x_RI, *arrays):
+        return quantized_matmul(x_RI, QuantizedMatrix(*arrays), implementation="tpu")
+
+    memory = lower(head, chip, array(1, D, dtype="bfloat16"), *arrays).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < V * D // 10
+
+
 @pytest.mark.parametrize("chip", ["tpu7x", *nightly("v5e", "v5p", "v6e")])
 def test_a_layer_of_a_stack_is_not_copied(chip):
     """A loop over the layers reads each where it lies."""

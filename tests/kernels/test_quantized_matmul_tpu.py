@@ -134,6 +134,16 @@ def test_activations_rounded_to_int8():
     assert not np.array_equal(y_RO, run(x_RI, w))
 
 
+@pytest.mark.parametrize("R, O, group", [(1, 320, 32), (3, 256, 384)])
+def test_few_rows_with_a_matrix_in_rows(R, O, group):
+    w, x_RI = matrix(O, 384, group), activations(R, 384)
+    stack = jax.tree.map(lambda a: jnp.stack([a, a]), w)
+    product = jax.jit(partial(quantized_matmul_tpu, interpret=True))
+    y_RO = product(x_RI, w)
+    assert_close(y_RO, x_RI, w)
+    np.testing.assert_array_equal(product(x_RI, stack, layer=jnp.int32(1)), y_RO)
+
+
 def test_a_second_run_gives_the_same_bits():
     w, x_RI = matrix(256, 256, 32), activations(3, 256)
     np.testing.assert_array_equal(run(x_RI, w), run(x_RI, w))
@@ -170,7 +180,8 @@ def test_columns_are_the_same_matrix():
 
 REFUSED = {
     "activations are float32": (jnp.ones((1, 128)), {}),
-    "weights lie in rows": (activations(1, 128), dict(columns=False)),
+    "weights lie in rows; with 9 activations": (activations(9, 128), dict(columns=False)),
+    "weights lie in tiles": (activations(1, 128), dict(columns=False, tiled=True)),
     "codes stand for values of a table": (activations(1, 128), dict(table=jnp.ones(16))),
     "160 inputs": (activations(1, 160), {}),
     "200 outputs": (activations(1, 128), dict(O=200)),
@@ -185,6 +196,7 @@ def test_what_it_does_not_serve_is_refused(reason):
     w = matrix(facts.get("O", 256), x_RI.shape[1], facts.get("group", 32))
     w = QuantizedMatrix(w.codes, w.scale, table=facts.get("table"))
     w = w.to_columns() if facts.get("columns", True) else w
+    w = w.to_tiles() if facts.get("tiled") else w
     with pytest.raises(NotImplementedError, match=reason):
         quantized_matmul_tpu(x_RI, w, interpret=True)
 

@@ -1,8 +1,9 @@
 """Products with quantised matrices on TPU, as Pallas kernels: which of them, and for what.
 
-Up to `FEW` rows of activations, as in decoding, take `tpu_sums.py`, more `tpu_widen.py`. Both ask
-for weights with inputs before outputs (`columns` in `form.py`), as the matrix unit takes them:
-loading them transposed takes twice as long.
+Up to `FEW` rows of activations, as in decoding, take `tpu_sums.py`, more `tpu_widen.py`. Both want
+weights with inputs before outputs (`columns` in `form.py`), as the matrix unit takes them. The
+first serves `rows` too, as of tables, but they are loaded transposed, which takes up to twice as
+long.
 
 Local letters: R rows; I inputs.
 """
@@ -66,12 +67,13 @@ def _check(x_RI: jax.Array, w: QuantizedMatrix) -> None:
     (R, I), O, group = x_RI.shape, w.shape[-2], w.group
     if x_RI.dtype != jnp.bfloat16:
         raise NotImplementedError(f"activations are {x_RI.dtype}; it takes bfloat16")
-    if not w.columns:
-        layout = "tiles" if w.tiled else "rows"
-        raise NotImplementedError(f"weights lie in {layout}; it takes columns (to_columns)")
+    if w.tiled:
+        raise NotImplementedError("weights lie in tiles; it takes columns (to_columns)")
+    if R > FEW and not w.columns:
+        raise NotImplementedError(f"weights lie in rows; with {R} activations it takes columns")
     if w.table is not None:
         raise NotImplementedError("codes stand for values of a table; it takes them as numbers")
-    if I % LANES or O % LANES:
+    if I % LANES or (O % LANES and w.columns):
         # Arrays of other widths may lie transposed in memory, and would be copied.
         raise NotImplementedError(f"{I} inputs, {O} outputs; it takes multiples of {LANES}")
     if LANES % group and group % LANES:

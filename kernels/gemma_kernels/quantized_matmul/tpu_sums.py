@@ -48,7 +48,7 @@ from gemma_kernels.quantized_matmul.tpu_factors import (
     to_float32,
 )
 
-CHUNK = 256
+CHUNK = 256  # outputs that are summed up together
 # Codes of a step, by inputs of a matrix unit's pass: chips with larger ones have faster memory.
 STEP_BYTES = {128: 2 * 2**20, 256: 4 * 2**20}
 BASE = 128  # of a digit
@@ -68,6 +68,7 @@ class _Plan:
       groups: Of a tile; 1, 2, 4 or 8.
       outputs: Of a step.
       product: Dtype in which codes enter the matrix unit.
+      columns: Whether inputs come before outputs.
     """
 
     rows: int
@@ -77,6 +78,7 @@ class _Plan:
     groups: int
     outputs: int
     product: jnp.dtype
+    columns: bool
 
     @property
     def integers(self) -> bool:
@@ -137,12 +139,15 @@ def few_rows(
         groups=groups,
         outputs=outputs or default_outputs(I, O, w.bits, mxu, cores),
         product=jnp.dtype(product),
+        columns=w.columns,
     )
     x_RI = jnp.pad(x_RI, ((0, plan.rows - R), (0, 0)))
-    arrays = [w.codes, *(loadable(a) for a in (w.scale, w.offset) if a is not None)]
-    arrays = [a.reshape(-1, *a.shape[-2:]) for a in arrays]
+    arrays = [a.reshape(-1, *a.shape[-2:]) for a in (w.codes, w.scale, w.offset) if a is not None]
+    codes, *factors = arrays
+    if not w.columns:  # factors are few, and rather transposed
+        factors = [lax.dynamic_index_in_dim(a, layer, 0).mT for a in factors]
     spread = _spread(x_RI, plan, w.offset is not None)
-    return _run(layer, spread, arrays, plan, interpret)[:R]
+    return _run(layer, spread, codes, list(map(loadable, factors)), plan, interpret)[:R]
 
 
 def default_outputs(I: int, O: int, bits: int, mxu: int, cores: int) -> int:
@@ -192,23 +197,26 @@ def _digits(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return high.astype(jnp.int8), (number - high * BASE).astype(jnp.int8), unit
 
 
-def _run(layer, spread, arrays, plan: _Plan, interpret) -> jax.Array:
-    """`[R, O]` float32; `arrays` are codes, scales and perhaps offsets, `[L, I or E, O]`."""
-    O, offsets = arrays[0].shape[2], len(arrays) > 2
+def _run(layer, spread, codes, factors_LEO, plan: _Plan, interpret) -> jax.Array:
+    """`[R, O]` float32; codes `[L, I, O]` or `[L, O, I]`, factors perhaps of one layer alone."""
+    O, offsets = factors_LEO[0].shape[2], len(factors_LEO) > 1
 
     def whole(a):
         return pl.BlockSpec(a.shape, lambda step, layer: (0,) * a.ndim)
 
     def columns(a):
-        return pl.BlockSpec((None, a.shape[1], plan.outputs), lambda i, layer: (layer[0], 0, i))
+        own = (lambda layer: layer[0]) if len(a) > 1 else (lambda layer: 0)
+        return pl.BlockSpec((None, a.shape[1], plan.outputs), lambda i, layer: (own(layer), 0, i))
 
+    rows = pl.BlockSpec((None, plan.outputs, plan.inputs), lambda i, layer: (layer[0], i, 0))
+    codes_spec = columns(codes) if plan.columns else rows
     wide = pltpu.VMEM((plan.tiles, SUBLANES, plan.outputs), jnp.float32)
     return pl.pallas_call(
         partial(_kernel, plan=plan, offsets=offsets),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(pl.cdiv(O, plan.outputs),),
-            in_specs=[*map(whole, spread), *map(columns, arrays)],
+            in_specs=[*map(whole, spread), codes_spec, *map(columns, factors_LEO)],
             out_specs=pl.BlockSpec((plan.rows, plan.outputs), lambda step, layer: (0, step)),
             scratch_shapes=[[wide] * (1 + offsets)],
         ),
@@ -218,7 +226,7 @@ def _run(layer, spread, arrays, plan: _Plan, interpret) -> jax.Array:
         ),
         interpret=interpret,
         name="quantized_matmul",
-    )(layer[None], *spread, *arrays)
+    )(layer[None], *spread, codes, *factors_LEO)
 
 
 def _kernel(layer, *refs, plan: _Plan, offsets: bool):
@@ -263,9 +271,12 @@ def _group_sums(operands, codes_ref, tile, chunk, plan: _Plan, offsets: bool) ->
     """Of a tile: what scales apply to, `[M, outputs]`, and what offsets do, `[M, 1]`."""
     x_ref, start = operands[0], tile * plan.depth
     depth = min(plan.depth, plan.inputs - start)
+    inputs = pl.ds(start, depth)
+    codes = codes_ref[inputs, chunk] if plan.columns else codes_ref[chunk, inputs]
     sum_MO = lax.dot_general(
-        x_ref[tile, :, :depth], codes_ref[pl.ds(start, depth), chunk].astype(plan.product),
-        (((1,), (0,)), ((), ())), precision=lax.Precision.DEFAULT,  # others may be set outside
+        x_ref[tile, :, :depth], codes.astype(plan.product),
+        (((1,), (0 if plan.columns else 1,)), ((), ())),
+        precision=lax.Precision.DEFAULT,  # others may be set outside
         preferred_element_type=jnp.int32 if plan.integers else jnp.float32,
     )  # fmt: skip
     if plan.integers:
