@@ -26,6 +26,7 @@ from gemma_jax.encoder_config import (
     VisionConfig,
 )
 from gemma_jax.runtime import Runtime
+from gemma_jax.weights.protocol import dense
 from gemma_jax.weights.tree import map_params
 
 WINDOW = 8
@@ -220,3 +221,15 @@ def _restack(old, new) -> None:
 
 def tokens(cfg: GemmaConfig, batch: int, length: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(3, cfg.vocab_size, (batch, length), np.int32)
+
+
+def whole_groups(layout: str = "scan", **changes) -> Gemma:
+    """A Gemma 3 whose inputs are whole groups of 32; F is four of them."""
+    cfg = gemma3(layers=3, **(dict(d_model=64, head_dim=32, num_kv_heads=4) | changes))
+    layers = tuple(replace(spec, d_ff=128) for spec in cfg.layers)
+    return model(replace(cfg, layers=layers), layout)
+
+
+def widened(model: Gemma) -> Gemma:
+    """The model with an array in the place of every stand-in."""
+    return map_params(model, lambda param: dense(param.get_value()))

@@ -22,9 +22,7 @@ MIX = {"embed.*": "int8", "*.ffn.*": "int4:64", "*.attn.q.w": "int4:channel"}
 
 
 def model(layout="scan"):
-    cfg = tiny.gemma3(layers=3, d_model=64, head_dim=32, num_kv_heads=4)
-    layers = tuple(replace(spec, d_ff=128) for spec in cfg.layers)
-    return tiny.relayout(tiny.model(replace(cfg, layers=layers), "scan"), layout)
+    return tiny.relayout(tiny.whole_groups("scan"), layout)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@
 wherever weights go.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -76,13 +76,6 @@ class Blocks(StandIn):
         return Blocks(dims + "_", dims)
 
 
-def of_whole_blocks(layout="scan"):
-    """Every input is a whole number of blocks; F is four of them."""
-    cfg = tiny.gemma3(layers=3, d_model=64, head_dim=32, num_kv_heads=4)
-    layers = tuple(replace(spec, d_ff=4 * BLOCK) for spec in cfg.layers)
-    return tiny.model(replace(cfg, layers=layers), layout)
-
-
 def is_matrix(path, param):
     return bool(param.get_metadata().get("inputs"))
 
@@ -91,40 +84,40 @@ def in_blocks(model):
     return map_params(model, lambda param: Blocks.of(param.get_value()), is_matrix)
 
 
-def widened(model):
-    return map_params(model, lambda param: dense(param.get_value()))
-
-
 @pytest.fixture(scope="module", params=["scan", "unrolled"])
 def model(request):
-    return in_blocks(of_whole_blocks(request.param))
+    return in_blocks(tiny.whole_groups(request.param))
 
 
 @pytest.fixture(scope="module")
 def unrolled():
-    return in_blocks(of_whole_blocks("unrolled"))
+    return in_blocks(tiny.whole_groups("unrolled"))
 
 
 def test_blocks_compute_what_the_widened_model_does(model):
     tokens = tiny.tokens(model.cfg, 2, 19)
     logits = forward(model, tokens).logits
-    np.testing.assert_allclose(logits, forward(widened(model), tokens).logits, atol=ATOL)
-    plain = forward(tiny.relayout(of_whole_blocks(), "unrolled"), tokens).logits
+    np.testing.assert_allclose(logits, forward(tiny.widened(model), tokens).logits, atol=ATOL)
+    plain = forward(tiny.relayout(tiny.whole_groups(), "unrolled"), tokens).logits
     error = jnp.abs(
-        forward(in_blocks(tiny.relayout(of_whole_blocks(), "unrolled")), tokens).logits - plain
+        forward(in_blocks(tiny.relayout(tiny.whole_groups(), "unrolled")), tokens).logits - plain
     )
     assert 0 < error.mean() < 0.1 * jnp.std(plain)
 
 
 def test_blocks_write_what_the_widened_model_does(model):
     prompts = tiny.tokens(model.cfg, 2, 9).tolist()
-    ours, theirs = (generate(m, None, prompts, max_new_tokens=6) for m in (model, widened(model)))
+    ours, theirs = (
+        generate(m, None, prompts, max_new_tokens=6) for m in (model, tiny.widened(model))
+    )
     assert [done.token_ids for done in ours] == [done.token_ids for done in theirs]
 
 
 def test_the_loss_of_a_table_in_blocks(unrolled):
     tokens = tiny.tokens(unrolled.cfg, 2, 9)
-    np.testing.assert_allclose(loss(unrolled, tokens), loss(widened(unrolled), tokens), rtol=1e-5)
+    np.testing.assert_allclose(
+        loss(unrolled, tokens), loss(tiny.widened(unrolled), tokens), rtol=1e-5
+    )
 
 
 def test_slices_in_whole_blocks(unrolled):
@@ -134,7 +127,7 @@ def test_slices_in_whole_blocks(unrolled):
     small, view = matformer.slice(unrolled, submodel), matformer.at(unrolled, submodel)
     assert small.blocks[0][0].ffn.down.w.get_value().codes.shape == (1, 64, 2, BLOCK)
     assert small.blocks[0][0].ffn.up.w.get_value().codes.shape == (1, 64, 2, BLOCK)
-    expected = forward(matformer.slice(widened(unrolled), submodel), tokens).logits
+    expected = forward(matformer.slice(tiny.widened(unrolled), submodel), tokens).logits
     for other in (small, view):
         np.testing.assert_allclose(forward(other, tokens).logits, expected, atol=ATOL)
 
@@ -177,7 +170,7 @@ def test_blocks_are_not_exported(unrolled, save, tmp_path):
 
 def test_plans_count_entries_and_not_codes(unrolled):
     work = Work("decode", batch=1, context=8)
-    counts = {costs.operations(m.cfg, m, work) for m in (unrolled, widened(unrolled))}
+    counts = {costs.operations(m.cfg, m, work) for m in (unrolled, tiny.widened(unrolled))}
     assert len(counts) == 1
 
 

@@ -13,7 +13,7 @@ from marks import nightly
 import gemma_jax as gj
 from gemma_jax import forward, generate, matformer
 from gemma_jax.placement import shard
-from gemma_jax.quantisation import keep_matrix, quantise, store_weights
+from gemma_jax.quantisation import keep_matrix, quantise
 from gemma_jax.sharding import TRAINING, make_mesh
 from gemma_jax.weights import quantized as module
 from gemma_jax.weights.contract import contract
@@ -37,17 +37,6 @@ EQUATIONS = {
     "BTNH,DNH->BTD": (16, 8, 16),
     "BTD,VD->BTV": (64, 128),
 }
-
-
-def of_whole_groups(layout="scan", **changes):
-    """Inputs are whole groups of 32, F is four of them."""
-    cfg = tiny.gemma3(layers=3, d_model=64, head_dim=32, num_kv_heads=4, **changes)
-    layers = tuple(replace(spec, d_ff=128) for spec in cfg.layers)
-    return tiny.model(replace(cfg, layers=layers), layout)
-
-
-def widened(model):
-    return map_params(model, lambda param: dense(param.get_value()))
 
 
 def in_rows(model):
@@ -191,9 +180,9 @@ def test_tiles_across_rows_of_heads_become_rows():
 @pytest.mark.parametrize("layout", ["scan", "unrolled"])
 @pytest.mark.parametrize("storage", ["int4", *nightly("int8:32", "int4:channel")])
 def test_models_compute_what_the_widened_ones_do(layout, storage):
-    model = quantise(of_whole_groups(layout), storage)
+    model = quantise(tiny.whole_groups(layout), storage)
     tokens = tiny.tokens(model.cfg, 2, 19)
-    expected = forward(widened(model), tokens).logits
+    expected = forward(tiny.widened(model), tokens).logits
     for other in (model, in_rows(model)):
         np.testing.assert_allclose(forward(other, tokens).logits, expected, atol=ATOL)
 
@@ -211,12 +200,12 @@ def test_gemma3n_with_its_table_and_mixed_storages():
     table = model.per_layer.table.get_value()
     assert table.shape == (88, 4, 32) and not table.matrix.tiled  # of four rows, not of eight
     tokens = tiny.tokens(cfg, 2, 9)
-    expected = forward(widened(model), tokens).logits
+    expected = forward(tiny.widened(model), tokens).logits
     np.testing.assert_allclose(forward(model, tokens).logits, expected, atol=ATOL)
 
 
 def test_every_layout_writes_the_same_text():
-    stacked = quantise(of_whole_groups("scan"), {"embed.*": "int8", "*": "int4"})
+    stacked = quantise(tiny.whole_groups("scan"), {"embed.*": "int8", "*": "int4"})
     model, prompts = tiny.relayout(stacked, "unrolled"), tiny.tokens(stacked.cfg, 2, 9).tolist()
     assert model.embed.table.get_value().matrix.tiled
     done = [
@@ -227,19 +216,19 @@ def test_every_layout_writes_the_same_text():
 
 
 def test_the_loss_of_a_quantised_table():
-    model = quantise(of_whole_groups(), "int4:64")
+    model = quantise(tiny.whole_groups(), "int4:64")
     tokens = tiny.tokens(model.cfg, 2, 9)
-    expected = gj.loss(widened(model), tokens)
+    expected = gj.loss(tiny.widened(model), tokens)
     for other in (model, in_rows(model)):
         np.testing.assert_allclose(gj.loss(other, tokens), expected, rtol=1e-5)
 
 
 def test_slices_and_views_in_whole_groups():
     """F is an output of gate and up, and the input of down."""
-    model = quantise(of_whole_groups("unrolled"), "int4:32")
+    model = quantise(tiny.whole_groups("unrolled"), "int4:32")
     tokens = tiny.tokens(model.cfg, 2, 9)
     submodel = matformer.Slice(ffn_widths=(32, 96, 128))
-    expected = forward(matformer.slice(widened(model), submodel), tokens).logits
+    expected = forward(matformer.slice(tiny.widened(model), submodel), tokens).logits
     for cut in (matformer.slice, matformer.at):
         found = forward(cut(model, submodel), tokens).logits
         np.testing.assert_allclose(found, expected, atol=ATOL)
@@ -253,9 +242,9 @@ def test_slices_and_views_in_whole_groups():
 
 
 def test_per_channel_slices_go_through_anything():
-    model = quantise(of_whole_groups("unrolled"), "int8")
+    model = quantise(tiny.whole_groups("unrolled"), "int8")
     submodel, tokens = matformer.Slice(ffn_widths=(41, 52, 128)), tiny.tokens(model.cfg, 1, 9)
-    expected = forward(matformer.slice(widened(model), submodel), tokens).logits
+    expected = forward(matformer.slice(tiny.widened(model), submodel), tokens).logits
     found = forward(matformer.at(model, submodel), tokens).logits
     np.testing.assert_allclose(found, expected, atol=ATOL)
 
@@ -265,7 +254,7 @@ def test_per_channel_slices_go_through_anything():
     "sizes, rules", [(dict(tensor=4), None), *nightly((dict(fsdp=2, tensor=2), TRAINING))]
 )
 def test_on_four_devices(sizes, rules, rows):
-    model = quantise(of_whole_groups(), {"blocks.*.ffn.*": "int4:32", "*": "int8"})
+    model = quantise(tiny.whole_groups(), {"blocks.*.ffn.*": "int4:32", "*": "int8"})
     model = in_rows(model) if rows else model
     tokens = tiny.tokens(model.cfg, 4, 19)
     split = shard(model, make_mesh(model.cfg, jax.devices()[:4], **sizes), rules)
@@ -280,7 +269,7 @@ def test_on_four_devices(sizes, rules, rows):
 @pytest.mark.parametrize("rows", [False, True], ids=["tiles", "rows"])
 def test_groups_that_do_not_divide_leave_a_matrix_whole(rows):
     """Four devices share 128 channels, but not two groups of 64: codes and scales stay together."""
-    model = quantise(of_whole_groups(), {"*": "int4:64"})
+    model = quantise(tiny.whole_groups(), {"*": "int4:64"})
     model = in_rows(model) if rows else model
     split = shard(model, make_mesh(model.cfg, jax.devices()[:4], tensor=4))
     down, up = (getattr(split.blocks[0][0].ffn, name).w.get_value() for name in ("down", "up"))
@@ -299,225 +288,3 @@ def test_a_part_of_a_part():
     expected = dense(weight)[(1, 4), :, :64]
     np.testing.assert_array_equal(dense(part), expected)
     np.testing.assert_array_equal(part.head_rows().dense().reshape(expected.shape), expected)
-
-
-# ---- Columns, as TPUs want them ----
-
-
-@pytest.fixture
-def in_columns(monkeypatch):
-    """Makes weights as on a TPU; products are XLA's."""
-    monkeypatch.setattr(module, "target_platform", lambda: "tpu")
-
-
-LARGE = {"BTD,NHD->BTNH": (4, 64, 128), "BTNH,DNH->BTD": (128, 4, 64)}
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("equation", LARGE)
-def test_columns_hold_the_same(in_columns, equation, form):
-    num_inputs = 1 if equation.startswith("BTD") else 2
-    array, options = array_of(LARGE[equation]), FORMS[form]
-    rows = QuantizedWeight.rounded(array, num_inputs, *options)
-    weight = QuantizedWeight.rounded(array, num_inputs, *options, looked_up=False)
-    assert weight.matrix.columns and not rows.matrix.columns and weight.shape == array.shape
-    assert weight.nbytes == rows.nbytes
-    wide = dense(rows)
-    np.testing.assert_array_equal(dense(weight), wide)
-    np.testing.assert_array_equal(dense(weight.in_rows()), wide)
-    np.testing.assert_array_equal(lookup(weight, jnp.array([[3, 0]])), wide[jnp.array([[3, 0]])])
-    x = array_of((2, 3, *array.shape[-num_inputs:]), seed=1)
-    expected = jnp.einsum(equation, x, wide, precision="highest")
-    np.testing.assert_allclose(contract(equation, x, weight), expected, atol=1e-4)
-    for axis, index in ((-3, 2), (-3, (1, 3)), (-2, 64), (-1, 64)):
-        if weight.shape[axis] < (index if isinstance(index, int) else 4):
-            continue
-        if axis == -2 and num_inputs == 2:
-            index = 2
-        taken = take(weight, axis, index)
-        np.testing.assert_array_equal(dense(taken), take(wide, axis, index))
-    stacked = QuantizedWeight.rounded(
-        jnp.stack([array, 2 * array]), num_inputs, *options, looked_up=False, num_stacked=1
-    )
-    assert stacked.matrix.columns and len(stacked.matrix.shape) == 3
-    for i in range(2):
-        layer = stacked.at_layer(jnp.int32(i))
-        assert layer.shape == array.shape
-        np.testing.assert_array_equal(dense(layer), dense(stacked)[i])
-        np.testing.assert_allclose(contract(equation, x, layer), (1 + i) * expected, atol=1e-3)
-
-
-@pytest.mark.parametrize("axes", [dict(tensor=4), *nightly(dict(fsdp=2, tensor=2))], ids=str)
-def test_columns_on_a_mesh(in_columns, axes):
-    """Two key heads are whole on four devices, though their channels would divide."""
-    cfg = tiny.gemma3(layers=3, d_model=128, num_heads=4, head_dim=64)
-    cfg = replace(cfg, layers=tuple(replace(spec, d_ff=256) for spec in cfg.layers))
-    flat = jax.make_mesh(
-        tuple(axes.values()),
-        tuple(axes),
-        axis_types=(jax.sharding.AxisType.Auto,) * len(axes),
-        devices=jax.devices()[:4],
-    )
-    model = quantise(tiny.model(cfg), {"embed.*": "int8", "*": "int4"})
-    split = shard(model, flat, TRAINING if "fsdp" in axes else None)
-    attention, ffn = split.blocks[0][0].attn, split.blocks[0][0].ffn
-    parts = {
-        name: array.size // array.addressable_shards[0].data.size
-        for name, param in (("k", attention.k.w), ("q", attention.q.w), ("down", ffn.down.w))
-        for array in [param.get_value().matrix.codes]
-    }
-    assert parts == ({"k": 1, "q": 4, "down": 4} if "fsdp" not in axes else dict.fromkeys(parts, 4))
-    tokens = tiny.tokens(cfg, 4, 9)
-    expected = forward(model, tokens).logits
-    np.testing.assert_allclose(forward(split, tokens).logits, expected, atol=ATOL)
-
-
-def test_columns_are_saved_as_rows(in_columns, monkeypatch, tmp_path):
-    cfg = tiny.gemma3(layers=3, d_model=128, num_heads=4, head_dim=64)
-    cfg = replace(cfg, layers=tuple(replace(spec, d_ff=256) for spec in cfg.layers))
-    model = quantise(tiny.model(cfg), "int4")
-    folder = str(gj.save(model, None, tmp_path / "out"))
-    assert gj.load_model(folder, layout="scan").blocks[0][0].ffn.up.w.get_value().matrix.columns
-    monkeypatch.undo()
-    again = gj.load_model(folder, layout="scan").blocks[0][0].ffn.up.w.get_value()
-    assert again.matrix.tiled
-    np.testing.assert_array_equal(dense(again), dense(model.blocks[0][0].ffn.up.w.get_value()))
-
-
-def test_a_scan_reads_layers_where_they_lie(monkeypatch):
-    """No product is given a layer that was cut out of its stack."""
-    given = []
-
-    def product(x_RI, w, *, layer=None, **options):
-        given.append((layer is not None, len(w.shape)))
-        return original(x_RI, w, layer=layer, **options)
-
-    original = module.quantized_matmul
-    monkeypatch.setattr(module, "quantized_matmul", product)
-    model = quantise(of_whole_groups("scan"), "int4")
-    jax.eval_shape(lambda m: forward(m, tiny.tokens(m.cfg, 1, 5)).logits, model)
-    assert (True, 3) in given
-    assert {stacked == (rank == 3) for stacked, rank in given} == {True}
-
-
-# ---- Rules by name ----
-
-
-@pytest.fixture(scope="module")
-def model():
-    return of_whole_groups("unrolled")
-
-
-def kinds(model):
-    blocks = model.blocks[0]
-    found = {"embed": model.embed.table, "q": blocks[0].attn.q.w, "down": blocks[1].ffn.down.w}
-    return {name: type(p.get_value()).__name__ for name, p in found.items()} | {
-        name: p.get_value().matrix.bits
-        for name, p in found.items()
-        if isinstance(p.get_value(), QuantizedWeight)
-    }
-
-
-def test_the_first_pattern_that_fits_decides(model):
-    small = quantise(model, {"blocks.1.ffn.*": "int8", "*.ffn.*": "int4", "embed.*": "bfloat16"})
-    assert kinds(small) == {"embed": "StoredWeight", "q": "ArrayImpl", "down": 8}
-    assert small.blocks[0][0].ffn.up.w.get_value().matrix.bits == 4
-    assert isinstance(small.final_norm.scale.get_value(), jax.Array)
-    assert kinds(quantise(small, "int4")) == {"embed": 4, "q": 4, "down": 4}
-
-
-@pytest.mark.parametrize(
-    "storage, message",
-    [
-        ("int3", "storage='int3' must be 'float32', 'bfloat16', 'int8', "),
-        ("stored", "storage='stored' must be "),
-        ({"*": "q4_0"}, "storage='q4_0' must be "),
-        (
-            {"head.*": "int8"},
-            r"pattern 'head\.\*' decides on no matrix: none is called so, or an",
-        ),
-        ({"*": "int8", "embed.*": "int4"}, r"pattern 'embed\.\*' decides on no matrix"),
-        (
-            {"*.scale": "int8"},
-            r"'\*\.scale' decides on no matrix.* names are such as blocks\.0",
-        ),
-    ],
-)
-def test_rules_that_cannot_be_kept(model, storage, message):
-    with pytest.raises(ValueError, match=message) as error:
-        quantise(model, storage)
-    assert "\n" not in str(error.value)
-
-
-def test_groups_that_do_not_divide_the_inputs_are_refused_by_name():
-    model = tiny.model(tiny.gemma3(3))  # 48 channels
-    with pytest.raises(ValueError) as error:
-        quantise(model, "int4")
-    assert str(error.value).startswith(
-        "blocks.0.ffn.down.w has 48 inputs, which groups of 32 (int4) do not divide; give it "
-        'another storage, as in {"blocks.0.ffn.down.w": "int8", "*": "int4"}'
-    )
-    mixed = quantise(model, {"*.ffn.down.w": "int8", "*": "int4"})
-    assert mixed.blocks[0][0].ffn.down.w.get_value().matrix.bits == 8
-
-
-def test_layers_that_share_an_array_share_a_storage():
-    with pytest.raises(ValueError, match=r'blocks\.\d\..* lie in one array.*layout="unrolled"'):
-        quantise(of_whole_groups("scan"), {"blocks.0.*": "int8", "*": "int4"})
-
-
-def test_one_name_for_all_keeps_towers_and_streams_per_channel():
-    """Nothing divides the inputs of a patch, and streams are four."""
-    cfg = tiny.gemma3n(3, 0)
-    layers = tuple(replace(spec, d_ff=64) for spec in cfg.layers)
-    cfg = replace(cfg, layers=layers, laurel_rank=32, per_layer=replace(cfg.per_layer, width=32))
-    small = quantise(tiny.model(cfg), "int4")
-    block = small.blocks[0][0]
-    assert block.altup.router.w.get_value().matrix.bits == 8
-    assert block.ffn.up.w.get_value().matrix.bits == 4
-    seeing = of_whole_groups(vision=tiny.vision())
-    tower = quantise(seeing, "int4:64").vision.tower
-    assert tower.patches.proj.w.get_value().matrix.bits == 8
-
-
-def test_the_report_says_what_each_matrix_loses(model):
-    rules = {"embed.*": "int8", "blocks.1.*": "int4:64", "*.ffn.*": "bfloat16"}
-    errors = gj.quantisation_errors(model, rules)
-    small = quantise(model, rules)
-    for name, param in (
-        ("embed.table", lambda m: m.embed.table),
-        ("blocks.1.ffn.down.w", lambda m: m.blocks[0][1].ffn.down.w),
-        ("blocks.2.ffn.up.w", lambda m: m.blocks[0][2].ffn.up.w),
-    ):
-        wide, found = (np.asarray(dense(param(m).get_value())) for m in (model, small))
-        error = np.abs(found - wide)
-        assert errors[name].largest == pytest.approx(error.max(), rel=1e-5)
-        assert errors[name].relative == pytest.approx(
-            np.sqrt(np.mean(error**2) / np.mean(wide**2)), rel=1e-4
-        )
-    assert "blocks.0.attn.q.w" not in errors
-    bits = {e.storage: e.bits_per_weight for e in errors.values()}
-    assert bits == {"int8": 8.5, "int4:64": 4.5, "bfloat16": 16}
-    stacked = gj.quantisation_errors(of_whole_groups("scan"), "int8")
-    assert {"blocks.0.attn.q.w", "blocks.1.attn.q.w", "blocks.2.attn.q.w"} <= stacked.keys()
-
-
-def test_errors_are_found_before_anything_is_read():
-    abstract = jax.eval_shape(lambda: tiny.model(tiny.gemma3(3)))
-    with pytest.raises(ValueError, match="has 48 inputs"):
-        store_weights("int4")(abstract)
-
-
-def test_activations_of_whole_numbers(model):
-    """The option goes into every product, and moves the numbers a little."""
-    plain, rounded = (quantise(model, "int8", activations=a) for a in ("float", "int8"))
-    tokens = tiny.tokens(model.cfg, 1, 9)
-    ours, theirs = (forward(m, tokens).logits for m in (rounded, plain))
-    assert 0 < float(jnp.abs(ours - theirs).mean()) < 0.05
-    with pytest.raises(ValueError, match="activations='int4' must be 'float' or 'int8'"):
-        quantise(model, "int8", activations="int4")
-
-
-def test_quantised_weights_are_not_trained(model):
-    with pytest.raises(ValueError, match=r"QuantizedWeight .*\.w has no gradient"):
-        gj.trainable(quantise(model, "int4"))
