@@ -150,6 +150,24 @@ def test_light_imports(module):
     assert fresh(f"import sys, {module}; print(*(m for m in {heavy} if m in sys.modules))") == ""
 
 
+def test_generate_imports_what_it_needs():
+    """Not the readers of other formats, nor training, planning, or a bar that nobody sees."""
+    code = (
+        "import sys; from gemma_jax.cli import main; sys.argv[1:] = ["
+        "'generate', 'Read the digits.', '--model', 'checkpoints/digits', '--max-new-tokens', '1'"
+        ", '--modalities', 'text']\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "print(); print(*sys.modules)"
+    )
+    unneeded = ("gguf", "orbax", "tensorstore", "huggingface_hub", "torch", "PIL", "rich.progress")
+    ours = ("gemma_jax.training", "gemma_jax.planning", "gemma_jax.experiments", "gemma_jax.serving",
+            "gemma_checkpoints.gguf.source")  # fmt: skip
+    found = fresh(code).splitlines()[-1].split()
+    assert "gemma_jax.inference.decode" in found
+    assert not [name for name in found if inside(name, *unneeded, *ours)]
+
+
 def test_importing_takes_no_device():
     """Else a platform that does not exist would be missed."""
     modules = ("cli.app", "loading", "inference.generate", "quantisation", "evaluation.scoring")

@@ -125,6 +125,10 @@ def set_up_jax() -> None:
     least = 0 if use == "all" else math.inf
     jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    from gemma_jax.inference.stored_programs import keep_programs
+
+    on_disk = folder and "://" not in folder and use != "none"
+    keep_programs(Path(folder) / "programs" if on_disk else None)
 
 
 @cache

@@ -15,6 +15,7 @@ from gemma_jax.inference.decode import Allow, Propose, advance, emptied, empty_s
 from gemma_jax.inference.logits_processors import LogitsProcessor, as_processors
 from gemma_jax.inference.prefill import PrefillChunk, PromptRow, bucket, prefill_chunk
 from gemma_jax.inference.sampling import Sampling, SamplingRows
+from gemma_jax.inference.stored_programs import StoredProgram
 from gemma_jax.multimodal.modality import modalities_of
 
 CHUNK = 1024  # longest stretch of prompt that one pass reads
@@ -75,6 +76,7 @@ class Session:
             )
         self.model, self.chunk, self.propose, self.allow = model, chunk, propose, allow
         self._processors = as_processors(logits_processors)
+        self._advance_plainly = StoredProgram(advance, like=1)
         self._modalities = modalities_of(cfg)
         self.max_len = min(bucket(max_len), cfg.max_positions)
         self.chosen: list[list[int]] = [[] for _ in range(batch)]  # since the row's last `prefill`
@@ -245,6 +247,9 @@ class Session:
         self._state = replace(self._state, limit_B=np.array(self._limits, np.int32))
 
     def _advance(self, prompt: PrefillChunk | None, *, loop: bool) -> None:
+        if not (self.propose or self.allow or self._processors):
+            self._state = self._advance_plainly(self.model, self._state, prompt, loop=loop)
+            return
         self._state = advance(
             self.model,
             self._state,

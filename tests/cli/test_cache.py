@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from gemma_jax.cli import common
+from gemma_jax.inference import stored_programs
 
 NAMES = (
     "jax_compilation_cache_dir",
@@ -19,10 +20,12 @@ NAMES = (
 @pytest.fixture(autouse=True)
 def restored():
     before = {name: getattr(jax.config, name) for name in NAMES}
+    kept = stored_programs._folder
     common._use_of_cache.cache_clear()
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+    stored_programs.keep_programs(kept)
 
 
 @pytest.fixture
@@ -66,3 +69,13 @@ def test_no_folder_or_one_in_a_cloud_is_left_to_jax(set_up, folder, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     assert set_up(folder) == ""
     assert not list(tmp_path.iterdir())
+
+
+def test_programs_are_kept_in_the_folder_where_it_can_be_written(set_up, tmp_path, monkeypatch):
+    set_up(tmp_path)
+    assert stored_programs._folder == tmp_path / "programs"
+    set_up("")
+    assert stored_programs._folder is None
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    set_up(tmp_path / "other")
+    assert stored_programs._folder == tmp_path / "other" / "programs"
