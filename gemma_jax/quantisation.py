@@ -240,7 +240,14 @@ def storages_of(
 
 
 def weight_bytes(model: Gemma, storage: WeightStorage | StorageRules, bits: int = 16) -> int:
-    """Bytes of a model, abstract or not, whose matrices are stored so.
+    """Bytes of a model, abstract or not, whose matrices are stored so; see `bytes_by_param`."""
+    return sum(bytes_by_param(model, storage, bits).values())
+
+
+def bytes_by_param(
+    model: Gemma, storage: WeightStorage | StorageRules, bits: int = 16
+) -> dict[ParamPath, int]:
+    """Bytes of every parameter of a model, abstract or not, whose matrices are stored so.
 
     Args:
       bits: Of an entry of all else.
@@ -248,14 +255,14 @@ def weight_bytes(model: Gemma, storage: WeightStorage | StorageRules, bits: int 
     Raises:
       ValueError: As `quantise` does.
     """
-    chosen, total = storages_of(model, storage), 0
+    chosen, sizes = storages_of(model, storage), {}
     for path, param in flat_params(model).items():
         size, kind = math.prod(param.get_value().shape), chosen.get(path)
-        total += size * (storage_bits(kind) if kind else bits) // 8
+        sizes[path] = size * (storage_bits(kind) if kind else bits) // 8
         if kind is not None and is_quantised(kind):
             inputs = math.prod(param.get_value().shape[-_num_inputs(param) :])
-            total += size // (storage_group(kind) or inputs) * SCALE_BYTES
-    return total
+            sizes[path] += size // (storage_group(kind) or inputs) * SCALE_BYTES
+    return sizes
 
 
 def rules_for_all(storage: WeightStorage) -> StorageRules:

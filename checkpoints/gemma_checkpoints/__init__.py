@@ -20,6 +20,7 @@ _HOMES = {
     "save_gguf": "gguf.write",
     "save_hf": "export",
     "save_orbax": "orbax.folder",
+    "stored_bytes": "description",
     "stated_in_json": "generation_config",
     "tokenizer_path": "api",
 }

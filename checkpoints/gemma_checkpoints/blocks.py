@@ -7,6 +7,7 @@ rounding; `MatrixBuffer` (`matrix_buffer.py`) puts them where they stay.
 In shapes: R rows, I columns, W blocks of 32 columns, U tiles of 8 rows, E groups of a row.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import ml_dtypes
@@ -48,6 +49,13 @@ class BlockForm:
     def tile_dtype(self) -> np.dtype:
         """Of codes in tiles: bytes, which hold one code or two."""
         return np.dtype(np.int8 if self.signed or self.bits == 8 else np.uint8)
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a matrix `[..., O, I]` in memory."""
+        size = math.prod(shape)
+        factors = size // self.group * self.scale.itemsize * (1 + self.has_offset)
+        tables = 0 if self.table is None else 4 * len(self.table) * math.prod(shape[:-2])
+        return size * self.bits // 8 + factors + tables
 
 
 @dataclass(frozen=True)

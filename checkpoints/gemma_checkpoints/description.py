@@ -7,9 +7,11 @@ from pathlib import Path
 
 from gemma_jax.config import GemmaConfig
 from gemma_jax.decoder.model import abstract_model
+from gemma_jax.weights.tree import ParamPath
 
 from .beside_config import check_block
 from .formats import open_source
+from .kept import kept_bytes
 from .matching import match
 from .params import named_slots, params_by_part
 from .select_parts import config_for
@@ -83,3 +85,22 @@ def describe(
         tensor_bytes=dict(by_encoding),
         tokenizer=find_tokenizer(source.path),
     )
+
+
+def stored_bytes(path: str | Path, *, mmproj: str | Path | None = None) -> dict[ParamPath, int]:
+    """Bytes of every parameter if the quantised blocks of a checkpoint stay as they are.
+
+    Layers are apart (`layout="unrolled"`), and all that is no such block is bfloat16.
+
+    Returns:
+      Path of the parameter -> bytes; empty if the checkpoint has no blocks that can be kept.
+
+    Examples:
+      >>> import gemma_checkpoints as gc
+      >>> gc.stored_bytes("checkpoints/digits")
+      {}
+    """
+    source = open_source(path, mmproj=mmproj)
+    if not any(info.form for info in source.tensors.values()):
+        return {}
+    return kept_bytes(source, abstract_model(source.config, layout="unrolled"))

@@ -2,19 +2,24 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from flax import nnx
 from jax.sharding import Sharding
 
+from gemma_jax.decoder.model import Gemma
 from gemma_jax.weights.protocol import Weight
-from gemma_jax.weights.tree import ParamPath
+from gemma_jax.weights.tree import ParamPath, flat_params
 from gemma_kernels.quantized_matmul import QuantizedMatrix
 from gemma_kernels.quantized_matmul.form import ROWS
 
-from .matching import Move
+from .blocks import BlockForm
+from .buffers import Shape
+from .matching import Move, match
 from .matrix_buffer import MatrixBuffer, matrix_sharding
+from .params import named_slots
 from .source import Source
 
 PIECE = 1 << 19  # bytes of the file
@@ -73,6 +78,17 @@ def kept_buffer(group: list[Move], param: nnx.Param, sharding: Sharding | None) 
     Raises:
       ValueError: It has to be widened; says why.
     """
+    form, shape, num_outputs = kept_form(group, param)
+    rank, stacked = len(param.get_value().shape), len(shape) - 2
+    return MatrixBuffer(form, shape, matrix_sharding(sharding, rank, stacked, num_outputs))
+
+
+def kept_form(group: list[Move], param: nnx.Param) -> tuple[BlockForm, Shape, int]:
+    """How one Param is kept: form, shape `[..., O, I]`, and how many of its axes make up O.
+
+    Raises:
+      ValueError: It has to be widened; says why.
+    """
     first, *others = (move.info.form for move in group)
     if first is None or None in others:
         raise ValueError("no form in memory")
@@ -81,8 +97,25 @@ def kept_buffer(group: list[Move], param: nnx.Param, sharding: Sharding | None) 
     num_outputs = _output_axes(group[0])
     shape = param.get_value().shape
     stacked = len(shape) - len(group[0].slot.shape)
-    split = matrix_sharding(sharding, len(shape), stacked, num_outputs)
-    return MatrixBuffer(first, (*shape[:stacked], *group[0].info.shape), split)
+    return first, (*shape[:stacked], *group[0].info.shape), num_outputs
+
+
+def kept_bytes(source: Source, model: Gemma, bits: int = 16) -> dict[ParamPath, int]:
+    """Bytes of every parameter of a model, abstract or not, if quantised tensors stay as they are.
+
+    Args:
+      bits: Of an entry of all else: vectors, what is stored in floats, and what has to be widened.
+    """
+    params, groups, sizes = flat_params(model), {}, {}
+    for move in match(source, named_slots(model)):
+        groups.setdefault(move.slot.path, []).append(move)
+    for path, group in groups.items():
+        sizes[path] = math.prod(params[path].get_value().shape) * bits // 8
+        if any(map(is_quantised, group)):
+            with suppress(ValueError):
+                form, shape, _ = kept_form(group, params[path])
+                sizes[path] = form.nbytes(shape)
+    return sizes
 
 
 def kept_pieces(

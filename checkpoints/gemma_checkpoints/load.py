@@ -124,6 +124,9 @@ def load_source(
             if (matrix := source.matrix_of(groups[path])) is not None:
                 arrays[path] = keep(params[path], matrix)
                 del groups[path]
+    if transformed is not None:  # the largest arrays are made narrower before others are held
+        entries = {path: params[path].get_value().size for path in groups}
+        groups = {path: groups[path] for path in sorted(groups, key=lambda p: -entries[p])}
     moves = [move for group in groups.values() for move in group]
 
     def pieces() -> Iterator[Piece | KeptPiece]:

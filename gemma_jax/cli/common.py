@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from gemma_jax.storages import STORED
+
 if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from gemma_jax.config import GemmaConfig
     from gemma_jax.decoder.model import Gemma
     from gemma_jax.matformer import Slice
+    from gemma_jax.planning.memory import WeightBytes
     from gemma_jax.vision.images import Image
 
 STDERR = 2  # its number, by which libraries in C write to it
@@ -176,6 +179,23 @@ def find_config(source: str) -> "tuple[GemmaConfig, Description | None]":
 
     summary = describe(resolve(source))
     return summary.config, summary
+
+
+def weights_by_storage(
+    source: str, slice_name: str | None
+) -> "tuple[GemmaConfig, dict[str, WeightBytes]]":
+    """The architecture, and bytes of weights by storage: `stored` too, for files with blocks that
+    can be kept, unless a slice is cut out of them."""
+    from gemma_checkpoints import resolve, stored_bytes
+    from gemma_jax.planning import memory
+
+    cfg, summary = find_config(source)
+    if slice_name is not None:
+        cfg, summary = submodel_config(slice_name, cfg), None
+    weights = memory.weights_by_storage(cfg)
+    if summary is not None and (kept := stored_bytes(resolve(source))):
+        weights[STORED] = memory.measured(cfg, kept)
+    return cfg, weights
 
 
 def find_slice(name: str | None, source: str) -> "Slice | None":

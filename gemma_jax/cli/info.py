@@ -1,6 +1,5 @@
 """`gemma-jax info`: what a model is and what it needs."""
 
-from contextlib import suppress
 from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,11 +8,15 @@ import typer
 
 from gemma_jax.cli import common
 from gemma_jax.cli.model_options import SliceOption, all_but, refuse_options
-from gemma_jax.storages import MADE_STORAGES, is_quantised
+from gemma_jax.storages import CACHE_STORAGES
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from gemma_jax.config import GemmaConfig
     from gemma_jax.encoder_config import AudioConfig, MobileNetConfig, VisionConfig
+    from gemma_jax.planning.memory import WeightBytes
+    from gemma_jax.weights.off_device import Place
 
 CONTEXTS = (1_024, 8_192, 32_768, 131_072)
 
@@ -30,13 +33,13 @@ def command(
 ) -> None:
     """Show what a model is and what it needs.
 
-    Parameters, layers by kind, the towers, where answers end, bytes of weights, and of caches
-    by context length. Reads no weights. For people in round units (1 GB = 10^9 bytes); exact
-    numbers with --json.
+    Parameters, layers by kind, the towers, where answers end, bytes of weights as each storage
+    has them, of caches by context length, and of both together. Reads no weights. For people in
+    round units (1 GB = 10^9 bytes); exact numbers with --json.
     """
-    facts = _facts(source, slice_name)
+    facts, weights = _facts(source, slice_name)
     if placement:
-        facts["placement"] = _placement(facts)
+        facts["placement"] = _placement(weights)
     if as_json:
         common.print_json(facts)
         return
@@ -48,10 +51,10 @@ def command(
     table.add_column(overflow="fold")
     for row in _rows(facts):
         table.add_row(*row)
-    Console(highlight=False).print(table)
+    Console(highlight=False).print(table, *_sums(facts))
 
 
-def _facts(source: str, slice_name: str | None) -> dict[str, Any]:
+def _facts(source: str, slice_name: str | None) -> "tuple[dict[str, Any], dict[str, WeightBytes]]":
     from gemma_checkpoints.params import params_by_part
     from gemma_jax.decoder.cache import cache_bytes
 
@@ -66,12 +69,12 @@ def _facts(source: str, slice_name: str | None) -> dict[str, Any]:
     text = {} if summary is None or summary.tokenizer is None else _text(source)
     if slice_name is not None:
         stored = {}  # the files hold more than the slice
-        cfg = common.submodel_config(slice_name, cfg)
+    cfg, weights = common.weights_by_storage(source, slice_name)
     parts = params_by_part(cfg)
     parameters = sum(parts.values())
     local = [spec for spec in cfg.layers if spec.kind == "local"]
     contexts = [*(n for n in CONTEXTS if n < cfg.max_positions), cfg.max_positions]
-    return {
+    facts = {
         "parameters": parameters,
         **({} if len(parts) == 1 else _by_part(parts)),
         "embedding_parameters": cfg.vocab_size * cfg.d_model,
@@ -92,32 +95,16 @@ def _facts(source: str, slice_name: str | None) -> dict[str, Any]:
         **({} if cfg.audio is None else _audio(cfg.audio)),
         **text,
         **stored,
-        "weight_bytes": {
-            "float32": 4 * parameters,
-            "bfloat16": 2 * parameters,
-            **_quantised_bytes(cfg),
+        "weight_bytes": {storage: sizes.total for storage, sizes in weights.items()},
+        **{
+            f"cache_bytes_{dtype}": {str(n): cache_bytes(cfg, 1, n, dtype) for n in contexts}
+            for dtype in CACHE_STORAGES
         },
-        "cache_bytes_bfloat16": {str(n): cache_bytes(cfg, 1, n, "bfloat16") for n in contexts},
         "cache_bytes_if_all_layers_were_global_bfloat16": {
             str(n): 4 * n * len(cfg.layers) * cfg.num_kv_heads * cfg.head_dim for n in contexts
         },
     }
-
-
-def _quantised_bytes(cfg: "GemmaConfig") -> dict[str, int]:
-    """By storage of whole numbers and float32 scales; vectors are bfloat16 here.
-
-    Those in groups that do not divide the inputs of the model's matrices are left out.
-    """
-    from gemma_jax.decoder.model import abstract_model
-    from gemma_jax.quantisation import weight_bytes
-
-    model, sizes = abstract_model(cfg), {}
-    for storage in MADE_STORAGES:
-        if is_quantised(storage):
-            with suppress(ValueError):
-                sizes[storage] = weight_bytes(model, storage)
-    return sizes
+    return facts, weights
 
 
 def _text(source: str) -> dict:
@@ -157,17 +144,14 @@ def _gemma3n(cfg: "GemmaConfig", parameters: int, of_text: int) -> dict:
     }
 
 
-def _placement(facts: dict) -> dict:
-    """Place of the per-layer table -> dtype -> where -> bytes of weights."""
-    parameters = facts["parameters"]
-    if (table := facts.get("per_layer_table_parameters")) is None:
+def _placement(weights: "dict[str, WeightBytes]") -> dict:
+    """Place of the per-layer table -> storage -> where -> bytes of weights."""
+    if not all(sizes.table for sizes in weights.values()):
         raise ValueError("--placement is about per-layer tables, which only Gemma 3n has")
-    rest = parameters - table
-    sizes = {"float32": 4, "bfloat16": 2}
+    places: tuple[Place, ...] = ("device", "host", "disk")
     return {
-        "device": {d: {"device": size * parameters} for d, size in sizes.items()},
-        "host": {d: {"device": size * rest, "host": size * table} for d, size in sizes.items()},
-        "disk": {d: {"device": size * rest, "disk": size * table} for d, size in sizes.items()},
+        place: {storage: sizes.by_place(place) for storage, sizes in weights.items()}
+        for place in places
     }
 
 
@@ -221,17 +205,45 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("sampling", sampling))
     for encoding, size in facts.get("file_bytes_by_encoding", {}).items():
         rows.append((f"in the file as {encoding}", _bytes(size)))
-    for dtype, size in facts["weight_bytes"].items():
-        rows.append((f"weights ({dtype})", _bytes(size)))
+    for storage in _storages(facts):
+        rows.append((f"weights ({storage})", _bytes(facts["weight_bytes"][storage])))
     for length, size in facts["cache_bytes_bfloat16"].items():
         full = facts["cache_bytes_if_all_layers_were_global_bfloat16"][length]
         share = "" if size == full else f", {size / full:.1%} of one without windows"
         rows.append((f"cache at {int(length):,} tokens (bfloat16)", _bytes(size) + share))
-    for place, by_dtype in facts.get("placement", {}).items():
-        for dtype, bytes_on in by_dtype.items():
-            where = ", ".join(f"{_bytes(size)} on {name}" for name, size in bytes_on.items())
-            rows.append((f"table on {place} ({dtype})", where))
+    for place, by_storage in facts.get("placement", {}).items():
+        for storage in () if place == "device" else _storages(facts):
+            on = by_storage[storage].items()
+            where = ", ".join(f"{_bytes(size)} on {name}" for name, size in on)
+            rows.append((f"table on {place} ({storage})", where))
     return rows
+
+
+def _storages(facts: dict[str, Any]) -> list[str]:
+    """Those of `weight_bytes`, each by one name."""
+    return [name for name in facts["weight_bytes"] if name != "int4:32"]
+
+
+def _sums(facts: dict[str, Any]) -> "list[Table]":
+    """Weights in every storage with caches of every context, in GB; and caches alone."""
+    from rich.table import Table
+
+    cache = facts["cache_bytes_bfloat16"]
+    contexts = [f"{int(length):,}" for length in cache]
+    sums = Table("weights", "alone", *contexts, title="GB with a cache (bfloat16)", box=None)
+    alone = Table("cache", *contexts, title="GB of caches", box=None)
+    for storage in _storages(facts):
+        size = facts["weight_bytes"][storage]
+        with_cache = (size, *(size + of_cache for of_cache in cache.values()))
+        sums.add_row(storage, *(f"{n / 1e9:,.2f}" for n in with_cache))
+    for dtype in CACHE_STORAGES:
+        sizes = facts[f"cache_bytes_{dtype}"].values()
+        alone.add_row(dtype, *(f"{size / 1e9:,.2f}" for size in sizes))
+    for table in (sums, alone):
+        table.title_justify = "left"
+        for column in table.columns[1:]:
+            column.justify = "right"
+    return [sums, alone]
 
 
 def _shown(name: str, value: Any, facts: dict[str, Any]) -> str:

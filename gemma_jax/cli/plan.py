@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from gemma_jax.cli import common
+from gemma_jax.cli import common, plan_memory
 from gemma_jax.cli.errors import NO_ROOM, NoRoomError, flags_for
 from gemma_jax.cli.model_options import (
     AttentionOption,
@@ -46,9 +46,20 @@ class Fit(StrEnum):
 def command(
     source: Annotated[str, common.architecture("MODEL")],
     topology: Annotated[
-        str, typer.Option(metavar="NAME", help="A TPU slice (v5e:4x4) or GPUs (gpu:h100x8).")
-    ],
-    context: Annotated[int, typer.Option(help="Tokens in the caches; when training, in a row.")],
+        str | None,
+        typer.Option(metavar="NAME", help="A TPU slice (v5e:4x4) or GPUs (gpu:h100x8)."),
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens in the caches; when training, in a row.")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES",
+            help="In place of both: bytes for weights and caches (8GB, 500MB); says for every "
+            "storage of weights how many tokens fit.",
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Rows.")] = 1,
     dtype: Annotated[
         DType, typer.Option(help="Of activations and, unless they are given, of weights.")
@@ -93,6 +104,15 @@ def command(
     # The compiler for a TPU must find none, and this process needs no accelerator.
     os.environ["JAX_PLATFORMS"] = "cpu"
     common.set_up_jax()
+    if memory is not None:
+        if topology or context or search or fit:
+            raise ValueError(
+                "--memory says what fits in so many bytes of any machine; give no --topology, "
+                "--context, --search or --fit with it"
+            )
+        return plan_memory.show(source, slice_name, plan_memory.parse_bytes(memory), as_json)
+    if topology is None or context is None:
+        raise ValueError("give --topology and --context, or --memory")
     from gemma_jax import planning
 
     if search and (fit or mesh):

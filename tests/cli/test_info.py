@@ -95,6 +95,19 @@ def test_int8_bytes_are_those_that_are_planned(cli, no_network):
     assert facts(cli, "gemma3n-e2b")["weight_bytes"]["int8"] == plan.weights_bytes
 
 
+def test_every_storage_is_shown_with_its_caches(cli, no_network):
+    told = facts(cli, "gemma3-1b")
+    sizes = told["weight_bytes"]
+    assert list(sizes)[:3] == ["float32", "bfloat16", "int8"] and "stored" not in sizes
+    assert sizes["int4"] == sizes["int4:32"] > sizes["int4:64"] > sizes["int4:channel"]
+    caches = [told[f"cache_bytes_{dtype}"]["8192"] for dtype in ("float32", "bfloat16", "int8")]
+    assert caches[0] == 2 * caches[1] and caches[2] == caches[1] * (256 + 4) // 512
+    line = next(one for one in cli("info", "gemma3-1b").out.splitlines() if " int8:64 " in one)
+    both = (sizes["int8:64"] + caches[1]) / 1e9
+    assert line.split()[:2] == ["int8:64", f"{sizes['int8:64'] / 1e9:.2f}"]
+    assert f"{both:.2f}" in line.split()[2:]
+
+
 def test_layers_come_before_oddities_and_counts_are_explained(cli, no_network):
     told = rows(cli, "gemma3n-e4b")
     names = list(told)
@@ -115,6 +128,17 @@ def test_real_gguf(cli, real_gguf):
     assert "Q4_K" in told["file_bytes_by_encoding"]
 
 
+def test_stored_bytes_are_those_of_a_load(cli, real_gguf):
+    import jax
+
+    import gemma_jax as gj
+    from gemma_jax.weights.protocol import array_bytes
+
+    told = facts(cli, real_gguf)["weight_bytes"]["stored"]
+    model = gj.load_model(str(real_gguf), weights="stored", dtype="bfloat16")
+    assert told == sum(map(array_bytes, jax.tree.leaves(model)))
+
+
 def test_gemma_3n(cli, no_network):
     """The published counts, and exact bytes of cache and of every placement."""
     ran = cli("info", "gemma3n-e4b", "--placement", "--json")
@@ -131,6 +155,10 @@ def test_gemma_3n(cli, no_network):
     assert disk == {"device": host["device"], "disk": host["host"]}
     out = cli("info", "gemma3n-e4b", "--placement").out
     assert "4.70 GB on host" in out
+    assert told["placement"]["disk"]["int4"] == {
+        "device": told["weight_bytes"]["int4"] - 5 * told["per_layer_table_parameters"] // 8,
+        "disk": 4_697_620_480,
+    }
     assert "285.2 MB, 12.1%" in out
 
 

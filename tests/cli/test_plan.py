@@ -69,6 +69,30 @@ def test_both_spellings_of_narrow_weights(cli):
     assert json.loads(wide.out)["weights_bytes"] == 2 * json.loads(plain.out)["weights_bytes"]
 
 
+def test_what_fits_in_so_many_bytes(cli):
+    told = json.loads(cli("plan", "gemma3-4b", "--memory", "4GB", "--json").out)
+    rows = {row["weights"]: row for row in told["storages"]}
+    assert told["memory_bytes"] == 4_000_000_000
+    assert rows["int8"]["contexts"] == {"float32": 0, "bfloat16": 0, "int8": 0}
+    contexts = rows["int4"]["contexts"]
+    assert 0 < contexts["float32"] < contexts["bfloat16"] < contexts["int8"] < 131_072
+    from gemma_jax.decoder.cache import cache_bytes
+    from gemma_jax.presets import preset
+
+    longest = [cache_bytes(preset("gemma3-4b"), 1, contexts["int8"] + n, "int8") for n in (0, 1)]
+    assert longest[0] <= 4_000_000_000 - rows["int4"]["bytes"] < longest[1]
+    shown = cli("plan", "gemma3n-e2b", "--memory", "3GB").out
+    assert "int4:64, table on disk" in shown and "in 3.00 GB" in shown
+
+
+def test_bytes_that_hold_nothing_or_are_none(cli, refused):
+    assert cli("plan", "gemma3-27b", "--memory", "500 MB").code == 3
+    assert "as in 8GB" in refused("plan", "gemma3-1b", "--memory", "much")
+    both = ("plan", "gemma3-1b", "--memory", "8GB", "--topology", "gpu:t4")
+    assert "any machine" in refused(*both)
+    assert "or --memory" in refused("plan", "gemma3-1b", "--context", "1024")
+
+
 def test_a_mesh(cli):
     where = ("--topology", "gpu:h100x8", "--context", "8192", "--batch", "4", "--json")
     told = json.loads(cli("plan", "gemma3-4b", *where, "--mesh", "data=2,tensor=4").out)
