@@ -4,6 +4,7 @@ import importlib.util
 import json
 
 import pytest
+from test_imports import ROOT
 
 
 def test_gpus(cli):
@@ -70,19 +71,22 @@ def test_both_spellings_of_narrow_weights(cli):
 
 
 def test_what_fits_in_so_many_bytes(cli):
-    told = json.loads(cli("plan", "gemma3-4b", "--memory", "4GB", "--json").out)
-    rows = {row["weights"]: row for row in told["storages"]}
-    assert told["memory_bytes"] == 4_000_000_000
-    assert rows["int8"]["contexts"] == {"float32": 0, "bfloat16": 0, "int8": 0}
-    contexts = rows["int4"]["contexts"]
-    assert 0 < contexts["float32"] < contexts["bfloat16"] < contexts["int8"] < 131_072
     from gemma_jax.decoder.cache import cache_bytes
     from gemma_jax.presets import preset
 
-    longest = [cache_bytes(preset("gemma3-4b"), 1, contexts["int8"] + n, "int8") for n in (0, 1)]
-    assert longest[0] <= 4_000_000_000 - rows["int4"]["bytes"] < longest[1]
-    shown = cli("plan", "gemma3n-e2b", "--memory", "3GB").out
-    assert "int4:64, table on disk" in shown and "in 3.00 GB" in shown
+    told = json.loads(cli("plan", "gemma3-1b", "--memory", "640MB", "--json").out)
+    rows = {row["weights"]: row for row in told["storages"]}
+    assert told["memory_bytes"] == 640_000_000
+    assert rows["int8"]["contexts"] == {"float32": 0, "bfloat16": 0, "int8": 0}
+    contexts = rows["int4"]["contexts"]
+    assert 0 < contexts["float32"] < contexts["bfloat16"] < contexts["int8"] < 32_768
+    longest = [cache_bytes(preset("gemma3-1b"), 1, contexts["int8"] + n, "int8") for n in (0, 1)]
+    assert longest[0] <= 640_000_000 - rows["int4"]["bytes"] < longest[1]
+
+
+def test_a_table_on_disk_makes_room(cli):
+    shown = cli("plan", ROOT / "checkpoints" / "elastic", "--memory", "3MB").out
+    assert "int8, table on disk" in shown and "in 0.00 GB" in shown
 
 
 def test_bytes_that_hold_nothing_or_are_none(cli, refused):
