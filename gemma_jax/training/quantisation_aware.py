@@ -6,7 +6,9 @@
 
 Rounding is done anew in every pass; its gradient is taken to be one (the straight-through estimator
 of Bengio et al., 2013), so small steps add up until a code flips. What comes out is the model whose
-codes a file will hold: rounding it once more changes nothing.
+codes a file will hold: in blocks of a file, rounding it once more changes nothing.
+
+Local letters: O outputs; I inputs.
 """
 
 from collections.abc import Callable, Mapping
