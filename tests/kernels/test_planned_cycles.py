@@ -200,3 +200,20 @@ def test_the_stored_tables_meet_what_is_promised():
         # A tpu7x multiplies no int8 numbers: widening the cache takes longer than reading it.
         widened = row["cache"] == "int8" and row["chip"] == "tpu7x"
         assert row["ratio"] <= (1.5 if widened else 0.7), row
+
+
+def test_quantised_products_are_planned_as_promised():
+    """Layers beside the time of reading them, and many rows beside a matrix in bfloat16."""
+    sums: dict[tuple, list[int]] = {}
+    for row in json.loads(STORED_QUANTIZED.read_text())["rows"]:
+        key = row["chip"], row["model"], row["R"], row["codes"], row["group"] == row["I"]
+        total = sums.setdefault(key, [0, 0])
+        for n, figure in enumerate(("cycles", "reading_cycles")):
+            total[n] += row["count"] * row[figure]
+    assert {chip for chip, *_ in sums} == set(CHIPS)
+    for (chip, model, R, codes, channels), (cycles, reading) in sums.items():
+        if R <= 8 and model != "270M":  # whose matrices are read sooner than a kernel starts
+            assert cycles <= 1.2 * reading, (chip, model, R, codes)
+        if R == 512 and codes != "bfloat16":
+            plain, _ = sums[chip, model, R, "bfloat16", channels]
+            assert cycles <= 1.2 * plain, (chip, model, codes)
