@@ -139,10 +139,13 @@ class QuantizedWeight(StandIn):
           looked_up: Whether rows are read as well: those of a matrix in columns are spread.
           num_stacked: Axes for stacking, in front.
         """
-        platform, rows = target_platform(), self.in_rows()
+        platform = target_platform()
+        if platform == "cpu" and self.matrix.tiled:
+            return self  # first of all: what a file holds is not laid out twice
+        rows = self.in_rows()
         *_, last, I = rows.matrix.shape
         if platform == "cpu" and is_of_tiles(last, I):
-            return self if self.matrix.tiled else replace(rows, matrix=rows.matrix.to_tiles())
+            return replace(rows, matrix=rows.matrix.to_tiles())
         outputs = rows.matrix.shape[num_stacked:-1]
         if platform == "tpu" and not (looked_up or I % LANES or math.prod(outputs) % LANES):
             flat = rows._map(lambda a: a.reshape(*a.shape[:num_stacked], -1, a.shape[-1]))
