@@ -26,7 +26,10 @@ def main(argv: list[str] | None = None) -> None:
         warnings.showwarning = _in_one_line
     # Models write all of Unicode, whatever the locale; paths may hold bytes that are no text.
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
-    sys.exit(run(sys.argv[1:] if argv is None else argv))
+    code = run(sys.argv[1:] if argv is None else argv)
+    gc.disable()  # the interpreter would look through all of them again, to free what ends anyway
+    gc.freeze()
+    sys.exit(code)
 
 
 def _in_one_line(message: Warning | str, *_, **__) -> None:
