@@ -6,6 +6,7 @@ What shapes alone say: neither temporaries of a step nor what the program itself
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 
 from gemma_jax.config import GemmaConfig
 from gemma_jax.decoder.cache import cache_bytes
@@ -62,6 +63,13 @@ def weights_by_storage(
       >>> [round(one / 1e9, 2) for one in (sizes.rest, sizes.table, sizes.table_off_device)]
       [2.8, 1.47, 4.7]
     """
+    return dict(_weights_by_storage(cfg, tuple(storages)))
+
+
+@cache
+def _weights_by_storage(
+    cfg: GemmaConfig, storages: tuple[WeightStorage, ...]
+) -> dict[str, WeightBytes]:
     model, sizes = abstract_model(cfg), {}
     for storage in storages:
         bits = 32 if storage == "float32" else 16
