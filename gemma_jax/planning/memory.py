@@ -98,7 +98,7 @@ def longest_context(cfg: GemmaConfig, free: int, cache_dtype: str) -> int:
     Examples:
       >>> from gemma_jax.presets import preset
       >>> longest_context(preset("gemma3-1b"), 50_000_000, "bfloat16")
-      46768
+      9391
     """
     low, high = 0, cfg.max_positions
     while low < high:
