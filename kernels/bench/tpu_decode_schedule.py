@@ -15,9 +15,7 @@ rows, it stores the hash of the kernel's source, which a fast test compares.
 
 import argparse
 import json
-import platform
 import sys
-from importlib.metadata import version
 from math import ceil
 from pathlib import Path
 
@@ -25,8 +23,15 @@ import jax
 import jax.numpy as jnp
 
 from gemma_kernels.attention import AttentionSpec
-from gemma_kernels.compilers.source_hash import DECODING, source_hash
-from gemma_kernels.compilers.tpu_schedule import Job, Schedule, comparable, is_slower, planned
+from gemma_kernels.compilers.source_hash import DECODING
+from gemma_kernels.compilers.tpu_schedule import (
+    Job,
+    Schedule,
+    check,
+    comparable,
+    described,
+    planned,
+)
 from gemma_kernels.compilers.tpu_targets import CHIPS
 from gemma_kernels.decode_attention.tpu import decode_attention_tpu
 from gemma_kernels.decode_attention.tpu_blocks import default_blocks
@@ -73,32 +78,15 @@ def main() -> None:
         for item, schedules in zip(work, planned(chip, jobs))
     ]
     if stored:
-        if code := check(rows, stored["rows"]):
-            sys.exit(code)
-        if len(rows) == len(stored["rows"]):
-            stored["sources"] = source_hash(DECODING)
-            args.check.write_text(json.dumps(stored, indent=2) + "\n")
-        return
-    result = {
-        "command": "python " + " ".join(sys.argv),
-        "versions": {n: version(n) for n in ("jax", "libtpu")}
-        | {"python": platform.python_version()},
-        "what": "planned cycles, no TPU; ratio: to the cycles of reading keys and values",
-        "sources": source_hash(DECODING),
-        "rows": rows,
-    }
+        return check(args.check, stored, rows, name, DECODING)
+    what = "planned cycles, no TPU; ratio: to the cycles of reading keys and values"
     if args.output:
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
+        args.output.write_text(json.dumps(described(what, DECODING, rows), indent=2) + "\n")
 
 
-def check(rows: list[dict], stored: list[dict]) -> int:
-    """Prints a line for each row; 1 if one is planned to be slower than stored, or 0."""
-
-    def name(row):
-        return f"{row['model']} {row['layer']} {row['cache']} {row['chip']}"
-
-    before = {name(row): row["cycles"] for row in stored}
-    return int(any([is_slower(name(row), row["cycles"], before[name(row)]) for row in rows]))
+def name(row: dict) -> str:
+    """What a row is about."""
+    return f"{row['model']} {row['layer']} {row['cache']} {row['chip']}"
 
 
 def print_table(rows: list[dict]) -> None:

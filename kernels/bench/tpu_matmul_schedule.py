@@ -18,10 +18,8 @@ Local letters: R rows; I inputs; O outputs; E groups of inputs.
 
 import argparse
 import json
-import platform
 import sys
 from functools import partial
-from importlib.metadata import version
 from math import ceil
 from pathlib import Path
 
@@ -31,8 +29,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from gemma_kernels.compilers.source_hash import QUANTIZED, source_hash
-from gemma_kernels.compilers.tpu_schedule import Job, Schedule, comparable, is_slower, planned
+from gemma_kernels.compilers.source_hash import QUANTIZED
+from gemma_kernels.compilers.tpu_schedule import (
+    Job,
+    Schedule,
+    check,
+    comparable,
+    described,
+    planned,
+)
 from gemma_kernels.compilers.tpu_targets import CHIPS
 from gemma_kernels.quantized_matmul.form import QuantizedMatrix
 from gemma_kernels.quantized_matmul.tpu import FEW, quantized_matmul_tpu
@@ -66,6 +71,12 @@ KINDS = (
 )
 
 
+WHAT = (
+    "planned cycles, no TPU; beside those of reading the matrix, and of multiplying in bfloat16 at "
+    "the peak of the matrix units"
+)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="JSON file to write")
@@ -91,26 +102,11 @@ def main() -> None:
             if args.output:
                 made = {name(row) for row in rows}
                 others = [row for row in kept if name(row) not in made]
-                args.output.write_text(json.dumps(result(others + rows), indent=2) + "\n")
+                args.output.write_text(
+                    json.dumps(described(WHAT, QUANTIZED, others + rows), indent=2) + "\n"
+                )
     if stored:
-        if code := check(rows, stored["rows"]):
-            sys.exit(code)
-        if len(rows) == len(stored["rows"]):
-            stored["sources"] = source_hash(QUANTIZED)
-            args.check.write_text(json.dumps(stored, indent=2) + "\n")
-
-
-def result(rows: list[dict]) -> dict:
-    """What is stored."""
-    return {
-        "command": "python " + " ".join(sys.argv),
-        "versions": {n: version(n) for n in ("jax", "libtpu")}
-        | {"python": platform.python_version()},
-        "what": "planned cycles, no TPU; beside those of reading the matrix, and of multiplying in "
-        "bfloat16 at the peak of the matrix units",
-        "sources": source_hash(QUANTIZED),
-        "rows": rows,
-    }
+        check(args.check, stored, rows, name, QUANTIZED)
 
 
 def products(models: list[str], rows: set[int]) -> list[dict]:
@@ -134,12 +130,6 @@ def products(models: list[str], rows: set[int]) -> list[dict]:
 def name(row: dict) -> str:
     """What a row is about."""
     return " ".join(str(row[n]) for n in ("chip", "model", "matrix", "R", "codes", "group"))
-
-
-def check(rows: list[dict], stored: list[dict]) -> int:
-    """Prints a line for each row; 1 if one is planned to be slower than stored, or 0."""
-    before = {name(row): row["cycles"] for row in stored}
-    return int(any([is_slower(name(row), row["cycles"], before[name(row)]) for row in rows]))
 
 
 def print_table(rows: list[dict]) -> None:

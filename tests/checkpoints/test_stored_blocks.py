@@ -64,7 +64,7 @@ def matrices(model) -> dict[str, Kept]:
     return {".".join(map(str, path)): value for path, value in kept.items()}
 
 
-def equal_bits(ours, theirs):
+def assert_equal_bits(ours, theirs):
     """-0 counts as 0."""
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     np.testing.assert_array_equal((ours + 0).view(np.uint32), (theirs + 0).view(np.uint32))
@@ -79,7 +79,7 @@ def test_widened_as_ggml_does(kind):
     block_size, block_bytes = gguf.GGML_QUANT_SIZES[Type[kind]]
     blocks, expected = BLOCKS[f"in.{kind}"], BLOCKS[f"out.{kind}"]
     found = decode(blocks.reshape(-1, block_bytes), kind, block_size)
-    equal_bits(found.reshape(expected.shape), expected)
+    assert_equal_bits(found.reshape(expected.shape), expected)
 
 
 @pytest.mark.parametrize("kind", FORMS)
@@ -87,7 +87,7 @@ def test_codes_and_scales_stand_for_what_ggml_makes_of_them(kind):
     _, block_bytes = gguf.GGML_QUANT_SIZES[Type[kind]]
     blocks = to_blocks(BLOCKS[f"in.{kind}"].reshape(2, -1, block_bytes), kind)
     assert blocks.shape == (2, 512)
-    equal_bits(blocks.values(), BLOCKS[f"out.{kind}"])
+    assert_equal_bits(blocks.values(), BLOCKS[f"out.{kind}"])
     assert blocks.form.scale == (np.float32 if kind.endswith("K") else np.float16)
     assert (blocks.form.bits == 4) == kind.startswith("Q4")
 
@@ -103,13 +103,13 @@ def test_a_file_of_one_type(kind, layout, tmp_path):
     assert not told
     assert sum(nbytes(w.matrix) for w in kept.values()) > 7 * 256 * 256 * 3 / 2
     expected = gguf.dequantize(stored["token_embd.weight"], Type[kind])
-    equal_bits(kept["embed.table"].dense(), expected)
+    assert_equal_bits(kept["embed.table"].dense(), expected)
     for ours, theirs in {"attn.o": "attn_output", "ffn.down": "ffn_down"}.items():
         tensors = [stored[f"blk.{i}.{theirs}.weight"] for i in range(7)]
         layers = [gguf.dequantize(one, Type[kind]) for one in tensors]
         found = [w for name, w in kept.items() if f"{ours}.w" in name]
         flat = np.concatenate([np.ravel(w.dense()) for w in found])
-        equal_bits(np.sort(flat), np.sort(np.ravel(layers)))
+        assert_equal_bits(np.sort(flat), np.sort(np.ravel(layers)))
         assert all(w.matrix.tiled for w in found)
 
 
@@ -129,7 +129,7 @@ def test_rows_where_a_matrix_is_not_made_of_tiles(tmp_path):
     path, stored = file_in(lambda name: "Q4_0", tmp_path / "m.gguf", cfg)
     w = gc.load_weights(path, layout="unrolled", **QUIET).embed.table.get_value().matrix
     assert not w.tiled and w.codes.dtype == jnp.int4
-    equal_bits(w.dense(), gguf.dequantize(stored["token_embd.weight"], Type.Q4_0))
+    assert_equal_bits(w.dense(), gguf.dequantize(stored["token_embd.weight"], Type.Q4_0))
 
 
 def test_types_without_a_form_are_widened_and_told(tmp_path):
@@ -216,7 +216,7 @@ def test_on_a_mesh_each_device_gets_its_part(axes, tmp_path):
     assert parts.keys() == whole.keys()
     split = Counter()
     for name, w in parts.items():
-        equal_bits(w.dense(), whole[name].dense())
+        assert_equal_bits(w.dense(), whole[name].dense())
         split[w.matrix.codes.sharding.is_fully_replicated] += 1
     assert split[False] > split[True]
 

@@ -22,8 +22,7 @@ import optax
 import gemma_jax as gj
 from gemma_checkpoints import save_gguf
 from gemma_jax.experiments.elastic.corpus import digest, documents, split
-from gemma_jax.experiments.elastic.train import BATCH, LENGTH, SLICES, encode, measure, rows
-from gemma_jax.matformer import Slice
+from gemma_jax.experiments.elastic.train import SLICES, encode, measure, random_rows, rows
 from gemma_jax.training.step import Objective
 
 SOURCE = "checkpoints/elastic"
@@ -41,7 +40,12 @@ RULES = {
 
 
 def train(
-    model: gj.Gemma, objective: Objective, tokens: np.ndarray, bos_id: int, steps: int, seed: int
+    model: gj.Gemma,
+    tokenizer: gj.Tokenizer,
+    objective: Objective,
+    ids: np.ndarray,
+    steps: int,
+    seed: int,
 ) -> gj.Gemma:
     """The model in floats after some steps."""
     trained, frozen, join = gj.trainable(model)
@@ -50,10 +54,7 @@ def train(
     state, step = init(trained, jax.random.key(seed)), jax.jit(step, donate_argnums=0)
     random, start = np.random.default_rng(seed), time.perf_counter()
     for i in range(steps):
-        first_B1 = random.integers(0, len(tokens) - LENGTH + 2, (BATCH, 1))
-        tokens_BT = np.full((BATCH, LENGTH), bos_id, np.int32)
-        tokens_BT[:, 1:] = tokens[first_B1 + np.arange(LENGTH - 1)]
-        state, metrics = step(state, frozen, tokens_BT)
+        state, metrics = step(state, frozen, random_rows(tokenizer, ids, random))
         if i % 50 == 49:
             seconds = time.perf_counter() - start
             print(f"step {i + 1}: loss {metrics['loss']:.3f}, {seconds:.0f} s", flush=True)
@@ -76,15 +77,14 @@ def main() -> None:
             "the text of this Python is not the one that the model was trained with: "
             f"expected what {SOURCE}/results.json names, use that version of Python"
         )
-    tokens = encode(tokenizer, kept)
+    ids = encode(tokenizer, kept)
     held_out_BT = rows(tokenizer, encode(tokenizer, held_out))
 
     def trained(objective: Objective) -> gj.Gemma:
-        return train(model, objective, tokens, tokenizer.bos_id, args.steps, args.seed)
+        return train(model, tokenizer, objective, ids, args.steps, args.seed)
 
     def loss(model: gj.Gemma) -> float:
-        whole = Slice(ffn_widths=SLICES["full"].ffn_widths)
-        return measure(model, tokenizer, held_out_BT, whole)["nats_per_token"]
+        return measure(model, tokenizer, held_out_BT, SLICES["full"])["nats_per_token"]
 
     def loss_in_file(name: str, model: gj.Gemma) -> float:
         path = args.out / f"{name}.gguf"

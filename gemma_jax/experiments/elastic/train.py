@@ -104,6 +104,14 @@ def rows(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
     return np.insert(text_BT, 0, tokenizer.bos_id, axis=1).astype(np.int32)
 
 
+def random_rows(tokenizer: Tokenizer, ids: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """A batch of training, `[BATCH, LENGTH]`: text from anywhere, each row after <bos>."""
+    first_B1 = random.integers(0, len(ids) - LENGTH + 2, (BATCH, 1))
+    tokens_BT = np.full((BATCH, LENGTH), tokenizer.bos_id, np.int32)
+    tokens_BT[:, 1:] = ids[first_B1 + np.arange(LENGTH - 1)]
+    return tokens_BT
+
+
 def train(
     tokenizer: Tokenizer,
     cfg: GemmaConfig,
@@ -127,9 +135,7 @@ def train(
     random, start = np.random.default_rng(seed), time.perf_counter()
     full_L = np.array([spec.d_ff for spec in cfg.layers])
     for i in range(steps):
-        first_B1 = random.integers(0, len(ids) - LENGTH + 2, (BATCH, 1))
-        tokens_BT = np.full((BATCH, LENGTH), tokenizer.bos_id, np.int32)
-        tokens_BT[:, 1:] = ids[first_B1 + np.arange(LENGTH - 1)]
+        tokens_BT = random_rows(tokenizer, ids, random)
         widths_L = full_L // (random.choice([1, 2, 4], len(full_L)) if i % 2 else 2)
         batch = gj.Batch(tokens_BT, ffn_widths_L=None if nested is None else widths_L)
         state, metrics = step(state, frozen, batch)

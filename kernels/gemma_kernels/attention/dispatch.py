@@ -9,6 +9,7 @@ from gemma_kernels.attention.mask import Mask, causal_rows, everything
 from gemma_kernels.attention.reference import attention_reference
 from gemma_kernels.attention.spec import AttentionSpec, check_operands
 from gemma_kernels.attention.xla import attention_xla
+from gemma_kernels.implementations import first_that_can
 from gemma_kernels.platform import require, require_hopper
 
 
@@ -96,15 +97,7 @@ def attention(
     """
     operands = (q_BTNH, k_BSKH, v_BSKH, lo_BT, hi_BT, kv_pos_BS)
     check_operands(*operands, spec)
-    if implementation not in (None, "auto"):
-        if implementation not in IMPLEMENTATIONS:
-            known = ", ".join(["auto", *IMPLEMENTATIONS])
-            raise ValueError(f"unknown attention {implementation=}; choose one of: {known}")
-        return IMPLEMENTATIONS[implementation](*operands, spec, return_lse=return_lse)
-    reasons = []
-    for name in AUTOMATIC:
-        try:
-            return IMPLEMENTATIONS[name](*operands, spec, return_lse=return_lse)
-        except NotImplementedError as reason:
-            reasons.append(f"{name}: {reason}")
-    raise NotImplementedError("no attention implementation fits: " + "; ".join(reasons))
+    return first_that_can(
+        "attention", IMPLEMENTATIONS, AUTOMATIC, implementation,
+        *operands, spec, return_lse=return_lse,
+    )  # fmt: skip

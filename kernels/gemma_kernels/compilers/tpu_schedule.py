@@ -18,16 +18,19 @@ import importlib
 import importlib.util
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+
+from gemma_kernels.compilers.source_hash import source_hash
 
 PASSES = ".*(packed-bundles-post-ra|pre-delay).*"
 BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|0)\s+(?:[A-Z,! ]+)?:([ >]*)")
@@ -111,6 +114,38 @@ def is_slower(name: str, cycles: int, stored: int) -> bool:
     slower = cycles > SLACK * stored
     print(f"{name:32}{cycles:>11,} stored {stored:>11,}" + slower * "  SLOWER", flush=True)
     return slower
+
+
+def described(what: str, files: Iterable[str], rows: list[dict]) -> dict:
+    """Results as they are stored, with the command, versions and sources that made them.
+
+    Args:
+      what: What the figures are, for people.
+      files: What they depend on; see `source_hash`.
+    """
+    return {
+        "command": "python " + " ".join(sys.argv),
+        "versions": {name: version(name) for name in ("jax", "libtpu")}
+        | {"python": platform.python_version()},
+        "what": what,
+        "sources": source_hash(files),
+        "rows": rows,
+    }
+
+
+def check(
+    path: Path, stored: dict, rows: list[dict], name: Callable[[dict], str], files: Iterable[str]
+) -> None:
+    """Prints a line for each row, and exits with 1 if one is slower than stored.
+
+    Where all rows were planned anew, the stored results are those of today's sources.
+    """
+    before = {name(row): row["cycles"] for row in stored["rows"]}
+    if any([is_slower(name(row), row["cycles"], before[name(row)]) for row in rows]):
+        sys.exit(1)
+    if len(rows) == len(stored["rows"]):
+        stored["sources"] = source_hash(files)
+        path.write_text(json.dumps(stored, indent=2) + "\n")
 
 
 def _worker(chip: str, folder: str, python: str) -> subprocess.Popen:

@@ -9,6 +9,7 @@ from gemma_kernels.attention.spec import AttentionSpec
 from gemma_kernels.decode_attention.reference import decode_attention_reference
 from gemma_kernels.decode_attention.spec import check_operands
 from gemma_kernels.decode_attention.xla import decode_attention_xla
+from gemma_kernels.implementations import first_that_can
 from gemma_kernels.platform import require, require_hopper
 
 
@@ -109,15 +110,6 @@ def decode_attention(
     options = dict(
         k_scale_BKS=k_scale_BKS, v_scale_BKS=v_scale_BKS, layer=layer, return_lse=return_lse
     )
-    if implementation not in (None, "auto"):
-        if implementation not in IMPLEMENTATIONS:
-            known = ", ".join(["auto", *IMPLEMENTATIONS])
-            raise ValueError(f"unknown decode attention {implementation=}; choose one of: {known}")
-        return IMPLEMENTATIONS[implementation](*operands, **options)
-    reasons = []
-    for name in AUTOMATIC:
-        try:
-            return IMPLEMENTATIONS[name](*operands, **options)
-        except NotImplementedError as reason:
-            reasons.append(f"{name}: {reason}")
-    raise NotImplementedError("no decode attention implementation fits: " + "; ".join(reasons))
+    return first_that_can(
+        "decode attention", IMPLEMENTATIONS, AUTOMATIC, implementation, *operands, **options
+    )

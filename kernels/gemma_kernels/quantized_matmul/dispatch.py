@@ -9,6 +9,7 @@ from typing import Literal
 
 import jax
 
+from gemma_kernels.implementations import first_that_can
 from gemma_kernels.platform import require, require_hopper
 from gemma_kernels.quantized_matmul.cpu import quantized_matmul_cpu
 from gemma_kernels.quantized_matmul.form import QuantizedMatrix
@@ -97,30 +98,20 @@ def quantized_matmul(
         raise ValueError(f"unknown {activations=}; choose float or int8")
     if frozen:
         return _with_gradient_of_x(implementation, activations)(x_RI, w, layer)
-    return _first_that_can(implementation, activations, x_RI, w, layer)
+    return _product(implementation, activations, x_RI, w, layer)
 
 
-def _first_that_can(
+def _product(
     implementation: str | None,
     activations: Activations,
     x_RI: jax.Array,
     w: QuantizedMatrix,
     layer: jax.Array | None,
 ) -> jax.Array:
-    """The product by the implementation named, or by the first of `AUTOMATIC` that serves it."""
-    options = dict(activations=activations, layer=layer)
-    if implementation not in (None, "auto"):
-        if implementation not in IMPLEMENTATIONS:
-            known = ", ".join(["auto", *IMPLEMENTATIONS])
-            raise ValueError(f"unknown quantized matmul {implementation=}; choose one of: {known}")
-        return IMPLEMENTATIONS[implementation](x_RI, w, **options)
-    reasons = []
-    for name in AUTOMATIC:
-        try:
-            return IMPLEMENTATIONS[name](x_RI, w, **options)
-        except NotImplementedError as reason:
-            reasons.append(f"{name}: {reason}")
-    raise NotImplementedError("no quantized matmul implementation fits: " + "; ".join(reasons))
+    return first_that_can(
+        "quantized matmul", IMPLEMENTATIONS, AUTOMATIC, implementation,
+        x_RI, w, activations=activations, layer=layer,
+    )  # fmt: skip
 
 
 @cache
@@ -129,7 +120,7 @@ def _with_gradient_of_x(implementation: str | None, activations: Activations):
 
     @jax.custom_vjp
     def product(x_RI, w, layer):
-        return _first_that_can(implementation, activations, x_RI, w, layer)
+        return _product(implementation, activations, x_RI, w, layer)
 
     def forward(x_RI, w, layer):
         return product(x_RI, w, layer), (w, layer)
