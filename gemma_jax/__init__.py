@@ -48,6 +48,7 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names (tests/test_p
     )
     from gemma_jax.multimodal.audio_stream import audio_stream as audio_stream
     from gemma_jax.multimodal.image_prompt import image_prompt as image_prompt
+    from gemma_jax.multimodal.media import Media as Media
     from gemma_jax.multimodal.prompts import Prompt as Prompt
     from gemma_jax.numerics import Numerics as Numerics
     from gemma_jax.presets import PRESETS as PRESETS, preset as preset
@@ -99,6 +100,7 @@ _HOMES = {
     "gemma_jax.loading": ("LoadOptions", "load", "load_model", "load_sampling", "load_tokenizer"),
     "gemma_jax.multimodal.audio_stream": ("audio_stream",),
     "gemma_jax.multimodal.image_prompt": ("image_prompt",),
+    "gemma_jax.multimodal.media": ("Media",),
     "gemma_jax.multimodal.prompts": ("Prompt",),
     "gemma_jax.numerics": ("Numerics",),
     "gemma_jax.presets": ("PRESETS", "preset"),

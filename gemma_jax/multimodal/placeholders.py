@@ -38,23 +38,40 @@ def place(
     tokens_BT: jax.Array, modalities: Sequence[Modality], encoded: Sequence[jax.Array]
 ) -> SoftTokens:
     """Puts soft tokens `[I, T, D]` of each of these modalities where their placeholders are."""
+    embeddings_ITD = joined(encoded)
+    counts, width = [len(soft_ITD) for soft_ITD in encoded], embeddings_ITD.shape[1]
+    index_BT, block_BT = locate_all(tokens_BT, modalities, counts, width)
+    return SoftTokens(embeddings_ITD=embeddings_ITD, index_BT=index_BT, block_BT=block_BT)
+
+
+def joined(encoded: Sequence[jax.Array]) -> jax.Array:
+    """Soft tokens `[I, T, D]` of several modalities, one after the other, all as wide as the widest
+    of them."""
     width = max(soft_ITD.shape[1] for soft_ITD in encoded)
+    same = [jnp.pad(a, ((0, 0), (0, width - a.shape[1]), (0, 0))) for a in encoded]
+    return jnp.concatenate(same) if len(same) > 1 else encoded[0]
+
+
+def locate_all(
+    tokens_BT: jax.Array, modalities: Sequence[Modality], counts: Sequence[int], width: int
+) -> tuple[jax.Array, jax.Array | None]:
+    """`index_BT` and `block_BT` of `SoftTokens` for several modalities, `joined`.
+
+    Args:
+      counts: Items of each.
+      width: Soft tokens that each item takes in the row of all.
+    """
     index_BT = jnp.full(tokens_BT.shape, -1, jnp.int32)
     block_BT = jnp.zeros(tokens_BT.shape, jnp.int32)
     first = 0
-    for modality, soft_ITD in zip(modalities, encoded):
+    for modality, count in zip(modalities, counts):
         item_BT, offset_BT = _items(tokens_BT, modality)
         is_soft_BT, item_BT = item_BT >= 0, item_BT + first
         index_BT = jnp.where(is_soft_BT, item_BT * width + offset_BT, index_BT)
         if modality.bidirectional:
             block_BT = jnp.where(is_soft_BT, item_BT + 1, block_BT)
-        first += len(soft_ITD)
-    same = [jnp.pad(a, ((0, 0), (0, width - a.shape[1]), (0, 0))) for a in encoded]
-    return SoftTokens(
-        embeddings_ITD=jnp.concatenate(same) if len(same) > 1 else encoded[0],
-        index_BT=index_BT,
-        block_BT=block_BT if any(modality.bidirectional for modality in modalities) else None,
-    )
+        first += count
+    return index_BT, block_BT if any(modality.bidirectional for modality in modalities) else None
 
 
 def locate(tokens_BT: jax.Array, modality: Modality) -> tuple[jax.Array, jax.Array | None]:

@@ -15,6 +15,7 @@ from gemma_jax.decoder.losses import loss_and_weight
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.matformer.slicing import at
 from gemma_jax.matformer.submodel import Slice
+from gemma_jax.multimodal.media import Media
 
 
 @jax.tree_util.register_dataclass
@@ -26,6 +27,7 @@ class TrainBatch:
       batch: What the model reads.
       targets_BT: int32; see `loss`.
       weights_BT: float32; see `loss`.
+      media: Images and sounds, for towers to read in every step: so these may be trained, too.
 
     Examples:
       >>> import gemma_jax as gj
@@ -39,12 +41,29 @@ class TrainBatch:
     batch: Batch | jax.Array
     targets_BT: jax.Array | None = None
     weights_BT: jax.Array | None = None
+    media: Media | None = None
 
     @classmethod
     def of(cls, batch: "TrainBatch | Batch | jax.Array") -> "TrainBatch":
         """A batch as it is, its inputs in full; anything else as one whose tokens all count."""
         batch = batch if isinstance(batch, TrainBatch) else cls(batch)
         return replace(batch, batch=Batch.of(batch.batch))
+
+    def read(self, model: Gemma) -> Batch:
+        """What the decoder of `model` reads: soft tokens in their places, as its towers make them.
+
+        Every objective reads its batches so.
+
+        Raises:
+          ValueError: There are soft tokens already beside the media, or the model has no encoder
+            for them.
+        """
+        batch = Batch.of(self.batch)
+        if self.media is None:
+            return batch
+        if batch.soft is not None:
+            raise ValueError("the batch has soft tokens already: leave out these or its media")
+        return replace(batch, soft=self.media.soft(model))
 
 
 def next_token(
@@ -71,7 +90,7 @@ def next_token(
     batch = TrainBatch.of(batch)
     value, tokens = loss_and_weight(
         model,
-        batch.batch,
+        batch.read(model),
         targets_BT=batch.targets_BT,
         weights_BT=batch.weights_BT,
         z_loss=z_loss,
@@ -107,7 +126,8 @@ def elastic(
       ['slice_0', 'tokens', 'whole']
     """
     batch = TrainBatch.of(batch)
-    read = Batch.of(batch.batch)
+    read = batch.read(model)  # towers belong to the whole: all models inside see the same
+    batch = replace(batch, batch=read, media=None)
     plain = replace(batch, batch=replace(read, ffn_widths_L=None))
     inside = {"whole": (model, plain)}
     inside |= {f"slice_{i}": (at(model, submodel), plain) for i, submodel in enumerate(submodels)}
