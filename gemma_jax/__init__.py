@@ -60,10 +60,16 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names (tests/test_p
     from gemma_jax.runtime import Runtime as Runtime
     from gemma_jax.saving import save as save
     from gemma_jax.text import Tokenizer as Tokenizer, encode_chat as encode_chat
+    from gemma_jax.training.model_pair import ModelPair as ModelPair, pair_with as pair_with
     from gemma_jax.training.objectives import (
         TrainBatch as TrainBatch,
         elastic as elastic,
         next_token as next_token,
+    )
+    from gemma_jax.training.preference import (
+        PreferenceBatch as PreferenceBatch,
+        completion_logps as completion_logps,
+        dpo as dpo,
     )
     from gemma_jax.training.quantisation_aware import (
         fake_quantise as fake_quantise,
@@ -108,7 +114,9 @@ _HOMES = {
     "gemma_jax.runtime": ("Runtime",),
     "gemma_jax.saving": ("save",),
     "gemma_jax.text": ("Tokenizer", "encode_chat"),
+    "gemma_jax.training.model_pair": ("ModelPair", "pair_with"),
     "gemma_jax.training.objectives": ("TrainBatch", "elastic", "next_token"),
+    "gemma_jax.training.preference": ("PreferenceBatch", "completion_logps", "dpo"),
     "gemma_jax.training.quantisation_aware": ("fake_quantise", "quantisation_aware"),
     "gemma_jax.training.optimizers": ("muon",),
     "gemma_jax.training.state": ("TrainState",),

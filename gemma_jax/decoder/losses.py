@@ -63,16 +63,36 @@ def loss_and_weight(
 ) -> tuple[jax.Array, jax.Array]:
     """Computes `loss`, and the weight of all targets together, over which it is the mean."""
     batch = Batch.of(batch)
-    if targets_BT is None:
-        targets_BT = _following(batch)
-        weights_BT = None if weights_BT is None else _shift(weights_BT, 0)
-    hidden = forward(model, batch, logits="none", capture=("final_norm",))
+    targets_BT, weights_BT = targets_of(batch, targets_BT, weights_BT)
     losses_BT = token_losses(
-        model, hidden.captured["final_norm"], targets_BT, weights_BT=weights_BT, z_loss=z_loss
+        model, final_norm(model, batch), targets_BT, weights_BT=weights_BT, z_loss=z_loss
     )
-    counts_BT = (targets_BT >= 0) & (targets_BT < model.cfg.vocab_size)
-    total = jnp.sum(counts_BT if weights_BT is None else counts_BT * weights_BT)
+    total = jnp.sum(counts_of(model, targets_BT, weights_BT))
     return jnp.sum(losses_BT) / jnp.where(total == 0, 1, total), total
+
+
+def targets_of(
+    batch: Batch, targets_BT: jax.Array | None = None, weights_BT: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array | None]:
+    """What should follow each token, -1 where it does not matter, and weights aligned with that.
+
+    Args:
+      targets_BT, weights_BT: As they are given to `loss`.
+    """
+    if targets_BT is not None:
+        return targets_BT, weights_BT
+    return _following(batch), None if weights_BT is None else _shift(weights_BT, 0)
+
+
+def counts_of(model: Gemma, targets_BT: jax.Array, weights_BT: jax.Array | None) -> jax.Array:
+    """How much each target counts: float32, 0 where it is no entry of the vocabulary."""
+    known_BT = (targets_BT >= 0) & (targets_BT < model.cfg.vocab_size)
+    return known_BT * (jnp.float32(1) if weights_BT is None else weights_BT.astype(jnp.float32))
+
+
+def final_norm(model: Gemma, batch: Batch) -> jax.Array:
+    """What the head reads: `[B, T, D]`."""
+    return forward(model, batch, logits="none", capture=("final_norm",)).captured["final_norm"]
 
 
 def token_losses(

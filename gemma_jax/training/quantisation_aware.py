@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.quantisation import storages_of
 from gemma_jax.storages import MADE_STORAGES, is_quantised, one_of, storage_bits, storage_group
+from gemma_jax.training.model_pair import ModelPair
 from gemma_jax.training.step import Metrics, Objective
 from gemma_jax.weights.protocol import StandIn
 from gemma_jax.weights.rounding import round_to_groups
@@ -79,8 +80,12 @@ def quantisation_aware(objective: Objective, storage: str | Mapping[str, str]) -
       6.65
     """
 
-    def of_rounded(model: Gemma, batch: Any, key: Any = None) -> tuple[jax.Array, Metrics]:
-        return objective(fake_quantise(model, storage), batch, key)
+    def of_rounded(
+        model: Gemma | ModelPair, batch: Any, key: Any = None
+    ) -> tuple[jax.Array, Metrics]:
+        rounded = partial(fake_quantise, storage=storage)  # a reference stays as it is
+        model = model.map(rounded) if isinstance(model, ModelPair) else rounded(model)
+        return objective(model, batch, key)  # pyright: ignore[reportArgumentType]
 
     return of_rounded
 
