@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from gemma_jax.decoder.batch import Batch
-from gemma_jax.decoder.losses import loss_and_weight
+from gemma_jax.decoder.losses import counts_of, loss_and_weight, targets_of, token_losses
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.matformer.slicing import at
 from gemma_jax.matformer.submodel import Slice
 from gemma_jax.multimodal.media import Media
+from gemma_jax.training.divergence import Divergence, Hidden, token_divergences
 
 
 @jax.tree_util.register_dataclass
@@ -104,18 +105,38 @@ def elastic(
     key: jax.Array | None = None,
     *,
     submodels: Sequence[Slice] = (),
+    widths: tuple[int, ...] = (),
+    same_width: bool = False,
+    alpha: float = 0.0,
+    kind: str = "forward_kl",
+    temperature: float = 1.0,
     z_loss: float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Computes the mean of the losses of a MatFormer and of models inside it, on the same tokens.
 
-    Devvrit et al., 2023. The models: the whole; each of `submodels`; and, if the batch has
-    `ffn_widths_L`, the model of these widths, which may be others in every batch.
+    Devvrit et al., 2023. The models: the whole; each of `submodels`; and one of other feed-forward
+    widths in every step, in one program: drawn from `widths`, or the batch's `ffn_widths_L`.
+
+    Args:
+      submodels: Need an unrolled model; see `matformer.at`.
+      widths: To draw from with the step's key, for each layer by itself.
+      same_width: Draw one width for all layers.
+      alpha: Share of the divergence from the whole in the loss of each model inside it; the rest is
+        the cross-entropy of the labels. No gradient goes to the whole through it.
+      kind, temperature: Of this divergence; see `distill`.
+      z_loss: Of all cross-entropies; see `loss`.
 
     Returns:
-      The loss, its parts `whole`, `slice_0` and so on, and `narrow`, and `tokens`.
+      The loss; the cross-entropies `whole`, `slice_0` and so on, and `narrow`; with `alpha`, the
+      divergences `slice_0_divergence` and so on; `mean_width` of what was drawn; and `tokens`. With
+      `alpha=1` there are no cross-entropies but that of the whole.
+
+    Raises:
+      ValueError: Unknown or impossible options, or widths from two sides or without a key.
 
     Examples:
       >>> import gemma_jax as gj
+      >>> import jax
       >>> import numpy as np
       >>> from gemma_jax import matformer
       >>> model, tok = gj.load("checkpoints/elastic")
@@ -124,16 +145,74 @@ def elastic(
       >>> loss, metrics = gj.elastic(model, tokens, submodels=(half,))
       >>> sorted(metrics)
       ['slice_0', 'tokens', 'whole']
+      >>> drawn, metrics = gj.elastic(model, tokens, jax.random.key(0), widths=(64, 128, 256))
+      >>> sorted(metrics)
+      ['mean_width', 'narrow', 'tokens', 'whole']
     """
+    check_elastic(widths=widths, alpha=alpha, kind=kind, temperature=temperature)
     batch = TrainBatch.of(batch)
     read = batch.read(model)  # towers belong to the whole: all models inside see the same
-    batch = replace(batch, batch=read, media=None)
-    plain = replace(batch, batch=replace(read, ffn_widths_L=None))
-    inside = {"whole": (model, plain)}
-    inside |= {f"slice_{i}": (at(model, submodel), plain) for i, submodel in enumerate(submodels)}
+    plain, metrics = replace(read, ffn_widths_L=None), {}
+    inside = {f"slice_{i}": (at(model, submodel), plain) for i, submodel in enumerate(submodels)}
+    if widths:
+        read = replace(read, ffn_widths_L=_drawn(model, read, key, widths, same_width))
+        metrics["mean_width"] = jnp.mean(jnp.asarray(read.ffn_widths_L, jnp.float32))
     if read.ffn_widths_L is not None:
-        inside["narrow"] = (model, batch)
-    said = {name: next_token(m, rows, key, z_loss=z_loss) for name, (m, rows) in inside.items()}
-    losses = {name: value for name, (value, _) in said.items()}
-    _, metrics = said["whole"]
-    return jnp.asarray(sum(losses.values()) / len(losses)), losses | metrics
+        inside["narrow"] = (model, read)
+    targets_BT, weights_BT = targets_of(plain, batch.targets_BT, batch.weights_BT)
+    counts_BT = counts_of(model, targets_BT, weights_BT)
+    total = jnp.sum(counts_BT)
+
+    def entropy(part: Gemma, x_BTD: jax.Array) -> jax.Array:
+        return _mean(
+            token_losses(part, x_BTD, targets_BT, weights_BT=counts_BT, z_loss=z_loss), total
+        )
+
+    whole, rule = Hidden.of(model, plain), Divergence(kind, temperature)
+    losses = [entropy(model, whole.x_BTD)]
+    for name, (part, rows) in inside.items():
+        hidden, said = Hidden.of(part, rows), {}
+        if alpha < 1:
+            said[name] = entropy(part, hidden.x_BTD)
+        if alpha > 0:
+            apart_BT = token_divergences(hidden, whole, rule) * counts_BT
+            said[f"{name}_divergence"] = _mean(apart_BT, total)
+        shares = [share for share in (1 - alpha, alpha) if share > 0]
+        losses.append(jnp.asarray(sum(share * v for share, v in zip(shares, said.values()))))
+        metrics |= said
+    return sum(losses[1:], losses[0]) / len(losses), metrics | {"whole": losses[0], "tokens": total}
+
+
+def _mean(losses_BT: jax.Array, total: jax.Array) -> jax.Array:
+    return jnp.sum(losses_BT) / jnp.where(total == 0, 1, total)
+
+
+def check_elastic(
+    *,
+    widths: tuple[int, ...] = (),
+    alpha: float = 0.0,
+    kind: str = "forward_kl",
+    temperature: float = 1.0,
+    **others: object,
+) -> None:
+    """Raises `ValueError` for options that `elastic` does not have."""
+    Divergence(kind, temperature)
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"{alpha=} must lie in [0, 1]: it is the share of the divergence")
+    if not all(isinstance(width, int) and width >= 1 for width in widths):
+        raise ValueError(f"widths={list(widths)} must be whole numbers of channels, at least 1")
+
+
+def _drawn(
+    model: Gemma, read: Batch, key: jax.Array | None, widths: tuple[int, ...], same: bool
+) -> jax.Array:
+    """Widths of all layers, int32 `[L]`."""
+    layers, least = len(model.cfg.layers), min(spec.d_ff for spec in model.cfg.layers)
+    if read.ffn_widths_L is not None:
+        raise ValueError("the batch has ffn_widths_L already: leave out these or widths")
+    if key is None:
+        raise ValueError("widths are drawn with a key; give one, as make_step does")
+    if max(widths) > least:
+        raise ValueError(f"width {max(widths)} is more than the {least} channels of a layer")
+    drawn = jax.random.choice(key, jnp.array(widths, jnp.int32), () if same else (layers,))
+    return jnp.broadcast_to(drawn, layers)
