@@ -31,6 +31,15 @@ def check_types(owner: Any) -> None:
         object.__setattr__(owner, field.name, value)
 
 
+def checked_value(name: str, value: Any, kind: Any) -> Any:
+    """A value as its annotation has it; for what is no field.
+
+    Raises:
+      ValueError: A value of a wrong type.
+    """
+    return _checked(name, value, kind)
+
+
 def check_positive(owner: Any, *names: str) -> None:
     """Raises `ValueError` for the first of these fields that is not above zero."""
     for name in names:
