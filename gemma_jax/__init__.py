@@ -77,7 +77,11 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names (tests/test_p
         fake_quantise as fake_quantise,
         quantisation_aware as quantisation_aware,
     )
-    from gemma_jax.training.optimizers import muon as muon
+    from gemma_jax.training.optimizers import (
+        OptimizerSettings as OptimizerSettings,
+        make_optimizer as make_optimizer,
+        muon as muon,
+    )
     from gemma_jax.training.state import TrainState as TrainState
     from gemma_jax.training.step import make_step as make_step
     from gemma_jax.training.trainable import trainable as trainable
@@ -122,7 +126,7 @@ _HOMES = {
     "gemma_jax.training.objectives": ("TrainBatch", "elastic", "next_token"),
     "gemma_jax.training.preference": ("PreferenceBatch", "completion_logps", "dpo"),
     "gemma_jax.training.quantisation_aware": ("fake_quantise", "quantisation_aware"),
-    "gemma_jax.training.optimizers": ("muon",),
+    "gemma_jax.training.optimizers": ("OptimizerSettings", "make_optimizer", "muon"),
     "gemma_jax.training.state": ("TrainState",),
     "gemma_jax.training.step": ("make_step",),
     "gemma_jax.training.trainable": ("trainable",),

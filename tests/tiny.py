@@ -197,6 +197,7 @@ def relayout(gemma: Gemma, layout: str) -> Gemma:
     other.runtime = gemma.runtime
     _restack(gemma, other)
     other.embed, other.final_norm = gemma.embed, gemma.final_norm
+    other.per_layer, other.streams = gemma.per_layer, gemma.streams
     if gemma.vision is not None:
         old, new = gemma.vision.tower, other.vision.tower
         _restack(old, new)
