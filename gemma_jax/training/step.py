@@ -20,10 +20,12 @@ import jax.numpy as jnp
 import optax
 
 from gemma_jax.decoder.model import Gemma
+from gemma_jax.training.accumulate import Metrics, accumulated
 from gemma_jax.training.state import TrainState
 from gemma_jax.training.trainable import Params
+from gemma_jax.training.transforms import norm_in_float32
 
-Metrics = dict[str, jax.Array]
+OWN_METRICS = {"loss", "grad_norm", "update_norm", "finite"}
 Objective = Callable[[Gemma, Any, jax.Array], tuple[jax.Array, Metrics]]  # of model, batch, key
 Init = Callable[..., TrainState]
 Step = Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]  # of state, frozen, batch
@@ -33,6 +35,9 @@ def make_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     join: Callable[[Params, Any], Gemma],
+    *,
+    micro_batches: int = 1,
+    skip_nonfinite: bool = True,
 ) -> tuple[Init, Step]:
     """Makes the functions that begin a run of training and take a step of it.
 
@@ -41,13 +46,20 @@ def make_step(
         numbers by name that say more of it. `training.objectives` has some; a batch is whatever
         the objective reads.
       join: The way back to a model; see `trainable`.
+      micro_batches: More than one: a batch's arrays have an axis of so many in front, and a step
+        goes through them one after another, in the memory of one. Each counts as much as its
+        metric `tokens` says (else `pairs`, else all alike), so that the step is that of all rows
+        together; its gradients are float32. `stack_micro_batches` makes such a batch.
+      skip_nonfinite: A step whose loss or gradients are not finite returns the state that it was
+        given.
 
     Returns:
       `init(trained, key, data_position=None) -> state`, with copies of its arrays, so that a state
       may be donated; and `step(state, frozen, batch) -> (state, metrics)`, not compiled: a caller
-      adds shardings as it needs them. Its metrics are those of the objective, `loss`, and
-      `grad_norm`, the norm of the gradients of all that is trained, before the optimizer; an
-      objective with metrics by these two names is refused.
+      adds shardings as it needs them. Its metrics are those of the objective and, all scalars:
+      `loss`; `grad_norm`, the norm of the gradients of all that is trained, before the optimizer;
+      `update_norm`, that of what the optimizer adds, both summed in float32; and `finite`, whether
+      loss and gradients are. An objective with metrics by these names is refused.
 
     Examples:
       >>> import gemma_jax as gj
@@ -76,15 +88,38 @@ def make_step(
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
 
-        def loss(trained: Params) -> tuple[jax.Array, Metrics]:
+        def loss(trained: Params, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
             return objective(join(trained, frozen), batch, key)
 
-        (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.trained)
-        if taken := sorted(metrics.keys() & {"loss", "grad_norm"}):
+        gradient = jax.value_and_grad(loss, has_aux=True)
+        if micro_batches == 1:
+            (value, metrics), gradients = gradient(state.trained, batch, key)
+        else:
+            _check_stacked(batch, micro_batches)
+            (value, metrics), gradients = accumulated(gradient, state.trained, batch, key)
+        if taken := sorted(metrics.keys() & OWN_METRICS):
             raise ValueError(f"the objective's metrics {taken} are the step's own; rename them")
+        norm = norm_in_float32(gradients)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, moments = optimizer.update(gradients, state.moments, state.trained)
         trained = optax.apply_updates(state.trained, updates)
-        state = replace(state, step=state.step + 1, trained=trained, moments=moments)
-        return state, metrics | {"loss": value, "grad_norm": optax.tree.norm(gradients)}
+        after = {"step": state.step + 1, "trained": trained, "moments": moments}
+        if skip_nonfinite:
+            before = {name: getattr(state, name) for name in after}
+            after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+        norms = {"grad_norm": norm, "update_norm": norm_in_float32(updates)}
+        return replace(state, **after), metrics | norms | {"loss": value, "finite": finite}
 
     return init, step
+
+
+def _check_stacked(batch: Any, micro_batches: int) -> None:
+    """Every array of a batch has the axis that is gone through."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        if jnp.shape(leaf)[:1] != (micro_batches,):
+            name = jax.tree_util.keystr(path, simple=True, separator=".") or "the batch"
+            raise ValueError(
+                f"{name} has shape {list(jnp.shape(leaf))}, expected [{micro_batches}, ...]: with "
+                f"{micro_batches=} every array of a batch has an axis of these in front; see "
+                "stack_micro_batches"
+            )

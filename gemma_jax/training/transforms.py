@@ -1,4 +1,4 @@
-"""What optax leaves open: float32 around narrow parameters, layers that lie """
+"""What optax leaves open: float32 around narrow parameters, layers that lie"""
 
 import math
 from typing import Any, NamedTuple

@@ -173,8 +173,10 @@ def test_metrics_are_the_steps_and_the_objectives():
     tokens = tiny.tokens(CFG, 2, 9)
     for steps in (1, 2, 2):
         _, _, metrics = run(tiny.model(CFG), optax.sgd(0.1), [tokens] * steps, objective=objective)
-        assert set(metrics) == {"loss", "grad_norm", "tokens", "draw"}
-        assert metrics["tokens"] == 16 and np.isfinite(metrics["grad_norm"])
+        own = {"loss", "grad_norm", "update_norm", "finite"}
+        assert set(metrics) == own | {"tokens", "draw"}
+        assert metrics["tokens"] == 16 and metrics["finite"]
+        np.testing.assert_allclose(metrics["update_norm"], 0.1 * metrics["grad_norm"], rtol=1e-5)
         seen.append(float(metrics["draw"]))
     assert seen[0] != seen[1] == seen[2]  # of the seed and the step, and of nothing else
 
