@@ -64,6 +64,9 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names (tests/test_p
     from gemma_jax.training.model_pair import ModelPair as ModelPair, pair_with as pair_with
     from gemma_jax.training.objective_names import named_objective as named_objective
     from gemma_jax.training.accumulate import stack_micro_batches as stack_micro_batches
+    from gemma_jax.training.data.pipeline import make_data as make_data
+    from gemma_jax.training.data.settings import DataSettings as DataSettings
+    from gemma_jax.training.data.statistics import describe as describe
     from gemma_jax.training.objectives import (
         TrainBatch as TrainBatch,
         elastic as elastic,
@@ -125,6 +128,9 @@ _HOMES = {
     "gemma_jax.training.model_pair": ("ModelPair", "pair_with"),
     "gemma_jax.training.objective_names": ("named_objective",),
     "gemma_jax.training.accumulate": ("stack_micro_batches",),
+    "gemma_jax.training.data.pipeline": ("make_data",),
+    "gemma_jax.training.data.settings": ("DataSettings",),
+    "gemma_jax.training.data.statistics": ("describe",),
     "gemma_jax.training.objectives": ("TrainBatch", "elastic", "next_token"),
     "gemma_jax.training.preference": ("PreferenceBatch", "completion_logps", "dpo"),
     "gemma_jax.training.quantisation_aware": ("fake_quantise", "quantisation_aware"),
