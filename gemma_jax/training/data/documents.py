@@ -88,7 +88,7 @@ class DocumentReader:
         if self.tokenizer.bos_id in document.ids[1:]:
             raise ValueError("<bos> stands inside the text; leave it out: every row gets its own")
         if not document.trained.any():
-            raise ValueError("there is nothing to train on: no answer, or an empty one")
+            raise ValueError("there is nothing to train on: no answer of the model, or no token")
         return document
 
     def _chat(self, example: Chat) -> Document:

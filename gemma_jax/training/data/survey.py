@@ -28,6 +28,7 @@ class Entry:
       items: Name of a modality -> most items in one document.
       shapes: Name of a modality -> the largest shape of what its encoder reads.
       was_cut: Whether tokens were cut off.
+      checksum: Of the row's bytes.
     """
 
     place: Place
@@ -36,6 +37,7 @@ class Entry:
     items: dict[str, int]
     shapes: dict[str, tuple[int, ...]]
     was_cut: bool
+    checksum: int
 
 
 class RowReader:
@@ -75,11 +77,13 @@ class RowReader:
           ValueError: The file has changed since.
         """
         try:
-            documents = self.whole(entry.place, entry.place.read())
-            documents = tuple(d.cut(self.settings.tokens_per_row) for d in documents)
+            line = entry.place.read()
+            documents = self.whole(entry.place, line)
         except (ValueError, OSError) as error:
             raise ValueError(f"{entry.place} cannot be read any more: {error}") from None
-        if tuple(len(d.ids) for d in documents) != entry.lengths:
+        documents = tuple(d.cut(self.settings.tokens_per_row) for d in documents)
+        lengths = tuple(len(document.ids) for document in documents)
+        if zlib.crc32(line) != entry.checksum or lengths != entry.lengths:
             raise ValueError(f"{entry.place} has changed since the run began; begin it anew")
         return documents
 
@@ -169,6 +173,7 @@ def _entry(settings: DataSettings, reader: RowReader, place: Place, line: bytes)
         items=items,
         shapes=shapes,
         was_cut=longest > most,
+        checksum=zlib.crc32(line),
     )
 
 
