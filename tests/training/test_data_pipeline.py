@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
@@ -136,6 +137,9 @@ def test_a_run_goes_on_with_other_processes(seen):
     again = iter(data)
     again.set_state(before.get_state())
     assert_same(next(again), batches[2])
+    as_arrays = jax.tree.map(jnp.asarray, before.get_state())  # as in a TrainState
+    again.set_state(as_arrays)
+    assert_same(next(again), batches[2])
     before.close(), again.close()
 
 
@@ -145,6 +149,7 @@ def test_states_of_other_data_are_refused(seen, tmp_path):
     others = [
         make_data(settings(name, seed=4), tokenizer(), seer_cfg()),
         make_data(settings(name, rows=3), tokenizer(), seer_cfg()),
+        make_data(settings(name, train_on="all"), tokenizer(), seer_cfg()),
         make_data(settings(dataset(tmp_path, 10)), tokenizer(), seer_cfg()),
     ]
     for other in others:

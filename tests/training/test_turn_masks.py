@@ -7,6 +7,7 @@ import pytest
 from examples_on_disk import DATA, chat, picture, seer_cfg, tokenizer
 
 from gemma_jax.multimodal.modality import modalities_of
+from gemma_jax.multimodal.prompts import PromptReader
 from gemma_jax.text import ChatTemplate, Tokenizer, encode_chat
 from gemma_jax.text.tokenizer_config import TokenizerConfig
 from gemma_jax.training.data.documents import DocumentReader
@@ -123,6 +124,8 @@ def test_images_move_the_answer_and_are_not_trained(tmp_path, pan_and_scan):
     said = [i for i, trained in zip(document.ids.tolist(), document.trained) if trained]
     tok = tokenizer()
     assert tok.decode(said) == "Räk [1]<end_of_turn>\ndog<end_of_turn>\n"
+    asked = PromptReader(tok, modalities).chat(example.messages[:3]).token_ids
+    assert document.ids[: len(asked)].tolist() == asked  # as the model will be asked
     everything = read(example, modalities=modalities, train_on="all")
     vision = cfg.vision
     around = [vision.image_token, vision.start_token, vision.end_token, tok.bos_id]

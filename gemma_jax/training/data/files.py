@@ -11,7 +11,7 @@ SUFFIX = ".jsonl"
 NAMED = 5  # bad rows that an error names; the rest is counted
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Place:
     """Says where a row is.
 

@@ -31,8 +31,9 @@ def make_data(
 
     Args:
       cfg: Of the model that reads them; says which media there may be.
-      process_index, process_count: Each process reads its own rows of every batch. Which rows those
-        are depends on the settings and the files alone, so a run may go on with other processes.
+      process_index, process_count: Each process prepares its own rows of every batch (all read the
+        files once, to lay out the rows). What is in a batch depends on settings and files alone, so
+        a run may go on with other processes.
 
     Raises:
       ValueError: Rows that cannot be used, all in one message; or rows of a batch that processes

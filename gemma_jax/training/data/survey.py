@@ -19,7 +19,7 @@ from gemma_jax.training.data.packing import pack
 from gemma_jax.training.data.settings import DataSettings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """Describes the documents of one row of a file: one, or chosen and rejected.
 
@@ -203,5 +203,6 @@ def _largest(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
 
 
 def _meaning(settings: DataSettings) -> list[object]:
-    """What of the settings decides which rows the batch of a number has."""
-    return [settings.rows, settings.tokens_per_row, settings.shuffle, settings.seed]
+    """What of the settings, beside lengths, decides what is in the batch of a number."""
+    order = [settings.rows, settings.tokens_per_row, settings.shuffle, settings.seed]
+    return [*order, settings.pairs, settings.packing, settings.train_on, settings.end_of_text]
