@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers: the same names (tests/test_public_names.py)
     # isort: off
+    from gemma_jax.adapters import merge as merge
     from gemma_jax.audio.streaming import AudioStream as AudioStream
     from gemma_jax.audio.waves import Audio as Audio
     from gemma_jax.config import GemmaConfig as GemmaConfig, LayerSpec as LayerSpec
@@ -51,12 +52,19 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names (tests/test_p
     from gemma_jax.multimodal.media import Media as Media
     from gemma_jax.multimodal.prompts import Prompt as Prompt
     from gemma_jax.numerics import Numerics as Numerics
+    from gemma_jax.peft import (
+        load_adapter as load_adapter,
+        lora as lora,
+        save_adapter as save_adapter,
+        with_adapters as with_adapters,
+    )
     from gemma_jax.presets import PRESETS as PRESETS, preset as preset
     from gemma_jax.quantisation import (
         RoundingError as RoundingError,
         quantisation_errors as quantisation_errors,
         quantise as quantise,
     )
+    from gemma_jax.resident_adapters import choose_adapters as choose_adapters
     from gemma_jax.runtime import Runtime as Runtime
     from gemma_jax.saving import save as save
     from gemma_jax.text import Tokenizer as Tokenizer, encode_chat as encode_chat
@@ -67,6 +75,7 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names (tests/test_p
     from gemma_jax.training.data.pipeline import make_data as make_data
     from gemma_jax.training.data.settings import DataSettings as DataSettings
     from gemma_jax.training.data.statistics import describe as describe
+    from gemma_jax.training.lora import Lora as Lora
     from gemma_jax.training.objectives import (
         TrainBatch as TrainBatch,
         elastic as elastic,
@@ -95,6 +104,7 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names (tests/test_p
     # isort: on
 
 _HOMES = {
+    "gemma_jax.adapters": ("merge",),
     "gemma_jax.audio.streaming": ("AudioStream",),
     "gemma_jax.audio.waves": ("Audio",),
     "gemma_jax.config": ("GemmaConfig", "LayerSpec"),
@@ -119,8 +129,10 @@ _HOMES = {
     "gemma_jax.multimodal.media": ("Media",),
     "gemma_jax.multimodal.prompts": ("Prompt",),
     "gemma_jax.numerics": ("Numerics",),
+    "gemma_jax.peft": ("load_adapter", "lora", "save_adapter", "with_adapters"),
     "gemma_jax.presets": ("PRESETS", "preset"),
     "gemma_jax.quantisation": ("RoundingError", "quantisation_errors", "quantise"),
+    "gemma_jax.resident_adapters": ("choose_adapters",),
     "gemma_jax.runtime": ("Runtime",),
     "gemma_jax.saving": ("save",),
     "gemma_jax.text": ("Tokenizer", "encode_chat"),
@@ -131,6 +143,7 @@ _HOMES = {
     "gemma_jax.training.data.pipeline": ("make_data",),
     "gemma_jax.training.data.settings": ("DataSettings",),
     "gemma_jax.training.data.statistics": ("describe",),
+    "gemma_jax.training.lora": ("Lora",),
     "gemma_jax.training.objectives": ("TrainBatch", "elastic", "next_token"),
     "gemma_jax.training.preference": ("PreferenceBatch", "completion_logps", "dpo"),
     "gemma_jax.training.quantisation_aware": ("fake_quantise", "quantisation_aware"),

@@ -35,18 +35,19 @@ FLOORS = (
     ("nn",),
     ("vision", "audio"),
     ("decoder",),
-    ("multimodal", "matformer", "quantisation", "lora"),
+    ("multimodal", "matformer", "quantisation", "adapters",
+     "resident_adapters"),
     ("placement",),
     ("inference", "training"),
     ("planning", "evaluation", "serving", "viz"),
-    ("loading", "saving", "experiments", "benchmarks"),
+    ("loading", "saving", "peft", "experiments", "benchmarks"),
     ("cli", "__main__"),
 )  # fmt: skip
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 # The parts where checkpoints come in.
 DOORS = tuple(
     f"gemma_jax.{part}"
-    for part in ("loading", "saving", "experiments", "evaluation", "serving", "benchmarks", "cli")
+    for part in "loading saving peft experiments evaluation serving benchmarks cli".split()
 )
 
 
