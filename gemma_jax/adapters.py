@@ -15,7 +15,7 @@ from flax import nnx
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.decoder.names import layer_names
 from gemma_jax.weights.adapted import Adapted, alike, row_norms, with_magnitudes
-from gemma_jax.weights.protocol import Weight
+from gemma_jax.weights.protocol import Weight, dense
 from gemma_jax.weights.tree import flat_params, with_attributes, with_params
 
 TABLE, HEAD = "embed.table", "embed.head"
@@ -93,7 +93,10 @@ def _with_whole(value: Weight, named: list[tuple[str, int | None]], whole: Mappi
     dtype = value.dtype if isinstance(value, jax.Array) else jnp.float32
     if named[0][1] is None:
         return jnp.asarray(whole[named[0][0]], dtype)
-    rows = [whole[name] if name in whole else value[row] for name, row in named]
+    rows = [
+        whole[name] if name in whole else dense(jax.tree.map(lambda a, row=row: a[row], value))
+        for name, row in named
+    ]
     return jnp.stack([jnp.asarray(row, dtype) for row in rows])
 
 

@@ -18,6 +18,7 @@ from gemma_jax.cli import (
     generate,
     info,
     list_models,
+    merge,
     plan,
     quantise,
     score,
@@ -40,7 +41,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     generate, chat, score, transcribe, shield, forward, tokenize, encode_image, encode_audio, info,
-    convert, quantise, slice, plan,
+    convert, quantise, slice, merge, plan,
 )  # fmt: skip
 for module in COMMANDS:
     app.command(module.__name__.rpartition(".")[2].replace("_", "-"))(module.command)

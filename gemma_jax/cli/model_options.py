@@ -78,7 +78,7 @@ MmprojOption = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Says on a command line how a model is loaded: `LoadOptions`, and which slice of it runs."""
+    """Says on a command line how a model is loaded, with which adapter, and what of it runs."""
 
     dtype: Annotated[
         DType | None,
@@ -98,6 +98,10 @@ class ModelOptions:
     cache_dtype: CacheDTypeOption = None
     vision_dtype: Annotated[
         DType | None, typer.Option(help="Dtype inside the vision tower. Default: as --dtype.")
+    ] = None
+    adapter: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="PEFT folder: LoRA, DoRA or rsLoRA for the model."),
     ] = None
     modalities: Annotated[
         str | None,
@@ -134,7 +138,16 @@ class ModelOptions:
 
         options = self.for_library(layout)
         with progress.loading() as bar:
-            return load_model(source, options, progress=bar)
+            model = load_model(source, options, progress=bar)
+        return model if self.adapter is None else self._adapted(model)
+
+    def _adapted(self, model: "Gemma") -> "Gemma":
+        from gemma_jax.peft import load_adapter
+
+        # Who asks for some modalities does not want what the folder has for others.
+        only_decoder = self.modalities is not None
+        with flags_for("modalities"):
+            return load_adapter(model, self.adapter, only_decoder=only_decoder)
 
     def for_library(self, layout: "Layout | None" = None) -> "LoadOptions":
         """The same for `gemma_jax.load`; a slice is a view of what it loads."""
@@ -146,7 +159,8 @@ class ModelOptions:
             raise ValueError(
                 f"--attention-impl {self.attention_impl!r}: choose one of: {', '.join(known)}"
             )
-        values = {name: _plain(value) for name, value in asdict(self).items() if name != "slice"}
+        own = ("slice", "adapter")  # which are no business of loading
+        values = {name: _plain(v) for name, v in asdict(self).items() if name not in own}
         mesh = None if self.mesh is None else common.parse_mesh(self.mesh)
         with flags_for(*values):
             modalities = self.wanted_modalities()

@@ -37,6 +37,7 @@ class Fit(StrEnum):
     {
         "vision_dtype": "plan is about text",
         "modalities": "plan reads no weights",
+        "adapter": "plan reads no weights",
         "mmproj": "plan is about text",
         "activations": "plan counts products of floats",
         "numerics": "plan follows the roundings of transformers",

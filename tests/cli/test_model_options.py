@@ -34,6 +34,8 @@ REFUSED = {
     **{name: {} for name in (*RUNS, "transcribe")},
     "forward": {"cache_dtype": "forward keeps no cache"},
     "convert": all_but("dtype", "mesh", "mmproj", because="convert runs no model"),
+    "merge": all_but("dtype", "mmproj", because="merge runs no model")
+    | {"adapter": "merge takes the folder behind the source"},
     "quantise": all_but(because="quantise runs no model"),
     "slice": all_but("dtype", because="slice runs no model"),
     "info": all_but("slice", because="info reads no weights"),
@@ -41,6 +43,7 @@ REFUSED = {
     "plan": {
         "vision_dtype": "plan is about text",
         "modalities": "plan reads no weights",
+        "adapter": "plan reads no weights",
         "mmproj": "plan is about text",
         "activations": "plan counts products of floats",
         "numerics": "plan follows the roundings of transformers",
@@ -52,6 +55,7 @@ NEEDED = {
     "forward": ("--model", "x", "--inputs", __file__, "--output", "x"),
     "transcribe": (__file__,),
     "convert": ("x", "y", "--to", "hf"),
+    "merge": ("x", "y", "z"),
     "quantise": ("x", "y", "--to", "int4"),
     "slice": ("x", "y"),
     "info": ("x",),

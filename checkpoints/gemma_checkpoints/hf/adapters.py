@@ -148,8 +148,7 @@ def _sorted(
     if not only_decoder:
         found.problems += [
             f"{keys[0]} and {len(keys) - 1} more are for the {tower} tower, which this model does "
-            f"not have: load it with modalities that include {tower!r}, or leave them out "
-            "(only_decoder)"
+            f"not have: load it with the modality {tower!r}, or leave these out by only_decoder"
             for tower, keys in towers.items()
         ]
     return found
