@@ -29,6 +29,8 @@ from gemma_jax.storages import (
     storage_bits,
     storage_group,
 )
+from gemma_jax.weights.adapted import Adapted
+from gemma_jax.weights.adapted_rows import AdaptedRows
 from gemma_jax.weights.off_device import OffDeviceTable
 from gemma_jax.weights.protocol import StandIn, Weight, array_bytes, dense
 from gemma_jax.weights.quantized import QuantizedWeight
@@ -73,6 +75,8 @@ def quantise(
     store = store_weights(storage, activations)(model)
 
     def stored(path: ParamPath, value: Weight) -> Weight:
+        if isinstance(value, Adapted | AdaptedRows):  # factors stay as they are
+            return replace(value, base=stored(path, value.base))
         return value if isinstance(value, OffDeviceTable) else store(path, dense(value))
 
     params = flat_params(model)

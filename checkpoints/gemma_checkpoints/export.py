@@ -37,6 +37,12 @@ from .tokenizers import copy_companions
 
 MAX_SHARD = 5_000_000_000  # bytes
 
+PLAIN = "load the model with plain weights, and slice it rather than view it"
+WHAT_TO_DO = {
+    "Adapted": "merge the adapters, or save them alone by save_adapter",
+    "AdaptedRows": "load and merge one of the adapters alone",
+}
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -198,7 +204,7 @@ def refuse_inexact(
             inexact.setdefault(kind, []).append(".".join(map(str, path)))
     problems = [
         f"{first}{f' (and {len(more)} more)' if more else ''} is {kind}: only plain floats can be "
-        "saved; load the model with plain weights, and slice it rather than view it"
+        f"saved; {WHAT_TO_DO.get(kind, PLAIN)}"
         for kind, (first, *more) in inexact.items()
     ]
     if problems:

@@ -10,6 +10,7 @@ from flax import nnx
 from gemma_jax.config import GemmaConfig
 from gemma_jax.decoder.model import Gemma, abstract_model
 from gemma_jax.nn.layer_groups import Layout
+from gemma_jax.weights.adapted import alike
 from gemma_jax.weights.protocol import Index, Weight
 from gemma_jax.weights.tree import ParamPath, dims_of, flat_params, with_params
 from gemma_jax.weights.view import Part
@@ -59,7 +60,7 @@ def slice_model(
         rows = [_taken(parts(("blocks", *rest), layer)) for layer in layers]
         if len(rows) == 1:
             return rows[0]
-        return jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *rows)
+        return jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *alike(rows))
 
     return _with_parts(target, value)
 

@@ -14,6 +14,7 @@ from gemma_jax.nn.einsum import Einsum
 from gemma_jax.nn.norm import RMSNorm
 from gemma_jax.numerics import Numerics
 from gemma_jax.weights.contract import HIGHEST
+from gemma_jax.weights.protocol import dense
 
 MIN_MEAN_SQUARE = 1e-5
 
@@ -71,7 +72,7 @@ class AltUp(nnx.Module):
     def _coefs(self, layer: Einsum, routed_BTA: jax.Array, numerics: Numerics) -> jax.Array:
         if not numerics.clip_altup or self.clip is None:
             return layer(routed_BTA)
-        w = jnp.clip(layer.w[...], -self.clip, self.clip).astype(routed_BTA.dtype)
+        w = jnp.clip(dense(layer.w.get_value()), -self.clip, self.clip).astype(routed_BTA.dtype)
         return jnp.einsum(layer.equation, routed_BTA, w, precision=HIGHEST)
 
 

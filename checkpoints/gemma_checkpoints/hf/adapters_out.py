@@ -6,21 +6,24 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from gemma_jax.adapters import TABLE, Factors, factors_of
 from gemma_jax.config import GemmaConfig
 from gemma_jax.decoder.model import Gemma
+from gemma_jax.decoder.names import layer_names
 from gemma_jax.training.lora import Lora, chosen_by_name
-from gemma_jax.weights.tree import flat_params
+from gemma_jax.weights.tree import ParamPath, flat_params
 
 from ..export import host_array
 from ..folders import new_folder
 from ..json_values import Json
-from ..params import named_slots
+from ..name_table import Row
+from ..params import Slot, named_slots
 from ..safetensors_file import write_safetensors
 from .adapters import ROOT
-from .modules import EMBEDDING_PATH, HEAD_PATH, Module, modules_of, prefix_of, tensor_rows
+from .modules import HEAD_PATH, Module, modules_of, prefix_of, tensor_rows
 from .new_adapters import chosen_by_peft, rules_of, saves
 from .peft_config import CONFIG, WEIGHTS
 from .peft_rules import PeftRules
@@ -81,21 +84,15 @@ def save_adapter(
     whole = _saved_whole(model, settings)
     if not factors and not whole:
         raise ValueError("the model has no adapters to save")
-    paths = {module.name: path for path, module in modules.items()}
-    if strange := sorted(factors.keys() - paths.keys()):
-        raise ValueError(
-            f"{strange[0]} (and {len(strange) - 1} more): PEFT has no place for an adapter there; "
-            "merge it, and save the model"
-        )
     tied = model.cfg.tied_head and TABLE in factors
+    arrays = _of_factors(model, factors, modules)
+    paths = {module.name: path for path, module in modules.items()}
     by_path = {paths[name]: one for name, one in factors.items()}
     config = _config(by_path, modules, model.cfg, settings, tied, base)
-    modules_whole, arrays = _whole_tensors(model, whole, settings)
-    config["modules_to_save"] = modules_whole or None
-    for path, one in by_path.items():
-        arrays |= _tensors(modules[path], prefix_of(path, model.cfg) + path, one)
+    config["modules_to_save"], saved = _whole_tensors(model, whole, settings)
+    arrays |= saved
     if tied:
-        arrays |= _of_tied_head(by_path[EMBEDDING_PATH])
+        arrays |= _of_tied_head(factors[TABLE])
     target, arrays = Path(folder), dict(sorted(arrays.items()))
     with new_folder(target, needed=sum(a.nbytes for a in arrays.values())) as part:
         (part / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
@@ -103,6 +100,51 @@ def save_adapter(
         for _ in write_safetensors(part / WEIGHTS, header, arrays.values()):
             pass
     return target
+
+
+def trained_by_key(model: Gemma, trained: Mapping[ParamPath, jax.Array]) -> dict[str, np.ndarray]:
+    """What a run trains by the keys of an adapter's file: parameters, or their gradients.
+
+    Args:
+      model: Of `join`, by which ranks are known.
+      trained: See `training.lora.train_adapters`.
+    """
+    ranks = {name: one.rank for name, one in factors_of(model).items()}
+    factors: dict[str, Factors] = {}
+    arrays, rows = {}, {name: (theirs, row) for theirs, (name, row) in tensor_rows(model).items()}
+    for path in flat_params(model):
+        parts = {p[-1]: v for p, v in trained.items() if p[:-1] == path}
+        for name, i in layer_names(path, model):
+            ours = {kind: np.asarray(v if i is None else v[i]) for kind, v in parts.items()}
+            if name in ranks and {"a", "b"} <= ours.keys():
+                a, b = ours["a"][: ranks[name]], ours["b"][..., : ranks[name]]
+                factors[name] = Factors(a, b, 1.0, ours.get("magnitude"))
+            elif path in trained:
+                theirs, row = rows[name]
+                whole = np.asarray(trained[path] if i is None else trained[path][i])
+                key = ROOT + prefix_of(theirs, model.cfg) + theirs
+                arrays[key] = _as_theirs(whole, row, named_slots(model)[name])
+    return _of_factors(model, factors, modules_of(model)) | arrays
+
+
+def _of_factors(
+    model: Gemma, factors: Mapping[str, Factors], modules: Mapping[str, Module]
+) -> dict[str, np.ndarray]:
+    """Key -> array."""
+    paths, arrays = {module.name: path for path, module in modules.items()}, {}
+    if strange := sorted(factors.keys() - paths.keys()):
+        raise ValueError(
+            f"{strange[0]} (and {len(strange) - 1} more): PEFT has no place for an adapter there; "
+            "merge it, and save the model"
+        )
+    for name, one in factors.items():
+        path = paths[name]
+        arrays |= _tensors(modules[path], prefix_of(path, model.cfg) + path, one)
+    return arrays
+
+
+def _as_theirs(array: np.ndarray, row: Row, slot: Slot) -> np.ndarray:
+    return _float32(array if row.parsed is None else row.parsed.inverse(array, slot.sizes))
 
 
 def _tensors(module: Module, spelled: str, one: Factors) -> dict[str, np.ndarray]:
@@ -190,7 +232,7 @@ def _saved_whole(model: Gemma, settings: Lora | None) -> set[str]:
 
 def _whole_tensors(
     model: Gemma, whole: set[str], settings: Lora | None
-) -> tuple[list[str], dict[str, np.ndarray]]:
+) -> tuple[list[str] | None, dict[str, np.ndarray]]:
     """Modules that are saved whole, and all their tensors."""
     rows, slots, params = tensor_rows(model), named_slots(model), flat_params(model)
     if settings is not None and settings.target_modules is not None:
@@ -202,8 +244,6 @@ def _whole_tensors(
     for theirs, (name, row) in rows.items():
         if name not in slots or not saves(rules, theirs, model):
             continue
-        slot = slots[name]
-        array = host_array(params[slot.path], slot.row)
-        array = array if row.parsed is None else row.parsed.inverse(array, slot.sizes)
-        arrays[ROOT + prefix_of(theirs, model.cfg) + theirs] = _float32(array)
-    return names, arrays
+        array = _as_theirs(host_array(params[slots[name].path], slots[name].row), row, slots[name])
+        arrays[ROOT + prefix_of(theirs, model.cfg) + theirs] = array
+    return names or None, arrays
