@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from marks import nightly
 
 import gemma_jax as gj
 from gemma_jax.matformer import Slice, at
@@ -44,7 +45,7 @@ def test_widths_are_drawn_from_the_key(same):
     assert len({tuple(drawn(seed).tolist()) for seed in range(20)}) > 5
 
 
-@pytest.mark.parametrize("layout", ["scan", "unrolled"])
+@pytest.mark.parametrize("layout", ["unrolled", *nightly("scan")])
 def test_models_inside_learn_from_the_whole(layout):
     """In packed rows, with weights. No gradient goes to the whole, though all share its arrays."""
     model = tiny.model(CFG, layout)

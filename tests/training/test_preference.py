@@ -59,12 +59,12 @@ def test_a_reference_is_the_same_from_wherever_it_comes(models):
 
 def test_no_gradient_goes_through_the_reference(models):
     policy, reference = models
-    grad = jax.grad(lambda pair: dpo(pair, BATCH)[0])
+    grad = jax.jit(jax.grad(lambda pair: dpo(pair, BATCH)[0]))
     assert all(np.any(g) for g in jax.tree.leaves(grad(ModelPair(policy, reference)).model))
     ours = grad(ModelPair(policy, policy))
     assert not any(np.any(g) for g in jax.tree.leaves(ours.other))
-    theirs = jax.grad(lambda policy: dpo(policy, BATCH, reference=lambda m: m)[0])(policy)
-    jax.tree.map(np.testing.assert_array_equal, ours.model, theirs)
+    theirs = jax.jit(jax.grad(lambda policy: dpo(policy, BATCH, reference=lambda m: m)[0]))(policy)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), ours.model, theirs)
 
 
 def test_metrics_say_what_the_pairs_are(models):
@@ -131,23 +131,23 @@ def test_arrays_of_the_reference_are_arguments_of_the_program():
     assert len(text) < sum(leaf.nbytes for leaf in jax.tree.leaves(reference))
 
 
-def test_steps_make_the_chosen_answers_likelier(models):
+@pytest.mark.parametrize("objective", [dpo, quantisation_aware(dpo, "int8")], ids=["", "int8"])
+def test_steps_make_the_chosen_answers_likelier(objective, models):
     policy, _ = models
-    for objective in (dpo, quantisation_aware(dpo, "int8")):
-        trained, frozen, join = pair_with(trainable(policy), policy)
-        init, step = make_step(objective, optax.adam(1e-2), join)
-        state, step = init(trained, jax.random.key(0)), jax.jit(step)
-        for _ in range(4):
-            state, metrics = step(state, frozen, BATCH)
-        assert metrics["loss"] < 0.6 and metrics["margins"] > 0
-        assert join(state.trained, frozen).other.cfg == CFG
+    trained, frozen, join = pair_with(trainable(policy), policy)
+    init, step = make_step(objective, optax.adam(1e-2), join)
+    state, step = init(trained, jax.random.key(0)), jax.jit(step)
+    for _ in range(4):
+        state, metrics = step(state, frozen, BATCH)
+    assert metrics["loss"] < 0.6 and metrics["margins"] > 0
+    jax.tree.map(np.testing.assert_array_equal, join(state.trained, frozen).other, policy)
 
 
 def test_a_quantised_policy_and_reference(models):
     policy, reference = (quantise(model, "int8") for model in models)
     trained, frozen, join = pair_with(trainable(policy, norms), reference)
-    loss = jax.grad(lambda trained: dpo(join(trained, frozen), BATCH)[0])
-    assert all(np.any(g) for g in loss(trained).values())
+    gradients = jax.jit(jax.grad(lambda trained: dpo(join(trained, frozen), BATCH)[0]))(trained)
+    assert all(np.any(gradient) for gradient in gradients.values())
 
 
 def test_logits_never_exist_at_one_time(monkeypatch):
