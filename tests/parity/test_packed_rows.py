@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from marks import nightly
 from parity.goldens import DATA, assert_close, case
 from safetensors.numpy import load_file
 
@@ -69,6 +70,7 @@ def test_losses_of_packed_tokens_are_those_of_the_texts_alone(stored):
         assert_close(alone, expected[name], tolerance["packed_token_losses"])
 
 
+@pytest.mark.parametrize("stored", ["g3_text", "g3_mm", *nightly("g3n_text")], indirect=True)
 def test_loss_and_gradients_of_a_packed_row(stored, tmp_path):
     model, given, expected, tolerance = stored
     batch, weights = packed(given), (labels(given) >= 0).astype(np.float32)
