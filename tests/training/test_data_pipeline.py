@@ -14,7 +14,7 @@ import soundfile
 import tiny
 from examples_on_disk import chat, picture, reader_cfg, seer_cfg, tokenizer, words, write
 
-from gemma_jax import DataSettings, make_data, next_token
+from gemma_jax import DataSettings, dpo, make_data, next_token
 from gemma_jax.multimodal.modality import modalities_of
 
 pytest.importorskip("grain", reason='training data need Grain: pip install "gemma-jax[train]"')
@@ -233,8 +233,8 @@ def test_pairs(tmp_path):
         for i in range(3)
     ]
     name = write(tmp_path / "pairs.jsonl", rows)
-    data = make_data(settings(name, pairs=True, epochs=1), tokenizer(), seer_cfg())
-    first, second = data
+    data = make_data(settings(name, pairs=True, epochs=1, packing="off"), tokenizer(), seer_cfg())
+    first, second = (batch.rows for batch in data)
     tokens_BT, weights_BT = first.batch.tokens_BT, first.weights_BT
     assert tokens_BT.shape == (4, 96)
     for i in range(2):
@@ -252,6 +252,44 @@ def test_pairs(tmp_path):
     assert not second.weights_BT[[1, 3]].any() and second.weights_BT[[0, 2]].any(axis=1).all()
     (image_index,) = {int(i) for i in first.media.index_BT[3] if i >= 0 and i % 4 == 0}
     assert image_index == 3 * 4
+
+
+@pytest.fixture(scope="module")
+def preferences(tmp_path_factory):
+    """Pairs with what a reference says of them."""
+    rows = [
+        {"prompt": words(2 + i, i), "chosen": words(3, i), "rejected": words(5, i + 1)}
+        | {"ref_chosen_logps": -10.0 - i, "ref_rejected_logps": -20.5 - i}
+        for i in range(5)
+    ]
+    return write(tmp_path_factory.mktemp("pairs") / "rows.jsonl", rows)
+
+
+def test_packed_pairs_stay_pairs(preferences):
+    """With the same number in both rows; and their references, by number."""
+    data = make_data(settings(preferences, pairs=True, epochs=1), tokenizer(), reader_cfg())
+    for number, batch in enumerate(data):
+        documents_BT = np.where(batch.rows.weights_BT > 0, batch.rows.batch.documents_BT, 0)
+        for i, row in enumerate(data.batch_ids(number)[:2]):
+            expected = np.zeros((2, 97), np.float32)
+            for n, line in enumerate(lines([row]), 1):
+                expected[:, n] = -9.0 - line, -19.5 - line
+                for side in (i, i + 2):
+                    assert (documents_BT[side] == n).any()
+            np.testing.assert_array_equal(batch.reference_logps_B[[i, i + 2]], expected)
+
+
+def test_loss_of_pairs_does_not_depend_on_packing(preferences):
+    model = tiny.model(reader_cfg())
+    losses = []
+    for packing in ("off", "in_order"):
+        own = settings(preferences, pairs=True, epochs=1, rows=5, packing=packing)
+        (batch,) = make_data(own, tokenizer(), reader_cfg())
+        assert batch.reference_logps_B.shape == ((10,) if packing == "off" else (10, 97))
+        loss, said = dpo(model, batch)
+        assert said["pairs"] == 5
+        losses.append(float(loss))
+    np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def test_what_towers_read_is_where_its_placeholders_are(seen):

@@ -120,6 +120,23 @@ def test_pairs_that_are_refused(row, message):
         examples_of(row, HERE, pairs=True)
 
 
+@pytest.mark.parametrize("logps", [(-1, None), (-1, "a"), (-1, 0.5), (True, -1)])
+def test_references_that_are_refused(tmp_path, logps):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    row |= dict(zip(("ref_chosen_logps", "ref_rejected_logps"), logps))
+    with pytest.raises(ValueError, match="must be two numbers, none above 0"):
+        report(write(tmp_path / "a.jsonl", [row]), pairs=True)
+    with pytest.raises(ValueError, match="NaN|two numbers"):
+        report(write(tmp_path / "b.jsonl", [row | {"ref_chosen_logps": float("nan")}]), pairs=True)
+
+
+def test_references_of_some_rows(tmp_path):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    more = row | {"ref_chosen_logps": -1, "ref_rejected_logps": -2.5}
+    with pytest.raises(ValueError, match="1 of 2 rows have log-probabilities of a reference"):
+        report(write(tmp_path / "a.jsonl", [row, more]), pairs=True)
+
+
 def test_keys_to_ignore():
     row = {"text": "a", "label": 3}
     assert examples_of(row, HERE, pairs=False, ignore=["label"]) == (Plain("a"),)
@@ -265,7 +282,6 @@ def test_numbers_of_a_report(tmp_path):
     [
         ({"files": ()}, "files is empty"),
         ({"packing": "worst"}, "packing='worst' must be one of off, in_order"),
-        ({"pairs": True, "packing": "best_fit"}, "is not for pairs"),
         ({"epochs": 0}, "epochs=0 must be at least 1"),
         ({"seed": -1}, "seed=-1 must lie in"),
         ({"rows": 0}, "rows=0 must be positive"),

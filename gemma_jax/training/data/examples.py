@@ -10,13 +10,17 @@ One JSON object per line, of one of these kinds:
 
 Contents are texts or lists of items, as in `gemma_jax.text.chat`. Prompts, completions, chosen and
 rejected answers may also be lists of messages; a row with both answers as whole conversations need
-not say the prompt. Images and sounds are files, by paths that count from the folder of the row's
-own file: `{"type": "image", "image": "cat.png"}`; or `"images"` and `"audio"` of the row, in the
-order of the markers in a text or of items without a path.
+not say the prompt. A preference may bring what a reference model says of its two answers,
+`"ref_chosen_logps"` and `"ref_rejected_logps"` (as trl calls them: nats, summed over the answer).
+
+Images and sounds are files, by paths that count from the folder of the row's own file: `{"type":
+"image", "image": "cat.png"}`; or `"images"` and `"audio"` of the row, in the order of the markers
+in a text or of items without a path.
 
 A key that is not understood is refused, and so is a row of two kinds at once.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +31,7 @@ from gemma_jax.text import items_of
 KINDS = ("messages", "text", "prompt and completion")
 _ITEM_KEYS = {"text": {"text"}, "image": {"image", "path"}, "audio": {"audio", "path"}}
 _MEDIA_KEYS = {"images": "image", "audio": "audio"}
-_NO_MEDIA: Mapping[str, Sequence[Path]] = {}
+_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def examples_of(
     row = {key: value for key, value in row.items() if key not in _MEDIA_KEYS}
     keys = set(row)
     if pairs:
-        return _pair(row, keys, media, folder, ignore)
+        return _pair(row, keys - set(_REFERENCE), media, folder, ignore)
     if keys & {"chosen", "rejected"}:
         raise ValueError("the row is a preference; set pairs, for an objective that reads them")
     if keys == {"messages"}:
@@ -105,6 +109,21 @@ def _pair(row, keys, media, folder, ignore) -> tuple[Example, Example]:
     if chosen == rejected:
         raise ValueError("chosen and rejected are the same")
     return chosen, rejected
+
+
+def reference_logps_of(row: Mapping[str, Any]) -> tuple[float, float] | None:
+    """What a reference gives the chosen and the rejected answer, if the row says so; nats.
+
+    Raises:
+      ValueError: One without the other, or no such numbers.
+    """
+    found = [row[key] for key in _REFERENCE if key in row]
+    if not found:
+        return None
+    numbers = [one for one in found if isinstance(one, int | float) and not isinstance(one, bool)]
+    if len(numbers) < 2 or not all(-math.inf < one <= 0 for one in numbers):
+        raise ValueError(f"{' and '.join(_REFERENCE)} must be two numbers, none above 0")
+    return numbers[0], numbers[1]
 
 
 def _completed(prompt: Any, completion: Any, media, folder: Path, ignore) -> Example:

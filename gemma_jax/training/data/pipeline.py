@@ -1,4 +1,7 @@
-"""Batches for a run: any of them by its number, or one after the other through Grain."""
+"""Batches for a run: any of them by its number, or one after the other through Grain.
+
+Local letters: E documents packed in a row.
+"""
 
 import sys
 from collections.abc import Iterator
@@ -14,6 +17,7 @@ from gemma_jax.training.data.documents import Document
 from gemma_jax.training.data.settings import DataSettings
 from gemma_jax.training.data.survey import RowReader, Survey, survey
 from gemma_jax.training.objectives import TrainBatch
+from gemma_jax.training.preference import PreferenceBatch
 
 _AHEAD = 2  # batches for each thread
 _SPREAD = 0x9E3779B1  # Grain draws epoch e of seed s as epoch 0 of s + e: keep seeds apart
@@ -86,7 +90,7 @@ class Data:
         self.settings, self._pad_id = settings, tokenizer.pad_id
         self._reader = RowReader(settings, tokenizer, cfg)
         self.survey: Survey = survey(settings, self._reader)
-        self._all_rows = rows
+        self._all_rows, self._packed = rows, settings.packing != "off"
         share = rows // process_count
         self._own = slice(process_index * share, (process_index + 1) * share)
 
@@ -104,21 +108,32 @@ class Data:
     def __iter__(self) -> "Batches":
         return Batches(self)
 
-    def batch(self, number: int) -> TrainBatch:
+    def batch(self, number: int) -> TrainBatch | PreferenceBatch:
         """The batch of a number, as iterating gives it; this process' rows of it."""
         specs = self._specs(self._numbers[number])[self._own]
-        rows = [[self._document(entry, side) for entry, side in row] for row in specs]
-        return assemble(
-            rows,
+        rows = assemble(
+            [[self._document(entry, side) for entry, side in row] for row in specs],
             self.settings.tokens_per_row,
             pad_id=self._pad_id,
-            packed=self.settings.packing != "off",
+            packed=self._packed,
             modalities=self._reader.modalities,
             most=self.survey.most,
             shapes=self.survey.shapes,
             first_row=self._own.start,
             all_rows=self._all_rows,
         )
+        return PreferenceBatch(rows, self._reference(specs)) if self.settings.pairs else rows
+
+    def _reference(self, specs: list[list[tuple[int, int]]]) -> np.ndarray | None:
+        """`PreferenceBatch.reference_logps_B`: of rows, or of the documents in them by number."""
+        entries = self.survey.entries
+        if entries[0].reference_logps is None:
+            return None
+        logps_BE = np.zeros((len(specs), self.settings.tokens_per_row + 1), np.float32)
+        for b, row in enumerate(specs):
+            for number, (entry, side) in enumerate(row, 1):
+                logps_BE[b, number] = entries[entry].reference_logps[side]
+        return logps_BE if self._packed else logps_BE[:, 1]
 
     def batch_ids(self, number: int) -> list[tuple[str, ...]]:
         """`file:line` of every document in each row of a batch, of all processes."""
@@ -150,7 +165,7 @@ class Data:
         return _grain().MapDataset.range(min(len(self._numbers), sys.maxsize)).map(self.batch)
 
 
-class Batches(Iterator[TrainBatch]):
+class Batches(Iterator[TrainBatch | PreferenceBatch]):
     """Gives one batch after the other; its state is a few numbers.
 
     Whoever goes on from a state gets the batches that would have come, bit for bit.

@@ -17,11 +17,11 @@ class DataSettings:
         with `*`; one string is a tuple of one. See `training.data.examples` for what rows are.
       tokens_per_row: Places of a row, padding included.
       rows: Rows of a batch, over all processes; with `pairs`, pairs of a batch.
-      pairs: Rows are preferences: one answer that is chosen, one that is rejected.
+      pairs: Rows are preferences: one answer that is chosen, one that is rejected. Batches are
+        `PreferenceBatch`es.
       packing: How examples share rows: `"best_fit"` (the longest first, each where it leaves least
         room), `"first_fit"` (in their order, each into the first row with room), `"in_order"` (a
-        row ends where the next one does not fit) or `"off"`. Nobody sees another example. `None`:
-        `"best_fit"`, and for pairs `"off"`.
+        row ends where the next one does not fit) or `"off"`. Nobody sees another example.
       shuffle: Draw the order of rows, anew in each epoch. Examples that share a row stay together.
       seed: Of that order.
       epochs: How often everything is read; `None` for ever.
@@ -57,7 +57,7 @@ class DataSettings:
     tokens_per_row: int
     rows: int
     pairs: bool = False
-    packing: str | None = None
+    packing: str = "best_fit"
     shuffle: bool = True
     seed: int = 0
     epochs: int | None = 1
@@ -75,8 +75,6 @@ class DataSettings:
         for name in ("files", "ignore"):
             if isinstance(value := getattr(self, name), str):
                 object.__setattr__(self, name, (value,))
-        if self.packing is None:
-            object.__setattr__(self, "packing", "off" if self.pairs else "best_fit")
         check_types(self)
         check_positive(self, "tokens_per_row", "rows")
         self._check()
@@ -86,8 +84,6 @@ class DataSettings:
             raise ValueError("files is empty; name at least one file of JSON Lines")
         if self.packing not in METHODS:
             raise ValueError(f"packing={self.packing!r} must be one of {', '.join(METHODS)}")
-        if self.pairs and self.packing != "off":
-            raise ValueError(f"packing={self.packing!r} is not for pairs; leave it 'off'")
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"epochs={self.epochs} must be at least 1, or None for no end")
         if not 0 <= self.seed < 2**32:

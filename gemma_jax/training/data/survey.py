@@ -13,7 +13,7 @@ from gemma_jax.config import GemmaConfig
 from gemma_jax.multimodal.modality import Modality, modalities_of
 from gemma_jax.text import Tokenizer
 from gemma_jax.training.data.documents import Document, DocumentReader
-from gemma_jax.training.data.examples import examples_of
+from gemma_jax.training.data.examples import examples_of, reference_logps_of
 from gemma_jax.training.data.files import Place, bad_rows_message, find_files, lines_of, parse
 from gemma_jax.training.data.packing import pack
 from gemma_jax.training.data.settings import DataSettings
@@ -29,6 +29,7 @@ class Entry:
       shapes: Name of a modality -> the largest shape of what its encoder reads.
       was_cut: Whether tokens were cut off.
       checksum: Of the row's bytes.
+      reference_logps: Of a pair; see `examples`.
     """
 
     place: Place
@@ -38,6 +39,7 @@ class Entry:
     shapes: dict[str, tuple[int, ...]]
     was_cut: bool
     checksum: int
+    reference_logps: tuple[float, float] | None
 
 
 class RowReader:
@@ -68,7 +70,8 @@ class RowReader:
         try:
             return tuple(self._documents.read(example) for example in examples)
         except OSError as error:
-            raise ValueError(f"{error.filename}: {error.strerror}") from None
+            named = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            raise ValueError(named) from None
 
     def read(self, entry: Entry) -> tuple[Document, ...]:
         """The documents of a row that was there before.
@@ -134,6 +137,9 @@ def survey(settings: DataSettings, reader: RowReader) -> Survey:
         raise ValueError(bad_rows_message(bad, rows))
     if not entries:
         raise ValueError(f"no row to train on in {', '.join(settings.files)} ({rows} rows)")
+    known = sum(entry.reference_logps is not None for entry in entries)
+    if known not in (0, len(entries)):
+        raise ValueError(f"{known} of {len(entries)} rows have log-probabilities of a reference")
     names = [m.name for m in reader.modalities if any(m.name in e.items for e in entries)]
     layout, most = _lay_out(settings, entries, names)
     shapes = {n: _largest([e.shapes[n] for e in entries if n in e.shapes]) for n in names}
@@ -174,6 +180,7 @@ def _entry(settings: DataSettings, reader: RowReader, place: Place, line: bytes)
         shapes=shapes,
         was_cut=longest > most,
         checksum=zlib.crc32(line),
+        reference_logps=reference_logps_of(parse(line)) if settings.pairs else None,
     )
 
 
