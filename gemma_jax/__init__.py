@@ -65,6 +65,7 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names (tests/test_p
         quantise as quantise,
     )
     from gemma_jax.resident_adapters import choose_adapters as choose_adapters
+    from gemma_jax.runs.train import Beside as Beside, Every as Every, train as train
     from gemma_jax.runtime import Runtime as Runtime
     from gemma_jax.saving import save as save
     from gemma_jax.text import Tokenizer as Tokenizer, encode_chat as encode_chat
@@ -75,6 +76,7 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names (tests/test_p
     from gemma_jax.training.data.pipeline import make_data as make_data
     from gemma_jax.training.data.settings import DataSettings as DataSettings
     from gemma_jax.training.data.statistics import describe as describe
+    from gemma_jax.training.loop import LossError as LossError, SpikeGuard as SpikeGuard
     from gemma_jax.training.lora import Lora as Lora
     from gemma_jax.training.objectives import (
         TrainBatch as TrainBatch,
@@ -133,6 +135,7 @@ _HOMES = {
     "gemma_jax.presets": ("PRESETS", "preset"),
     "gemma_jax.quantisation": ("RoundingError", "quantisation_errors", "quantise"),
     "gemma_jax.resident_adapters": ("choose_adapters",),
+    "gemma_jax.runs.train": ("Beside", "Every", "train"),
     "gemma_jax.runtime": ("Runtime",),
     "gemma_jax.saving": ("save",),
     "gemma_jax.text": ("Tokenizer", "encode_chat"),
@@ -140,6 +143,7 @@ _HOMES = {
     "gemma_jax.training.model_pair": ("ModelPair", "pair_with"),
     "gemma_jax.training.objective_names": ("named_objective",),
     "gemma_jax.training.accumulate": ("stack_micro_batches",),
+    "gemma_jax.training.loop": ("LossError", "SpikeGuard"),
     "gemma_jax.training.data.pipeline": ("make_data",),
     "gemma_jax.training.data.settings": ("DataSettings",),
     "gemma_jax.training.data.statistics": ("describe",),

@@ -147,6 +147,12 @@ def is_adapted(model: Gemma) -> bool:
     return any(isinstance(p.get_value(), Adapted) for p in flat_params(model).values())
 
 
+def without_adapters(model: Gemma) -> Gemma:
+    """The model as it was before it had adapters; what was trained whole stays as it is."""
+    values = {path: param.get_value() for path, param in flat_params(model).items()}
+    return with_params(model, {p: v.base for p, v in values.items() if isinstance(v, Adapted)})
+
+
 def factors_of(model: Gemma) -> dict[str, Factors]:
     """Name of a matrix in one layer -> its adapter, in order; see `adapt`.
 

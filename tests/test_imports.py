@@ -40,14 +40,14 @@ FLOORS = (
     ("placement",),
     ("inference", "training"),
     ("planning", "evaluation", "serving", "viz"),
-    ("loading", "saving", "peft", "experiments", "benchmarks"),
+    ("loading", "saving", "runs", "peft", "experiments", "benchmarks"),
     ("cli", "__main__"),
 )  # fmt: skip
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 # The parts where checkpoints come in.
 DOORS = tuple(
     f"gemma_jax.{part}"
-    for part in "loading saving peft experiments evaluation serving benchmarks cli".split()
+    for part in "loading saving peft runs experiments evaluation serving benchmarks cli".split()
 )
 
 

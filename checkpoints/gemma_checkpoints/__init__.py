@@ -19,11 +19,14 @@ _HOMES = {
     "open_source": "formats",
     "resolve": "catalog",
     "save_adapter": "hf.adapters_out",
+    "TrainingStates": "orbax.training_state",
     "save_gguf": "gguf.write",
     "save_hf": "export",
     "save_orbax": "orbax.folder",
     "stored_bytes": "description",
     "stated_in_json": "generation_config",
+    "tensor_names": "export",
+    "tensors_by_name": "export",
     "tokenizer_path": "api",
 }
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from .hf.compressed_out import PackedPart, Storage, compressed
 from .hf.config import TOWERS, config_from_hf, text_config
 from .hf.config_out import config_to_hf
 from .hf.folder import CONFIG, INDEX, SINGLE, HFFolder
-from .hf.names import hf_table, published_name, unused
+from .hf.names import hf_table, published_name, short_name, unused
 from .hf.processor_config import says_processor, without_processor
 from .hf.processor_out import processor_to_hf
 from .hf.quantised import split_quantisation
@@ -177,6 +177,40 @@ def save_hf(
                     progress(done, total)
         _write_index(part, tensors, max_shard_bytes)
     return target
+
+
+def tensors_by_name(model: Gemma, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+    """The parameters of a model, or of what is shaped like one, as tensors of Hugging Face.
+
+    Args:
+      names: Those that are wanted, in any of the spellings that transformers has had; default: all,
+        as published files spell them.
+
+    Raises:
+      ValueError: A name that such a model does not have.
+
+    Examples:
+      >>> import gemma_checkpoints as gc
+      >>> model = gc.load_weights("checkpoints/digits", modalities=("text",))
+      >>> arrays = gc.tensors_by_name(model, ["model.language_model.norm.weight"])
+      >>> arrays["model.language_model.norm.weight"].shape
+      (64,)
+    """
+    params = flat_params(model)
+    tensors = {short_name(one.name): one for one in _tensors(model, params, None, {})}
+    wanted = [one.name for one in tensors.values()] if names is None else list(names)
+    if unknown := [name for name in wanted if short_name(name) not in tensors]:
+        raise ValueError(f"this model has no parameter {', '.join(unknown[:4])}")
+    return {name: tensors[short_name(name)].array(params) for name in wanted}
+
+
+def tensor_names(model: Gemma) -> dict[ParamPath, list[str]]:
+    """What the tensors of each parameter are called by Hugging Face, layer by layer."""
+    slots, rows = named_slots(model), expand(hf_table(model.cfg), depths(model.cfg))
+    names: dict[ParamPath, list[str]] = {}
+    for ours, row in rows.items():
+        names.setdefault(slots[ours].path, []).append(row.theirs)
+    return names
 
 
 def _decoder(model: Gemma) -> Gemma:

@@ -25,6 +25,7 @@ from gemma_jax.cli import (
     shield,
     slice,
     tokenize,
+    train,
     transcribe,
 )
 from gemma_jax.cli.errors import exit_code, flags_for, one_line
@@ -33,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Gemma in JAX: write, chat, score, inspect, convert, quantise.",
+    help="Gemma in JAX: write, chat, score, fine-tune, inspect, convert, quantise.",
     epilog="SRC is a catalog name (gemma3-270m), a Hugging Face folder, a .gguf file, or an Orbax "
     "folder written by `gemma-jax convert`. --debug, anywhere, shows tracebacks. --coordinator "
     "HOST:PORT --num-processes N --process-id I, anywhere, make this one of N processes that run "
@@ -41,7 +42,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     generate, chat, score, transcribe, shield, forward, tokenize, encode_image, encode_audio, info,
-    convert, quantise, slice, merge, plan,
+    convert, quantise, slice, merge, plan, train,
 )  # fmt: skip
 for module in COMMANDS:
     app.command(module.__name__.rpartition(".")[2].replace("_", "-"))(module.command)

@@ -238,11 +238,14 @@ def view(model: "Gemma", submodel: "Slice | None") -> "Gemma":
 
 def save_arrays(arrays: dict[str, "np.ndarray"], path: Path, output: Path) -> None:
     """Writes a safetensors file to `path`; `output` is the name it will have."""
+    import numpy as np
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
+    # Of an array whose axes are in another order, safetensors would write the memory as it lies.
+    rows_first = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     try:
-        save_file(arrays, path)
+        save_file(rows_first, path)
     except SafetensorError as error:  # its text holds the system's: no space left, and so on
         raise OSError(f"{output} cannot be written: {error}") from None
 

@@ -43,7 +43,7 @@ def operations(cfg: GemmaConfig, model: Gemma, work: Work) -> float:
     linear = 2 * (all_tokens * of_all + read * (of_read + cfg.vocab_size * cfg.d_model))
     length = work.context if work.mode != "train" else work.chunk
     pairs = sum(
-        _pairs(spec.window, work.chunk if layer < first else 1, length)
+        pairs_seen(spec.window, work.chunk if layer < first else 1, length)
         for layer, spec in enumerate(cfg.layers)
     )
     scores = 4 * work.batch * pairs * cfg.num_heads * cfg.head_dim
@@ -82,7 +82,7 @@ def _matrix_parameters(model: Gemma, first: int) -> tuple[int, int]:
     return counts[True], counts[False]
 
 
-def _pairs(window: int | None, new: int, length: int) -> float:
+def pairs_seen(window: int | None, new: int, length: int) -> float:
     """Pairs of a query and a key that it sees, for the last `new` tokens of `length`."""
 
     def below(n: int) -> float:  # all pairs of a text of n tokens

@@ -125,3 +125,19 @@ def _kind(name: str) -> tuple[str, int] | None:
     """`gpu:h100x8` -> h100 and 8."""
     match = re.fullmatch(r"gpu:([a-z][\w-]*?)(?:x([1-9]\d*))?", name)
     return match and (match[1], int(match[2] or 1))
+
+
+def peak_operations(device_kind: str) -> float | None:
+    """Operations per second of a device by the name that JAX gives it; `None` for unknown ones.
+
+    >>> peak_operations("NVIDIA H100 80GB HBM3") == GPUS["h100"].peak
+    True
+    """
+    for chip in CHIPS.values():
+        if device_kind == chip.kind:
+            return 2 * chip.macs * chip.clock * chip.cores
+    words = device_kind.lower().replace("-", " ").split()
+    found = [name for name in GPUS if name.partition("-")[0] in words]
+    if "a100" in found and "40gb" in words:
+        return GPUS["a100-40gb"].peak
+    return GPUS[found[0]].peak if found else None

@@ -1,0 +1,1 @@
+"""Runs of training: from a config to a folder that survives whatever ends the process."""
