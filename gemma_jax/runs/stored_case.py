@@ -91,12 +91,18 @@ class Case:
         )
         return TrainBatch(read, _targets(given.get("labels")), media=self._media(ids_BT, rows))
 
+    def _refuse_places(self, ids_BT: np.ndarray, name: str, key: str) -> None:
+        known = [one.placeholder for one in modalities_of(self.cfg) if one.name == name]
+        if places := int(np.isin(ids_BT, known).sum()):
+            raise ValueError(f"{places} places for soft tokens in input_ids, but no {key}")
+
     def _media(self, ids_BT: np.ndarray, rows: slice) -> Media | None:
         """What towers read for these rows; items lie in the order of their placeholders."""
         found, before = {}, {}
         all_ids = self.arrays.get("input_ids", ids_BT)
         for name, key in (("image", "pixel_values"), ("audio", "input_features")):
             if key not in self.arrays:
+                self._refuse_places(ids_BT, name, key)
                 continue
             placeholder = placeholder_of(self.cfg, name)
             places = (all_ids == placeholder).sum(axis=1)
@@ -131,9 +137,14 @@ def load_case(
       source: Of the model.
       inputs: Safetensors files; names may begin with `in.`, and `out.` is left out.
       beside: Folder of the settings. Inputs without `input_ids` have those of the file
-        `MODEL_steps.safetensors` there, and a reference or teacher is looked for there.
+        `MODEL_steps.safetensors` there, and a reference or teacher is looked for there. Settings
+        that say `NAME_as_in` of an array have it from the file of the same name in that folder
+        beside this one.
     """
-    arrays = _read(inputs, beside)
+    arrays = _read(inputs)
+    for key, folder in settings.items():
+        if (name := key.removesuffix("_as_in")) != key and name not in arrays:
+            arrays[name] = _read([beside.parent / folder / inputs[0].name])[name]
     model = load_model(source, dtype="float32", weights="float32", progress=progress)
     other = _other(arrays, settings, beside, reference)
     if adapter is not None:
@@ -143,7 +154,7 @@ def load_case(
     return Case(arrays, settings, parts, named, None, other)
 
 
-def _read(inputs: Sequence[Path], beside: Path) -> dict[str, np.ndarray]:
+def _read(inputs: Sequence[Path]) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -158,7 +169,7 @@ def _read(inputs: Sequence[Path], beside: Path) -> dict[str, np.ndarray]:
             front = path.stem.removesuffix("_accumulate").partition("_steps")[0]
             sibling = path.with_name(f"{front}_steps.safetensors")
             if sibling != path and sibling.is_file():
-                found = _read([sibling], beside) | found
+                found = _read([sibling]) | found
         arrays |= found
     if unknown := sorted({_bare(name) for name in arrays} - set(NAMES)):
         raise ValueError(f"cannot use {', '.join(unknown)}; expected {', '.join(NAMES)}")
