@@ -20,6 +20,7 @@ from gemma_jax.quantisation import store_weights
 from gemma_jax.runtime import Runtime
 from gemma_jax.sharding import Partition
 from gemma_jax.storages import WeightStorage, is_narrower
+from gemma_jax.training.moments import placed_like
 from gemma_jax.training.objectives import next_token
 from gemma_jax.training.step import make_step
 from gemma_jax.training.trainable import trainable
@@ -139,10 +140,7 @@ def _lower_training(model: Gemma, work: Work, partition: Partition) -> jax.stage
     state = jax.tree.map(
         lambda a: a.update(sharding=partition.whole), jax.eval_shape(init, trained, key)
     )
-    # Moments lie where their parameters do.
-    moments = optax.tree_utils.tree_map_params(
-        adam, lambda a, param: a.update(sharding=param.sharding), state.moments, trained
-    )
+    moments = placed_like(state.moments, trained, partition.whole)
     state = replace(state, trained=trained, moments=moments)
     tokens_BT = jax.ShapeDtypeStruct((work.batch, work.context), jnp.int32)
     tokens_BT = tokens_BT.update(sharding=partition.sharding("BT", tokens_BT.shape))

@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 
 from gemma_jax.decoder.model import Gemma
+from gemma_jax.training.adam import scale_by_adam
 from gemma_jax.training.decay import DecayRule, decays
 from gemma_jax.training.param_letters import LettersOf, letters_of
 from gemma_jax.training.schedules import SCHEDULES, Schedule, listed_rate, scheduled_rate
@@ -174,7 +175,7 @@ def _direction(settings: OptimizerSettings, letters: LettersOf) -> optax.Gradien
     """Where an optimizer goes, before decay and rate."""
     (b1, b2), eps = settings.betas, settings.eps
     if settings.name == "adamw":
-        return optax.scale_by_adam(b1, b2, eps)
+        return scale_by_adam(b1, b2, eps)
     if settings.name == "sgd":
         return optax.trace(settings.momentum) if settings.momentum else optax.identity()
     if settings.name == "adafactor":
@@ -188,7 +189,7 @@ def _direction(settings: OptimizerSettings, letters: LettersOf) -> optax.Gradien
         maps = {path: letters(path, array.ndim).is_map for path, array in params.items()}
         return {path: "muon" if is_map else "adam" for path, is_map in maps.items()}
 
-    adam = optax.scale_by_adam(b1, b2, eps)
+    adam = scale_by_adam(b1, b2, eps)
     return optax.partition({"muon": per_matrix(orthogonal, letters), "adam": adam}, kinds)
 
 

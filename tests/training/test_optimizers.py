@@ -10,7 +10,10 @@ import pytest
 import tiny
 from marks import nightly
 
+from gemma_jax.planning.lowering import with_shardings
+from gemma_jax.sharding import TRAINING, Partition, make_mesh
 from gemma_jax.training.decay import decays
+from gemma_jax.training.moments import placed_like
 from gemma_jax.training.optimizers import OptimizerSettings, make_optimizer
 from gemma_jax.training.param_letters import Letters, letters_of, name_of
 from gemma_jax.training.trainable import trainable
@@ -263,3 +266,35 @@ def test_small_updates_add_up_in_masters_alone(masters):
     assert params["w",].dtype == jnp.bfloat16
     expected = jnp.asarray(0.9, jnp.bfloat16) if masters else 1.0
     assert (params["w",] == expected).all()
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.9, 0.95), (0.0, 0.0)])
+def test_adam_is_the_textbooks_in_float64(betas):
+    """Also in the first steps, where optax's bias correction is 6e-6 off."""
+    (b1, b2), random, m, v = betas, np.random.default_rng(0), 0.0, 0.0
+    settings = OptimizerSettings(rate=0.1, betas=betas, eps=1e-6)
+    optimizer = make_optimizer(settings, {}, 1)
+    params = {("w",): jnp.zeros(8)}
+    state = optimizer.init(params)
+    for t in range(1, 4):
+        g = random.standard_normal(8).astype(np.float32)
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g.astype(np.float64) ** 2
+        step = 0.1 * (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + 1e-6)
+        updates, state = optimizer.update({("w",): jnp.asarray(g)}, state, params)
+        np.testing.assert_allclose(updates["w",], -step, rtol=6e-7)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_moments_lie_where_their_parameters_do(name):
+    partition = Partition.of(make_mesh(CFG, jax.devices()[:4], fsdp=2, tensor=2), TRAINING)
+    model = tiny.model(CFG, "scan")
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), model)
+    trained = trainable(with_shardings(shapes, partition)).trained
+    state = jax.eval_shape(make_optimizer(SETTINGS[name], model, STEPS).init, trained)
+    placed = placed_like(state, trained, partition.whole)
+    assert set(placed.masters) == set(trained)
+    for path, master in placed.masters.items():
+        assert master.sharding == trained[path].sharding and master.dtype == jnp.float32
+    large = [leaf for leaf in jax.tree.leaves(placed.inner) if leaf.size > 2048]
+    split = [leaf for leaf in large if not leaf.sharding.is_fully_replicated]
+    assert bool(split) == (name != "adafactor")
