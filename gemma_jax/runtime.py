@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from gemma_jax.numerics import NUMERICS, Numerics
 from gemma_jax.platforms import leave_out_absent_tpu
+from gemma_jax.remat import FULL, NONE, check_policy
 from gemma_jax.sharding import Partition
 from gemma_jax.storages import CACHE_STORAGES, one_of
 
@@ -23,8 +24,9 @@ class Runtime:
       vision_dtype: Dtype inside the vision tower; `None` for `dtype`.
       cache_dtype: Dtype of keys and values in caches, int8 with a scale per token and head; `None`
         for `dtype`.
-      remat: Keep only what passes between layers for the gradient, and compute a layer's inside
-        again in the backward pass.
+      remat: What a layer keeps for its gradient, by the name of a policy of `gemma_jax.remat`; all
+        else is computed again in the backward pass. `False` is `"none"`: it keeps everything;
+        `True` is `"full"`: only what passes between layers.
       partition: The mesh that the model lies on, and how; `None` on one device.
 
     Examples:
@@ -39,12 +41,18 @@ class Runtime:
     attention_impl: str = "auto"
     vision_dtype: jnp.dtype | None = None
     cache_dtype: jnp.dtype | None = None
-    remat: bool = False
+    remat: bool | str = False
     partition: Partition | None = None
 
     def __post_init__(self):
         if self.cache_dtype not in (None, *CACHE_STORAGES):
             raise ValueError(f"cache_dtype={self.cache_dtype} must be {one_of(CACHE_STORAGES)}")
+        check_policy(self.remat_policy)
+
+    @property
+    def remat_policy(self) -> str:
+        """The name of what a layer keeps for its gradient."""
+        return {False: NONE, True: FULL}.get(self.remat, self.remat)
 
     @property
     def kv_dtype(self) -> jnp.dtype:

@@ -30,7 +30,8 @@ PRIVATE = ("gemma_kernels.mosaic_gpu", "jax._src.pallas.mosaic_gpu.interpret")
 # The parts of `gemma_jax`, lowest floor first; a part imports from its own floor and those below.
 FLOORS = (
     ("dims", "config", "encoder_config", "presets", "mobilenet_presets", "numerics", "sharding",
-     "runtime", "compat", "distributed", "atomic_files", "storages", "platforms", "field_types"),
+     "runtime", "compat", "distributed", "atomic_files", "storages", "platforms", "field_types",
+     "remat"),
     ("text", "weights"),
     ("nn",),
     ("vision", "audio"),

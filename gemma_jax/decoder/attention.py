@@ -13,6 +13,7 @@ from gemma_jax.decoder.context import Context
 from gemma_jax.nn.einsum import Einsum
 from gemma_jax.nn.norm import RMSNorm, rms_norm
 from gemma_jax.nn.rope import rotate
+from gemma_jax.remat import keep
 from gemma_kernels.attention import AttentionSpec, Mask, attention_weights
 
 
@@ -48,7 +49,7 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, LayerCache | None, KeysValues, dict[str, jax.Array]]:
         """`[B, T, D]`, the layer's cache after this pass, what it attended to, and captures."""
         numerics = ctx.runtime.numerics
-        q_BTNH = self.q(x_BTD)
+        q_BTNH = keep("attn_q", self.q(x_BTD))
         if self.q_norm is not None:
             q_BTNH = self.q_norm(q_BTNH, numerics)
         q_BTNH = rotate(q_BTNH, ctx.table(self.spec), numerics)
@@ -77,14 +78,15 @@ class Attention(nnx.Module):
             captured["attention_weights"] = attention_weights(
                 q_BTNH, k_BSKH, **mask._asdict(), spec=spec
             )
-        return self.o(out_BTNH), cache, kv, captured
+        out_BTD = keep("attn_out", self.o(keep("attn_context", out_BTNH)))
+        return out_BTD, cache, kv, captured
 
     def keys_values(
         self, x_BTD: jax.Array, ctx: Context, cache: LayerCache | None
     ) -> tuple[KeysValues, LayerCache | None]:
         """New keys and values, or those of the cache and the new ones; and the cache after."""
         numerics = ctx.runtime.numerics
-        k_BTKH, v_BTKH = self.k(x_BTD), self.v(x_BTD)
+        k_BTKH, v_BTKH = keep("attn_k", self.k(x_BTD)), keep("attn_v", self.v(x_BTD))
         if self.k_norm is not None:
             k_BTKH = self.k_norm(k_BTKH, numerics)
         if self.v_norm_eps is not None:

@@ -10,6 +10,7 @@ from jax.scipy.stats import norm
 from gemma_jax.config import GemmaConfig, LayerSpec
 from gemma_jax.nn.activations import ACTIVATIONS
 from gemma_jax.nn.einsum import Einsum
+from gemma_jax.remat import keep
 
 
 class FeedForward(nnx.Module):
@@ -37,15 +38,15 @@ class FeedForward(nnx.Module):
           width: Scalar; computes as if there were only so many first channels.
           deviations: Scalar, for a layer that keeps the top of the gate alone: see `gaussian_top`.
         """
-        gate_BTF, captured = self.gate(x_BTD), {}
+        gate_BTF, captured = keep("ffn_gate", self.gate(x_BTD)), {}
         keep_F = None if width is None else jnp.arange(gate_BTF.shape[-1]) < width
         if deviations is not None:
             gate_BTF = gaussian_top(gate_BTF, deviations, keep_F)
             captured["sparsity_masks"] = gate_BTF > 0
-        hidden_BTF = ACTIVATIONS[self.activation](gate_BTF) * self.up(x_BTD)
+        hidden_BTF = ACTIVATIONS[self.activation](gate_BTF) * keep("ffn_up", self.up(x_BTD))
         if keep_F is not None:
             hidden_BTF = jnp.where(keep_F, hidden_BTF, 0)
-        return self.down(hidden_BTF), captured
+        return keep("ffn_down", self.down(hidden_BTF)), captured
 
 
 def deviations_below(shares: Sequence[float]) -> tuple[jax.Array, ...]:

@@ -12,6 +12,7 @@ from flax import nnx
 from gemma_jax.compat import computed_once
 from gemma_jax.config import LayerSpec
 from gemma_jax.nn.layer_groups import LayerGroup
+from gemma_jax.remat import checkpointed
 from gemma_jax.runtime import Runtime
 from gemma_jax.weights.protocol import StandIn
 
@@ -107,9 +108,9 @@ def run_layers(
 
     for i, group in enumerate(layer_groups):
         _check_stacked(blocks[i], group, f"blocks.{i}")
-    run_block = partial(_run_block, method)
-    if ctx.runtime.remat:
-        run_block = jax.checkpoint(run_block)
+    partition = ctx.runtime.partition
+    device = None if partition is None else partition.mesh.devices.flat[0]
+    run_block = checkpointed(partial(_run_block, method), ctx.runtime.remat_policy, device)
 
     def run_period(ctx, x, blocks, old_caches, inputs):
         news, captured, shared = [], [], {}

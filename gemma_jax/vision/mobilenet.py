@@ -21,6 +21,7 @@ from gemma_jax.config import GemmaConfig
 from gemma_jax.encoder_config import MobileNetConfig
 from gemma_jax.nn.encoders import encoder_of
 from gemma_jax.nn.layer_groups import Layout
+from gemma_jax.remat import NONE
 from gemma_jax.runtime import Runtime
 from gemma_jax.vision.mobilenet_blocks import (
     ChannelNorm,
@@ -114,7 +115,9 @@ class MobileNetEncoder(nnx.Module):
           ValueError: Pixels of another shape.
         """
         self._check(pixels)
-        run_block = jax.checkpoint(_run_block, static_argnums=2) if runtime.remat else _run_block
+        run_block = _run_block
+        if runtime.remat_policy != NONE:
+            run_block = jax.checkpoint(_run_block, static_argnums=2)
         with jax.named_scope("vision"):
             pixels_IYXU = jnp.moveaxis(pixels.astype(runtime.vision_dtype or runtime.dtype), 1, -1)
             x_IYXC = stem_IYXC = self.stem(pixels_IYXU)
