@@ -62,7 +62,9 @@ class LoadOptions:
         allocates the towers of a model that sees or hears. Gemma 3n's ids for images and sounds
         stay with their towers. Default: all that the checkpoint has.
       mmproj: GGUF file with the vision tower of a Gemma 3 in a GGUF file. None is looked for.
-      dtype: Dtype of activations. Default: float32 on CPU, bfloat16 elsewhere.
+      dtype: Dtype of activations. Default: float32 on CPU, bfloat16 elsewhere. `"float16"`, for
+        chips without bfloat16 such as the T4, is that of weights and of their products in layers
+        alone: activations between them go beyond its range and are float32.
       vision_dtype: The same inside the vision tower, whose weights stay as those of the decoder.
         Default: `dtype`.
       weights: How matrices are stored: `"float32"`, `"bfloat16"`; `"int8"` with a float32 scale
@@ -222,6 +224,7 @@ def load_model(
     options = _changed(options, changes)
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.dtype(options.dtype or ("float32" if on_cpu else "bfloat16"))
+    numerics, activations = _arithmetic(options, dtype)
     weights, opened = options.weights, open_source(resolve(source), mmproj=options.mmproj)
     saved = _quantised_folder(opened)
     has_blocks = saved or any(info.form for info in opened.tensors.values())
@@ -248,8 +251,8 @@ def load_model(
         modalities=options.modalities,
         dtype=dtype if plain is None or narrower else jnp.dtype(plain),
         runtime=Runtime(
-            dtype=dtype,
-            numerics=resolve_numerics(options.numerics),
+            dtype=activations,
+            numerics=numerics,
             attention_impl=options.attention_impl,
             vision_dtype=None if options.vision_dtype is None else jnp.dtype(options.vision_dtype),
             cache_dtype=None if options.cache_dtype is None else jnp.dtype(options.cache_dtype),
@@ -265,6 +268,16 @@ def load_model(
         block=block,
         progress=progress,
     )
+
+
+def _arithmetic(options: LoadOptions, dtype: jnp.dtype) -> tuple[Numerics, jnp.dtype]:
+    """Numerics, and the dtype of activations."""
+    if options.vision_dtype is not None and jnp.dtype(options.vision_dtype) == jnp.float16:
+        raise ValueError("vision_dtype='float16' overflows: give float32, or leave it out")
+    numerics = resolve_numerics(options.numerics)
+    if dtype != jnp.float16:
+        return numerics, dtype
+    return replace(numerics, float16_matrices=True), jnp.dtype("float32")
 
 
 def _quantised_folder(opened: "Source") -> bool:

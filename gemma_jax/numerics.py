@@ -5,7 +5,7 @@ whom. `"hf"` follows Hugging Face transformers (`models/gemma3/modeling_gemma3.p
 google-deepmind/gemma (`gm/nn/_modules.py`, `_layers.py`, `gm/math/_positional_embeddings.py`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,8 @@ class Numerics:
         not (gdm `_gemma3n.py` has none).
       softmax_in_float32: Scores go through the softmax in float32 (hf), or in the activation
         dtype (gdm).
+      float16_matrices: Layers multiply float16 inside of activations in a wider dtype, with what
+        enters clamped to float16's range: neither reference does. See `weights.float16`.
 
     Examples:
       >>> from gemma_jax.numerics import NUMERICS
@@ -40,6 +42,7 @@ class Numerics:
     softmax_in_float32: bool
     clip_altup: bool
     optional_final_cap: bool
+    float16_matrices: bool = False
 
 
 NUMERICS = {
@@ -65,9 +68,14 @@ NUMERICS = {
 
 
 def resolve_numerics(numerics: str | Numerics) -> Numerics:
-    """`"hf"` or `"gdm"` -> `Numerics`; a `Numerics` passes through."""
+    """`"hf"` or `"gdm"` -> `Numerics`; a `Numerics` passes through.
+
+    `"float16"` is `"hf"` with matrices in float16, to be run with activations in float32.
+    """
     if isinstance(numerics, Numerics):
         return numerics
+    if numerics == "float16":
+        return replace(NUMERICS["hf"], float16_matrices=True)
     if numerics not in NUMERICS:
-        raise ValueError(f"{numerics=} must be one of: {', '.join(NUMERICS)}")
+        raise ValueError(f"{numerics=} must be one of: {', '.join(NUMERICS)}, float16")
     return NUMERICS[numerics]

@@ -11,7 +11,7 @@ import typer
 
 from gemma_jax.cli import common, progress
 from gemma_jax.cli.inputs import check_for_model, read_inputs, real_tokens
-from gemma_jax.cli.model_options import DType, ModelOptions, model_options
+from gemma_jax.cli.model_options import ModelDType, ModelOptions, model_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gemma_jax.decoder.model import Gemma
 
 
-@model_options(dtype=DType.float32, refused={"cache_dtype": "forward keeps no cache"})
+@model_options(dtype=ModelDType.float32, refused={"cache_dtype": "forward keeps no cache"})
 def command(
     model: common.Model,
     inputs: Annotated[

@@ -32,6 +32,12 @@ class DType(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class ModelDType(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 class NumericsName(StrEnum):
     hf = "hf"
     gdm = "gdm"
@@ -81,8 +87,11 @@ class ModelOptions:
     """Says on a command line how a model is loaded, with which adapter, and what of it runs."""
 
     dtype: Annotated[
-        DType | None,
-        typer.Option(help="Dtype of the arithmetic. Default: float32 on CPU, else bfloat16."),
+        ModelDType | None,
+        typer.Option(
+            help="Dtype of the arithmetic; float16: of matrices alone. Default: float32 on CPU, "
+            "else bfloat16."
+        ),
     ] = None
     weights: Annotated[
         WeightStorage | None,

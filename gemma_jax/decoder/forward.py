@@ -14,6 +14,7 @@ from gemma_jax.decoder.context import make_context, tokens_at
 from gemma_jax.decoder.model import Gemma, LayerInputs
 from gemma_jax.decoder.skipping import may_skip, run_wanted
 from gemma_jax.nn.layer_stack import run_layers
+from gemma_jax.weights.float16 import with_float16_products
 
 CAPTURES = (
     "embeddings",
@@ -106,6 +107,8 @@ def forward(
 def _forward(
     model: Gemma, batch: Batch, *, cache: Cache | None, logits: str, capture: tuple[str, ...]
 ) -> Output:
+    if model.runtime.numerics.float16_matrices:
+        model = with_float16_products(model)
     tokens_BT = batch.tokens_BT
     positions_BT = batch.positions_BT
     if positions_BT is None:

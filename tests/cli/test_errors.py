@@ -34,7 +34,7 @@ def test_wrong_use(refused, words, message):
         (["generate"], "give a PROMPT or --inputs FILE, one of the two"),
         (
             ["generate", "hi", "--dtype", "float8"],
-            "--dtype: 'float8' is not one of 'float32', 'bfloat16'",
+            "--dtype: 'float8' is not one of 'float32', 'bfloat16', 'float16'",
         ),
         (
             ["convert", "a", "b", "--to", "gguf"],
