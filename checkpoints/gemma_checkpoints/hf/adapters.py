@@ -165,17 +165,16 @@ def _missing_tower(short: str, model: Gemma) -> str | None:
 
 def _tie(found: _Found) -> None:
     """Takes away what the file holds for the head, as it shall be that of the embedding."""
-    table, head = found.factors.get(EMBEDDING_PATH), found.factors.pop(HEAD_PATH, None)
-    pairs = [(table or {}, head or {})]
-    tensors = {name: found.whole.pop(name, None) for name in (HEAD,)}
-    pairs += [({"": found.whole.get(EMBEDDING)}, {"": tensors[HEAD]})]
-    for ours, theirs in pairs:
-        for kind, array in theirs.items():
-            if array is not None and not np.array_equal(array, ours.get(kind)):
-                found.problems.append(
-                    f"lm_head {kind}: differs from that of embed_tokens, to which "
-                    "ensure_weight_tying ties it".replace(" :", ":")
-                )
+    pairs = [
+        (found.factors.get(EMBEDDING_PATH), found.factors.pop(HEAD_PATH, {})),
+        ({"whole": found.whole.get(EMBEDDING)}, {"whole": found.whole.pop(HEAD, None)}),
+    ]
+    found.problems += [
+        f"{HEAD_PATH} {kind} differs from that of embed_tokens, though ensure_weight_tying ties it"
+        for table, head in pairs
+        for kind, array in head.items()
+        if array is not None and not np.array_equal(array, (table or {}).get(kind))
+    ]
 
 
 def _factors(
