@@ -9,8 +9,8 @@ Letters live in the Param (`dims`, and `inputs` for those it sums over), not in 
 for stacking layers come and go in front of all its arrays (a scan, or a `jax.tree.map` that slices
 or joins them), and carry no letter. A stand-in is told the letters where it needs them.
 
-Example: QLoRA would be a class with the fields `base` (a weight), `a` and `b`, whose `contract`
-adds `b (a x)` to `contract(equation, x, base)`, and whose other methods ask `base` likewise.
+Example: `weights/adapted.py` has the fields `base` (a weight), `a` and `b`. Its `contract` adds
+`b (a x)` to `contract(equation, x, base)`, and its other methods ask `base` likewise.
 """
 
 import math
