@@ -14,7 +14,7 @@ from flax import nnx
 
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.decoder.names import layer_names
-from gemma_jax.weights.adapted import Adapted, alike, row_norms, with_magnitudes
+from gemma_jax.weights.adapted import Adapted, row_norms, with_magnitudes
 from gemma_jax.weights.protocol import Weight, dense
 from gemma_jax.weights.tree import flat_params, with_attributes, with_params
 
@@ -102,27 +102,28 @@ def _with_whole(value: Weight, named: list[tuple[str, int | None]], whole: Mappi
 
 def _adapted(base: Weight, given: list[Factors | None], stacked: bool) -> Weight:
     """One weight, or a stack of them, with an adapter for each that has one."""
-    if not stacked:
-        (one,) = given
-        return _one(base, one)
-    rows = [_one(jax.tree.map(lambda a, i=i: a[i], base), one) for i, one in enumerate(given)]
-    first, *_ = rows = alike(rows)
-    arrays = {
-        name: jnp.stack([getattr(row, name) for row in rows])
-        for name in ("a", "b", "scale", "gain")
-        if getattr(first, name) is not None
-    }
-    return Adapted(base, **arrays)
+    there = [one for one in given if one is not None]
+    like, rank = there[0], max(one.rank for one in there)
+    rows = [_padded(one, like, rank) for one in given]
+    arrays = jax.tree.map(lambda *layers: jnp.stack(layers), *rows) if stacked else rows[0]
+    magnitude = arrays.pop("magnitude", None)
+    weight = Adapted(base, **arrays)
+    return weight if magnitude is None else with_magnitudes(weight, magnitude)
 
 
-def _one(base: Weight, factors: Factors | None) -> Weight:
+def _padded(factors: Factors | None, like: Factors, rank: int) -> dict[str, jax.Array]:
+    """The arrays of an adapter of this rank: zeros where it has less, or there is none."""
+    one = factors or replace(like, scale=0.0)
+    a, b = jnp.asarray(one.a, jnp.float32), jnp.asarray(one.b, jnp.float32)
+    more = (0, rank - one.rank)
+    a = jnp.pad(a, [more, *[(0, 0)] * (a.ndim - 1)])
+    b = jnp.pad(b, [*[(0, 0)] * (b.ndim - 1), more])
     if factors is None:
-        return base
-    a, b = (jnp.asarray(array, jnp.float32) for array in (factors.a, factors.b))
-    weight = Adapted(base, a, b, jnp.float32(factors.scale))
-    if factors.magnitude is None:
-        return weight
-    return with_magnitudes(weight, jnp.asarray(factors.magnitude, jnp.float32))
+        a, b = jnp.zeros_like(a), jnp.zeros_like(b)
+    arrays = {"a": a, "b": b, "scale": jnp.float32(one.scale)}
+    if one.magnitude is not None:
+        arrays["magnitude"] = jnp.asarray(one.magnitude, jnp.float32)
+    return arrays
 
 
 def _placed(model: Gemma, param: nnx.Param, value: Weight) -> Weight:
@@ -200,7 +201,15 @@ def merge(model: Gemma) -> Gemma:
       True
     """
     values = {path: param.get_value() for path, param in flat_params(model).items()}
-    adapted = {path: v.dense() for path, v in values.items() if isinstance(v, Adapted)}
+    adapted = {path: _merged(v) for path, v in values.items() if isinstance(v, Adapted)}
     if not adapted:
         raise ValueError("the model has no adapters to merge")
     return with_params(model, adapted)
+
+
+def _merged(weight: Adapted) -> jax.Array:
+    """Layer by layer, so that no stack exists in float32."""
+    if weight.scale.ndim == 0:
+        return weight.dense()
+    layers = range(len(weight.scale))
+    return jnp.stack([jax.tree.map(lambda a, i=i: a[i], weight).dense() for i in layers])

@@ -27,6 +27,7 @@ from gemma_jax.weights.protocol import dense
 from gemma_jax.weights.tree import flat_params, map_params
 
 CFG = tiny.gemma3(layers=3)
+ALIKE = tiny.gemma1()  # three layers of one kind: one is compiled
 ATOL = 2e-5  # ten times the rounding of float32 sums in another order; mistakes show at 0.1
 UNEVEN = Lora(
     rank=3,
@@ -110,8 +111,8 @@ def test_layers_without_adapters_and_ranks_that_are_not_there_stay_zero():
 @pytest.mark.parametrize("dora", [True, *nightly(False)])
 def test_scanned_is_unrolled(dora):
     settings = replace(UNEVEN, dora=dora, layers=None)
-    models = (tiny.model(CFG), tiny.relayout(tiny.model(CFG), "unrolled"))
-    tokens = tiny.tokens(CFG, 2, 9)
+    scanned, tokens = tiny.model(ALIKE), tiny.tokens(ALIKE, 2, 9)
+    models = (scanned, tiny.relayout(scanned, "unrolled"))
     (one, _, ours), (other, _, theirs) = (
         run(m, settings, optax.adamw(1e-2), [tokens] * 2) for m in models
     )
@@ -127,7 +128,7 @@ def test_scanned_is_unrolled(dora):
 @pytest.mark.parametrize("storage", ["int8", *nightly("int4", "bfloat16")])
 def test_over_stored_weights_it_is_over_what_they_stand_for(storage):
     """QLoRA: loss and gradients are those of the same adapters beside the widened weights."""
-    model, tokens = quantise(tiny.model(CFG), storage), tiny.tokens(CFG, 2, 9)
+    model, tokens = quantise(tiny.model(ALIKE), storage), tiny.tokens(ALIKE, 2, 9)
     wide = map_params(model, lambda param: dense(param.get_value()))
     assert_same_gradients(model, wide, tokens)
 
@@ -145,6 +146,7 @@ def assert_same_gradients(model, wide, tokens, atol=ATOL):
         np.testing.assert_allclose(gradient, widened[path], atol=atol, err_msg=str(path))
 
 
+@pytest.mark.nightly
 def test_over_the_blocks_of_a_file():
     """Q4_0 and Q6_K, as llama.cpp stored them."""
     file = str(DATA / "quant" / "g3_q4_0.gguf")
@@ -155,9 +157,8 @@ def test_over_the_blocks_of_a_file():
 
 
 def test_on_a_mesh_it_is_what_it_is_on_one_device():
-    cfg = tiny.gemma1()  # layers alike: one is compiled
-    model, tokens = tiny.model(cfg), tiny.tokens(cfg, 4, 12)
-    split = shard(model, make_mesh(cfg, jax.devices()[:4], fsdp=2, tensor=2), TRAINING)
+    model, tokens = tiny.model(ALIKE), tiny.tokens(ALIKE, 4, 12)
+    split = shard(model, make_mesh(ALIKE, jax.devices()[:4], fsdp=2, tensor=2), TRAINING)
     settings = Lora(rank=2, targets=("blocks.*.attn.*", "embed.table"), tie_head=True)
     (_, state, ours), (_, parts, theirs) = (
         run(m, settings, optax.adam(1e-2), [tokens] * 2) for m in (model, split)
