@@ -105,7 +105,7 @@ def _run(path: Path, resume: bool, changes: list[str], check: bool) -> None:
 
 def _say_data(config: "RunConfig") -> None:
     from gemma_jax.loading import load_tokenizer
-    from gemma_jax.training.data import describe
+    from gemma_jax.training.data.statistics import describe
 
     cfg, _ = common.find_config(config.model)
     tokenizer = load_tokenizer(config.model)
