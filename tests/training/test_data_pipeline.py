@@ -175,9 +175,10 @@ def test_without_shuffling_rows_come_in_order(tmp_path):
     ]
 
 
-def test_without_end(tmp_path):
+@pytest.mark.parametrize("rows", [1, 2])
+def test_without_end(tmp_path, rows):
     name = dataset(tmp_path, 5, images=False)
-    data = make_data(settings(name, epochs=None), tokenizer(), reader_cfg())
+    data = make_data(settings(name, epochs=None, rows=rows), tokenizer(), reader_cfg())
     with pytest.raises(ValueError, match="have no length"):
         len(data)
     batches = iter(data)
@@ -185,7 +186,7 @@ def test_without_end(tmp_path):
         next(batches)
     far = batches.get_state() | {"next_batch": 10**9}
     batches.set_state(far)
-    assert next(batches).batch.tokens_BT.shape == (2, 96)
+    assert next(batches).batch.tokens_BT.shape == (rows, 96)
     batches.close()
 
 

@@ -157,12 +157,14 @@ class Data:
         rows = _grain().MapDataset.range(len(self.survey.layout))
         if settings.shuffle:
             rows = rows.shuffle(seed=settings.seed * _SPREAD % 2**32)
-        return rows.repeat(settings.epochs).batch(settings.rows)
+        # For ever: Grain's own end of it is too large for `len` after batches of one row.
+        epochs = settings.epochs or sys.maxsize // (2 * len(rows))
+        return rows.repeat(epochs).batch(settings.rows)
 
     @cached_property
     def batches(self) -> Any:
         """Grain's `MapDataset` of the batches."""
-        return _grain().MapDataset.range(min(len(self._numbers), sys.maxsize)).map(self.batch)
+        return _grain().MapDataset.range(len(self._numbers)).map(self.batch)
 
 
 class Batches(Iterator[TrainBatch | PreferenceBatch]):
