@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,13 @@ import jax
 import numpy as np
 import optax
 
-from gemma_jax.adapters import without_adapters
 from gemma_jax.decoder.model import Gemma
-from gemma_jax.decoder.names import layer_names
 from gemma_jax.inference.generate import generate
 from gemma_jax.loading import load_model, load_tokenizer
-from gemma_jax.peft import lora, save_adapter
+from gemma_jax.peft import save_adapter
 from gemma_jax.runs.config import RunConfig, Samples
 from gemma_jax.runs.folder import RunFolder
+from gemma_jax.runs.parts import load_options, make_parts
 from gemma_jax.runs.plot import plot_losses
 from gemma_jax.runs.speed import Speed
 from gemma_jax.runs.train import Beside, train
@@ -27,14 +25,11 @@ from gemma_jax.saving import save
 from gemma_jax.text import Tokenizer
 from gemma_jax.training.data.pipeline import Data, make_data
 from gemma_jax.training.loop import SpikeGuard
-from gemma_jax.training.model_pair import pair_with
-from gemma_jax.training.objective_names import OBJECTIVES
 from gemma_jax.training.objectives import TrainBatch
 from gemma_jax.training.optimizers import make_optimizer
 from gemma_jax.training.preference import PreferenceBatch
 from gemma_jax.training.step import Objective
-from gemma_jax.training.trainable import Trainable, trainable
-from gemma_jax.weights.tree import ParamPath, with_attributes
+from gemma_jax.training.trainable import Trainable
 
 
 @dataclass(frozen=True)
@@ -126,16 +121,13 @@ def prepare(config: RunConfig, *, progress: Callable[[int, int], None] | None = 
       ValueError: A part that cannot be had, or parts that do not fit together.
     """
     tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, config.load, progress=progress)
-    if config.remat is not None:
-        model = with_attributes(model, runtime=replace(model.runtime, remat=config.remat))
+    options = load_options(config)
+    model = load_model(config.model, options, progress=progress)
+    parts, objective, model = make_parts(
+        config, model, lambda: load_model(str(config.reference), options)
+    )
     data = _grouped(config, tokenizer, model, config.data)
     held_out = config.held_out and _grouped(config, tokenizer, model, config.held_out)
-    if config.adapter is not None:
-        parts = lora(model, config.adapter, jax.random.key(config.seed))
-    else:
-        parts = trainable(model, _where(model, config.frozen))
-    parts, objective = _with_other(config, parts)
     steps = _steps(config, data)
     optimizer = make_optimizer(config.optimizer, model, steps)
     return Prepared(config, tokenizer, model, parts, objective, optimizer, steps, data, held_out)
@@ -153,38 +145,6 @@ def _steps(config: RunConfig, data: "Grouped") -> int:
             "out data.epochs to read the data as often as it takes, or leave out steps"
         )
     return config.steps or len(data)
-
-
-def _with_other(config: RunConfig, parts: Trainable) -> tuple[Trainable, Objective]:
-    """With the second model that the objective compares with, if it does."""
-    kind = OBJECTIVES[config.objective["name"]].other
-    if kind is None:
-        return parts, config.make_objective()
-    if config.reference is None:
-        return parts, config.make_objective(reference=without_adapters)
-    other = load_model(config.reference, config.load)
-    return pair_with(parts, other), config.make_objective()
-
-
-def _where(model: Gemma, frozen: Sequence[str]) -> Callable[[ParamPath, Any], bool] | None:
-    """What is trained: no parameter that a pattern of frozen ones fits."""
-    if not frozen:
-        return None
-    unused = set(frozen)
-
-    def where(path: ParamPath, param: Any) -> bool:
-        names = [name for name, _ in layer_names(path, model)]
-        fits = {p for p in frozen for name in names if fnmatchcase(name, p)}
-        unused.difference_update(fits)
-        return not fits
-
-    trainable(model, where)
-    if unused:
-        raise ValueError(
-            f"frozen: no parameter is called {', '.join(sorted(unused))}; names are such as "
-            "vision.tower.* and blocks.0.attn.q.w"
-        )
-    return where
 
 
 def _grouped(config: RunConfig, tokenizer: Tokenizer, model: Gemma, settings) -> "Grouped":

@@ -24,6 +24,7 @@ from gemma_jax.training.accumulate import weight_of
 from gemma_jax.training.loop import LossError, Moment, SpikeGuard
 from gemma_jax.training.loop import steps as take_steps
 from gemma_jax.training.objectives import next_token
+from gemma_jax.training.placing import batch_shardings, state_shardings
 from gemma_jax.training.state import TrainState
 from gemma_jax.training.step import Objective, make_step
 from gemma_jax.training.trainable import Trainable, trainable
@@ -162,6 +163,8 @@ class _Run:
             self.objective, self.optimizer, self.parts.join, micro_batches=self.micro_batches
         )
         state = init(self.parts.trained, jax.random.key(self.seed))
+        if (partition := self._partition()) is not None:
+            state = jax.device_put(state, state_shardings(state, partition))
         if folder is None:
             return self._steps(step, state, iter(self.data), None, None)
         from gemma_checkpoints import TrainingStates
@@ -203,7 +206,7 @@ class _Run:
             wait=self._stops_at,
             guard=beside.guard,
             losses=[line["loss"] for line in lines if "loss" in line],
-            inputs=lambda batch: _placed(batch, partition),
+            inputs=lambda batch: _placed(batch, partition, int(self.micro_batches > 1)),
         )
         began, moment = time.perf_counter(), None
         try:
@@ -300,11 +303,11 @@ class _Run:
         self._measure = jax.jit(measure)
 
 
-def _placed(batch: Any, partition: Any) -> Any:
+def _placed(batch: Any, partition: Any, stacked: int = 0) -> Any:
     """The batch on the devices of a mesh, by its letters; as it is without one."""
     if partition is None:
         return batch
-    shardings = partition.shardings(batch)
+    shardings = batch_shardings(batch, partition, stacked=stacked)
     if jax.process_count() == 1:
         return jax.device_put(batch, shardings)
     return jax.tree.map(
