@@ -3,11 +3,12 @@
 import os
 from collections.abc import Iterable
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from gemma_jax.cli import common, plan_memory
+from gemma_jax.cli import common, plan_memory, plan_training
 from gemma_jax.cli.errors import NO_ROOM, NoRoomError, flags_for
 from gemma_jax.cli.model_options import (
     AttentionOption,
@@ -61,10 +62,13 @@ def command(
             "storage of weights how many tokens fit.",
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Rows.")] = 1,
+    batch: Annotated[int | None, typer.Option(help="Rows; default: 1.")] = None,
     dtype: Annotated[
-        DType, typer.Option(help="Of activations and, unless they are given, of weights.")
-    ] = DType.bfloat16,
+        DType | None,
+        typer.Option(
+            help="Of activations and, unless they are given, of weights; default: bfloat16."
+        ),
+    ] = None,
     cache_dtype: CacheDTypeOption = None,
     weights: Annotated[
         MadeStorage | None,
@@ -73,6 +77,19 @@ def command(
     mode: Annotated[
         Mode, typer.Option(help="A token for every row, a chunk of prompt, or a training step.")
     ] = Mode.decode,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CONFIG.toml",
+            help="With --mode train: what `gemma-jax train` would run. Reads no data, no weights.",
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="In the place of what the config says; repeatable."
+        ),
+    ] = None,
     mesh: Annotated[
         str | None,
         typer.Option(metavar="AXIS=N,...", help="Devices along data, fsdp, sequence, tensor."),
@@ -112,42 +129,54 @@ def command(
                 "--context, --search or --fit with it"
             )
         return plan_memory.show(source, slice_name, plan_memory.parse_bytes(memory), as_json)
-    if topology is None or context is None:
+    if topology is None or (context is None and config is None):
         raise ValueError("give --topology and --context, or --memory")
     from gemma_jax import planning
 
-    if search and (fit or mesh):
-        raise ValueError("--search tries all meshes for one task; give no --mesh or --fit with it")
     axes = None if mesh is None else common.parse_mesh(mesh)
     with flags_for("memory_fraction"):
         where = planning.find_topology(topology, memory_fraction)
     cfg, _ = common.find_config(source)
     if slice_name is not None:
         cfg = common.submodel_config(slice_name, cfg)
-    work = planning.Work(
-        mode=mode.value,
-        batch=batch,
-        context=context,
-        dtype=dtype.value,
-        weights=weights and weights.value,
-        cache_dtype=cache_dtype and cache_dtype.value,
-        attention_impl=attention_impl,
-    )
+    if config is None:
+        if set_:
+            raise ValueError("--set changes what a --config says; give one")
+        training = planning.Training()
+        work = planning.Work(
+            mode=mode.value,
+            batch=1 if batch is None else batch,
+            context=context or 0,
+            dtype=(dtype or DType.bfloat16).value,
+            weights=weights and weights.value,
+            cache_dtype=cache_dtype and cache_dtype.value,
+            attention_impl=attention_impl,
+        )
+    else:
+        given = {"--context": context, "--batch": batch, "--dtype": dtype, "--weights": weights}
+        given |= {"--cache-dtype": cache_dtype, "--slice": slice_name}
+        given["--attention-impl"] = None if attention_impl == "auto" else attention_impl
+        plan_training.refuse_beside_config(mode.value, given)
+        run = plan_training.Run.read(config, set_ or [], source, cfg)
+        cfg, work, training, axes = run.cfg, run.work, run.training, axes or run.axes
+    if search and (fit or axes):
+        raise ValueError("--search tries all meshes for one task; give no mesh or --fit with it")
     if search:
         with flags_for("batch", "context"):
-            plans = _ranked(planning.search(source, cfg, where, work))
+            plans = _ranked(planning.search(source, cfg, where, work, training=training))
         if not plans:
             raise NoRoomError(
-                f"no mesh of {topology} holds weights and caches of {source} at batch {batch} and "
-                f"{context:,} tokens; take a larger slice, or --weights int8 and --cache-dtype int8"
+                f"no mesh of {topology} holds weights and caches of {source} at batch {work.batch} "
+                f"and {work.context:,} tokens; take a larger slice, or --weights int8 and "
+                "--cache-dtype int8"
             )
         common.print_json({"plans": [p.as_dict() for p in plans]}) if as_json else _rank(plans)
         _end(any(plan.fits for plan in plans))
     with flags_for("batch", "context"):
         plan = (
-            planning.make_plan(source, cfg, where, work, axes)
+            planning.make_plan(source, cfg, where, work, axes, training=training)
             if fit is None
-            else planning.fit(source, cfg, where, work, fit.value, axes)
+            else planning.fit(source, cfg, where, work, fit.value, axes, training=training)
         )
     if fit is not None and plan is None:
         raise NoRoomError(
@@ -198,16 +227,21 @@ def _print(plan: "Plan", where: "Topology") -> None:
 
     work = plan.work
     title = f"{plan.model} on {plan.topology}: {work.mode}, {work.batch} x {work.context:,} tokens"
+    training = work.mode == "train"
+    if (times := plan.training.get("micro_batches", 1)) > 1:
+        title += f", {times} times"
     table = Table(title=title, show_header=False)
     rows = {
         "verdict": _verdict(plan),
         "devices": f"{plan.devices}, mesh {_axes(plan)}",
         "memory per device": _memory(plan, where),
         "weights per device": _gigabytes(plan.weights_bytes),
-        "moments of Adam per device" if work.mode == "train" else "caches per device": (
-            _gigabytes(plan.cache_bytes)
-        ),
     }
+    if training:
+        rows["of these trained"] = _gigabytes(plan.trained_bytes)
+    rows["state of the optimizer per device" if training else "caches per device"] = _gigabytes(
+        plan.cache_bytes
+    )
     if (compiled := plan.compiled) is not None:
         rows["temporaries per device"] = _gigabytes(compiled.temporary_bytes)
         rows["between devices, per step"] = "; ".join(

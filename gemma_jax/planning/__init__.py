@@ -3,11 +3,14 @@
 from gemma_jax.planning.hardware import Topology, find_topology
 from gemma_jax.planning.lowering import Work
 from gemma_jax.planning.plan import Compiled, Plan, default_axes, fit, make_plan, meshes, search
+from gemma_jax.planning.training import Made, Training
 
 __all__ = [
     "Compiled",
+    "Made",
     "Plan",
     "Topology",
+    "Training",
     "Work",
     "default_axes",
     "find_topology",

@@ -1,12 +1,12 @@
 """The programs that a plan compiles: real ones, with shapes in the place of arrays."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from gemma_jax.config import GemmaConfig
 from gemma_jax.decoder.batch import Batch
@@ -16,14 +16,11 @@ from gemma_jax.inference.decode import advance, empty_state
 from gemma_jax.inference.prefill import PrefillChunk
 from gemma_jax.inference.sampling import Sampling, SamplingRows
 from gemma_jax.inference.session import CHUNK
+from gemma_jax.nn.layer_groups import Layout
 from gemma_jax.quantisation import store_weights
 from gemma_jax.runtime import Runtime
 from gemma_jax.sharding import Partition
-from gemma_jax.storages import WeightStorage, is_narrower
-from gemma_jax.training.moments import placed_like
-from gemma_jax.training.objectives import next_token
-from gemma_jax.training.step import make_step
-from gemma_jax.training.trainable import trainable
+from gemma_jax.storages import StorageRules, WeightStorage, is_narrower
 from gemma_jax.weights.tree import flat_params, with_params
 
 Mode = Literal["decode", "prefill", "train"]
@@ -35,12 +32,13 @@ class Work:
 
     Attributes:
       mode: One token for every row; the last chunk of prompt of every row, with its first new
-        token (chunks before it cost less: nobody reads their logits); or a step of training with
-        Adam on whole rows.
-      batch: Rows.
+        token (chunks before it cost less: nobody reads their logits); or a step of training on
+        whole rows, of which `planning.training` says more.
+      batch: Rows; in training, of a micro-batch.
       context: Tokens that the caches hold; in training, the length of a row.
       dtype: Of activations and, unless they are given, of weights and caches.
-      weights: How matrices are stored, as in `LoadOptions`: `"int8"`, `"int4:64"`, `"bfloat16"`...
+      weights: How matrices are stored, as in `LoadOptions`: `"int8"`, `"int4:64"`, `"bfloat16"`,
+        or by patterns of names. What is trained are arrays always.
       cache_dtype: Of keys and values.
     """
 
@@ -48,7 +46,7 @@ class Work:
     batch: int
     context: int
     dtype: str = "bfloat16"
-    weights: WeightStorage | None = None
+    weights: WeightStorage | StorageRules | None = None
     cache_dtype: str | None = None
     attention_impl: str = "auto"
 
@@ -58,21 +56,33 @@ class Work:
         return {"decode": 1, "prefill": min(CHUNK, self.context), "train": self.context}[self.mode]
 
 
-def placed_model(cfg: GemmaConfig, work: Work, partition: Partition) -> Gemma:
-    """The model as it would be loaded; the vision tower too, if the model has one."""
-    training = work.mode == "train"
-    runtime = Runtime(
+def placed_model(
+    cfg: GemmaConfig,
+    work: Work,
+    partition: Partition,
+    runtime: Runtime | None = None,
+    layout: Layout = "scan",
+    stores: bool = True,
+) -> Gemma:
+    """The model as it would be loaded; the vision tower too, if the model has one.
+
+    Args:
+      runtime: How it computes, in all that `work` does not say.
+      stores: Whether weights that are narrower than the arithmetic are stored, as in loading;
+        otherwise they are arrays, which have gradients.
+    """
+    runtime = replace(
+        runtime or Runtime(remat=work.mode == "train"),
         dtype=jnp.dtype(work.dtype),
         attention_impl=work.attention_impl,
-        remat=training,
         partition=partition,
     )
     stored = work.weights
-    # As in loading: arrays, unless what is stored is narrower than the arithmetic. What is trained
-    # are arrays always: stored weights have no gradients.
-    narrower = stored and not training and is_narrower(stored, work.dtype)
+    # As in loading: arrays, unless what is stored is narrower than the arithmetic.
+    by_name = isinstance(stored, Mapping)
+    narrower = stores and stored and (by_name or is_narrower(stored, work.dtype))
     dtype = work.dtype if narrower else stored or work.dtype
-    model = abstract_model(cfg, runtime=runtime)
+    model = abstract_model(cfg, runtime=runtime, layout=layout)
 
     def narrow(model: Gemma) -> Gemma:
         store = store_weights(stored)(model) if stored and narrower else lambda path, array: array
@@ -100,11 +110,9 @@ def with_shardings(tree: Any, partition: Partition) -> Any:
 
 
 def lower(model: Gemma, work: Work, partition: Partition) -> jax.stages.Lowered:
-    """One step of the work, traced and lowered for the mesh of `partition`."""
+    """One step of generation, traced and lowered for the mesh of `partition`."""
     # The mesh in context tells kernels which chip they are for.
     with jax.sharding.use_abstract_mesh(partition.mesh.abstract_mesh):
-        if work.mode == "train":
-            return _lower_training(model, work, partition)
         return _lower_generation(model, work, partition)
 
 
@@ -130,20 +138,3 @@ def _lower_generation(model: Gemma, work: Work, partition: Partition) -> jax.sta
         prompt = PrefillChunk(Batch(chunk, chunk), jax.ShapeDtypeStruct((B,), bool))
     state, prompt = with_shardings((state, prompt), partition)
     return advance.lower(model, state, prompt, loop=prompt is None)
-
-
-def _lower_training(model: Gemma, work: Work, partition: Partition) -> jax.stages.Lowered:
-    trained, frozen, join = trainable(model)
-    adam = optax.adam(1e-4)
-    init, step = make_step(next_token, adam, join)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.tree.map(
-        lambda a: a.update(sharding=partition.whole), jax.eval_shape(init, trained, key)
-    )
-    moments = placed_like(state.moments, trained, partition.whole)
-    state = replace(state, trained=trained, moments=moments)
-    tokens_BT = jax.ShapeDtypeStruct((work.batch, work.context), jnp.int32)
-    tokens_BT = tokens_BT.update(sharding=partition.sharding("BT", tokens_BT.shape))
-    outputs = (jax.tree.map(lambda a: a.sharding, state), partition.whole)
-    program = jax.jit(step, donate_argnums=0, out_shardings=outputs)
-    return program.lower(state, frozen, tokens_BT)

@@ -5,21 +5,21 @@ For TPUs the real program is compiled by the real compiler; for GPUs what the sh
 
 import math
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from gemma_jax.config import GemmaConfig
-from gemma_jax.decoder.model import Gemma
 from gemma_jax.encoder_config import VisionConfig
 from gemma_jax.planning import costs
 from gemma_jax.planning import hlo_text as hlo
 from gemma_jax.planning.hardware import Topology
 from gemma_jax.planning.lowering import Work, abstract_cache, lower, placed_model
+from gemma_jax.planning.training import Step, Training
 from gemma_jax.sharding import TRAINING, Partition, make_mesh, mesh_sizes
-from gemma_jax.storages import is_quantised
 
 # What a collective takes however little it carries: an assumption, of the usual order.
 LATENCY = 3e-6
@@ -57,16 +57,19 @@ class Plan:
     Attributes:
       mesh: Devices along each axis.
       weights_bytes: On each device, the towers that see and hear with them.
-      cache_bytes: On each device, positions with them; in training, the optimiser's moments.
+      cache_bytes: On each device, positions with them; in training, the optimiser's state.
+      trained_bytes: Of the weights on each device, those that are trained.
       peak_bytes: On each device at once: all of these, and temporaries if the program was compiled.
       memory_bytes: What a device has.
       usable_bytes: What of it is for all of these; see `Topology.memory_fraction`.
-      operations, read_bytes: Of a step on each device, at least.
+      operations, read_bytes: Of a step on each device, at least; what is computed again to save
+        memory is not counted.
       roofline_seconds: The longer of both at the full speed of the device.
       link_seconds: Of what passes between devices; `None` if nothing was compiled.
       tokens_per_second: New tokens of all rows, at the roofline and with the links' time: a bound
         that real programs stay below.
       refusal: Why the compiler gives no program, if it does not.
+      training: What is trained, and how.
     """
 
     model: str
@@ -87,6 +90,8 @@ class Plan:
     tokens_per_second: float
     compiled: Compiled | None
     refusal: str | None = None
+    trained_bytes: int = 0
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def fits(self) -> bool:
@@ -103,12 +108,14 @@ def make_plan(
     work: Work,
     axes: Mapping[str, int] | None = None,
     *,
+    training: Training = Training(),
     compiles: bool = True,
 ) -> Plan:
     """Plans one step of the work.
 
     Args:
       axes: Devices along the axes of the mesh; default: see `default_axes`.
+      training: What is trained, and how, if that is the work.
       compiles: Whether to run the compiler, if there is one for the machine.
 
     Raises:
@@ -118,37 +125,83 @@ def make_plan(
     axes = dict(axes) if axes else default_axes(cfg, topology.count, work)
     mesh, compiles = _mesh(cfg, topology, axes), compiles and topology.compiles
     partition = Partition.of(mesh, TRAINING if work.mode == "train" else None)
-    model = placed_model(cfg, work, partition)
-    weights = costs.weight_bytes(model)
     if work.mode == "train":
-        cache = 2 * weights["all"]  # moments of Adam
-        read = 2 * weights["all"] + 2 * (weights["all"] + cache)
+        needs = _training_needs(cfg, work, training, partition)
     else:
-        cache = costs.local_bytes(abstract_cache(cfg, work, model, partition))
-        read = weights["read"] + costs.cache_bytes_read(cfg, work, cache)
-    operations = costs.operations(cfg, model, work) / topology.count
-    device = topology.device
-    roofline = max(operations / device.peak, read / device.bandwidth)
+        needs = _generation_needs(cfg, work, partition)
+    operations, device = needs.operations / topology.count, topology.device
+    roofline = max(operations / device.peak, needs.read / device.bandwidth)
     plan = Plan(
         model=name,
         topology=topology.name,
         devices=topology.count,
         work=work,
         mesh=dict(mesh.shape),
-        weights_bytes=weights["all"],
-        tower_bytes=weights["towers"],
-        cache_bytes=cache,
-        peak_bytes=weights["all"] + cache,
+        weights_bytes=needs.weights,
+        tower_bytes=needs.towers,
+        cache_bytes=needs.cache,
+        peak_bytes=needs.weights + needs.cache,
         memory_bytes=device.memory,
         usable_bytes=topology.usable_bytes,
         operations=operations,
-        read_bytes=read,
+        read_bytes=needs.read,
         roofline_seconds=roofline,
         link_seconds=0.0 if topology.count == 1 else None,
-        tokens_per_second=work.batch * work.chunk / roofline,
+        tokens_per_second=needs.tokens / roofline,
         compiled=None,
+        trained_bytes=needs.trained,
+        training=training.said if work.mode == "train" else {},
     )
-    return _compiled(plan, model, partition, topology) if compiles else plan
+    return _compiled(plan, needs, topology) if compiles else plan
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """What work needs: bytes on each device, operations on all, new tokens; and its program."""
+
+    weights: int
+    towers: int
+    trained: int
+    cache: int
+    read: int
+    operations: float
+    tokens: int
+    arrays: Any
+    lower: Callable[[], jax.stages.Lowered]
+
+
+def _generation_needs(cfg: GemmaConfig, work: Work, partition: Partition) -> _Needs:
+    model = placed_model(cfg, work, partition)
+    weights = costs.weight_bytes(model)
+    cache = costs.local_bytes(abstract_cache(cfg, work, model, partition))
+    return _Needs(
+        weights["all"],
+        weights["towers"],
+        trained=0,
+        cache=cache,
+        read=weights["read"] + costs.cache_bytes_read(cfg, work, cache),
+        operations=costs.operations(cfg, model, work),
+        tokens=work.batch * work.chunk,
+        arrays=model,
+        lower=lambda: lower(model, work, partition),
+    )
+
+
+def _training_needs(cfg, work: Work, training: Training, partition: Partition) -> _Needs:
+    step = Step.of(cfg, work, training, partition)
+    memory = step.memory
+    moved = memory["trained"] + memory["moments"]  # read once, and written
+    return _Needs(
+        memory["all"],
+        costs.weight_bytes(training.model(cfg, work, partition))["towers"],
+        trained=memory["trained"],
+        cache=memory["moments"],
+        read=2 * training.micro_batches * memory["all"] + 2 * moved,
+        operations=training.operations(step.made.parts, work),
+        tokens=training.micro_batches * training.rows_per_row * work.batch * work.context,
+        arrays=(step.state.trained, step.made.parts.frozen),
+        lower=step.lower,
+    )
 
 
 def check(cfg: GemmaConfig, work: Work) -> None:
@@ -159,8 +212,6 @@ def check(cfg: GemmaConfig, work: Work) -> None:
         raise ValueError(
             f"context={work.context} exceeds the model's {cfg.max_positions} positions"
         )
-    if work.mode == "train" and work.weights and is_quantised(work.weights):
-        raise ValueError(f"{work.weights} weights have no gradients; train in bfloat16 or float32")
 
 
 def default_axes(cfg: GemmaConfig, count: int, work: Work) -> dict[str, int]:
@@ -208,7 +259,13 @@ def _splits(cfg: GemmaConfig, work: Work, data: int, rest: int, tensor: int) -> 
 
 
 def search(
-    name: str, cfg: GemmaConfig, topology: Topology, work: Work, *, most: int = 8
+    name: str,
+    cfg: GemmaConfig,
+    topology: Topology,
+    work: Work,
+    *,
+    training: Training = Training(),
+    most: int = 8,
 ) -> Iterator[Plan]:
     """Plans of the meshes of a machine, those first that need least time by their shapes.
 
@@ -216,11 +273,11 @@ def search(
     """
     plans = []
     for axes in meshes(cfg, topology.count, work):
-        plan = make_plan(name, cfg, topology, work, axes, compiles=False)
+        plan = make_plan(name, cfg, topology, work, axes, training=training, compiles=False)
         if plan.fits:
             plans.append((plan.roofline_seconds, axes))
     for _, axes in sorted(plans, key=lambda pair: pair[0])[:most]:
-        yield make_plan(name, cfg, topology, work, axes)
+        yield make_plan(name, cfg, topology, work, axes, training=training)
 
 
 def fit(
@@ -230,6 +287,8 @@ def fit(
     work: Work,
     what: str,
     axes: Mapping[str, int] | None = None,
+    *,
+    training: Training = Training(),
 ) -> Plan | None:
     """The plan with the longest context, in steps of 1,024 tokens, or the largest batch that fits.
 
@@ -243,9 +302,8 @@ def fit(
         step = axes.get("data", 1) * (axes.get("fsdp", 1) if work.mode == "train" else 1)
 
     def plan(n: int, compiles: bool) -> Plan:
-        return make_plan(
-            name, cfg, topology, replace(work, **{what: n * step}), axes, compiles=compiles
-        )
+        task = replace(work, **{what: n * step})
+        return make_plan(name, cfg, topology, task, axes, training=training, compiles=compiles)
 
     low = _last(lambda n: plan(n, False).fits, most)
     while low:
@@ -279,9 +337,9 @@ def _mesh(cfg: GemmaConfig, topology: Topology, axes: dict[str, int]) -> Mesh | 
     )
 
 
-def _compiled(plan: Plan, model: Gemma, partition: Partition, topology: Topology) -> Plan:
+def _compiled(plan: Plan, needs: _Needs, topology: Topology) -> Plan:
     start = time.perf_counter()
-    lowered = lower(model, plan.work, partition)
+    lowered = needs.lower()
     middle = time.perf_counter()
     try:
         program, text = hlo.compiled(lowered)
@@ -301,7 +359,7 @@ def _compiled(plan: Plan, model: Gemma, partition: Partition, topology: Topology
         temporary_bytes=memory.temp_size_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
         collectives=traffic,
-        moved_weights=hlo.moved_weights(text, weight_shapes(model)),
+        moved_weights=hlo.moved_weights(text, weight_shapes(needs.arrays)),
         seconds=seconds if seconds > 0 else None,
         lower_seconds=middle - start,
         compile_seconds=end - middle,
@@ -314,7 +372,7 @@ def _compiled(plan: Plan, model: Gemma, partition: Partition, topology: Topology
         plan,
         peak_bytes=plan.peak_bytes + beside,
         link_seconds=link,
-        tokens_per_second=plan.work.batch * plan.work.chunk / step,
+        tokens_per_second=needs.tokens / step,
         compiled=compiled,
     )
 
@@ -325,7 +383,7 @@ def link_seconds(traffic: Mapping[str, Mapping[str, int]], links: float) -> floa
     return size / links + LATENCY * sum(kind["count"] for kind in traffic.values())
 
 
-def weight_shapes(model: Gemma) -> set[tuple[str, tuple[int, ...]]]:
+def weight_shapes(model: Any) -> set[tuple[str, tuple[int, ...]]]:
     """Of the matrices, whole and as a device holds them, stacked and one layer alone."""
     names = {"bfloat16": "bf16", "float32": "f32", "float16": "f16", "int8": "s8"}
     names |= {"int4": "s4", "uint4": "u4"}

@@ -64,6 +64,14 @@ class TrainingCosts:
         return self.per_token * sum(lengths) + 3 * scores
 
 
+def forward_operations(model: Gemma, lengths: Iterable[int]) -> float:
+    """Of a pass without gradients, as of a reference or a teacher."""
+    lengths, cfg = list(lengths), model.cfg
+    pairs = sum(pairs_seen(spec.window, n, n) for spec in cfg.layers for n in lengths)
+    matrices = 2 * sum(_matrices(model).values()) * sum(lengths)
+    return matrices + 4 * pairs * cfg.num_heads * cfg.head_dim
+
+
 def _matrices(model: Gemma) -> dict[ParamPath, int]:
     """Entries of the decoder's matrices; of tables those of the head alone."""
     head = model.embed.output

@@ -23,8 +23,9 @@ from gemma_jax.planning import (
 from gemma_jax.planning import (
     hlo_text as hlo,
 )
-from gemma_jax.planning.lowering import lower, placed_model
+from gemma_jax.planning.lowering import placed_model
 from gemma_jax.planning.plan import fit, link_seconds, search
+from gemma_jax.planning.training import Step, Training
 from gemma_jax.sharding import Partition, make_mesh
 from gemma_jax.training.state import TrainState
 from gemma_kernels.compilers import hopper_sass as sass
@@ -240,12 +241,12 @@ def test_a_loop_of_a_real_program():
 
 
 def test_training_lowers_the_librarys_step():
-    """With `weights`, arrays of that dtype: stored ones have no gradients."""
+    """With `weights`, arrays of that dtype."""
     cfg = tiny.gemma3(layers=3)
     partition = Partition.of(make_mesh(cfg, jax.devices()[:1], tensor=1))
     work = Work("train", 2, 16, "float32", weights="bfloat16", attention_impl="reference")
-    model = placed_model(cfg, work, partition)
-    state, frozen, tokens = lower(model, work, partition).args_info[0]
+    step = Step.of(cfg, work, Training(), partition)
+    state, frozen, tokens = step.lower().args_info[0]
     assert isinstance(state, TrainState) and not frozen
     assert all(leaf.donated for leaf in jax.tree.leaves(state)) and not tokens.donated
     assert {leaf.dtype for leaf in state.trained.values()} == {jnp.dtype("bfloat16")}
@@ -328,7 +329,7 @@ def test_what_cannot_be_planned():
         make_plan("gemma3-1b", cfg, one, Work("decode", 0, 5))
     with pytest.raises(ValueError, match="mesh tensor=2 is for 2 devices, but there is 1; leave"):
         make_plan("gemma3-1b", cfg, one, Work("decode", 1, 5), {"tensor": 2})
-    with pytest.raises(ValueError, match="int8 weights have no gradients"):
+    with pytest.raises(ValueError, match="no gradient: leave it frozen"):
         make_plan("gemma3-1b", cfg, one, Work("train", 1, 5, weights="int8"))
 
 
