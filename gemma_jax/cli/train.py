@@ -89,12 +89,14 @@ def _run(path: Path, resume: bool, changes: list[str], check: bool) -> None:
         raise FileNotFoundError(2, "No such file", str(path))
     common.set_up_jax()
     from gemma_jax.runs.config import read_config
+    from gemma_jax.runs.folder import RunFolder
     from gemma_jax.runs.prepared import prepare
 
     config, tables = read_config(path, changes)
     if check:
         _say_data(config)
         return
+    RunFolder(config.out, resume=resume).refuse_other(tables)  # before anything is loaded
     with progress.loading() as bar:
         prepared = prepare(config, progress=bar)
     print(prepared.summary, file=sys.stderr)

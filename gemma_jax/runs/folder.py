@@ -35,7 +35,7 @@ class RunFolder:
     """Where a run writes. Only the first of several processes does, but for states.
 
     Args:
-      path: A new or empty folder, or that of a run to be resumed.
+      path: A new or empty folder, or that of a run to be resumed; made when it is locked.
       resume: Go on with the run that is there; without one, begin.
 
     Raises:
@@ -57,7 +57,6 @@ class RunFolder:
                 "a new folder"
             )
         self.begun, self.writes = begun, jax.process_index() == 0
-        self.path.mkdir(parents=True, exist_ok=True)
 
     @property
     def states(self) -> Path:
@@ -70,6 +69,7 @@ class RunFolder:
         Raises:
           ValueError: Another process runs here.
         """
+        self.path.mkdir(parents=True, exist_ok=True)
         if not self.writes:
             yield
             return
@@ -89,6 +89,19 @@ class RunFolder:
         said["started"] = [*said.get("started", ()), _environment()]
         with replacing(path) as part:
             part.write_text(json.dumps(said, indent=1) + "\n", "utf-8")
+
+    def refuse_other(self, config: Mapping[str, Any]) -> None:
+        """Raises `ValueError` if the run that is here has another config."""
+        if not self.begun:
+            return
+        before, now = _flat(self.config), _flat(config)
+        wrong = [
+            f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name) != now.get(name) and name.split(".")[0] not in FREE
+        ]
+        if wrong:
+            raise ValueError(f"{self.path} holds another run: {'; '.join(wrong)}")
 
     @property
     def config(self) -> dict[str, Any]:
@@ -127,6 +140,15 @@ class RunFolder:
 
 
 LOCK = ".lock"
+FREE = ("steps", "every")  # what a resumed run may have otherwise
+
+
+def _flat(config: Mapping[str, Any], front: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        inner = isinstance(value, Mapping)
+        flat |= _flat(value, f"{front}{name}.") if inner else {front + name: value}
+    return flat
 
 
 def _environment() -> dict[str, Any]:

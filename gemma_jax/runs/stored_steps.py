@@ -93,7 +93,7 @@ def _optimizer(case: Case, settings: Mapping[str, Any], steps: int) -> optax.Gra
         raise ValueError(f"{len(rates)} rates for {steps} steps; give one each")
     every = "every" in settings.get("decays", "")
     made = OptimizerSettings(
-        rates=tuple(rates),
+        rates=tuple(rates[:steps]),
         betas=tuple(settings.get("betas", (0.9, 0.999))),
         eps=settings.get("eps", 1e-8),
         weight_decay=settings.get("weight_decay", 0.0),

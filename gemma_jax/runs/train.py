@@ -138,7 +138,7 @@ def train(
         return run.through(None)
     place = RunFolder(folder, resume=resume)
     with place.locked():
-        _refuse_other_config(place, config or {})
+        place.refuse_other(config or {})
         place.describe(config or {})
         return run.through(place)
 
@@ -353,27 +353,3 @@ def _leave(number: int, step: int, folder: RunFolder) -> None:
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(SIGTERM_CODE)
-
-
-FREE = ("steps", "every")  # what a resumed run may have otherwise
-
-
-def _refuse_other_config(folder: RunFolder, config: Mapping[str, Any]) -> None:
-    if not folder.begun:
-        return
-    before, now = _flat(folder.config), _flat(config)
-    wrong = [
-        f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and name.split(".")[0] not in FREE
-    ]
-    if wrong:
-        raise ValueError(f"{folder.path} holds another run: {'; '.join(wrong)}")
-
-
-def _flat(config: Mapping[str, Any], front: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        inner = isinstance(value, Mapping)
-        flat |= _flat(value, f"{front}{name}.") if inner else {front + name: value}
-    return flat
