@@ -137,6 +137,8 @@ def peak_operations(device_kind: str) -> float | None:
         if device_kind == chip.kind:
             return 2 * chip.macs * chip.clock * chip.cores
     words = device_kind.lower().replace("-", " ").split()
+    if "h100" in words and {"pcie", "nvl"} & set(words):
+        return None  # slower than the figures above, which are those of SXM
     found = [name for name in GPUS if name.partition("-")[0] in words]
     if "a100" in found and "40gb" in words:
         return GPUS["a100-40gb"].peak

@@ -1,6 +1,6 @@
 """The step of training that a plan compiles: that of a run, with shapes in the place of arrays."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,6 +11,8 @@ import optax
 
 from gemma_jax.config import GemmaConfig
 from gemma_jax.decoder.model import Gemma
+from gemma_jax.matformer.slicing import at
+from gemma_jax.matformer.submodel import Slice
 from gemma_jax.nn.layer_groups import Layout
 from gemma_jax.planning import costs
 from gemma_jax.planning.lowering import Work, placed_model
@@ -54,7 +56,8 @@ class Training:
       make: Of a model without arrays, and a function that makes a second one, what a step is of.
       batch: From a config, rows and tokens per row to the shapes of a batch.
       micro_batches: See `make_step`.
-      models: Models that a batch goes through forward and back, as many as an elastic step has.
+      models: Times that a batch goes through the model forward and back.
+      slices: Models inside it that the batch goes through as well.
       own_reference: Whether the model without its adapters reads the batch, too.
       rows_per_row: Rows of a batch for each that `Work.batch` counts: 2 of pairs.
       runtime: How models compute, in what `Work` does not say.
@@ -67,6 +70,7 @@ class Training:
     batch: Callable[[GemmaConfig, int, int], Any] = plain_text
     micro_batches: int = 1
     models: int = 1
+    slices: Sequence[Slice] = ()
     own_reference: bool = False
     rows_per_row: int = 1
     runtime: Runtime = field(default_factory=lambda: Runtime(remat=True))
@@ -81,8 +85,12 @@ class Training:
     def operations(self, parts: Trainable, work: Work) -> float:
         """Of a step on all devices together, whose rows are whole texts."""
         lengths = [work.context] * (self.micro_batches * self.rows_per_row * work.batch)
-        total = self.models * TrainingCosts.of(parts).operations(lengths)
+        once = TrainingCosts.of(parts).operations(lengths)
+        total = self.models * once
         models = jax.eval_shape(parts.join, parts.trained, parts.frozen)
+        for one in self.slices:
+            part = forward_operations(at(models, one), lengths)
+            total += once * part / forward_operations(models, lengths)
         if isinstance(models, ModelPair):
             total += forward_operations(models.other, lengths)
         elif self.own_reference:

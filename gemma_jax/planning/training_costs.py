@@ -74,19 +74,15 @@ def forward_operations(model: Gemma, lengths: Iterable[int]) -> float:
 
 def _matrices(model: Gemma) -> dict[ParamPath, int]:
     """Entries of the decoder's matrices; of tables those of the head alone."""
-    head = model.embed.output
+    head = ("embed", "table" if model.embed.head is None else "head")
     sizes = {}
     for path, param in flat_params(model).items():
         is_table = "V" in param.get_metadata().get("dims", "")
         if path[0] in TOWERS or not param.get_metadata().get("inputs"):
             continue
-        if not is_table or path == (("embed", "table") if model.embed.head is None else HEAD):
+        if not is_table or path == head:
             sizes[path] = math.prod(param.get_value().shape)
-    assert head is not None
     return sizes
-
-
-HEAD = ("embed", "head")
 
 
 def texts_in(batch: Batch) -> list[int]:

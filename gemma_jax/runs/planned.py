@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from gemma_jax.config import GemmaConfig
 from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.model import Gemma
+from gemma_jax.matformer.submodel import Slice
 from gemma_jax.multimodal.media import Media
 from gemma_jax.multimodal.modality import modalities_of
 from gemma_jax.numerics import resolve_numerics
@@ -81,14 +82,13 @@ def planned_training(
       tables: The config as it was written.
     """
     load, objective = config.load, config.objective
-    models = 1
-    if objective["name"] == "elastic":
-        models += len(objective.get("submodels", ())) + bool(objective.get("widths"))
+    slices = [Slice(**given) for given in objective.get("submodels", ())]
     return Training(
         make=partial(_made, config, reference),
         batch=partial(_batch, config),
         micro_batches=config.micro_batches,
-        models=models,
+        models=1 + bool(objective.get("widths")),  # all channels are computed, whatever is drawn
+        slices=slices,
         own_reference=_own_reference(config),
         rows_per_row=2 if config.data.pairs else 1,
         runtime=Runtime(

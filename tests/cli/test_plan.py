@@ -163,3 +163,43 @@ def test_without_a_compiler(cli, monkeypatch):
     )
     ran = cli("plan", "gemma3-1b", "--topology", "v5p:4x4x4", "--context", "1024")
     assert ran.code == 2 and "pip install 'gemma-jax[plan]'" in ran.err
+
+
+CONFIG = """
+model = "gemma3-1b"
+out = "nowhere"
+micro_batches = 4
+[data]
+files = "no such file.jsonl"
+tokens_per_row = 2048
+rows = 2
+[adapter]
+rank = 8
+[optimizer]
+name = "adafactor"
+"""
+
+
+def test_the_step_of_a_run(cli, tmp_path):
+    """Neither the data nor the weights that the config names are there."""
+    (tmp_path / "run.toml").write_text(CONFIG, "utf-8")
+    run = ("plan", "gemma3-1b", "--mode", "train", "--config", str(tmp_path / "run.toml"))
+    run = (*run, "--topology", "gpu:a100x2", "--json")
+    plain, narrow = cli(*run), cli(*run, "--set", "load.weights=int8")
+    told, stored = json.loads(plain.out), json.loads(narrow.out)
+    assert (plain.code, plain.err, told["fits"]) == (0, "", True)
+    assert told["mesh"] == {"fsdp": 2} and told["work"]["context"] == 2048
+    assert told["training"]["optimizer"] == {"name": "adafactor"}
+    assert 0 < told["trained_bytes"] < told["weights_bytes"] / 20
+    assert stored["trained_bytes"] == told["trained_bytes"]  # factors are float32 beside whatever
+    assert stored["weights_bytes"] < 0.7 * told["weights_bytes"]
+    tokens = 2 * 4 * 2048
+    assert told["tokens_per_second"] == pytest.approx(tokens / told["roofline_seconds"])
+    for more, said in {
+        ("--batch", "4"): "--batch would; change it by --set",
+        ("--mode", "decode"): "add --mode train",
+        ("--set", "model=gemma3-4b"): "trains gemma3-4b, not gemma3-1b",
+        ("--set", "load.weights=stored"): "name a storage",
+    }.items():
+        ran = cli(*run, *more)
+        assert ran.code == 2 and said in ran.err and ran.err.count("\n") == 1
