@@ -1,6 +1,8 @@
-"""The README's section on an architecture of one's own is code that runs as it stands."""
+"""What the README says to run runs as it stands: an architecture of one's own, a fine-tune."""
 
+import json
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import pytest
 from flax import nnx
 
 import gemma_jax as gj
+from gemma_jax.cli.app import run
+from gemma_jax.runs.config import read_config
 
 ROOT = Path(__file__).parent.parent
 RUN_LONG = True  # hundred steps of training
@@ -51,3 +55,37 @@ def test_the_architecture_of_the_readme_learns_and_comes_back(place, capsys):
     assert baseline < counts - 1 and model < counts - 1
     assert printed[3] == "True"
     assert (place / "my-gemma").is_dir()
+
+
+def finetune_commands() -> list[list[str]]:
+    """Words behind `gemma-jax` of each line of the section "Fine-tune"."""
+    text = (ROOT / "README.md").read_text("utf-8").partition("\n## Fine-tune\n")[2]
+    (code,) = re.findall(r"^```bash\n(.*?)^```", text.partition("\n## ")[0], re.M | re.S)
+    return [shlex.split(line.partition("bin/gemma-jax ")[2]) for line in code.splitlines()]
+
+
+def test_the_fine_tune_of_the_readme_is_a_run():
+    (train, file), (generate, prompt, *options) = finetune_commands()
+    assert (train, generate) == ("train", "generate")
+    config, _ = read_config(ROOT / file)
+    assert options[options.index("--adapter") + 1] == f"{config.out}/adapter"
+    assert options[options.index("--model") + 1] == config.model
+    files = (*config.data.files, *config.held_out.files)
+    trained, held_out = ((ROOT / name).read_text("utf-8") for name in files)
+    assert prompt in held_out and prompt not in trained
+
+
+@pytest.mark.nightly
+def test_the_fine_tune_of_the_readme_learns_to_count(place, capsys):
+    pytest.importorskip("grain", reason="pip install 'gemma-jax[train]'")
+    (place / "gemma_jax").symlink_to(ROOT / "gemma_jax")
+    train, generate = finetune_commands()
+    assert run(train) == 0
+    lines = (place / "runs/counting/metrics.jsonl").read_text("utf-8").splitlines()
+    losses = [json.loads(line).get("held_out_loss") for line in lines]
+    first, *_, last = [loss for loss in losses if loss is not None]
+    assert last < first / 2
+    capsys.readouterr()
+    assert run(generate) == 0
+    numbers = [int(n) for n in re.findall(r"\d+", generate[1])]
+    assert ", ".join(str(numbers[-1] + i) for i in (1, 2, 3)) in capsys.readouterr().out
