@@ -175,6 +175,7 @@ def test_the_first_cell_looks_for_all_that_is_imported(path):
     needed = set(re.search('needed = "(.*)"', first)[1].split())
     imported = set(re.findall(r"^\s*(?:from|import) (\w+)", "\n".join(rest), re.M))
     come_along = {"jax", "numpy"}  # with gemma_jax
+    come_along |= {name for name in imported if f'find_spec("{name}")' in "\n".join(rest)}
     assert imported - sys.stdlib_module_names - come_along <= needed
 
 
@@ -341,3 +342,24 @@ def test_audio():
     assert "first soft token after 100 ms" in printed(done, "audio_stream")
     for picture in ("plot_mel", "plot_sound_attention"):
         assert any("image/png" in o.get("data", {}) for o in outputs(done, picture))
+
+
+@pytest.mark.nightly
+def test_finetune():
+    pytest.importorskip("grain", reason="pip install 'gemma-jax[train]'")
+    done = run("07_finetune", ROOT / "notebooks")
+    assert any("image/png" in o.get("data", {}) for o in outputs(done, "plt.subplots"))
+    lines = printed(done, "before = gj.generate").splitlines()
+    counted = 0
+    for line in lines:
+        asked, rest = line.split("before:")
+        old, new = rest.split(", after:")
+        numbers = [int(n) for n in re.findall(r"\d+", asked)]
+        right = ", ".join(str(numbers[-1] + i) for i in (1, 2, 3))
+        assert right not in old
+        counted += right in new
+    assert len(lines) == 4 and counted >= 3
+    *_, loaded, merged = printed(done, "gj.load_adapter").splitlines()
+    assert loaded.endswith("True") and merged.endswith("True")
+    assert "model.safetensors" in printed(done, "gj.save(merged, tok")
+    assert "False" not in printed(done, "gj.save(merged, tok")
