@@ -101,14 +101,22 @@ def make_step(
             raise ValueError(f"the objective's metrics {taken} are the step's own; rename them")
         norm = norm_in_float32(gradients)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        updates, moments = optimizer.update(gradients, state.moments, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
-        after = {"step": state.step + 1, "trained": trained, "moments": moments}
-        if skip_nonfinite:
-            before = {name: getattr(state, name) for name in after}
-            after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
-        norms = {"grad_norm": norm, "update_norm": norm_in_float32(updates)}
-        return replace(state, **after), metrics | norms | {"loss": value, "finite": finite}
+
+        def move(state: TrainState, gradients: Params) -> tuple[TrainState, jax.Array]:
+            updates, moments = optimizer.update(gradients, state.moments, state.trained)
+            trained = optax.apply_updates(state.trained, updates)
+            after = replace(state, step=state.step + 1, trained=trained, moments=moments)
+            return after, norm_in_float32(updates)
+
+        def stay(state: TrainState, gradients: Params) -> tuple[TrainState, jax.Array]:
+            return state, jnp.zeros((), jnp.float32)
+
+        if skip_nonfinite:  # a branch: to choose array by array would take old and new ones at once
+            state, update_norm = jax.lax.cond(finite, move, stay, state, gradients)
+        else:
+            state, update_norm = move(state, gradients)
+        norms = {"grad_norm": norm, "update_norm": update_norm}
+        return state, metrics | norms | {"loss": value, "finite": finite}
 
     return init, step
 

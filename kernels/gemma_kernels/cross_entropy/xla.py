@@ -29,6 +29,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from gemma_kernels.platform import target_platform
 from gemma_kernels.quantized_matmul.form import ROWS as TILE_ROWS
@@ -78,10 +79,30 @@ def _forward(x_BTD, table_VD, labels_BT, soft_cap, chunk):
     return (lse_BT, chosen_BT), (x_BTD, table_VD, labels_BT, lse_BT)
 
 
+def _saving_forward(x_BTD, table_VD, labels_BT, soft_cap, chunk):
+    """The same with what the backward pass needs: also whether the table is differentiated."""
+    primals = (x_BTD, table_VD, labels_BT)
+    learns = any(leaf.perturbed for leaf in jax.tree.leaves(table_VD, is_leaf=_is_primal))
+    values = jax.tree.map(lambda leaf: leaf.value, primals, is_leaf=_is_primal)
+    out, saved = _forward(*values, soft_cap, chunk)
+    return out, (saved, LEARNS if learns else None)  # the shape of a tree is known in compiling
+
+
+LEARNS = ()
+
+
+def _is_primal(node) -> bool:
+    return isinstance(node, CustomVJPPrimal)
+
+
 def _backward(soft_cap, chunk, saved, cotangents):
-    x_BTD, table_VD, labels_BT, lse_BT = saved
-    dlse_BT, dchosen_BT = cotangents
-    learns = not isinstance(table_VD, QuantizedMatrix)
+    (x_BTD, table_VD, labels_BT, lse_BT), learns = saved
+    dlse_BT, dchosen_BT = (
+        jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d for d in cotangents
+    )
+    # Of a frozen table, as under adapters, the gradient would be a third of the work and as large
+    # as the table.
+    learns = learns is not None and not isinstance(table_VD, QuantizedMatrix)
     exact = _exact(x_BTD.dtype)
 
     def step(carry, first, size):
@@ -108,7 +129,7 @@ def _backward(soft_cap, chunk, saved, cotangents):
     return dx_BTD.astype(x_BTD.dtype), dtable_VD, None
 
 
-statistics_xla.defvjp(_forward, _backward)
+statistics_xla.defvjp(_saving_forward, _backward, symbolic_zeros=True)
 
 
 def _each_chunk(step: Callable, carry, x_BTD, table_VD, chunk: int | None):
