@@ -40,7 +40,9 @@ from typing import Any, Literal
 
 from gemma_jax.field_types import check_positive, check_types
 from gemma_jax.loading import LoadOptions
+from gemma_jax.remat import POLICIES
 from gemma_jax.runs.train import Every
+from gemma_jax.storages import one_of
 from gemma_jax.training.data.settings import DataSettings
 from gemma_jax.training.lora import Lora
 from gemma_jax.training.objective_names import OBJECTIVES, named_objective
@@ -113,6 +115,8 @@ class RunConfig:
         if isinstance(self.frozen, str):
             object.__setattr__(self, "frozen", (self.frozen,))
         check_positive(self, "micro_batches")
+        if self.remat is not None and self.remat not in POLICIES:
+            raise ValueError(f"remat={self.remat!r} must be {one_of(POLICIES)}")
         if self.steps is not None:
             check_positive(self, "steps")
         if self.held_out is not None and self.held_out.epochs is None:

@@ -14,6 +14,7 @@ from gemma_jax.loading import LoadOptions
 from gemma_jax.peft import lora
 from gemma_jax.runs.config import RunConfig
 from gemma_jax.sharding import TRAINING
+from gemma_jax.storages import AUTO, STORED
 from gemma_jax.training.model_pair import pair_with
 from gemma_jax.training.objective_names import OBJECTIVES
 from gemma_jax.training.placing import place_parts
@@ -23,10 +24,19 @@ from gemma_jax.weights.tree import ParamPath, with_attributes
 
 
 def load_options(config: RunConfig) -> LoadOptions:
-    """How the models of a run are loaded: on a mesh by the rules for training, if no others."""
-    if config.load.mesh is None or config.load.rules is not None:
-        return config.load
-    return replace(config.load, rules=TRAINING)
+    """How the models of a run are loaded, where the config does not say.
+
+    On a mesh, by the rules for training. With layers in stacks, as one program for all of them
+    compiles in a fraction of the time; but for blocks of files, which may differ from layer to
+    layer, and for slices inside the model, which are cut out layer by layer.
+    """
+    options = config.load
+    if options.mesh is not None and options.rules is None:
+        options = replace(options, rules=TRAINING)
+    in_layers = options.weights in (STORED, AUTO) or config.objective.get("submodels")
+    if options.layout is None:
+        options = replace(options, layout="unrolled" if in_layers else "scan")
+    return options
 
 
 def make_parts(

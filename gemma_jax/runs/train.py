@@ -156,6 +156,7 @@ class _Run:
     beside: Beside
     until: int
     signalled: list[int] = field(default_factory=list)
+    ending: int = 0  # the signal on which all processes end after this step
 
     def through(self, folder: RunFolder | None) -> Gemma:
         """All steps that are left."""
@@ -208,21 +209,24 @@ class _Run:
             losses=[line["loss"] for line in lines if "loss" in line],
             inputs=lambda batch: _placed(batch, partition, int(self.micro_batches > 1)),
         )
-        began, moment = time.perf_counter(), None
+        moment = None
         try:
+            if int(state.step) == 0 and not any(line["step"] == 0 for line in lines):
+                self._pause(watchers, state, iterator, None, THINGS)  # what was there before
+            began = time.perf_counter()
             for moment in moments:
                 now = time.perf_counter()
                 self._tell(watchers, moment, now - began)
                 if moment.state is not None:
                     state = moment.state
-                    self._pause(watchers, moment, iterator, states, self._is_due(moment.step))
-                    if self.signalled and moment.step < self.until:
-                        _leave(self.signalled[0], moment.step, folder)
+                    self._pause(watchers, state, iterator, states, self._due(moment.step))
+                    if self.ending and moment.step < self.until:
+                        _leave(self.ending, moment.step, folder)
                     now = time.perf_counter()  # what happens beside is no part of a step
                 began = now
             if moment is not None:
-                left = [what for what in THINGS if what not in self._is_due(moment.step)]
-                self._pause(watchers, moment, iterator, states, left)
+                left = [what for what in THINGS if what not in self._due(moment.step)]
+                self._pause(watchers, state, iterator, states, left)
         except LossError as error:
             if folder is None:
                 raise
@@ -246,14 +250,17 @@ class _Run:
         model = self.parts.join(self.parts.trained, self.parts.frozen)
         return getattr(model, "model", model).runtime.partition
 
-    def _is_due(self, step: int) -> list[str]:
-        """What happens after this step because of its number, or because the run is to end."""
-        due = [what for what in THINGS if (n := getattr(self.beside.every, what)) and step % n == 0]
-        return due + (["save"] if self.signalled and "save" not in due else [])
+    def _due(self, step: int) -> list[str]:
+        """What happens after this step; a run that is to end only saves, as it may have no time."""
+        if self.ending:
+            return ["save"]
+        every = vars(self.beside.every)
+        return [what for what in THINGS if every[what] and step % every[what] == 0]
 
     def _stops_at(self, step: int) -> bool:
         """Whether something needs the state after this step."""
-        return _agreed(bool(self.signalled)) or bool(self._is_due(step))
+        self.ending = _agreed(self.signalled[0] if self.signalled else 0)
+        return bool(self.ending) or bool(self._due(step))
 
     def _tell(self, watchers: Sequence[Watcher], moment: Moment, seconds: float) -> None:
         beside = self.beside
@@ -267,18 +274,17 @@ class _Run:
         for watcher in watchers:
             watcher.scalars(moment.step, values)
 
-    def _pause(self, watchers, moment: Moment, iterator, states, due: Sequence[str]) -> None:
-        """Does what is due after this step."""
-        state, loss = moment.state, None
-        assert state is not None
+    def _pause(self, watchers, state: TrainState, iterator, states, due: Sequence[str]) -> None:
+        """Does what is due at this state."""
+        step, loss = int(state.step), None
         if "evaluate" in due and (loss := self._held_out_loss(state)) is not None:
             for watcher in watchers:
-                watcher.scalars(moment.step, {HELD_OUT: loss})
+                watcher.scalars(step, {HELD_OUT: loss})
         if "sample" in due and self.beside.write is not None:
             model = self.parts.join(state.trained, self.parts.frozen)
             for name, text in self.beside.write(model).items():
                 for watcher in watchers:
-                    watcher.text(moment.step, name, text)
+                    watcher.text(step, name, text)
         if "save" in due and states is not None:
             known = hasattr(iterator, "get_state")
             states.save(state, {"data": iterator.get_state()} if known else {}, loss)
@@ -317,13 +323,13 @@ def _placed(batch: Any, partition: Any, stacked: int = 0) -> Any:
     )
 
 
-def _agreed(here: bool) -> bool:
-    """Whether the first process says so: all of them have to stop at the same step."""
+def _agreed(here: int) -> int:
+    """What the first process says: all of them have to stop at the same step."""
     if jax.process_count() == 1:
         return here
     from jax.experimental import multihost_utils
 
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(here)))
+    return int(multihost_utils.broadcast_one_to_all(np.asarray(here)))
 
 
 @contextlib.contextmanager

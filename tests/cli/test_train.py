@@ -29,9 +29,6 @@ rate = 1e-2
 [every]
 save = 2
 evaluate = 2
-[samples]
-prompts = ["1 2"]
-tokens = 4
 """
 
 
@@ -101,13 +98,20 @@ def test_a_run_from_its_config(cli, config, tmp_path):
     losses = [line["loss"] for line in lines if "loss" in line]
     held_out = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
     assert len(losses) == 4 and losses[-1] < losses[0]
-    assert len(held_out) == 2 and held_out[1] < held_out[0]
+    assert len(held_out) == 3 and held_out[2] < held_out[0]
     assert all(line["tokens_per_second"] > 0 for line in lines if "loss" in line)
-    (sample,) = map(json.loads, (run / "samples.jsonl").read_text().splitlines())
-    assert sample["step"] == 4 and sample["prompt"] == "1 2"
     assert (run / "loss.png").stat().st_size > 5000
     said = json.loads((run / "adapter" / "adapter_config.json").read_text())
     assert (said["peft_type"], said["r"]) == ("LORA", 2)
+
+
+@pytest.mark.nightly
+def test_a_run_lets_the_model_write(cli, config, tmp_path):
+    words = ("--set", 'samples.prompts=["1 2"]', "--set", "samples.tokens=4")
+    assert cli("train", config, *words).code == 0
+    lines = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    assert [(one["step"], one["prompt"]) for one in samples] == [(0, "1 2"), (4, "1 2")]
 
 
 def test_a_run_goes_on(cli, refused, config, tmp_path):
@@ -141,6 +145,7 @@ def test_what_is_in_the_data(cli, config):
         ("adapter.rank=0", "rank=0 must be positive"),
         ("stesp=3", "has no 'stesp'; did you mean steps?"),
         ("data.epochs=1", "end after 1"),
+        ("remat=fully", "remat='fully' must be"),
         ("nothing", "expected table.key=VALUE"),
     ],
 )

@@ -238,9 +238,13 @@ def test_watchers_are_told(model, tmp_path):
     )
     gj.train(model, Batches(), optimizer=optax.sgd(0.1), steps=4, beside=beside)
     assert [step for step, values in watcher.said if "loss" in values] == [2, 4]
-    assert [step for step, values in watcher.said if "held_out_loss" in values] == [2, 4]
-    assert watcher.said[0][1]["rate"] == pytest.approx(0.2)
-    assert watcher.texts == [(3, "prompt", "1 layer"), (4, "prompt", "1 layer")]
+    assert [step for step, values in watcher.said if "held_out_loss" in values] == [0, 2, 4]
+    assert watcher.said[1][1]["rate"] == pytest.approx(0.2)
+    assert watcher.texts == [
+        (0, "prompt", "1 layer"),
+        (3, "prompt", "1 layer"),
+        (4, "prompt", "1 layer"),
+    ]
     assert watcher.closed
 
 
@@ -261,7 +265,8 @@ def test_held_out_batches_count_as_much_as_they_weigh(model):
     beside = gj.Beside(held_out=held_out, watchers=[Watcher()])
     trained = gj.train(model, Batches(), optimizer=optax.sgd(0.1), steps=1, beside=beside)
     whole = gj.loss(trained, rows, weights_BT=weights)
-    assert losses == [pytest.approx(float(whole), rel=1e-5)]
+    before = gj.loss(model, rows, weights_BT=weights)
+    assert losses == [pytest.approx(float(loss), rel=1e-5) for loss in (before, whole)]
 
 
 KILLED = """
