@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax.decoder.batch import Batch
+from gemma_jax.multimodal.media import Media
 from gemma_jax.training.objectives import TrainBatch
 from gemma_jax.training.trainable import Params
 
@@ -73,6 +74,9 @@ def stack_micro_batches(batches: Sequence[TrainBatch | Batch | jax.Array]) -> Tr
     Returns:
       NumPy arrays `[M, B, ...]`.
 
+    Raises:
+      ValueError: Images and sounds, of which the batches hold different numbers.
+
     Examples:
       >>> import gemma_jax as gj
       >>> import numpy as np
@@ -81,7 +85,18 @@ def stack_micro_batches(batches: Sequence[TrainBatch | Batch | jax.Array]) -> Tr
       [[[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]], [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]]
     """
     whole = [_with_positions(TrainBatch.of(batch)) for batch in batches]
+    _check_items([batch.media for batch in whole])
     return jax.tree_util.tree_map_with_path(lambda path, *arrays: _stack(path, arrays), *whole)
+
+
+def _check_items(media: Sequence[Media | None]) -> None:
+    """Items of a second modality are counted after all of the first: none may be added there."""
+    counts = [[len(jax.tree.leaves(one)[0]) for one in m.inputs.values()] for m in media if m]
+    if any(len(one) > 1 and one != counts[0] for one in counts):
+        raise ValueError(
+            f"batches with {' and '.join(map(str, counts))} items of several modalities: fill them "
+            "up to the same numbers before Media is made"
+        )
 
 
 def _with_positions(batch: TrainBatch) -> TrainBatch:

@@ -7,6 +7,8 @@ import optax
 import pytest
 import tiny
 
+from gemma_jax.decoder.batch import Batch
+from gemma_jax.multimodal.media import Media
 from gemma_jax.training.accumulate import stack_micro_batches
 from gemma_jax.training.objectives import TrainBatch, next_token
 from gemma_jax.training.step import make_step
@@ -124,3 +126,16 @@ def test_numbers_that_are_not_finite_leave_the_state_alone(what, skip):
     same = [np.array_equal(state.trained[path], trained[path]) for path in trained]
     assert all(same) if skip else not any(same)
     assert state.step == (0 if skip else 1)
+
+
+def test_items_of_several_modalities_are_not_filled_up():
+    """Whose indices count through all images first, then through the sounds."""
+    ids = np.full((1, 3), 5)
+
+    def batch(images, sounds):
+        items = {"image": np.zeros((images, 3, 4, 4)), "audio": np.zeros((sounds, 8, 4))}
+        return TrainBatch(Batch(ids), media=Media(inputs=items, index_BT=np.full((1, 3), -1)))
+
+    assert stack_micro_batches([batch(1, 2), batch(1, 2)]).media.inputs["audio"].shape[:2] == (2, 2)
+    with pytest.raises(ValueError, match=r"batches with \[1, 2\] and \[2, 2\] items"):
+        stack_micro_batches([batch(1, 2), batch(2, 2)])
