@@ -16,6 +16,8 @@ from parity.goldens import DATA
 from safetensors.numpy import load_file, save_file
 
 from gemma_checkpoints import load_weights, save_hf
+from gemma_jax.decoder.batch import Batch
+from gemma_jax.training.objectives import TrainBatch
 
 
 def objective_case(name: str):
@@ -28,6 +30,14 @@ def objective_case(name: str):
     tolerances = json.loads((DATA / name / f"{name}.json").read_text())["atol, rms_atol"]
     assert tolerances.keys() == out.keys()
     return given, out, tolerances
+
+
+def stored_rows(given, counts_BT) -> TrainBatch:
+    """The rows of a case, and how much each of their tokens counts."""
+    real_BT = given["attention_mask"] == 1
+    positions_BT = np.where(real_BT, np.cumsum(real_BT, axis=1) - 1, -1).astype(np.int32)
+    batch = Batch(given["input_ids"].astype(np.int32), positions_BT)
+    return TrainBatch(batch, weights_BT=counts_BT.astype(np.float32))
 
 
 def load_reference(folder: Path):

@@ -8,15 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from parity.goldens import DATA
-from parity.objectives import assert_objective, assert_within, objective_case
+from parity.objectives import assert_objective, assert_within, objective_case, stored_rows
 
 from gemma_checkpoints import load_weights
-from gemma_jax.decoder.batch import Batch
 from gemma_jax.training import divergence
 from gemma_jax.training.distillation import DistillBatch, distill
 from gemma_jax.training.divergence import Divergence, Hidden, token_divergences
 from gemma_jax.training.model_pair import ModelPair
-from gemma_jax.training.objectives import TrainBatch
 
 CASE = objective_case("distill")
 TAGS = sorted({name.removesuffix(".loss") for name in CASE[1] if name.endswith(".loss")})
@@ -44,10 +42,7 @@ def teacher():
 @pytest.fixture(scope="module")
 def rows():
     given, _, _ = CASE
-    real = given["attention_mask"] == 1
-    positions = np.where(real, np.cumsum(real, axis=1) - 1, -1).astype(np.int32)
-    batch = Batch(given["input_ids"].astype(np.int32), positions)
-    return TrainBatch(batch, weights_BT=(given["labels"] != -100).astype(np.float32))
+    return stored_rows(given, (given["labels"] != -100))
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,16 @@ import jax
 import numpy as np
 import pytest
 from parity.goldens import DATA
-from parity.objectives import assert_objective, assert_within, load_reference, objective_case
+from parity.objectives import (
+    assert_objective,
+    assert_within,
+    load_reference,
+    objective_case,
+    stored_rows,
+)
 
 from gemma_checkpoints import load_weights
-from gemma_jax.decoder.batch import Batch
 from gemma_jax.training.model_pair import ModelPair
-from gemma_jax.training.objectives import TrainBatch
 from gemma_jax.training.preference import (
     PreferenceBatch,
     compare,
@@ -50,10 +54,7 @@ def reference(tmp_path_factory):
 @pytest.fixture(scope="module")
 def rows():
     given, _, _ = CASE
-    real = given["attention_mask"] == 1
-    positions = np.where(real, np.cumsum(real, axis=1) - 1, -1).astype(np.int32)
-    batch = Batch(given["input_ids"].astype(np.int32), positions)
-    return TrainBatch(batch, weights_BT=given["completion_mask"].astype(np.float32))
+    return stored_rows(given, given["completion_mask"])
 
 
 @pytest.fixture(scope="module")
