@@ -160,7 +160,7 @@ def command(
         run = plan_training.Run.read(config, set_ or [], source, cfg)
         cfg, work, training, axes = run.cfg, run.work, run.training, axes or run.axes
     if search and (fit or axes):
-        raise ValueError("--search tries all meshes for one task; give no mesh or --fit with it")
+        raise ValueError("--search tries all meshes for one task; give no --mesh or --fit with it")
     if search:
         with flags_for("batch", "context"):
             plans = _ranked(planning.search(source, cfg, where, work, training=training))

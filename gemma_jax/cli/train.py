@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemma_jax.cli import common, progress
+from gemma_jax.cli.model_options import all_but, refuse_options
 
 if TYPE_CHECKING:
     from gemma_jax.runs.config import RunConfig
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 CASE = ("model", "inputs", "settings", "output", "adapter", "reference")
 
 
+@refuse_options(all_but("adapter", because="train is told by its config, in [load]"))
 def command(
     config: Annotated[
         Path | None, typer.Argument(metavar="CONFIG.toml", help="What the run is.")

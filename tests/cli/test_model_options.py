@@ -40,6 +40,7 @@ REFUSED = {
     "slice": all_but("dtype", because="slice runs no model"),
     "info": all_but("slice", because="info reads no weights"),
     "tokenize": all_but(because="tokenize reads no weights"),
+    "train": all_but("adapter", because="train is told by its config, in [load]"),
     "plan": {
         "vision_dtype": "plan is about text",
         "modalities": "plan reads no weights",
@@ -60,6 +61,7 @@ NEEDED = {
     "slice": ("x", "y"),
     "info": ("x",),
     "tokenize": ("x",),
+    "train": ("x",),
     "plan": ("x", "--topology", "v5e:4x4", "--context", "16"),
 }
 

@@ -20,10 +20,9 @@ steps = 4
 files = "{data}"
 tokens_per_row = 32
 rows = 2
-[held_out]
-files = "{data}"
 [adapter]
 rank = 2
+targets = ["blocks.*.attn.q.w"]
 [optimizer]
 rate = 1e-2
 [every]
@@ -96,9 +95,7 @@ def test_a_run_from_its_config(cli, config, tmp_path):
     assert ran.out == f"{run / 'adapter'}\n"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
-    held_out = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
     assert len(losses) == 4 and losses[-1] < losses[0]
-    assert len(held_out) == 3 and held_out[2] < held_out[0]
     assert all(line["tokens_per_second"] > 0 for line in lines if "loss" in line)
     assert (run / "loss.png").stat().st_size > 5000
     said = json.loads((run / "adapter" / "adapter_config.json").read_text())
@@ -106,9 +103,13 @@ def test_a_run_from_its_config(cli, config, tmp_path):
 
 
 @pytest.mark.nightly
-def test_a_run_lets_the_model_write(cli, config, tmp_path):
+def test_what_happens_beside(cli, config, tmp_path):
     words = ("--set", 'samples.prompts=["1 2"]', "--set", "samples.tokens=4")
+    words += ("--set", f'held_out.files="{tmp_path / "rows.jsonl"}"')
     assert cli("train", config, *words).code == 0
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    held_out = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
+    assert len(held_out) == 3 and held_out[2] < held_out[0]
     lines = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
     samples = [json.loads(line) for line in lines]
     assert [(one["step"], one["prompt"]) for one in samples] == [(0, "1 2"), (4, "1 2")]

@@ -30,7 +30,7 @@ from gemma_jax.training.lora import train_adapters
 from gemma_jax.training.objectives import TrainBatch
 
 FOLDER = DATA / "adapters"
-SHORT = ["g3n_text_patterns_some_layers", "g3_text_embedding", "g3_text_embedding_tied"]
+SHORT = ["g3_text_embedding", "g3n_text_patterns_some_layers", "g3_text_embedding_tied"]
 SEEING = ["g3_mm_dora_with_projector", "g3_mm_plain_by_name"]
 
 
