@@ -10,7 +10,7 @@ Local letters: O outputs; I inputs, each all of them together; R low rank.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,41 @@ from gemma_jax.weights.gather import lookup
 from gemma_jax.weights.protocol import Index, StandIn, Weight, array_dims, dense, take
 
 
+class Factored(StandIn):
+    """A weight with low-rank factors beside it, whose last axes keep outputs and inputs apart.
+
+    Subclasses have the fields `base`, `a`, `b`, `scale` and `gain`; whatever axes `scale` has stand
+    in front of those of the factors.
+    """
+
+    base: Weight
+    a: jax.Array
+    b: jax.Array
+    scale: jax.Array
+    gain: jax.Array | None
+
+    @property
+    def num_inputs(self) -> int:
+        """How many of the last axes are inputs."""
+        return self.a.ndim - 1 - self.scale.ndim
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `StandIn`."""
+        return tuple(self.base.shape)
+
+    def take(self, axis: int, index: Index) -> Self:
+        """See `StandIn`. Along inputs the gain stays: that of the weight it was trained with."""
+        base, count = take(self.base, axis, index), self.num_inputs
+        if axis >= -count:
+            return replace(self, base=base, a=take(self.a, axis, index))
+        gain = None if self.gain is None else take(self.gain, axis + count, index)
+        return replace(self, base=base, b=take(self.b, axis + count - 1, index), gain=gain)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Adapted(StandIn):
+class Adapted(Factored):
     """Stands for `gain * (base + scale * b a)`, with the axes of inputs and outputs kept apart.
 
     Which axes are inputs say the factors: of a table of rows, all but the first.
@@ -40,16 +72,6 @@ class Adapted(StandIn):
     b: jax.Array
     scale: jax.Array
     gain: jax.Array | None = None
-
-    @property
-    def num_inputs(self) -> int:
-        """How many of the last axes are inputs."""
-        return self.a.ndim - 1 - self.scale.ndim
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """See `StandIn`."""
-        return tuple(self.base.shape)
 
     def contract(self, equation: str, x: jax.Array) -> jax.Array:
         """See `StandIn`; the adapter is never multiplied out."""
@@ -80,14 +102,6 @@ class Adapted(StandIn):
         if self.gain is not None:
             whole *= self._behind(self.gain)
         return whole.astype(base.dtype)
-
-    def take(self, axis: int, index: Index) -> "Adapted":
-        """See `StandIn`. Along inputs the gain stays: that of the weight it was trained with."""
-        base, count = take(self.base, axis, index), self.num_inputs
-        if axis >= -count:
-            return replace(self, base=base, a=take(self.a, axis, index))
-        gain = None if self.gain is None else take(self.gain, axis + count, index)
-        return replace(self, base=base, b=take(self.b, axis + count - 1, index), gain=gain)
 
     def array_dims(self, dims: str) -> Any:
         """See `StandIn`; ranks are never split."""

@@ -7,15 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gemma_jax.weights.adapted import Adapted
+from gemma_jax.weights.adapted import Adapted, Factored
 from gemma_jax.weights.contract import HIGHEST, contract, contracted
 from gemma_jax.weights.gather import lookup
-from gemma_jax.weights.protocol import Index, StandIn, Weight, array_dims, take
+from gemma_jax.weights.protocol import Weight, array_dims
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class AdaptedRows(StandIn):
+class AdaptedRows(Factored):
     """Stands for one `Adapted` weight per row of the batch; see there.
 
     Of E adapters the first changes nothing.
@@ -37,16 +37,6 @@ class AdaptedRows(StandIn):
     chosen_B: jax.Array
     names: tuple[str, ...] = field(metadata={"static": True})
     gain: jax.Array | None = None
-
-    @property
-    def num_inputs(self) -> int:
-        """How many of the last axes are inputs."""
-        return self.a.ndim - 1 - self.scale.ndim
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """See `StandIn`."""
-        return tuple(self.base.shape)
 
     def contract(self, equation: str, x: jax.Array) -> jax.Array:
         """See `StandIn`; the first axis of `x` is that of the rows."""
@@ -97,14 +87,6 @@ class AdaptedRows(StandIn):
                 "as in choose_adapters(model, 'name')"
             )
         return self._alone().dense()
-
-    def take(self, axis: int, index: Index) -> "AdaptedRows":
-        """See `StandIn`."""
-        base, count = take(self.base, axis, index), self.num_inputs
-        if axis >= -count:
-            return replace(self, base=base, a=take(self.a, axis, index))
-        gain = None if self.gain is None else take(self.gain, axis + count, index)
-        return replace(self, base=base, b=take(self.b, axis + count - 1, index), gain=gain)
 
     def array_dims(self, dims: str) -> Any:
         """See `StandIn`; only the base and its axes are split."""

@@ -124,17 +124,22 @@ def test_three_steps_of_adamw(case, layout, tmp_path):
 
     after = by_published_name(join(state.trained, frozen), tmp_path / "after")
     before = by_published_name(start, tmp_path / "before")
-    chosen = [name for name in expected if name.startswith("param.")]
-    assert len(chosen) >= 5
-    for name in chosen:
-        ours = after[spelled(case, name.removeprefix("param."))]
-        assert_within(ours.reshape(expected[name].shape), expected[name], case, name)
+    assert_named("param.", after, expected, case)
     assert_sums(case, expected["parameters"], before, after)
 
 
 def load(case, layout="scan"):
     folder = case.rsplit("_steps")[0].removesuffix("_accumulate")
     return load_weights(DATA / folder, dtype="float32", layout=layout)
+
+
+def assert_named(front, ours, expected, case):
+    """Every stored parameter, or gradient of one."""
+    chosen = [name for name in expected if name.startswith(front)]
+    assert len(chosen) >= 5
+    for name in chosen:
+        one = ours[spelled(case, name.removeprefix(front))]
+        assert_within(one.reshape(expected[name].shape), expected[name], case, name)
 
 
 def assert_sums(case, expected, before, after):
@@ -172,11 +177,7 @@ def test_micro_batches_of_unequal_rows(case, tmp_path):
     assert metrics["tokens"] == expected["micro_target_tokens"].sum()
 
     ours = by_published_name(gradients, tmp_path / "grads")
-    chosen = [name for name in expected if name.startswith("grad.")]
-    assert len(chosen) >= 5
-    for name in chosen:
-        ours_one = ours[spelled(case, name.removeprefix("grad."))]
-        assert_within(ours_one.reshape(expected[name].shape), expected[name], case, name)
+    assert_named("grad.", ours, expected, case)
 
     loss = jax.jit(lambda model, part: with_images(model, part, None)[0])
     alone = [
