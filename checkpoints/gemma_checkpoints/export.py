@@ -205,7 +205,14 @@ def tensors_by_name(model: Gemma, names: Iterable[str] | None = None) -> dict[st
 
 
 def tensor_names(model: Gemma) -> dict[ParamPath, list[str]]:
-    """What the tensors of each parameter are called by Hugging Face, layer by layer."""
+    """What the tensors of each parameter are called by Hugging Face, layer by layer.
+
+    Examples:
+      >>> import gemma_checkpoints as gc
+      >>> model = gc.load_weights("checkpoints/digits", modalities=("text",))
+      >>> gc.tensor_names(model)["final_norm", "scale"]
+      ['norm.weight']
+    """
     slots, rows = named_slots(model), expand(hf_table(model.cfg), depths(model.cfg))
     names: dict[ParamPath, list[str]] = {}
     for ours, row in rows.items():

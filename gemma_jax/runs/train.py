@@ -48,6 +48,14 @@ class Every:
       evaluate: Measure the loss on held-out data.
       sample: Let the model write.
       log: Tell watchers the numbers of a step.
+
+    Raises:
+      ValueError: A number below 0, or below 1 for `log`.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> gj.Every(save=500, log=10)
+      Every(save=500, evaluate=100, sample=0, log=10)
     """
 
     save: int = 100
@@ -75,6 +83,15 @@ class Beside:
       guard: When a loss is a spike.
       rate: From the number of a step to its learning rate, for watchers.
       speed: From a batch and the seconds of its step to numbers for watchers.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> import numpy as np
+      >>> import optax
+      >>> model, tok = gj.load("checkpoints/digits", modalities=("text",), layout="scan")
+      >>> tokens = np.array([tok.encode("Which digit is left?", bos=True)])
+      >>> beside = gj.Beside(every=gj.Every(evaluate=1), held_out=[tokens])
+      >>> trained = gj.train(model, [tokens], optimizer=optax.sgd(0.1), steps=1, beside=beside)
     """
 
     every: Every = field(default_factory=Every)

@@ -28,6 +28,18 @@ class LossError(ArithmeticError):
       step: Number of the step, from 1.
       batch: What it was computed on, as the data gave it.
       metrics: What the step said.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> import numpy as np
+      >>> import optax
+      >>> model, tok = gj.load("checkpoints/digits", modalities=("text",), layout="scan")
+      >>> tokens = np.array([tok.encode("Which digit is left?", bos=True)])
+      >>> try:
+      ...     gj.train(model, [tokens] * 3, optimizer=optax.sgd(float("inf")), steps=3)
+      ... except gj.LossError as error:
+      ...     error.step
+      2
     """
 
     def __init__(self, message: str, step: int, batch: Any, metrics: dict[str, float]):
@@ -61,6 +73,11 @@ class SpikeGuard:
       times: A loss above so many times the median of the last ones is a spike; infinity: none is.
       among: So many of the last ones.
       after: Steps before the first loss can be one.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> gj.Beside(guard=gj.SpikeGuard(times=5.0, after=100)).guard.among
+      50
     """
 
     times: float = 3.0

@@ -154,6 +154,7 @@ def test_prompts_in_a_batch_are_as_alone(model, clip, picture):
     assert alone[0] != alone[2]
 
 
+@pytest.mark.nightly
 def test_a_conversation_hears_and_sees_turn_by_turn(model, clip, picture):
     words = Words(98)
     chat = Conversation(model, words, max_len=256, sampling=Sampling())
