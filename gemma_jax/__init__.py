@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names (tests/test_p
     from gemma_jax.inference.sampling import Sampling as Sampling
     from gemma_jax.inference.session import Session as Session
     from gemma_jax.inference.streaming import TextStream as TextStream, stream as stream
+    from gemma_jax.inference.tool_loop import Tools as Tools
     from gemma_jax.inference.transcribe import (
         Segment as Segment,
         Transcript as Transcript,
@@ -69,6 +70,7 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names (tests/test_p
     from gemma_jax.runtime import Runtime as Runtime
     from gemma_jax.saving import save as save
     from gemma_jax.text import Tokenizer as Tokenizer, encode_chat as encode_chat
+    from gemma_jax.text.tools import Tool as Tool
     from gemma_jax.training.distillation import DistillBatch as DistillBatch, distill as distill
     from gemma_jax.training.model_pair import ModelPair as ModelPair, pair_with as pair_with
     from gemma_jax.training.objective_names import named_objective as named_objective
@@ -124,6 +126,7 @@ _HOMES = {
     "gemma_jax.inference.sampling": ("Sampling",),
     "gemma_jax.inference.session": ("Session",),
     "gemma_jax.inference.streaming": ("TextStream", "stream"),
+    "gemma_jax.inference.tool_loop": ("Tools",),
     "gemma_jax.inference.transcribe": ("Segment", "Transcript", "transcribe"),
     "gemma_jax.loading": ("LoadOptions", "load", "load_model", "load_sampling", "load_tokenizer"),
     "gemma_jax.multimodal.audio_stream": ("audio_stream",),
@@ -139,6 +142,7 @@ _HOMES = {
     "gemma_jax.runtime": ("Runtime",),
     "gemma_jax.saving": ("save",),
     "gemma_jax.text": ("Tokenizer", "encode_chat"),
+    "gemma_jax.text.tools": ("Tool",),
     "gemma_jax.training.distillation": ("DistillBatch", "distill"),
     "gemma_jax.training.model_pair": ("ModelPair", "pair_with"),
     "gemma_jax.training.objective_names": ("named_objective",),
