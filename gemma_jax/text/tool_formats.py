@@ -15,15 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .tool_calls import Answer, CallParser, ToolCall, collect
-from .tool_readers import (
-    END_CALL,
-    ESCAPE,
-    START_CALL,
-    JsonReader,
-    MarkerReader,
-    PythonReader,
-    Reader,
-)
+from .tool_marker_reader import END_CALL, ESCAPE, START_CALL, MarkerReader
+from .tool_readers import JsonReader, PythonReader, Reader
 from .tools import Tool
 
 START_RESULT, END_RESULT = "<start_function_response>", "<end_function_response>"
