@@ -10,7 +10,8 @@ seed, and may be emptied and given another text while the rows beside it go on. 
 not depend on them. All of this is plain input; only switching a sampling rule on or off for the
 whole batch compiles again.
 
-Local letters: X tokens chosen (in `tokens_BX`), or drafted (in `drafts_BX`); I stop ids.
+Local letters: X tokens chosen (in `tokens_BX`), or drafted (in `drafts_BX`); I stop ids; U best
+tokens at a place.
 """
 
 from dataclasses import dataclass, replace
@@ -61,6 +62,10 @@ class State:
       drafts: What `Propose` keeps from pass to pass; `None` without it.
       text_BS: int32, the token at each position, prompt included, -1 where there is none; `None`
         without logits processors.
+      counts_BV: int32, how often each token was chosen, for penalties on that; `None` if no row
+        has one.
+      best_ids_BXU, best_log_probs_BXU: The most probable tokens beside each that was chosen, best
+        first; `None` where nobody asks for them.
     """
 
     cache: Cache
@@ -76,6 +81,9 @@ class State:
     seen_BV: jax.Array | None = None
     drafts: Any = None
     text_BS: jax.Array | None = None
+    counts_BV: jax.Array | None = None
+    best_ids_BXU: jax.Array | None = None
+    best_log_probs_BXU: jax.Array | None = None
 
     @property
     def active_B(self) -> jax.Array:
@@ -279,7 +287,7 @@ def _choose(
     """One token per row for `position`, `[B, 1]`."""
     keys_B = jax.vmap(jax.random.fold_in)(state.keys_B, position_B)
     none_BX = jnp.zeros((len(keys_B), 0), jnp.int32)
-    logits_BV = penalised(logits_BTV[:, 0], state.seen_BV, state.sampling)
+    logits_BV = penalised(logits_BTV[:, 0], state.seen_BV, state.sampling, state.counts_BV)
     logits_BV = process(processors, logits_BV, state.text_BS)
     if allow is not None:
         logits_BV = _legal(allow, state, none_BX, logits_BV[:, None])[:, 0]
@@ -304,26 +312,42 @@ def _append(state: State, chosen_BT: jax.Array, count_B: jax.Array, logits_BTV: 
     # In two dimensions: XLA's CPU backend is slower with three.
     logits_XV = logits_BTV.reshape(-1, logits_BTV.shape[-1])
     log_probs_X = jnp.take_along_axis(logits_XV, chosen_BT.reshape(-1, 1), axis=1)[:, 0]
-    log_probs_BT = (log_probs_X - jax.nn.logsumexp(logits_XV, axis=1)).reshape(chosen_BT.shape)
+    total_X = jax.nn.logsumexp(logits_XV, axis=1)
+    log_probs_BT = (log_probs_X - total_X).reshape(chosen_BT.shape)
     last_B = jnp.take_along_axis(chosen_BT, jnp.maximum(count_B - 1, 0)[:, None], axis=1)[:, 0]
 
     index_BX = jnp.arange(state.tokens_BX.shape[1]) - state.step_B[:, None]
     new_BX = (index_BX >= 0) & (index_BX < count_B[:, None])
 
-    def put(old_BX: jax.Array, values_BT: jax.Array) -> jax.Array:
+    def put(old: jax.Array, values: jax.Array) -> jax.Array:
         # A select, not a scatter: nothing beside the work of a token, on any device.
-        at_BX = jnp.clip(index_BX, 0, T - 1)
-        return jnp.where(new_BX, jnp.take_along_axis(values_BT, at_BX, axis=1), old_BX)
+        behind = (1,) * (old.ndim - 2)
+        at = jnp.clip(index_BX, 0, T - 1).reshape(*index_BX.shape, *behind)
+        new = new_BX.reshape(*new_BX.shape, *behind)
+        return jnp.where(new, jnp.take_along_axis(values, at, axis=1), old)
 
-    return replace(
+    new_BT = jnp.where(within_BT, chosen_BT, -1)
+    state = replace(
         state,
         last_B=jnp.where(count_B > 0, last_B, state.last_B),
         step_B=state.step_B + count_B,
         done_B=state.done_B | (stop_BT & within_BT).any(axis=1),
         tokens_BX=put(state.tokens_BX, chosen_BT),
         log_probs_BX=put(state.log_probs_BX, log_probs_BT),
-        seen_BV=_mark_seen(state.seen_BV, jnp.where(within_BT, chosen_BT, -1)),
+        seen_BV=_mark_seen(state.seen_BV, new_BT),
         text_BS=put_behind(state.text_BS, chosen_BT, within_BT),
+        counts_BV=_count(state.counts_BV, new_BT),
+    )
+    if state.best_ids_BXU is None:
+        return state
+    best_XU, ids_XU = jax.lax.top_k(logits_XV, state.best_ids_BXU.shape[2])
+    shape = (*chosen_BT.shape, -1)
+    return replace(
+        state,
+        best_ids_BXU=put(state.best_ids_BXU, ids_XU.reshape(shape)),
+        best_log_probs_BXU=put(
+            state.best_log_probs_BXU, (best_XU - total_X[:, None]).reshape(shape)
+        ),
     )
 
 
@@ -334,6 +358,15 @@ def _mark_seen(seen_BV: jax.Array | None, tokens_BT: jax.Array) -> jax.Array | N
     rows_B1 = jnp.arange(len(tokens_BT))[:, None]
     ids_BT = jnp.where(tokens_BT >= 0, tokens_BT, seen_BV.shape[1])
     return seen_BV.at[rows_B1, ids_BT].set(True, mode="drop")
+
+
+def _count(counts_BV: jax.Array | None, tokens_BT: jax.Array) -> jax.Array | None:
+    """Adds the tokens of each row; ids below 0 add nothing."""
+    if counts_BV is None:
+        return None
+    rows_B1 = jnp.arange(len(tokens_BT))[:, None]
+    ids_BT = jnp.where(tokens_BT >= 0, tokens_BT, counts_BV.shape[1])
+    return counts_BV.at[rows_B1, ids_BT].add(1, mode="drop")
 
 
 @partial(
@@ -379,6 +412,7 @@ def empty_state(
         tokens_BX=jnp.full((batch, new_tokens), -1, jnp.int32),
         log_probs_BX=jnp.zeros((batch, new_tokens), jnp.float32),
         seen_BV=jnp.zeros((batch, cfg.vocab_size), bool) if sampling.penalty else None,
+        counts_BV=jnp.zeros((batch, cfg.vocab_size), jnp.int32) if sampling.counts else None,
     )
     return constrained(state, partition)
 
@@ -389,7 +423,7 @@ def emptied(
 ) -> State:
     """The state with nothing in the rows that are `True`, which get new seeds."""
     keys_B = jax.vmap(jax.random.key)(seed_B)
-    seen_BV = state.seen_BV
+    seen_BV, counts_BV = state.seen_BV, state.counts_BV
     state = replace(
         state,
         cache=state.cache.cleared(empty_B),
@@ -399,6 +433,7 @@ def emptied(
         seen_BV=None if seen_BV is None else seen_BV & ~empty_B[:, None],
         drafts=None if state.drafts is None else state.drafts.cleared(empty_B),
         text_BS=None if state.text_BS is None else jnp.where(empty_B[:, None], -1, state.text_BS),
+        counts_BV=None if counts_BV is None else jnp.where(empty_B[:, None], 0, counts_BV),
     )
     return constrained(state, partition)
 
@@ -408,4 +443,35 @@ def rewound(state: State, length_B: jax.Array, *, partition: Partition | None) -
     """The state without tokens at positions of `length` and beyond, see `Cache.rewound`."""
     drafts = None if state.drafts is None else state.drafts.rewound(length_B)
     state = replace(state, cache=state.cache.rewound(length_B), drafts=drafts)
+    return constrained(state, partition)
+
+
+@partial(jax.jit, static_argnames=("partition",), donate_argnames=("state",))
+def inserted(
+    state: State,
+    cache: Cache,
+    slot: jax.Array,
+    last: jax.Array,
+    seed: jax.Array,
+    seen_V: jax.Array,
+    *,
+    partition: Partition | None,
+) -> State:
+    """The state with another text in one row, read elsewhere, which has chosen nothing yet.
+
+    Args:
+      cache: Of one row; holds all of the text but `last`.
+      slot: int32; the row.
+      last: int32; its last token.
+      seed: uint32.
+      seen_V: bool; the tokens of the text, looked at where the state keeps them.
+    """
+    state = replace(
+        state,
+        cache=state.cache.with_row(slot, cache),
+        last_B=state.last_B.at[slot].set(last),
+        keys_B=state.keys_B.at[slot].set(jax.random.key(seed)),
+        seen_BV=None if state.seen_BV is None else state.seen_BV.at[slot].set(seen_V),
+        counts_BV=None if state.counts_BV is None else state.counts_BV.at[slot].set(0),
+    )
     return constrained(state, partition)

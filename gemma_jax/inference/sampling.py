@@ -17,8 +17,8 @@ SMALLEST, LARGEST = 1e-20, 1e20
 class Sampling:
     """Says how to choose tokens: greedily by default. Raises `ValueError` for impossible values.
 
-    Applied in the order of transformers' logits processors: repetition penalty, temperature,
-    top-k, top-p, min-p.
+    Applied in the order of transformers' logits processors: repetition penalty, those on what was
+    chosen, temperature, top-k, top-p, min-p.
 
     Attributes:
       temperature: Logits are divided by it; 0 takes the most probable token, and so does anything
@@ -28,6 +28,9 @@ class Sampling:
       min_p: Keep tokens at least `min_p` times as probable as the most probable one.
       repetition_penalty: Logits of tokens seen so far (prompt included) are divided by it if
         positive, multiplied if negative.
+      presence_penalty, frequency_penalty: Taken off the logits of tokens chosen so far (those of
+        the prompt do not count): the first one once, the second one as often as they were chosen.
+        As in OpenAI's API, between -2 and 2.
 
     Examples:
       >>> import gemma_jax as gj
@@ -43,6 +46,8 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     def __post_init__(self):
         checks = {
@@ -54,11 +59,18 @@ class Sampling:
                 SMALLEST <= self.repetition_penalty <= LARGEST,
                 f"between {SMALLEST:g} and {LARGEST:g}",
             ),
+            "presence_penalty": (-2 <= self.presence_penalty <= 2, "between -2 and 2"),
+            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "between -2 and 2"),
         }
         for name, (fine, wanted) in checks.items():
             if not fine:
                 raise ValueError(f"{name}={getattr(self, name)} must be {wanted}")
         object.__setattr__(self, "top_k", int(self.top_k))  # JSON may say 64.0
+
+    @property
+    def counts(self) -> bool:
+        """Whether it matters how often a token was chosen."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @property
     def greedy(self) -> bool:
@@ -79,14 +91,15 @@ class SamplingRows:
     the same however many candidates there are.
 
     Attributes:
-      temperature_B, top_p_B, min_p_B, repetition_penalty_B: float32; 1 for a greedy row's
-        temperature.
+      temperature_B, top_p_B, min_p_B: float32; 1 for a greedy row's temperature.
+      repetition_penalty_B, presence_penalty_B, frequency_penalty_B: float32.
       top_k_B: int32; the vocabulary's size where all tokens are kept.
       greedy_B, sorted_B: bool; rows that take the best token, and those that need the candidates in
         descending order (for top-k or top-p).
       greedy, sorted: Whether all, some or no rows do.
       candidates: How many of the sorted candidates are kept for the rules.
-      top_p, min_p, penalty: Whether any row uses the rule.
+      top_p, min_p, penalty, counts: Whether any row uses the rule; the last one is for penalties on
+        what was chosen.
     """
 
     temperature_B: jax.Array
@@ -94,6 +107,8 @@ class SamplingRows:
     top_p_B: jax.Array
     min_p_B: jax.Array
     repetition_penalty_B: jax.Array
+    presence_penalty_B: jax.Array
+    frequency_penalty_B: jax.Array
     greedy_B: jax.Array
     sorted_B: jax.Array
     greedy: Among = field(metadata={"static": True})
@@ -102,6 +117,7 @@ class SamplingRows:
     top_p: bool = field(metadata={"static": True})
     min_p: bool = field(metadata={"static": True})
     penalty: bool = field(metadata={"static": True})
+    counts: bool = field(metadata={"static": True})
 
     @classmethod
     def of(cls, rows: Sequence[Sampling], vocab_size: int) -> "SamplingRows":
@@ -122,6 +138,8 @@ class SamplingRows:
             top_p_B=_floats(max(row.top_p, SMALLEST) for row in rows),
             min_p_B=_floats(row.min_p for row in rows),
             repetition_penalty_B=_floats(row.repetition_penalty for row in rows),
+            presence_penalty_B=_floats(row.presence_penalty for row in rows),
+            frequency_penalty_B=_floats(row.frequency_penalty for row in rows),
             greedy_B=np.array([row.greedy for row in rows]),
             sorted_B=np.array(sorts),
             greedy=_among(len(rows) - len(sampled), len(rows)),
@@ -131,6 +149,7 @@ class SamplingRows:
             top_p=any(row.top_p < 1 for row in sampled),
             min_p=any(row.min_p > 0 for row in sampled),
             penalty=any(row.repetition_penalty != 1 for row in rows),
+            counts=any(row.counts for row in rows),
         )
 
 
@@ -142,21 +161,30 @@ def _among(count: int, all_rows: int) -> Among:
     return "none" if count == 0 else "all" if count == all_rows else "some"
 
 
-def penalised(logits_BV: jax.Array, seen_BV: jax.Array | None, rows: SamplingRows) -> jax.Array:
-    """Logits after the repetition penalty, the first of the rules.
+def penalised(
+    logits_BV: jax.Array,
+    seen_BV: jax.Array | None,
+    rows: SamplingRows,
+    counts_BV: jax.Array | None = None,
+) -> jax.Array:
+    """Logits after the penalties, the first of the rules.
 
     Args:
-      seen_BV: bool, tokens met so far; `None` if no row has a penalty.
+      seen_BV: bool, tokens met so far; `None` if no row has a repetition penalty.
+      counts_BV: int32, how often each was chosen; `None` if no row has a penalty on that.
     """
-    if not rows.penalty:
-        return logits_BV
-    penalty_B1 = rows.repetition_penalty_B[:, None]
-    penalised_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
-    return jnp.where(seen_BV, penalised_BV, logits_BV)
+    if rows.penalty:
+        penalty_B1 = rows.repetition_penalty_B[:, None]
+        penalised_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
+        logits_BV = jnp.where(seen_BV, penalised_BV, logits_BV)
+    if rows.counts:
+        logits_BV = logits_BV - rows.presence_penalty_B[:, None] * (counts_BV > 0)
+        logits_BV = logits_BV - rows.frequency_penalty_B[:, None] * counts_BV
+    return logits_BV
 
 
 def sample(logits_BV: jax.Array, keys_B: jax.Array, rows: SamplingRows) -> jax.Array:
-    """Chooses one token id per row by all rules but the repetition penalty, int32 `[B]`.
+    """Chooses one token id per row by all rules but the penalties, int32 `[B]`.
 
     Args:
       logits_BV: float32; -inf for tokens that are not to be chosen.
@@ -173,7 +201,7 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, rows: SamplingRows) -> jax.A
 def distribution(logits_BTV: jax.Array, rows: SamplingRows) -> jax.Array:
     """Log-probabilities that `sample` draws from, `[B, T, V]`; -inf for what the rules leave out.
 
-    The repetition penalty is not among them. All of a greedy row's probability is at its best
+    The penalties are not among them. All of a greedy row's probability is at its best
     token.
     """
 

@@ -43,7 +43,7 @@ class Session:
         token is chosen, see `generate`.
 
     Raises:
-      ValueError: `max_len` exceeds the context of the model, or a repetition penalty with drafts.
+      ValueError: `max_len` exceeds the context of the model, or a penalty with drafts.
 
     Examples:
       >>> import gemma_jax as gj
@@ -89,7 +89,7 @@ class Session:
         self._state = empty_state(
             np.array(seed_B, np.uint32),
             self._sampling_rows(self._sampling),
-            _padded(self.stop_ids),
+            padded(self.stop_ids),
             cfg=cfg,
             layer_groups=model.layer_groups,
             max_len=self.max_len,
@@ -191,7 +191,7 @@ class Session:
         self._lengths[row] = self._limits[row] = 0
         if stop_ids is not None:
             self.stop_ids[row] = tuple(int(i) for i in stop_ids)
-            self._state = replace(self._state, stop_ids_BI=_padded(self.stop_ids))
+            self._state = replace(self._state, stop_ids_BI=padded(self.stop_ids))
         if sampling is not None:
             self.sample_by(row, sampling)
 
@@ -199,17 +199,21 @@ class Session:
         """Changes how the next tokens of a row are chosen.
 
         Raises:
-          ValueError: A repetition penalty with drafts, or the first one of the session for a row
+          ValueError: A penalty with drafts, or the first one of the session for a row
             that has a text already, of which it would know nothing.
         """
         each = [sampling if i == row else old for i, old in enumerate(self._sampling)]
-        rows, seen_BV = self._sampling_rows(each), self._state.seen_BV
+        rows, shape = self._sampling_rows(each), (len(each), self.model.cfg.vocab_size)
+        seen_BV, counts_BV = self._state.seen_BV, self._state.counts_BV
+        first = (rows.penalty and seen_BV is None) or (rows.counts and counts_BV is None)
+        if first and self._lengths[row]:
+            raise ValueError("a penalty on tokens cannot begin in the middle of a text")
         if rows.penalty and seen_BV is None:
-            if self._lengths[row]:
-                raise ValueError("a repetition penalty cannot begin in the middle of a text")
-            seen_BV = np.zeros((len(each), self.model.cfg.vocab_size), bool)
+            seen_BV = np.zeros(shape, bool)
+        if rows.counts and counts_BV is None:
+            counts_BV = np.zeros(shape, np.int32)
         self._sampling = each
-        self._state = replace(self._state, sampling=rows, seen_BV=seen_BV)
+        self._state = replace(self._state, sampling=rows, seen_BV=seen_BV, counts_BV=counts_BV)
 
     @property
     def done(self) -> list[bool]:
@@ -238,8 +242,9 @@ class Session:
 
     def _sampling_rows(self, each: Sequence[Sampling]) -> SamplingRows:
         rows = SamplingRows.of(each, self.model.cfg.vocab_size)
-        if rows.penalty and self.propose is not None:
-            raise ValueError("speculation knows no repetition penalty; leave one of the two out")
+        if self.propose is not None and (rows.penalty or rows.counts):
+            kind = "repetition penalty" if rows.penalty else "presence or frequency penalty"
+            raise ValueError(f"speculation knows no {kind}; leave one of the two out")
         return rows
 
     def _limit(self, limits: Sequence[int]) -> None:
@@ -339,7 +344,7 @@ def _per_row(value, batch: int, name: str) -> list:
     return list(value)
 
 
-def _padded(stop_ids: Sequence[Sequence[int]]) -> np.ndarray:
+def padded(stop_ids: Sequence[Sequence[int]]) -> np.ndarray:
     """`[B, I]` int32, filled up with -1; for the usual two or so ids the same shape."""
     ids_BI = np.full((len(stop_ids), max(4, *map(len, stop_ids))), -1, np.int32)
     for row, ids in zip(ids_BI, stop_ids):
