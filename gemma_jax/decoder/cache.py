@@ -176,17 +176,21 @@ class Cache:
         """The cache with nothing in the rows that are `True`."""
         return self.rewound(jnp.where(empty_B, 0, self.max_len))
 
-    def with_row(self, row: jax.Array, one: "Cache") -> "Cache":
-        """The cache with the only row of another one, of the same capacities, in place of a row.
+    def with_row(self, row: jax.Array, other: "Cache") -> "Cache":
+        """The cache with the first row of another one, of the same capacities, in place of a row.
 
         Args:
           row: int32; its number.
         """
-        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=row)
+
+        def put(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+            first = jax.lax.slice_in_dim(new, 0, 1, axis=axis)
+            return jax.lax.dynamic_update_slice_in_dim(old, first, row, axis=axis)
+
         return replace(
             self,
-            layers=jax.tree.map(partial(put, axis=1), self.layers, one.layers),
-            positions={c: put(old, one.positions[c], axis=0) for c, old in self.positions.items()},
+            layers=jax.tree.map(partial(put, axis=1), self.layers, other.layers),
+            positions={c: put(old, other.positions[c], 0) for c, old in self.positions.items()},
         )
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Literal, Protocol
 
 import numpy as np
@@ -63,7 +62,7 @@ class Request:
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
     top_log_probs: int = 0
-    logit_bias: Mapping[int, float] = MappingProxyType({})
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     adapter: str | None = None
     constraint: Constraint | None = None
     owner: str = ""

@@ -1,0 +1,471 @@
+"""Continuous batching: many requests share one model, each in a slot of its own.
+
+In each round one chunk of one prompt is read and then every slot writes a burst of tokens: so
+nobody who writes waits for more than one chunk, however long the prompts of others are.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gemma_jax.decoder.model import Gemma
+from gemma_jax.inference.prefill import PromptRow, bucket
+from gemma_jax.inference.requests import FinishReason, Full, OnPiece, Piece, Request
+from gemma_jax.inference.scheduler import FairQueue
+from gemma_jax.inference.slots import EVERY_RULES, MOST_BEST, MOST_BIASES, Slots
+from gemma_jax.multimodal.modality import check_media, modalities_of
+from gemma_jax.multimodal.prompts import encode_prompt
+from gemma_jax.resident_adapters import held_adapters
+
+SAMPLES = 10_000  # of delays kept until somebody asks
+
+
+class Work:
+    """Holds a request that an engine has taken: its `Ticket`, and where it is."""
+
+    def __init__(self, request: Request, on_piece: OnPiece, wake: Callable[[], None]):
+        self.request, self.on_piece, self._wake = request, on_piece, wake
+        self.prompt_tokens, self.cached_tokens = len(request.prompt.token_ids), 0
+        self.cancelled = self.ended = False
+        self.count = 0  # tokens chosen
+        self.arrived = self.told = time.monotonic()
+        self.row: PromptRow | None = None
+        self.parts: list[slice] = []  # still to be read
+        self.mask: Future | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Places in a cache that it may need."""
+        return self.prompt_tokens + self.request.max_new_tokens
+
+    def cancel(self) -> None:
+        """Ends the text; see `Ticket`."""
+        self.cancelled = True
+        self._wake()
+
+    def late(self) -> bool:
+        """Whether its deadline has passed."""
+        return self.request.deadline is not None and time.monotonic() >= self.request.deadline
+
+
+@dataclass
+class Counters:
+    """What an engine has done since it was made; delays are those since somebody asked last."""
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    cached_tokens: int = 0
+    finished: dict[str, int] = field(default_factory=dict)
+    queue_seconds: deque = field(default_factory=lambda: deque(maxlen=SAMPLES))
+    first_token_seconds: deque = field(default_factory=lambda: deque(maxlen=SAMPLES))
+    inter_token_seconds: deque = field(default_factory=lambda: deque(maxlen=SAMPLES))
+
+
+class Engine:
+    """Serves many requests at a time with one model; each text is what it would be alone.
+
+    Args:
+      model: The model to run. With several adapters beside it, each request may name its own.
+      slots: How many requests write at the same time.
+      context: Longest sequence in tokens, prompt and continuation.
+      chunk: Longest stretch of prompt read between two bursts; a multiple of it for models whose
+        images are longer.
+      burst: Most tokens per slot that one call of the device chooses.
+      queue: How many requests may wait.
+      budget: Most tokens, prompts and room for new ones, of all requests taken; `None`: as the
+        queue allows.
+      threads: For the masks of constraints.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> model, tok = gj.load("checkpoints/digits")
+      >>> engine = Engine(model, slots=2, context=64, chunk=16)
+      >>> ids, pieces = tok.encode("Which digit is left?", bos=True), []
+      >>> request = Request(prompt=gj.Prompt(ids), max_new_tokens=4, stop_ids=tuple(tok.stop_ids))
+      >>> ticket = engine.submit(request, pieces.append)
+      >>> while engine.step():
+      ...     pass
+      >>> pieces[-1].token_ids, pieces[-1].finish_reason
+      ([1], 'stop')
+    """
+
+    def __init__(
+        self,
+        model: Gemma,
+        *,
+        slots: int = 8,
+        context: int = 4096,
+        chunk: int = 256,
+        burst: int = 4,
+        queue: int = 256,
+        budget: int | None = None,
+        threads: int = 2,
+    ):
+        for name, value in dict(slots=slots, context=context, chunk=chunk, burst=burst).items():
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        self._modalities = modalities_of(model.cfg)
+        blocks = [m.tokens_per_item or 0 for m in self._modalities if m.bidirectional]
+        self._slots = Slots(model, slots, context, max([chunk, *blocks]), burst)
+        self._queue_bound, self._budget = queue, budget
+        self._queue: FairQueue[Work] = FairQueue()
+        self._running: dict[int, Work] = {}
+        self._reading: Work | None = None
+        self._change = threading.Condition(threading.RLock())
+        self._thread: threading.Thread | None = None
+        self._closing = self._draining = False
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="masks")
+        self._counters, self._seconds = Counters(), deque([1.0], maxlen=64)
+
+    @property
+    def model(self) -> Gemma:
+        return self._slots.model
+
+    @property
+    def context(self) -> int:
+        """Longest sequence in tokens."""
+        return self._slots.context
+
+    def submit(self, request: Request, on_piece: OnPiece) -> Work:
+        """Takes a request; safe from any thread.
+
+        Args:
+          on_piece: Is told the answer piece by piece, from the engine's thread; where it raises,
+            its request ends.
+
+        Returns:
+          A `Ticket`.
+
+        Raises:
+          ValueError: Something that no waiting would help: ids outside the vocabulary, more tokens
+            than the context holds, an adapter that there is not.
+          Full: Too many wait, or the engine is to stop.
+        """
+        self._check(request)
+        work = Work(request, on_piece, self._notify)
+        with self._change:
+            if self._closing or self._draining:
+                raise Full("the engine takes no more requests: it is about to stop", 5.0)
+            if len(self._queue) >= self._queue_bound:
+                raise Full(f"{len(self._queue)} requests wait already", self._retry_after())
+            used = self._tokens_in_use()
+            if self._budget is not None and used + work.tokens > self._budget:
+                raise Full(
+                    f"{work.tokens} tokens asked for, and {used} of a budget of {self._budget} are "
+                    "taken",
+                    self._retry_after(),
+                )
+            self._queue.put(request.owner, work)
+            self._change.notify_all()
+        return work
+
+    def start(self) -> None:
+        """Runs in a thread of its own from now on."""
+        with self._change:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+                self._thread.start()
+
+    def drain(self, seconds: float) -> bool:
+        """Takes no more requests, and waits until all that were taken have ended.
+
+        Returns:
+          Whether they have, in this time.
+        """
+        with self._change:
+            self._draining = True
+            self._change.notify_all()
+            return self._change.wait_for(lambda: not self._all(), seconds)
+
+    def close(self) -> None:
+        """Stops; requests that have not ended are told so, as `"cancelled"`."""
+        with self._change:
+            self._closing = True
+            self._change.notify_all()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        for work in self._all():
+            self._end(work, "cancelled")
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def step(self) -> bool:
+        """One round: a chunk of a prompt, and a burst of tokens in every slot.
+
+        Returns:
+          Whether there is more to do.
+        """
+        self._sweep()
+        self._read()
+        while self._reading is not None and not self._running:
+            self._sweep()
+            self._read()
+        if self._running:
+            self._write()
+        with self._change:
+            return bool(self._all())
+
+    def programs(self) -> list[str]:
+        """Names of the programs that serve everything."""
+        return [name for name, _ in self._warm_ups()]
+
+    def warm_up(self, progress: Callable[[str], None] | None = None) -> None:
+        """Makes all programs ahead, while nothing runs; those of encoders come when needed.
+
+        Args:
+          progress: Is told the name of each before it is made.
+
+        Raises:
+          ValueError: Requests are on their way.
+        """
+        with self._change:
+            if self._all():
+                raise ValueError("an engine warms up while nothing runs; do it before start")
+        for name, make in self._warm_ups():
+            if progress is not None:
+                progress(name)
+            make()
+
+    def stats(self) -> Mapping[str, object]:
+        """Numbers for metrics: what is going on, totals, delays in seconds since the last call."""
+        with self._change:
+            counters = self._counters
+            out = dict(
+                running=len(self._running) + (self._reading is not None),
+                waiting=len(self._queue),
+                slots=self._slots.count,
+                tokens_in_use=self._tokens_in_use(),
+                budget=self._budget,
+                prompt_tokens=counters.prompt_tokens,
+                generated_tokens=counters.generated_tokens,
+                cached_tokens=counters.cached_tokens,
+                finished=dict(counters.finished),
+            )
+            for name in ("queue_seconds", "first_token_seconds", "inter_token_seconds"):
+                out[name] = list(getattr(counters, name))
+                getattr(counters, name).clear()
+            return out
+
+    def _warm_ups(self) -> list[tuple[str, Callable[[], None]]]:
+        slots, width, out = self._slots, 16, []
+        widths = [width]
+        while width < slots.chunk:
+            width = bucket(width + 1)
+            widths.append(width)
+        for soft in (False, True) if self._modalities else (False,):
+            for width in widths:
+                name = f"read {width}" + (", soft tokens" if soft else "")
+                out.append((name, lambda w=width, s=soft: slots.warm_up_reading(w, s)))
+        out.append(("clear", slots.clear_reader))
+        out.append(("insert", lambda: slots.insert(0, 0, 0, [])))
+        out += [(str(rules), lambda r=rules: slots.warm_up(r)) for rules in EVERY_RULES]
+        return out
+
+    def _check(self, request: Request) -> None:
+        ids, V = request.prompt.token_ids, self.model.cfg.vocab_size
+        if not ids:
+            raise ValueError("the prompt is empty; give at least one token")
+        if request.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={request.max_new_tokens} must be at least 1")
+        if (need := len(ids) + request.max_new_tokens) > self.context:
+            raise ValueError(
+                f"{need} tokens needed ({len(ids)} of prompt, {request.max_new_tokens} new), but "
+                f"the context holds {self.context}; shorten the prompt or ask for fewer new tokens"
+            )
+        placeholders = {modality.placeholder for modality in self._modalities}
+        if min(ids) < 0 or max(set(ids) - placeholders, default=0) >= V:
+            raise ValueError(f"the prompt has ids outside [0, {V}), the model's vocabulary")
+        if ids[-1] in placeholders:
+            raise ValueError("the prompt ends in an image or a sound; put text behind it")
+        check_media(request.prompt.media, self._modalities)
+        if len(request.logit_bias) > MOST_BIASES:
+            raise ValueError(f"{len(request.logit_bias)} biases; at most {MOST_BIASES} are taken")
+        if bad := [i for i in request.logit_bias if not 0 <= i < V]:
+            raise ValueError(f"logit_bias has id {bad[0]} outside [0, {V}), the vocabulary")
+        if not 0 <= request.top_log_probs <= MOST_BEST:
+            raise ValueError(
+                f"top_log_probs={request.top_log_probs} must be between 0 and {MOST_BEST}"
+            )
+        if request.adapter is not None and request.adapter not in held_adapters(self.model):
+            held = ", ".join(held_adapters(self.model)) or "none"
+            raise ValueError(f"no adapter {request.adapter!r}; the model holds {held}")
+
+    def _run(self) -> None:
+        while not self._closing:
+            if not self.step():
+                with self._change:
+                    self._change.wait_for(lambda: self._closing or self._all())
+
+    def _notify(self) -> None:
+        with self._change:
+            self._change.notify_all()
+
+    def _all(self) -> list[Work]:
+        reading = [] if self._reading is None else [self._reading]
+        return [*reading, *self._running.values(), *self._queue]
+
+    def _tokens_in_use(self) -> int:
+        return sum(work.tokens for work in self._all())
+
+    def _retry_after(self) -> float:
+        """Until a slot is likely to be free, from how long the last requests took."""
+        mean = sum(self._seconds) / len(self._seconds)
+        return float(np.clip(mean * (1 + len(self._queue)) / self._slots.count, 1, 60))
+
+    def _sweep(self) -> None:
+        """Ends what was cancelled or is late, wherever it is."""
+        with self._change:
+            works = [work for work in self._all() if work.cancelled or work.late()]
+        for work in works:
+            self._end(work, "cancelled" if work.cancelled else "deadline")
+
+    def _end(self, work: Work, reason: FinishReason, error: str = "", **tokens) -> None:
+        with self._change:
+            if work.ended:
+                return
+            work.ended = True
+            self._queue.remove(lambda other: other is work)
+            self._running = {s: other for s, other in self._running.items() if other is not work}
+            if self._reading is work:
+                self._reading = None
+            finished = self._counters.finished
+            finished[reason] = finished.get(reason, 0) + 1
+            self._seconds.append(time.monotonic() - work.arrived)
+            self._change.notify_all()
+        self._tell(work, Piece(finish_reason=reason, error=error, **tokens))
+
+    def _tell(self, work: Work, piece: Piece) -> None:
+        try:
+            work.on_piece(piece)
+        except Exception:  # whoever listens has gone: nobody else is to suffer
+            work.cancelled = True
+
+    def _read(self) -> None:
+        """Reads one chunk; of a prompt that begins, once a slot is free."""
+        with self._change:
+            if self._reading is None:
+                if not len(self._queue) or len(self._running) == self._slots.count:
+                    return
+                self._reading = self._queue.take()
+        work = self._reading
+        try:
+            if work.row is None:
+                self._begin(work)
+            if work.parts:
+                part = work.parts.pop(0)
+                self._slots.read(work.row, part, work.request.adapter)
+            if work.parts:
+                return
+        except Exception as error:
+            self._fail([work], error)
+            return
+        try:
+            self._insert(work)
+        except Exception as error:
+            self._fail([work, *self._running.values()], error)
+
+    def _begin(self, work: Work) -> None:
+        prompt = work.request.prompt
+        self._counters.queue_seconds.append(time.monotonic() - work.arrived)
+        soft = encode_prompt(self.model, prompt, self._modalities) if self._modalities else None
+        self._slots.clear_reader()
+        work.row = PromptRow.of(prompt.token_ids[:-1], 0, soft, self._modalities)
+        work.parts = work.row.cuts(self._slots.chunk)
+
+    def _insert(self, work: Work) -> None:
+        ids = work.request.prompt.token_ids
+        slot = next(s for s in range(self._slots.count) if s not in self._running)
+        self._slots.insert(slot, ids[-1], work.request.seed, ids)
+        with self._change:
+            self._running[slot], self._reading = work, None
+            self._counters.prompt_tokens += work.prompt_tokens
+            self._counters.cached_tokens += work.cached_tokens
+        self._ask_for_mask(work)
+
+    def _ask_for_mask(self, work: Work) -> None:
+        if work.request.constraint is not None:
+            work.mask = self._pool.submit(work.request.constraint.mask)
+
+    def _fail(self, works: list[Work], error: Exception) -> None:
+        """Ends requests that a failure of the device took along; those beside them go on."""
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        lost = bool(set(works) & set(self._running.values()))
+        for work in works:
+            self._end(work, "error", reason)
+        if lost or not self._running:
+            self._slots.reset()
+        else:
+            self._slots.reset_reader()
+
+    def _write(self) -> None:
+        masks = self._masks()
+        burst = 1 if masks else self._slots.burst
+        limits = {
+            slot: min(burst, work.request.max_new_tokens - work.count)
+            for slot, work in self._running.items()
+            if work.mask is None or slot in masks
+        }
+        if not limits:
+            return
+        requests = {slot: work.request for slot, work in self._running.items()}
+        try:
+            out = self._slots.write(requests, limits, masks)
+        except Exception as error:
+            self._fail(list(self._running.values()), error)
+            return
+        for slot, work in list(self._running.items()):
+            if slot in limits:
+                self._collect(work, out.tokens[slot], out.log_probs[slot], out.best[slot])
+
+    def _masks(self) -> dict[int, np.ndarray]:
+        """Masks that are there; where nobody else writes, the first is waited for."""
+        waiting = {slot: work for slot, work in self._running.items() if work.mask is not None}
+        masks = {}
+        for slot, work in waiting.items():
+            alone = not masks and len(waiting) == len(self._running)
+            if alone or work.mask.done():
+                try:
+                    masks[slot] = work.mask.result()
+                except Exception as error:
+                    self._end(work, "error", f"the constraint failed: {error}")
+        return masks
+
+    def _collect(self, work: Work, ids: list[int], log_probs: list[float], best: list) -> None:
+        """Tells of new tokens, and ends what they end."""
+        stops = [i for i, token in enumerate(ids) if token in work.request.stop_ids]
+        if stops:
+            ids = ids[: stops[0] + 1]
+        now, first = time.monotonic(), work.count == 0
+        work.count += len(ids)
+        with self._change:
+            self._counters.generated_tokens += len(ids)
+            if first:
+                self._counters.first_token_seconds.append(now - work.arrived)
+            elif ids:
+                delays = [now - work.told] + [0.0] * (len(ids) - 1)
+                self._counters.inter_token_seconds.extend(delays)
+        work.told = now
+        tokens = dict(
+            token_ids=ids, log_probs=log_probs[: len(ids)], top_log_probs=best[: len(ids)]
+        )
+        if work.cancelled:
+            self._end(work, "cancelled")
+            return
+        if (constraint := work.request.constraint) is not None:
+            try:
+                constraint.accept([i for i in ids if i not in work.request.stop_ids])
+                ended = bool(stops) or (constraint.complete and not work.request.stop_ids)
+            except Exception as error:
+                self._end(work, "error", f"the constraint failed: {error}")
+                return
+        else:
+            ended = bool(stops)
+        if ended or work.count >= work.request.max_new_tokens:
+            self._end(work, "stop" if ended else "length", **tokens)
+            return
+        self._tell(work, Piece(**tokens))
+        self._ask_for_mask(work)
