@@ -14,6 +14,7 @@ from gemma_jax.cli import (
     convert,
     encode_audio,
     encode_image,
+    experiment,
     forward,
     generate,
     info,
@@ -42,7 +43,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     generate, chat, score, transcribe, shield, forward, tokenize, encode_image, encode_audio, info,
-    convert, quantise, slice, merge, plan, train,
+    convert, quantise, slice, merge, plan, train, experiment,
 )  # fmt: skip
 for module in COMMANDS:
     app.command(module.__name__.rpartition(".")[2].replace("_", "-"))(module.command)

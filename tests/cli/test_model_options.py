@@ -21,6 +21,7 @@ NO_MODEL = {
     "encode-image": "reads what any model would",
     "encode-audio": "reads what any model would",
     "list": "reads no model",
+    "experiment": "makes its own models",
     "bench kernels": "compiles attention alone",
 }
 RUNS = ("generate", "chat", "score", "forward", "shield", "bench")

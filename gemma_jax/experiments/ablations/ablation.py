@@ -1,0 +1,93 @@
+"""What an ablation is: configs by name, and how all of them are trained."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from typing import Any
+
+from gemma_jax.config import GemmaConfig
+from gemma_jax.experiments.ablations.recall import Recall
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Says how long a model learns, and how fast: AdamW, warm-up over a tenth, then a cosine.
+
+    Attributes:
+      steps, batch: Steps, and rows in each.
+      rate: The highest learning rate.
+      task: The rows.
+    """
+
+    steps: int = 250
+    batch: int = 8
+    rate: float = 6e-3
+    task: Recall = field(default_factory=Recall)
+
+
+@dataclass(frozen=True)
+class Then:
+    """Says what follows on a variant's training: another config for the same parameters, and how
+    it goes on with them. A recipe of no steps changes the config alone."""
+
+    cfg: GemmaConfig
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Describes one experiment; everything that decides its numbers.
+
+    Attributes:
+      about: One line for people.
+      variants: Name -> config.
+      recipe: Of all variants but those in `recipes`.
+      recipes: Name of a variant -> a recipe of its own.
+      then: Name of a variant -> what follows on its training.
+      lengths: Held-out rows are measured at these; by default at that of the recipe.
+    """
+
+    about: str
+    variants: Mapping[str, GemmaConfig]
+    recipe: Recipe = Recipe()
+    recipes: Mapping[str, Recipe] = field(default_factory=dict)
+    then: Mapping[str, Then] = field(default_factory=dict)
+    lengths: tuple[int, ...] = ()
+
+    def recipe_of(self, variant: str) -> Recipe:
+        return self.recipes.get(variant, self.recipe)
+
+    def digest(self) -> str:
+        """Beginning of the SHA-256 of all that was said; fields with their defaults are left out,
+        so that a new field of a config changes nothing."""
+        text = json.dumps(_plain(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def short(self) -> "Ablation":
+        """The same with three steps of two rows."""
+
+        def cut(recipe: Recipe) -> Recipe:
+            return replace(recipe, steps=min(3, recipe.steps), batch=2)
+
+        return replace(
+            self,
+            recipe=cut(self.recipe),
+            recipes={name: cut(recipe) for name, recipe in self.recipes.items()},
+            then={name: Then(t.cfg, cut(t.recipe)) for name, t in self.then.items()},
+        )
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        named = {f.name: getattr(value, f.name) for f in fields(value) if f.compare}
+        defaults = {
+            f.name: f.default_factory() if f.default_factory is not MISSING else f.default
+            for f in fields(value)
+        }
+        return {name: _plain(v) for name, v in named.items() if v != defaults[name]}
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return value

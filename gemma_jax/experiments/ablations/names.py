@@ -1,0 +1,56 @@
+"""The ablations by name. A new one is a few configs; notebook 05 shows one."""
+
+from dataclasses import replace
+
+from gemma_jax.config import GemmaConfig, LayerSpec
+from gemma_jax.experiments.ablations.ablation import Ablation
+from gemma_jax.experiments.ablations.recall import VOCABULARY
+
+LAYERS, WINDOW, D_FF = 6, 16, 128
+NEAR_THETA, FAR_THETA = 1e4, 1e6
+
+
+def layers(
+    ratio: int | None,
+    *,
+    window: int | None = WINDOW,
+    theta: float = FAR_THETA,
+    scale: float = 1.0,
+    d_ff: int = D_FF,
+    count: int = LAYERS,
+) -> tuple[LayerSpec, ...]:
+    """`ratio` local layers, then a global one, and so on; `None`: local ones alone. Without a
+    window the local layers see everything, too."""
+    near = LayerSpec(
+        kind="local" if window else "global", window=window, rope_theta=NEAR_THETA, d_ff=d_ff
+    )
+    far = LayerSpec(kind="global", rope_theta=theta, rope_scale=scale, d_ff=d_ff)
+    return tuple(
+        far if ratio is not None and (i + 1) % (ratio + 1) == 0 else near for i in range(count)
+    )
+
+
+BASE = GemmaConfig(
+    vocab_size=VOCABULARY,
+    d_model=64,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    query_pre_attn_scalar=16,
+    layers=layers(5),
+    max_positions=1024,
+    qk_norm=True,
+    post_norms=True,
+)
+
+ABLATIONS: dict[str, Ablation] = {
+    "local-global": Ablation(
+        "layers that see a window of 16 tokens, to each that sees everything",
+        {
+            "all global": replace(BASE, layers=layers(0)),
+            "1:1": replace(BASE, layers=layers(1)),
+            "2:1": replace(BASE, layers=layers(2)),
+            "5:1": BASE,
+        },
+    ),
+}

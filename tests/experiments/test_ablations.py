@@ -1,0 +1,95 @@
+"""Stored ablations are of this code, and their short forms are what it makes."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from gemma_jax.experiments.ablations import results
+from gemma_jax.experiments.ablations.names import ABLATIONS
+from gemma_jax.experiments.ablations.recall import (
+    FAR,
+    FIRST_SYMBOL,
+    FIRST_WORD,
+    NEAR,
+    TEXT,
+    Recall,
+)  # fmt: skip
+from gemma_jax.experiments.ablations.run import run_ablation
+
+RUN_LONG = True  # programs of this module: see compile_effort
+
+
+def assert_same(made, stored, rel):
+    assert made.keys() == stored.keys()
+    for name, row in stored.items():
+        assert made[name]["parameters"] == row["parameters"]
+        assert made[name]["cached"] == row["cached"]
+        for metric, values in row["metrics"].items():
+            assert made[name]["metrics"][metric] == pytest.approx(values, rel=rel), (name, metric)
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_stored_results_are_of_this_code(name):
+    stored = results.stored(name)
+    assert stored["digest"] == ABLATIONS[name].digest()
+    assert stored["command"] == f"gemma-jax experiment {name} --out OUT"
+    assert stored["rows"].keys() == ABLATIONS[name].variants.keys()
+    assert len(stored["seeds"]) >= 3
+    for row in stored["rows"].values():
+        assert all(len(values) == len(stored["seeds"]) for values in row["metrics"].values())
+
+
+@pytest.mark.nightly
+def test_the_short_form_is_what_is_stored():
+    """Three steps: other processors round differently, which has no time to grow."""
+    short = ABLATIONS["local-global"].short()
+    assert_same(run_ablation(short, (0,)), results.stored("local-global")["short"], rel=1e-3)
+
+
+def test_one_variant_of_the_short_form_is_what_is_stored():
+    """By day: the one whose layers are alike, which compiles soonest."""
+    short, name = ABLATIONS["local-global"].short(), "all global"
+    made = run_ablation(replace(short, variants={name: short.variants[name]}), (0,))
+    assert_same(made, {name: results.stored("local-global")["short"][name]}, rel=1e-3)
+
+
+def test_another_config_is_another_digest():
+    ablation = ABLATIONS["local-global"]
+    name, cfg = next(iter(ablation.variants.items()))
+    changed = {**ablation.variants, name: replace(cfg, norm_eps=1e-5)}
+    assert replace(ablation, variants=changed).digest() != ablation.digest()
+    assert replace(ablation, recipe=replace(ablation.recipe, steps=7)).digest() != ablation.digest()
+
+
+def test_passages_come_twice_as_far_apart_as_said():
+    task = Recall()
+    tokens_BT, kinds_BT = task.draw(np.random.default_rng(3), 20)
+    for tokens, kinds in zip(tokens_BT, kinds_BT):
+        for kind, (least, most) in ((NEAR, task.near), (FAR, task.far)):
+            (places,) = np.nonzero(kinds == kind)
+            assert len(places) == task.passage and (np.diff(places) == 1).all()
+            copy = tokens[places[0] - 1 : places[-1] + 1].tolist()  # with its mark
+            found = [
+                d for d in range(1, places[0]) if places[0] - 1 >= d
+                and tokens[places[0] - 1 - d : places[-1] + 1 - d].tolist() == copy
+            ]  # fmt: skip
+            assert [d for d in found if least <= d <= most] == found and len(found) == 1
+            assert min(copy[1:]) >= FIRST_SYMBOL
+        words = tokens[kinds == TEXT]
+        assert ((words >= FIRST_WORD) & (words < FIRST_SYMBOL)).all()
+
+
+def test_rows_are_drawn_the_same_again():
+    one, two = (Recall().draw(np.random.default_rng(5), 4) for _ in range(2))
+    assert all((a == b).all() for a, b in zip(one, two))
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    pytest.importorskip("matplotlib", reason="pip install 'gemma-jax[train]'")
+    found = results.stored("local-global")
+    paths = results.write(found, tmp_path, "local-global")
+    assert [path.name for path in paths] == ["local-global.json", "local-global.png"]
+    assert json.loads(paths[0].read_text("utf-8")) == found
+    assert len(results.table(found)) == len(found["rows"])
