@@ -1,0 +1,168 @@
+"""`gemma-jax serve`: answer clients of the OpenAI API over HTTP."""
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gemma_jax.cli import common
+from gemma_jax.cli.model_options import ModelOptions, model_options
+
+if TYPE_CHECKING:
+    from gemma_jax.serving.auth import Keys
+    from gemma_jax.serving.limits import Limits
+    from gemma_jax.serving.served import Served
+
+CONTEXT = 8192  # tokens, where the model's own is longer
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@model_options()
+def command(
+    model: common.Model = "gemma3-270m",
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0: all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: any.")] = 8000,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a prompt and its answer; default 8192.")
+    ] = None,
+    waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait.")] = 64,
+    served_name: Annotated[
+        str | None, typer.Option(help="Name by which clients ask. Default: that of SRC.")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Keys, one a line. Default: those in GEMMA_JAX_API_KEYS, if any."
+        ),
+    ] = None,
+    rate_limit: Annotated[
+        float, typer.Option(min=0, help="Requests a minute for each key or address; 0: any.")
+    ] = 0,
+    allow_hosts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Names that clients may ask under. Default: any; on this machine alone: its own.",
+        ),
+    ] = None,
+    allow_media_domains: Annotated[
+        str | None,
+        typer.Option(metavar="HOST,...", help="Hosts that pictures may be fetched from, by HTTPS."),
+    ] = None,
+    max_body_mb: Annotated[int, typer.Option(min=1, help="Megabytes of a request.")] = 32,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=0, help="Bound on each answer; 0: what the context leaves.")
+    ] = 0,
+    max_seconds: Annotated[float, typer.Option(min=1, help="Bound on the time of each.")] = 600,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds to finish in, on SIGTERM.")] = 30,
+    metrics_prefix: Annotated[
+        str, typer.Option(help="Of the names in /metrics; vllm: is what dashboards read.")
+    ] = "gemma_jax_",
+    quiet: Annotated[bool, typer.Option(help="No line on stderr for each request.")] = False,
+    *,
+    options: ModelOptions,
+) -> None:
+    """Answer clients of the OpenAI API over HTTP: chat, completions, models, tokens.
+
+    Listens to this machine alone unless --host says more, and then needs keys.
+    """
+    _require_extra()
+    from gemma_jax.serving.auth import Keys
+    from gemma_jax.serving.limits import Limits
+
+    keys = Keys.read(api_key_file)
+    _check_open(host, keys)
+    limits = Limits(body_bytes=max_body_mb << 20, new_tokens=max_new_tokens, seconds=max_seconds)
+    served = _load(model, options, context, waiting, served_name, limits)
+    from gemma_jax.serving.app import make_app
+    from gemma_jax.serving.server import Server
+
+    local = ("localhost", "127.0.0.1", "[::1]") if host in LOOPBACK else ()
+    app = make_app(
+        served,
+        keys=keys,
+        requests_per_minute=rate_limit,
+        metrics_prefix=metrics_prefix,
+        media_domains=_names(allow_media_domains),
+        hosts=_names(allow_hosts) or local,
+        log=None if quiet else _say,
+    )
+    engine = served.engine
+    engine.start()
+    try:
+        _run(Server(app, host, port, grace), host, port, served.name)
+    finally:
+        engine.close()
+
+
+def _run(server, host: str, port: int, name: str) -> None:
+    import socket
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((host, port))
+        except OSError as error:
+            raise ValueError(f"--host {host} --port {port}: {error.strerror or error}") from None
+        address = f"[{host}]" if ":" in host else host
+        _say(f"{name} at http://{address}:{listening.getsockname()[1]}/v1")
+        server.run([listening])
+
+
+def _load(
+    source: str,
+    options: ModelOptions,
+    context: int | None,
+    waiting: int,
+    name: str | None,
+    limits: "Limits",
+) -> "Served":
+    common.set_up_jax()
+    from gemma_jax.inference.sampling import Sampling
+    from gemma_jax.loading import load_sampling, load_tokenizer
+    from gemma_jax.serving.one_at_a_time import OneAtATime
+    from gemma_jax.serving.served import Served
+
+    tokenizer = load_tokenizer(source)
+    sampling = load_sampling(source) or Sampling(temperature=1.0)
+    gemma = options.for_writing().load(source)
+    most = gemma.cfg.max_positions
+    if context is not None and context > most:
+        raise ValueError(f"--context {context}: the model's own is {most}")
+    return Served(
+        name=name or Path(source).name,
+        cfg=gemma.cfg,
+        tokenizer=tokenizer,
+        engine=OneAtATime(gemma, waiting=waiting),
+        context=min(context or CONTEXT, most),
+        limits=limits,
+        sampling=sampling,
+        created=int(time.time()),
+    )
+
+
+def _require_extra() -> None:
+    try:
+        import prometheus_client  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f'serve needs {error.name}: pip install "gemma-jax[serve]"') from None
+
+
+def _check_open(host: str, keys: "Keys") -> None:
+    if host not in LOOPBACK and not keys:
+        raise ValueError(
+            f"--host {host}: other machines may ask there, so keys are needed; give --api-key-file"
+        )
+
+
+def _names(text: str | None) -> frozenset[str]:
+    return frozenset(word.strip().lower() for word in (text or "").split(",") if word.strip())
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
