@@ -6,64 +6,21 @@ nobody who writes waits for more than one chunk, however long the prompts of oth
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.inference.prefill import PromptRow, bucket
+from gemma_jax.inference.prefix_cache import PrefixCache
 from gemma_jax.inference.requests import FinishReason, Full, OnPiece, Piece, Request
 from gemma_jax.inference.scheduler import FairQueue
 from gemma_jax.inference.slots import EVERY_RULES, MOST_BEST, MOST_BIASES, Slots
+from gemma_jax.inference.work import Counters, Work
 from gemma_jax.multimodal.modality import check_media, modalities_of
 from gemma_jax.multimodal.prompts import encode_prompt
 from gemma_jax.resident_adapters import held_adapters
-
-SAMPLES = 10_000  # of delays kept until somebody asks
-
-
-class Work:
-    """Holds a request that an engine has taken: its `Ticket`, and where it is."""
-
-    def __init__(self, request: Request, on_piece: OnPiece, wake: Callable[[], None]):
-        self.request, self.on_piece, self._wake = request, on_piece, wake
-        self.prompt_tokens, self.cached_tokens = len(request.prompt.token_ids), 0
-        self.cancelled = self.ended = False
-        self.count = 0  # tokens chosen
-        self.arrived = self.told = time.monotonic()
-        self.row: PromptRow | None = None
-        self.parts: list[slice] = []  # still to be read
-        self.mask: Future | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Places in a cache that it may need."""
-        return self.prompt_tokens + self.request.max_new_tokens
-
-    def cancel(self) -> None:
-        """Ends the text; see `Ticket`."""
-        self.cancelled = True
-        self._wake()
-
-    def late(self) -> bool:
-        """Whether its deadline has passed."""
-        return self.request.deadline is not None and time.monotonic() >= self.request.deadline
-
-
-@dataclass
-class Counters:
-    """What an engine has done since it was made; delays are those since somebody asked last."""
-
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    cached_tokens: int = 0
-    finished: dict[str, int] = field(default_factory=dict)
-    queue_seconds: deque = field(default_factory=lambda: deque(maxlen=SAMPLES))
-    first_token_seconds: deque = field(default_factory=lambda: deque(maxlen=SAMPLES))
-    inter_token_seconds: deque = field(default_factory=lambda: deque(maxlen=SAMPLES))
 
 
 class Engine:
@@ -79,6 +36,8 @@ class Engine:
       queue: How many requests may wait.
       budget: Most tokens, prompts and room for new ones, of all requests taken; `None`: as the
         queue allows.
+      prefix_bytes: Memory of the host for what was read of prompts, for others that begin alike;
+        0: nothing is kept. What is kept is the end of each chunk.
       threads: For the masks of constraints.
 
     Examples:
@@ -104,6 +63,7 @@ class Engine:
         burst: int = 4,
         queue: int = 256,
         budget: int | None = None,
+        prefix_bytes: int = 0,
         threads: int = 2,
     ):
         for name, value in dict(slots=slots, context=context, chunk=chunk, burst=burst).items():
@@ -113,6 +73,7 @@ class Engine:
         blocks = [m.tokens_per_item or 0 for m in self._modalities if m.bidirectional]
         self._slots = Slots(model, slots, context, max([chunk, *blocks]), burst)
         self._queue_bound, self._budget = queue, budget
+        self._prefixes = PrefixCache(prefix_bytes) if prefix_bytes else None
         self._queue: FairQueue[Work] = FairQueue()
         self._running: dict[int, Work] = {}
         self._reading: Work | None = None
@@ -261,6 +222,8 @@ class Engine:
                 name = f"read {width}" + (", soft tokens" if soft else "")
                 out.append((name, lambda w=width, s=soft: slots.warm_up_reading(w, s)))
         out.append(("clear", slots.clear_reader))
+        if self._prefixes is not None:
+            out.append(("snapshot", lambda: slots.snapshot(slice(0, 1))))
         out.append(("insert", lambda: slots.insert(0, 0, 0, [])))
         out += [(str(rules), lambda r=rules: slots.warm_up(r)) for rules in EVERY_RULES]
         return out
@@ -358,6 +321,7 @@ class Engine:
             if work.parts:
                 part = work.parts.pop(0)
                 self._slots.read(work.row, part, work.request.adapter)
+                self._keep(work, part)
             if work.parts:
                 return
         except Exception as error:
@@ -375,6 +339,27 @@ class Engine:
         self._slots.clear_reader()
         work.row = PromptRow.of(prompt.token_ids[:-1], 0, soft, self._modalities)
         work.parts = work.row.cuts(self._slots.chunk)
+        if self._prefixes is not None and work.request.reuse:
+            parts = [part for part in work.parts if self._may_keep(work, part)]
+            work.chain = self._prefixes.find(work.row, parts, work.request.adapter)
+            if work.chain:
+                self._slots.restore(work.chain)
+                work.cached_tokens = work.chain[-1].stop
+                work.parts = work.parts[len(work.chain) :]
+
+    def _may_keep(self, work: Work, part: slice) -> bool:
+        """Whether the part is read in the same program by all prompts that have it."""
+        return part.stop < len(work.row.ids) or part.stop - part.start == self._slots.chunk
+
+    def _keep(self, work: Work, part: slice) -> None:
+        whole = not work.chain or work.chain[-1].stop == part.start
+        known = whole and (work.chain or part.start == 0)
+        if self._prefixes is None or not (work.request.reuse and known):
+            return
+        if self._may_keep(work, part):
+            arrays = self._slots.snapshot(part)
+            new = self._prefixes.put(work.row, part, work.request.adapter, work.chain, arrays)
+            work.chain += [] if new is None else [new]
 
     def _insert(self, work: Work) -> None:
         ids = work.request.prompt.token_ids

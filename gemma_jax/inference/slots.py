@@ -15,6 +15,7 @@ I stop ids; X tokens of one burst.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +23,12 @@ import numpy as np
 from jax.tree_util import Partial
 
 from gemma_jax.decoder.batch import Batch
+from gemma_jax.decoder.cache import Cache
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.decoder.soft_tokens import SoftTokens
 from gemma_jax.inference.decode import State, advance, emptied, empty_state, inserted
 from gemma_jax.inference.prefill import PrefillChunk, PromptRow, bucket
+from gemma_jax.inference.prefix_cache import Snapshot
 from gemma_jax.inference.requests import Request
 from gemma_jax.inference.sampling import Sampling, SamplingRows
 from gemma_jax.inference.session import padded
@@ -192,13 +195,61 @@ class Slots:
         model = self._with_adapters((adapter,) * self._readers)
         self.reader = self._advance(model, self.reader, PrefillChunk(batch, None), loop=False)
 
+    def snapshot(self, part: slice) -> list[np.ndarray]:
+        """What the reading row holds: rings with their positions, of other layers this part."""
+        start = min(part.start, max(self.context - self.chunk, 0))
+        arrays = jax.tree.leaves(_cut(self.reader.cache, np.int32(start), width=self.chunk))
+        within = slice(part.start - start, part.stop - start)
+        return [
+            np.asarray(a)[..., within, :] if full and a.ndim == 5
+            else np.asarray(a)[..., within] if full
+            else np.asarray(a)
+            for a, full in zip(arrays, self._full())
+        ]  # fmt: skip
+
+    def restore(self, chain: Sequence[Snapshot]) -> None:
+        """Puts what snapshots hold, which follow one another, into the reading row."""
+        leaves, structure = jax.tree.flatten(self.reader.cache)
+        new = []
+        for i, (old, full) in enumerate(zip(leaves, self._full())):
+            position = jnp.issubdtype(old.dtype, jnp.integer) and old.ndim == 2
+            array = np.full(old.shape, -1 if position else 0, old.dtype)
+            row = array[:1] if position else array[:, :1]
+            if not full:
+                row[...] = chain[-1].arrays[i]
+            else:
+                axis = 3 if old.ndim > 2 else 1
+                for one in chain:
+                    at = (slice(None),) * axis + (slice(one.start, one.stop),)
+                    row[at] = one.arrays[i]
+            new.append(array)
+        cache = jax.tree.unflatten(structure, new)
+        partition = self.model.runtime.partition
+        if partition is not None:
+            cache = partition.place(cache)
+        self.reader = replace(self.reader, cache=cache)
+
+    def _full(self) -> list[bool]:
+        """Whether each array of a cache has a slot for every position."""
+        cache = self.reader.cache
+        layers = [
+            array.shape[3] == cache.max_len
+            for group in cache.layers
+            for layer in group
+            if layer is not None
+            for array in layer.arrays.values()
+        ]
+        return [*layers, *(capacity == cache.max_len for capacity in sorted(cache.positions))]
+
     def insert(self, slot: int, last: int, seed: int, token_ids: Sequence[int]) -> None:
         """Puts what was read into a slot; `last` goes behind it."""
         seen_V = np.zeros(self.vocab_size, bool)
         ids = np.array(token_ids, np.int64)
         seen_V[ids[(ids >= 0) & (ids < self.vocab_size)]] = True
+        # With the switches of sampling as at first: they are part of what a program is made for.
+        rules = Rules(extras=True).rows([Sampling()] * self.count, self.vocab_size)
         self.state = inserted(
-            self.state,
+            replace(self.state, sampling=rules),
             self.reader.cache,
             np.int32(slot),
             np.int32(last),
@@ -270,7 +321,10 @@ class Slots:
         if soft:
             D = self.model.cfg.d_model
             none_ITD = np.zeros((1, width, D), self.model.runtime.dtype)
-            batch = replace(batch, soft=SoftTokens(none_ITD, nothing_BT, tokens_BT))
+            batch = replace(
+                batch,
+                soft=SoftTokens(embeddings_ITD=none_ITD, index_BT=nothing_BT, block_BT=tokens_BT),
+            )
         self._read(batch, None)
 
     def _words(self, masks: Mapping[int, np.ndarray]) -> np.ndarray:
@@ -289,6 +343,22 @@ class Slots:
         return self._adapted[chosen]
 
 
+@partial(jax.jit, static_argnames=("width",))
+def _cut(cache: Cache, start: jax.Array, *, width: int) -> Cache:
+    """The first row: rings whole, and some slots of what has one for every position."""
+
+    def cut(a: jax.Array, axis: int) -> jax.Array:
+        a = jax.lax.slice_in_dim(a, 0, 1, axis=0 if a.ndim == 2 else 1)
+        if a.shape[axis] != cache.max_len:
+            return a
+        return jax.lax.dynamic_slice_in_dim(a, start, min(width, a.shape[axis]), axis=axis)
+
+    layers = jax.tree.map(partial(cut, axis=3), cache.layers)
+    return replace(
+        cache, layers=layers, positions={c: cut(p, 1) for c, p in cache.positions.items()}
+    )
+
+
 def _chunk(row: PromptRow, part: slice, width: int) -> Batch:
     """A part of one row in so many places; all of its soft tokens in one item, place by place."""
     n = part.stop - part.start
@@ -305,7 +375,11 @@ def _chunk(row: PromptRow, part: slice, width: int) -> Batch:
     index_BT, block_BT = np.full_like(tokens_BT, -1), np.zeros_like(tokens_BT)
     index_BT[0, at] = at
     block_BT[0, :n] = row.block[part] + 1
-    return Batch(tokens_BT, positions_BT, soft=SoftTokens(soft_ITD, index_BT, block_BT))
+    return Batch(
+        tokens_BT,
+        positions_BT,
+        soft=SoftTokens(embeddings_ITD=soft_ITD, index_BT=index_BT, block_BT=block_BT),
+    )
 
 
 def _fetched(state: State, each: Sequence[Request | None]) -> Burst:

@@ -1,11 +1,14 @@
 """An engine that serves many: each text is what it is alone, whatever happens beside it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
+from marks import nightly
+from training.test_lora import filled
 
 import gemma_jax as gj
-from gemma_jax.inference.decode import advance, inserted
 from gemma_jax.inference.engine import Engine
 from gemma_jax.inference.requests import Full, Request
 
@@ -70,39 +73,129 @@ RULES = (
 )
 
 
-def test_texts_are_what_they_are_alone(model, engine):
+def drawn(n, random, rules=RULES[2:3]):
+    return request(
+        int(random.integers(1, 45)), int(random.integers(1, 18)), seed=n,
+        sampling=rules[random.integers(len(rules))], owner=str(n % 3), stop_ids=(5, 9),
+    )  # fmt: skip
+
+
+def assert_as_offline(model, asked, cancelled=()):
+    """Requests and answers against one offline batch of them all, each up to its own limit."""
+    together = gj.generate(
+        model, None, [one.prompt.token_ids for one, _ in asked],
+        sampling=[one.sampling for one, _ in asked], seed=[one.seed for one, _ in asked],
+        max_new_tokens=max(one.max_new_tokens for one, _ in asked), stop_ids=asked[0][0].stop_ids,
+    )  # fmt: skip
+    for n, ((one, answer), done) in enumerate(zip(asked, together)):
+        ids = done.token_ids[: one.max_new_tokens]
+        if n in cancelled and answer.reason == "cancelled":
+            ids = ids[: len(answer.ids)]
+        else:
+            assert answer.reason == ("stop" if ids[-1] in one.stop_ids else "length")
+        assert answer.ids == ids
+        np.testing.assert_allclose(answer.log_probs, done.log_probs[: len(ids)], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "seed, rules", [(7, RULES[1::2]), *nightly(*((seed, RULES) for seed in range(20)))]
+)
+def test_texts_are_what_they_are_alone(model, seed, rules):
     """Drawn arrivals, lengths, rules and cancellations; more requests than slots."""
-    random = np.random.default_rng(7)
-    asked = []
+    engine = Engine(model, slots=3, context=64, chunk=16, burst=4)
+    random, asked, tickets = np.random.default_rng(seed), [], []
     for n in range(14):
-        one = request(
-            int(random.integers(1, 45)), int(random.integers(1, 18)), seed=n,
-            sampling=RULES[random.integers(len(RULES))], owner=str(n % 3), stop_ids=(5, 9),
-        )  # fmt: skip
-        asked.append((one, *submitted(engine, one)))
+        one = drawn(n, random, rules)
+        ticket, answer = submitted(engine, one)
+        asked.append((one, answer))
+        tickets.append(ticket)
         for _ in range(random.integers(3)):
             engine.step()
     gone = {3, 8, 13}
     for n in gone:
-        asked[n][1].cancel()
+        tickets[n].cancel()
     run(engine)
-    for n, (one, _, answer) in enumerate(asked):
-        if n in gone and answer.reason == "cancelled":
-            assert answer.ids == alone(model, one).token_ids[: len(answer.ids)]
-        else:
-            assert_alone(model, one, answer)
+    assert_as_offline(model, asked, gone)
     assert engine.stats()["running"] == engine.stats()["waiting"] == 0
 
 
-def test_nothing_compiles_after_warming_up(model, engine):
+KINDS = [  # family, layout, options of the runtime
+    ("gemma3", "scan", dict(attention_impl="reference")),
+    *nightly(
+        ("gemma3n", "unrolled", {}),
+        ("gemma2", "scan", {}),
+        ("gemma", "unrolled", {}),
+        ("gemma3", "scan", dict(cache_dtype="int8")),
+        *(("gemma3", "unrolled", dict(attention_impl=name)) for name in ("reference", "xla")),
+    ),
+]
+
+
+@pytest.mark.parametrize("family, layout, runtime", KINDS)
+def test_every_family_and_attention(family, layout, runtime):
+    model = tiny.model(tiny.FAMILIES[family](), layout, **runtime)
+    engine, random, asked = (
+        Engine(model, slots=2, context=64, chunk=16),
+        np.random.default_rng(3),
+        [],
+    )
+    for n in range(4):
+        one = drawn(n, random)
+        asked.append((one, submitted(engine, one)[1]))
+        engine.step()
+    run(engine)
+    assert_as_offline(model, asked)
+
+
+def test_each_request_has_its_own_adapter():
+    base = tiny.model(CFG)
+    lora = {n: filled(base, gj.Lora(rank=2, targets=("blocks.*.attn.*",)), i) for i, n in
+            enumerate(("one", "two"))}  # fmt: skip
+    model = gj.with_adapters(base, lora)
+    engine, asked = Engine(model, slots=2, context=64, chunk=16), []
+    for name in ("one", "two", None, "one"):
+        one = request(11, 6, adapter=name)
+        asked.append((name, submitted(engine, one)[1]))
+    run(engine)
+    texts = set()
+    for name, answer in asked:
+        wanted = gj.generate(gj.choose_adapters(model, name), None, one.prompt, max_new_tokens=6)
+        assert answer.ids == wanted.token_ids
+        texts.add(tuple(answer.ids))
+    assert len(texts) == 3
+
+
+def test_pictures_are_read_whole():
+    cfg = tiny.gemma3(3, vision=tiny.vision())
+    model = tiny.model(cfg, "unrolled")
+    ids = tiny.tokens(replace(cfg, vocab_size=90), 1, 18)[0].tolist()
+    ids = [*ids[:14], 91, 90, 90, 90, 90, 92, *ids[14:]]  # a cut at 16 would go through it
+    pixels = np.random.default_rng(0).standard_normal((2, 3, 56, 56)).astype(np.float32)
+    engine = Engine(model, slots=2, context=64, chunk=16, prefix_bytes=10**6)
+    asked = []
+    for one in (0, 1, 0):
+        prompt = gj.Prompt(ids, pixels[one : one + 1])
+        ticket, answer = submitted(engine, Request(prompt=prompt, max_new_tokens=6))
+        run(engine)
+        assert answer[-1].error == ""
+        asked.append((ticket.cached_tokens, answer.ids))
+        wanted = gj.generate(model, None, prompt, max_new_tokens=6, chunk=16)
+        assert answer.ids == wanted.token_ids
+    assert [cached for cached, _ in asked] == [0, 15, 15]  # the same text before another picture
+
+
+def test_nothing_compiles_after_warming_up(model, engine, compilations):
     engine.warm_up()
-    before = advance._cache_size(), inserted._cache_size()
     assert len(engine.programs()) == len(set(engine.programs())) == 9
+    compilations.clear()
     for n, rules in enumerate(RULES):
         submitted(engine, request(30 - 9 * n, 6, sampling=rules, top_log_probs=n, seed=n))
         engine.step()
     run(engine)
-    assert (advance._cache_size(), inserted._cache_size()) == before
+    for n in range(4):
+        submitted(engine, request(3 + n, 6, sampling=RULES[n % 3], seed=n))
+    run(engine)
+    assert not compilations
 
 
 def test_a_cancelled_request_frees_its_slot(model):
