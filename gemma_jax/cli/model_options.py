@@ -97,7 +97,8 @@ class ModelOptions:
         WeightStorage | None,
         typer.Option(
             help="What weights are stored as; stored: as the file's blocks. Default: as --dtype, "
-            "and in generate and chat auto: stored on a CPU, for a file with quantised blocks."
+            "and in generate, chat and serve auto: stored on a CPU, for a file with "
+            "quantised blocks."
         ),
     ] = None
     activations: Annotated[

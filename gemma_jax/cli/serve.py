@@ -107,6 +107,7 @@ def _run(server, host: str, port: int, name: str) -> None:
             listening.bind((host, port))
         except OSError as error:
             raise ValueError(f"--host {host} --port {port}: {error.strerror or error}") from None
+        listening.listen(128)  # who comes before the loop runs waits
         address = f"[{host}]" if ":" in host else host
         _say(f"{name} at http://{address}:{listening.getsockname()[1]}/v1")
         server.run([listening])

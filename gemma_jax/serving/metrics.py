@@ -46,6 +46,8 @@ class Metrics:
         )
         self._prompts = self._histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
         self._answers = self._histogram("request_generation_tokens", "Tokens of answers.", _TOKENS)
+        for metric in (self._prompt, self._new, self._cached, self._first, self._gap, self._whole):
+            self._of(metric)  # is there from the beginning, as zero
         self.registry.register(self)
 
     def answered(self, usage: Usage, owner: str) -> None:

@@ -24,7 +24,7 @@ NO_MODEL = {
     "experiment": "makes its own models",
     "bench kernels": "compiles attention alone",
 }
-RUNS = ("generate", "chat", "score", "forward", "shield", "bench")
+RUNS = ("generate", "chat", "serve", "score", "forward", "shield", "bench")
 
 
 def all_but(*taken: str, because: str) -> dict[str, str]:
@@ -125,6 +125,7 @@ def call(cli, seer, picture, stored, tmp_path, monkeypatch):
         "score": ("--text-file", tmp_path / "text.txt"),
         "forward": ("--inputs", stored(input_ids=[[2, 5, 6]]), "--output", tmp_path / "out"),
         "shield": (picture("grey.png", level=90), "--policy", "violence", "--json"),
+        "serve": ("--port", 0),
         "bench": ("--prompt-tokens", 8, "--new-tokens", 4, "--repeats", 1, "--json"),
     }
 
@@ -187,7 +188,7 @@ def test_modalities_that_a_model_does_not_have_are_refused_in_one_line(call):
 def test_defaults_are_those_of_the_library(name, call, asked):
     call(name)
     writes, own = {"weights": "auto"}, {"forward": {"dtype": "float32"}}
-    own |= {"generate": writes, "chat": writes}
+    own |= {"generate": writes, "chat": writes, "serve": writes}
     assert asked == [gj.LoadOptions(**own.get(name, {}))]
 
 

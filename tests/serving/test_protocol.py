@@ -1,35 +1,14 @@
 """What goes over the wire, with an engine that says what it is told to say."""
 
 import json
-import math
 import time
 import urllib.request
 
 import openai
 import pytest
+from serving_live import ASK, saying
 
 from gemma_jax.inference.requests import Full, Piece
-
-ASK = dict(model="tiny", messages=[{"role": "user", "content": "Hi"}])
-
-
-def saying(tokenizer, text: str, reason: str = "stop", size: int = 1, wait: float = 0):
-    """A script: a text in pieces of `size` tokens."""
-    ids = tokenizer.encode(text)
-
-    def script(request):
-        for i in range(0, len(ids), size):
-            new = ids[i : i + size]
-            yield Piece(
-                token_ids=new,
-                log_probs=[-0.5] * len(new),
-                top_log_probs=[[(j, -0.5), (5, -math.inf)] for j in new],
-            )
-            if wait:
-                yield wait
-        yield Piece(token_ids=[request.stop_ids[0]], log_probs=[-0.1], finish_reason=reason)
-
-    return script
 
 
 @pytest.fixture
