@@ -33,6 +33,8 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names (tests/test_p
     from gemma_jax.inference.completion import Completion as Completion
     from gemma_jax.inference.live import LiveTranscript as LiveTranscript
     from gemma_jax.inference.sampling import Sampling as Sampling
+    from gemma_jax.inference.constraints import GrammarCompiler as GrammarCompiler
+    from gemma_jax.inference.constraints import GrammarLimits as GrammarLimits
     from gemma_jax.inference.session import Session as Session
     from gemma_jax.inference.streaming import TextStream as TextStream, stream as stream
     from gemma_jax.inference.tool_loop import Tools as Tools
@@ -124,6 +126,7 @@ _HOMES = {
     "gemma_jax.inference.generate": ("generate",),
     "gemma_jax.inference.live": ("LiveTranscript",),
     "gemma_jax.inference.sampling": ("Sampling",),
+    "gemma_jax.inference.constraints": ("GrammarCompiler", "GrammarLimits"),
     "gemma_jax.inference.session": ("Session",),
     "gemma_jax.inference.streaming": ("TextStream", "stream"),
     "gemma_jax.inference.tool_loop": ("Tools",),

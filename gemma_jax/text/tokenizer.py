@@ -32,6 +32,10 @@ UTF8_ERRORS = "gemma_jax.one_mark_per_byte"
 codecs.register_error(UTF8_ERRORS, lambda error: ("\ufffd" * (error.end - error.start), error.end))
 
 
+# Pieces that files may list as text, and that no text is meant to hold.
+_RESERVED = frozenset((b"<unused>", b"<mask>", b"[multimodal]"))
+
+
 class Tokenizer:
     """Turns text into token ids and back, with a Gemma vocabulary. Immutable; threads may share it.
 
@@ -247,6 +251,15 @@ class Tokenizer:
         ids = self._checked(ids)
         return [self._pieces[i].decode() if i < self.vocab_size else "" for i in ids]
 
+    def texts(self) -> list[bytes]:
+        """What each id is as text; `b""` where it is none: special and unused ids, and holes."""
+        ids = range(self.vocab_size)
+        none = self._engine.is_unused(list(ids))
+        return [
+            b"" if i in self._skipped or none[i] or piece in _RESERVED else text
+            for i, piece, text in zip(ids, map(_unnumbered, self._pieces), self._texts)
+        ]
+
     def id_of(self, piece: str) -> int:
         """The id of a piece, spelled as `pieces` spells it; ValueError if there is none."""
         found = self._engine.piece_to_id(piece)
@@ -286,6 +299,11 @@ def _collector_paused():
     finally:
         if was_enabled:
             gc.enable()
+
+
+def _unnumbered(piece: bytes) -> bytes:
+    """`<unused>` for `<unused12>`; other pieces as they are."""
+    return re.sub(rb"\d+>$", b">", piece) if piece.startswith(b"<unused") else piece
 
 
 def _read(path: Path) -> bytes:
