@@ -27,15 +27,6 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Then:
-    """Says what follows on a variant's training: another config for the same parameters, and how
-    it goes on with them. A recipe of no steps changes the config alone."""
-
-    cfg: GemmaConfig
-    recipe: Recipe
-
-
-@dataclass(frozen=True)
 class Ablation:
     """Describes one experiment; everything that decides its numbers.
 
@@ -44,16 +35,12 @@ class Ablation:
       variants: Name -> config.
       recipe: Of all variants but those in `recipes`.
       recipes: Name of a variant -> a recipe of its own.
-      then: Name of a variant -> what follows on its training.
-      lengths: Held-out rows are measured at these; by default at that of the recipe.
     """
 
     about: str
     variants: Mapping[str, GemmaConfig]
     recipe: Recipe = Recipe()
     recipes: Mapping[str, Recipe] = field(default_factory=dict)
-    then: Mapping[str, Then] = field(default_factory=dict)
-    lengths: tuple[int, ...] = ()
 
     def recipe_of(self, variant: str) -> Recipe:
         return self.recipes.get(variant, self.recipe)
@@ -74,7 +61,6 @@ class Ablation:
             self,
             recipe=cut(self.recipe),
             recipes={name: cut(recipe) for name, recipe in self.recipes.items()},
-            then={name: Then(t.cfg, cut(t.recipe)) for name, t in self.then.items()},
         )
 
 

@@ -1,7 +1,6 @@
 """Trains every variant of an ablation with every seed, by the step and the loop of all training."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -14,12 +13,12 @@ from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.forward import forward
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.experiments.ablations.ablation import Ablation, Recipe
-from gemma_jax.experiments.ablations.recall import KINDS, NOTHING, Recall
+from gemma_jax.experiments.ablations.recall import KINDS, NOTHING
 from gemma_jax.training.loop import LossError, SpikeGuard, steps
 from gemma_jax.training.objectives import TrainBatch, next_token
 from gemma_jax.training.optimizers import OptimizerSettings, make_optimizer
 from gemma_jax.training.step import make_step
-from gemma_jax.training.trainable import trainable
+from gemma_jax.training.trainable import Params, trainable
 
 HELD_OUT, HELD_OUT_ROWS = 1_000_000, 32  # a seed that none of training has, and rows
 Tell = Callable[[str], None]
@@ -32,11 +31,12 @@ def run_ablation(
     """Name of a variant -> its parameters, and what each seed comes to on held-out rows."""
     rows: dict[str, Row] = {}
     for name, cfg in ablation.variants.items():
-        train = _Training(ablation, name)
+        recipe = ablation.recipe_of(name)
+        train = _Training(cfg, recipe)
         found = [train(seed) for seed in seeds]
         rows[name] = {
             "parameters": train.parameters,
-            "cached": cached_positions(cfg, ablation.recipe_of(name).task.length),
+            "cached": cached_positions(cfg, recipe.task.length),
             "metrics": {metric: [one[metric] for one in found] for metric in found[0]},
         }
         tell(f"{name}: " + ", ".join(f"{k} {v}" for k, v in rows[name]["metrics"].items()))
@@ -49,39 +49,7 @@ def cached_positions(cfg: GemmaConfig, length: int) -> int:
 
 
 class _Training:
-    """One variant; programs are compiled once for all seeds."""
-
-    def __init__(self, ablation: Ablation, name: str):
-        self.ablation, self.cfg = ablation, ablation.variants[name]
-        self.recipe, self.then = ablation.recipe_of(name), ablation.then.get(name)
-        self.first = _Stage(self.cfg, self.recipe)
-        self.second = None if self.then is None else _Stage(self.then.cfg, self.then.recipe)
-        self.lengths = ablation.lengths or (self.recipe.task.length,)
-        self.parameters = sum(a.size for a in self.first.parts.trained.values())
-
-    def __call__(self, seed: int) -> dict[str, float | None]:
-        """Held-out nats per token by kind; `None` if the loss has ceased to be a number."""
-        try:
-            trained = self.first(_initial(self.cfg, seed), seed)
-            last = self.first
-            if self.second is not None:
-                trained, last = self.second(trained, seed + 1000), self.second
-        except LossError:
-            trained, last = None, self.first
-        found: dict[str, float | None] = {}
-        for length in self.lengths:
-            after = f" at {length}" if len(self.lengths) > 1 else ""
-            losses = last.measure(trained, replace(self.recipe.task, length=length))
-            found |= {kind + after: value for kind, value in losses.items()}
-        return found
-
-
-def _initial(cfg: GemmaConfig, seed: int) -> dict:
-    return trainable(Gemma(cfg, rngs=nnx.Rngs(seed))).trained
-
-
-class _Stage:
-    """A config and a recipe, compiled; `stage(trained, seed)` trains."""
+    """A config and a recipe; programs are compiled once for all seeds."""
 
     def __init__(self, cfg: GemmaConfig, recipe: Recipe):
         model = Gemma(cfg, rngs=nnx.Rngs(0))
@@ -92,29 +60,37 @@ class _Stage:
             weight_decay=0.01,
             clip=1.0,
         )
-        self.recipe, self.parts = recipe, trainable(model)
-        optimizer = make_optimizer(settings, model, steps=max(1, recipe.steps))
+        self.cfg, self.recipe, self.parts = cfg, recipe, trainable(model)
+        optimizer = make_optimizer(settings, model, steps=recipe.steps)
         self.init, step = make_step(next_token, optimizer, self.parts.join)
         self.step = jax.jit(step, donate_argnums=0)
         self.losses = jax.jit(_losses)
+        self.parameters = sum(array.size for array in self.parts.trained.values())
 
-    def __call__(self, trained: dict, seed: int) -> dict:
-        if not self.recipe.steps:
-            return trained
-        state = self.init(trained, jax.random.key(seed))
-        batches = _batches(self.recipe, seed)
-        guard = SpikeGuard(times=float("inf"))  # a spike is a result
-        moments = steps(
-            self.step, state, self.parts.frozen, batches, until=self.recipe.steps, guard=guard
-        )
-        for moment in moments:
-            state = moment.state
-        return state.trained
-
-    def measure(self, trained: dict | None, task: Recall) -> dict[str, float | None]:
-        if trained is None:
+    def __call__(self, seed: int) -> dict[str, float | None]:
+        """Held-out nats per token by kind; `None` if the loss has ceased to be a number."""
+        try:
+            return self._measure(self._train(seed))
+        except LossError:
             return dict.fromkeys(KINDS)
-        tokens_BT, kinds_BT = task.draw(np.random.default_rng(HELD_OUT), HELD_OUT_ROWS)
+
+    def _train(self, seed: int) -> Params:
+        trained = trainable(Gemma(self.cfg, rngs=nnx.Rngs(seed))).trained
+        state = self.init(trained, jax.random.key(seed))
+        guard = SpikeGuard(times=float("inf"))  # a spike is a result
+        *_, last = steps(
+            self.step,
+            state,
+            self.parts.frozen,
+            _batches(self.recipe, seed),
+            until=self.recipe.steps,
+            guard=guard,
+        )
+        return last.state.trained
+
+    def _measure(self, trained: Params) -> dict[str, float | None]:
+        random = np.random.default_rng(HELD_OUT)
+        tokens_BT, kinds_BT = self.recipe.task.draw(random, HELD_OUT_ROWS)
         losses_BT = np.asarray(self.losses(self.parts.join(trained, self.parts.frozen), tokens_BT))
         return {
             kind: round(float(losses_BT[kinds_BT[:, 1:] == number].mean()), 4)
