@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
 
+from .tool_keywords import TEXT_FORMATS, resolve
 from .tools import Tool
 
+MAX_STEPS = 100_000
 _TYPES = {
     "string": str,
     "integer": int,
@@ -18,10 +22,28 @@ _TYPES = {
     "array": list,
     "object": Mapping,
 }
+_LIMITS = {
+    "minimum": (lambda value, limit: value >= limit, "at least"),
+    "maximum": (lambda value, limit: value <= limit, "at most"),
+    "exclusiveMinimum": (lambda value, limit: value > limit, "more than"),
+    "exclusiveMaximum": (lambda value, limit: value < limit, "less than"),
+    "multipleOf": (
+        lambda value, limit: Decimal(str(value)) % Decimal(str(limit)) == 0,
+        "a multiple of",
+    ),
+}
+_SIZES = {
+    str: ("minLength", "maxLength", "characters"),
+    list: ("minItems", "maxItems", "items"),
+    Mapping: ("minProperties", "maxProperties", "entries"),
+}
 
 
 def check_arguments(tool: Tool, arguments: Mapping[str, object]) -> None:
-    """Checks types, choices, names, and that nothing is missing.
+    """Checks all that the declaration asks for: every keyword that `Tool` takes.
+
+    Names that are not declared are refused unless the parameters' `additionalProperties` allows
+    them. A `pattern` is searched by Python's `re`, so one from a stranger can cost much time.
 
     Raises:
       ValueError: One line on the first argument that is wrong.
@@ -34,48 +56,98 @@ def check_arguments(tool: Tool, arguments: Mapping[str, object]) -> None:
       ValueError: expected seconds of wait to be of type integer, got '9'
     """
     schema = {"type": "object", "additionalProperties": False, **tool.parameters}
-    _check(schema, arguments, "", tool.name)
+    try:
+        _Check(tool).apply(schema, arguments, "")
+    except _TooLong:
+        raise ValueError(f"the arguments of {tool.name} take too long to check") from None
 
 
-def _check(schema: Mapping, value: object, path: str, name: str) -> None:
-    where = f"{path or 'the arguments'} of {name}"
-    if value is None and schema.get("nullable"):
-        return
-    if any(options := [schema.get("anyOf") or schema.get("oneOf") or ()]) and options[0]:
-        _check_any(options[0], value, path, name)
+class _TooLong(Exception):
+    """Alternatives in alternatives have multiplied."""
+
+
+class _Check:
+    """Checks values against the schemas of one tool."""
+
+    def __init__(self, tool: Tool):
+        self._name, self._root, self._steps = tool.name, tool.parameters, 0
+
+    def apply(self, schema: Mapping, value: object, path: str) -> None:
+        self._steps += 1
+        if self._steps > MAX_STEPS:
+            raise _TooLong
+        if value is None and schema.get("nullable"):
+            return
+        where = f"{path or 'the arguments'} of {self._name}"
+        if "$ref" in schema:
+            self.apply(resolve(schema["$ref"], self._root, where), value, path)
+        for part in schema.get("allOf", ()):
+            self.apply(part, value, path)
+        for key in ("anyOf", "oneOf"):
+            if key in schema:
+                self._one_of(schema[key], value, path, exactly=key == "oneOf")
+        _check_plain(schema, value, where)
+        if isinstance(value, Mapping):
+            self._object(schema, value, path)
+        if isinstance(value, list) and "items" in schema:
+            for i, item in enumerate(value):
+                self.apply(schema["items"], item, f"{path}[{i}]")
+
+    def _one_of(self, options: Sequence[Mapping], value: object, path: str, exactly: bool) -> None:
+        reasons = []
+        for option in options:
+            try:
+                self.apply(option, value, path)
+            except ValueError as error:
+                reasons.append(str(error))
+            else:
+                if not exactly:
+                    return
+        if (fitting := len(options) - len(reasons)) > 1:
+            where = f"{path or 'the arguments'} of {self._name}"
+            raise ValueError(f"expected {where} to fit one of its schemas, not {fitting}")
+        if not fitting:
+            raise ValueError("; or ".join(reasons)[:500])
+
+    def _object(self, schema: Mapping, value: Mapping, path: str) -> None:
+        inner, others = schema.get("properties", {}), schema.get("additionalProperties", True)
+        if missing := [key for key in schema.get("required", ()) if key not in value]:
+            raise ValueError(f"expected {missing} in {path or 'the arguments'} of {self._name}")
+        for key, each in value.items():
+            if key not in inner and others is False:
+                raise ValueError(f"{self._name} has no {key!r}, only {list(inner)}")
+            part = inner.get(key, others if isinstance(others, Mapping) else {})
+            self.apply(part, each, f"{path}.{key}" if path else key)
+
+
+def _check_plain(schema: Mapping, value: object, where: str) -> None:
+    """Checks the keywords that look no further than the value itself."""
     kinds = schema.get("type", ())
     kinds = [kinds] if isinstance(kinds, str) else list(kinds)
+    got = f"got {value!r:.80}"
     if kinds and not any(_is(value, kind) for kind in kinds):
-        raise ValueError(f"expected {where} to be of type {' or '.join(kinds)}, got {value!r:.80}")
-    if "enum" in schema and not any(_same(value, each) for each in schema["enum"]):
-        raise ValueError(f"expected {where} to be one of {schema['enum']}, got {value!r:.80}")
-    if isinstance(value, Mapping):
-        _check_object(schema, value, path, name)
-    if isinstance(value, list) and isinstance(schema.get("items"), Mapping):
-        for i, item in enumerate(value):
-            _check(schema["items"], item, f"{path}[{i}]", name)
-
-
-def _check_any(options: typing.Sequence[Mapping], value: object, path: str, name: str) -> None:
-    reasons = []
-    for option in options:
-        try:
-            return _check(option, value, path, name)
-        except ValueError as error:
-            reasons.append(str(error))
-    raise ValueError("; or ".join(reasons))
-
-
-def _check_object(schema: Mapping, value: Mapping, path: str, name: str) -> None:
-    inner = schema.get("properties", {})
-    if missing := [key for key in schema.get("required", ()) if key not in value]:
-        raise ValueError(f"expected {missing} in {path or 'the arguments'} of {name}")
-    others = schema.get("additionalProperties", True)
-    for key, each in value.items():
-        if key not in inner and others is False:
-            raise ValueError(f"{name} has no {key!r}, only {list(inner)}")
-        part = inner.get(key, others if isinstance(others, Mapping) else {})
-        _check(part, each, f"{path}.{key}" if path else key, name)
+        raise ValueError(f"expected {where} to be of type {' or '.join(kinds)}, {got}")
+    if "enum" in schema and _key(value) not in map(_key, schema["enum"]):
+        raise ValueError(f"expected {where} to be one of {schema['enum']!r:.300}, {got}")
+    if "const" in schema and _key(value) != _key(schema["const"]):
+        raise ValueError(f"expected {where} to be {schema['const']!r:.300}, {got}")
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        for key, (fits, words) in _LIMITS.items():
+            if key in schema and not fits(value, schema[key]):
+                raise ValueError(f"expected {where} to be {words} {schema[key]}, {got}")
+    for kind, (least, most, what) in _SIZES.items():
+        if isinstance(value, kind) and len(value) < schema.get(least, 0):
+            raise ValueError(f"expected {where} to have at least {schema[least]} {what}, {got}")
+        if isinstance(value, kind) and len(value) > schema.get(most, len(value)):
+            raise ValueError(f"expected {where} to have at most {schema[most]} {what}, {got}")
+    if isinstance(value, str) and not re.search(schema.get("pattern", ""), value):
+        raise ValueError(f"expected {where} to match {schema['pattern']!r}, {got}")
+    if isinstance(value, str) and "format" in schema:
+        if not TEXT_FORMATS[schema["format"]].fullmatch(value):
+            raise ValueError(f"expected {where} to be a {schema['format']}, {got}")
+    if isinstance(value, list) and schema.get("uniqueItems"):
+        if len(set(map(_key, value))) < len(value):
+            raise ValueError(f"expected {where} to have every item once, {got}")
 
 
 def _is(value: object, kind: str) -> bool:
@@ -83,11 +155,16 @@ def _is(value: object, kind: str) -> bool:
         return kind == "boolean"
     if kind == "integer" and isinstance(value, float):
         return value.is_integer()
-    return isinstance(value, _TYPES.get(kind, object))
+    return isinstance(value, _TYPES[kind])
 
 
-def _same(value: object, other: object) -> bool:
-    return value == other and isinstance(value, bool) == isinstance(other, bool)
+def _key(value: object) -> object:
+    """The same for values that JSON Schema holds for equal: 1 and 1.0 are, 1 and true are not."""
+    if isinstance(value, Mapping):
+        return "object", frozenset((key, _key(each)) for key, each in value.items())
+    if isinstance(value, (list, tuple)):
+        return "array", tuple(map(_key, value))
+    return isinstance(value, bool), value
 
 
 def call_with(tool: Tool, arguments: Mapping[str, object]) -> object:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .tool_calls import Answer, CallParser, ToolCall, collect
+from .tool_keywords import ANNOTATIONS
 from .tool_marker_reader import END_CALL, ESCAPE, START_CALL, MarkerReader
 from .tool_readers import JsonReader, PythonReader, Reader
 from .tools import Tool
@@ -155,7 +156,7 @@ def _declared(tool: Tool) -> dict:
 
 
 def _said(schema: Mapping, where: str) -> dict:
-    """A JSON schema as FunctionGemma says it.
+    """A JSON schema as FunctionGemma says it: without annotations other than the description.
 
     Raises:
       ValueError: It says what that format cannot.
@@ -170,7 +171,9 @@ def _said(schema: Mapping, where: str) -> dict:
             said[key] = value.upper()
         elif key in ("description", "enum", "required", "nullable"):
             said[key] = value
-        elif key not in ("title", "default", "additionalProperties", "$schema"):
+        elif key == "additionalProperties" and value is False:
+            continue  # a declaration lists all there are
+        elif key not in ANNOTATIONS:
             raise ValueError(
                 f"the format functiongemma cannot say {key!r} of {where}; use the format json"
             )

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from .tool_keywords import check_schema
 from .tool_scanner import LONGEST_NAME, NAME
 from .tool_schemas import descriptions_of, schema_of
 
@@ -24,7 +25,8 @@ class Tool:
       function: What runs, where there is something.
 
     Raises:
-      ValueError: A name that no format can say, or parameters that are no object.
+      ValueError: A name that no format can say; parameters that are no object, or that use a
+        keyword of JSON Schema which is not checked in calls, see `check_schema`.
 
     Examples:
       >>> from typing import Literal
@@ -63,6 +65,7 @@ class Tool:
                 f"expected the parameters of {name} to be a JSON schema of type 'object', "
                 f"got {schema!r:.200}"
             )
+        check_schema(schema, name)
 
     @property
     def parameter_names(self) -> tuple[str, ...]:

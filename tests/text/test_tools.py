@@ -90,7 +90,7 @@ def test_json_of_both_forms():
 
 
 def test_a_format_says_what_it_cannot():
-    tool = Tool("f", "", {"properties": {"a": {"anyOf": []}}})
+    tool = Tool("f", "", {"properties": {"a": {"anyOf": [{}]}}})
     with pytest.raises(ValueError, match=r"cannot say 'anyOf' of f.a"):
         FUNCTIONGEMMA.declare([tool])
     with pytest.raises(ValueError, match="got 'xml'"):
