@@ -6,6 +6,7 @@ nobody who writes waits for more than one chunk, however long the prompts of oth
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
