@@ -27,6 +27,7 @@ def command(
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a prompt and its answer; default 8192.")
     ] = None,
+    slots: Annotated[int, typer.Option(min=1, help="Requests answered at the same time.")] = 8,
     waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait.")] = 64,
     served_name: Annotated[
         str | None, typer.Option(help="Name by which clients ask. Default: that of SRC.")
@@ -60,6 +61,10 @@ def command(
     metrics_prefix: Annotated[
         str, typer.Option(help="Of the names in /metrics; vllm: is what dashboards read.")
     ] = "gemma_jax_",
+    prefix_cache_mb: Annotated[
+        int, typer.Option(min=0, help="Memory for beginnings of prompts that come again; 0: none.")
+    ] = 512,
+    warmup: Annotated[bool, typer.Option(help="Compile all programs before listening.")] = False,
     quiet: Annotated[bool, typer.Option(help="No line on stderr for each request.")] = False,
     *,
     options: ModelOptions,
@@ -75,7 +80,7 @@ def command(
     keys = Keys.read(api_key_file)
     _check_open(host, keys)
     limits = Limits(body_bytes=max_body_mb << 20, new_tokens=max_new_tokens, seconds=max_seconds)
-    served = _load(model, options, context, waiting, served_name, limits)
+    served = _load(model, options, (slots, context, waiting, prefix_cache_mb), served_name, limits)
     from gemma_jax.serving.app import make_app
     from gemma_jax.serving.server import Server
 
@@ -90,6 +95,8 @@ def command(
         log=None if quiet else _say,
     )
     engine = served.engine
+    if warmup:
+        engine.warm_up(lambda name: _say(f"compiling: {name}"))
     engine.start()
     try:
         _run(Server(app, host, port, grace), host, port, served.name)
@@ -116,33 +123,48 @@ def _run(server, host: str, port: int, name: str) -> None:
 def _load(
     source: str,
     options: ModelOptions,
-    context: int | None,
-    waiting: int,
+    sizes: tuple[int, int | None, int, int],
     name: str | None,
     limits: "Limits",
 ) -> "Served":
     common.set_up_jax()
+    from gemma_jax.inference.engine import Engine
     from gemma_jax.inference.sampling import Sampling
     from gemma_jax.loading import load_sampling, load_tokenizer
-    from gemma_jax.serving.one_at_a_time import OneAtATime
+    from gemma_jax.resident_adapters import held_adapters
     from gemma_jax.serving.served import Served
 
     tokenizer = load_tokenizer(source)
     sampling = load_sampling(source) or Sampling(temperature=1.0)
     gemma = options.for_writing().load(source)
-    most = gemma.cfg.max_positions
+    most, (slots, context, waiting, kept) = gemma.cfg.max_positions, sizes
     if context is not None and context > most:
         raise ValueError(f"--context {context}: the model's own is {most}")
+    length = min(context or CONTEXT, most)
     return Served(
         name=name or Path(source).name,
         cfg=gemma.cfg,
         tokenizer=tokenizer,
-        engine=OneAtATime(gemma, waiting=waiting),
-        context=min(context or CONTEXT, most),
+        engine=Engine(gemma, slots=slots, context=length, queue=waiting, prefix_bytes=kept << 20),
+        context=length,
         limits=limits,
         sampling=sampling,
         created=int(time.time()),
+        adapters=tuple(held_adapters(gemma)),
+        structured=_grammars(tokenizer, gemma.cfg.vocab_size, limits),
     )
+
+
+def _grammars(tokenizer, vocab_size: int, limits: "Limits"):
+    """What makes constraints; `None` where llguidance is missing."""
+    from gemma_jax.inference.constraints import GrammarCompiler, GrammarLimits
+    from gemma_jax.text import chat_stop_ids
+
+    bounds, stop_ids = GrammarLimits(max_bytes=limits.schema_bytes), chat_stop_ids(tokenizer)
+    try:
+        return GrammarCompiler(tokenizer, vocab_size, stop_ids=stop_ids, limits=bounds).constraint
+    except ImportError:
+        return None
 
 
 def _require_extra() -> None:

@@ -3,7 +3,7 @@
 import secrets
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -82,7 +82,7 @@ def make_requests(call: ChatCall, state: State, owner: str) -> list[Request]:
     )
     if call.structure is None:
         return requests
-    return [replace(r, constraint=constrained(call.structure, served)) for r in requests]
+    return [constrained(r, call.structure, served) for r in requests]
 
 
 async def chat_completions(http: HttpRequest) -> Response:

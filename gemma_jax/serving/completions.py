@@ -3,7 +3,7 @@
 import secrets
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -87,7 +87,7 @@ def make_requests(call: CompletionCall, state: State, owner: str) -> list[Reques
         )
     if call.structure is None:
         return requests
-    return [replace(r, constraint=constrained(call.structure, served)) for r in requests]
+    return [constrained(r, call.structure, served) for r in requests]
 
 
 async def completions(http: HttpRequest) -> Response:

@@ -80,11 +80,13 @@ class Metrics:
         names = {
             "num_requests_running": ("running", GaugeMetricFamily, "Requests being answered."),
             "num_requests_waiting": ("waiting", GaugeMetricFamily, "Requests that wait."),
-            "kv_cache_usage_perc": ("cache_usage", GaugeMetricFamily, "Share of slots in use."),
-            "prefix_cache_queries": ("prefix_queries", CounterMetricFamily, "Tokens looked for."),
-            "prefix_cache_hits": ("prefix_hits", CounterMetricFamily, "Tokens found."),
+            "kv_cache_usage_perc": ("usage", GaugeMetricFamily, "Share of slots in use."),
+            "prefix_cache_queries": ("prompt_tokens", CounterMetricFamily, "Tokens looked for."),
+            "prefix_cache_hits": ("cached_tokens", CounterMetricFamily, "Tokens found."),
         }
-        stats = self._stats()
+        stats = dict(self._stats())
+        if "slots" in stats and "running" in stats:
+            stats["usage"] = stats["running"] / stats["slots"]
         for name, (key, family, text) in names.items():
             if key in stats:
                 metric = family(self._prefix + name, text, labels=self._labels)

@@ -14,7 +14,7 @@ from gemma_jax.serving.limits import Limits
 from gemma_jax.serving.served import Served
 
 ONLY_ALONE = "this server answers each request alone and keeps nothing"
-BIAS = 100.0  # the largest of a logit
+BIAS, MOST_BIASES = 100.0, 300  # the largest of a logit; of one request, as in the API
 _INT64 = 2**63
 
 
@@ -136,6 +136,8 @@ def read_sampling(fields: Fields, default: Sampling) -> Sampling:
         name: fields.number(name, low=0, high=largest)
         for name in ("temperature", "top_p", "min_p", "repetition_penalty")
     }
+    for name in ("presence_penalty", "frequency_penalty"):
+        given[name] = fields.number(name, low=-2, high=2)
     given["top_k"] = fields.integer("top_k", low=-1, high=1 << 31)
     if given["top_k"] == -1:
         given["top_k"] = 0  # as other servers spell "all"
@@ -192,8 +194,8 @@ def _logit_bias(fields: Fields, served: Served) -> dict[int, float]:
         if not (name.isascii() and name.isdigit() and len(name) < 10 and int(name) < size):
             raise given.error(f"expected a token id below {size}", name[:20])
         bias[int(name)] = given.number(name, 0.0, low=-BIAS, high=BIAS)
-    if len(bias) > 1024:
-        raise fields.error("more than 1024 tokens", "logit_bias")
+    if len(bias) > MOST_BIASES:
+        raise fields.error(f"more than {MOST_BIASES} tokens", "logit_bias")
     return bias
 
 
@@ -211,9 +213,6 @@ def _include_usage(fields: Fields, stream: bool) -> bool:
 
 def _refuse_others(fields: Fields) -> None:
     """Fields of the API that would change something here, if they were honoured."""
-    penalty = "the repetition_penalty is what this model family has"
-    for name in ("presence_penalty", "frequency_penalty"):
-        fields.only(name, 0, 0.0, because=penalty)
     fields.only("store", False, because=ONLY_ALONE)
     fields.only("metadata", {}, because=ONLY_ALONE)
     fields.only("service_tier", "auto", "default", because="there is one tier")

@@ -21,7 +21,7 @@ class Writes(Protocol):
         """Takes a request, or raises `Full` or `ValueError`. Pieces come from another thread."""
         ...
 
-    def stats(self) -> Mapping[str, float]:
+    def stats(self) -> Mapping[str, object]:
         """Numbers about what is going on: `running`, `waiting`, ..., see `metrics`."""
         ...
 

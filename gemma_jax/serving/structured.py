@@ -1,13 +1,14 @@
 """Answers that follow a grammar: what requests say of it."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from gemma_jax.inference.requests import Constraint
+from gemma_jax.inference.requests import Request
 from gemma_jax.serving.errors import refused
 from gemma_jax.serving.fields import Fields
 from gemma_jax.serving.limits import Limits
 from gemma_jax.serving.served import Served
+from gemma_jax.text import chat_stop_ids
 
 ANY_OBJECT = '{"type":"object"}'
 
@@ -50,8 +51,8 @@ def read_structure(fields: Fields, limits: Limits) -> Structure | None:
     return given[0] if given else None
 
 
-def constrained(structure: Structure, served: Served) -> Constraint:
-    """What holds one answer to the grammar.
+def constrained(request: Request, structure: Structure, served: Served) -> Request:
+    """The request, held to the grammar.
 
     Raises:
       ApiError: The grammar cannot be read, or this server has none.
@@ -63,9 +64,12 @@ def constrained(structure: Structure, served: Served) -> Constraint:
             "unsupported_value",
         )
     try:
-        return served.structured(structure.kind, structure.text)
+        constraint = served.structured(structure.kind, structure.text)
     except ValueError as error:
         raise refused(f"{structure.param}: {error}", structure.param) from None
+    # Where the grammar is at its end, these alone are legal.
+    stop_ids = tuple(dict.fromkeys((*request.stop_ids, *chat_stop_ids(served.tokenizer))))
+    return replace(request, constraint=constraint, stop_ids=stop_ids)
 
 
 def _response_format(fields: Fields) -> Structure | None:

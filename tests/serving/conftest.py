@@ -5,9 +5,10 @@ import tiny
 import tiny_vocabulary
 from serving_live import Scripted, live
 
+from gemma_jax.inference.constraints import GrammarCompiler
+from gemma_jax.inference.engine import Engine
 from gemma_jax.inference.sampling import Sampling
 from gemma_jax.serving.limits import Limits
-from gemma_jax.serving.one_at_a_time import OneAtATime
 from gemma_jax.serving.served import Served
 from gemma_jax.text import Tokenizer
 
@@ -46,12 +47,15 @@ def scripted(served_by):
 
 
 @pytest.fixture(scope="module")
-def talker(served_by):
+def talker(served_by, tokenizer):
     """A live server of a tiny random Gemma 3 that sees."""
     vision = tiny.vision(num_layers=1, image_token=VOCABULARY, start_token=6, end_token=7)
     cfg = tiny.gemma3(layers=1, window=512, vocab_size=VOCABULARY, vision=vision)
-    engine = OneAtATime(tiny.model(cfg, "unrolled"))
+    engine = Engine(
+        tiny.model(cfg, "unrolled"), slots=2, context=256, chunk=32, queue=8, prefix_bytes=1 << 24
+    )
+    grammars = GrammarCompiler(tokenizer, VOCABULARY)
     engine.start()
-    with live(served_by(engine, cfg=cfg)) as running:
+    with live(served_by(engine, cfg=cfg, structured=grammars.constraint)) as running:
         yield running
     engine.close()

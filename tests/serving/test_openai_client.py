@@ -2,9 +2,12 @@
 
 import base64
 import io
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 import numpy as np
 import openai
+import pydantic
 import pytest
 
 from gemma_jax import Image
@@ -25,7 +28,7 @@ def picture(level: int = 0, side: int = 30) -> str:
 
 
 def test_the_text_is_that_of_generate(client, talker, tokenizer):
-    model = talker.engine._model
+    model = talker.engine.model
     alone = generate(model, tokenizer, ASK["messages"], max_new_tokens=8)
     done = client.chat.completions.create(**ASK, temperature=0)
     assert done.choices[0].message.content == alone.text
@@ -74,6 +77,51 @@ def test_pictures_that_are_not(client, url, words):
         client.chat.completions.create(**ASK | {"messages": [{"role": "user", "content": parts}]})
 
 
-def test_what_the_engine_cannot_do_is_refused(client):
-    with pytest.raises(openai.BadRequestError, match="top_logprobs is not available"):
-        client.chat.completions.create(**ASK, logprobs=True, top_logprobs=2)
+class Answer(pydantic.BaseModel):
+    """What `parse` shall return."""
+
+    capital: bool
+    kind: Literal["a", "b"]
+
+
+def test_an_answer_follows_a_pydantic_model(client):
+    fields = ASK | {"max_tokens": 60}
+    done = client.chat.completions.parse(**fields, response_format=Answer, seed=1)
+    assert isinstance(done.choices[0].message.parsed, Answer)
+    assert done.choices[0].finish_reason == "stop"
+    with pytest.raises(openai.LengthFinishReasonError):
+        client.chat.completions.parse(**ASK, response_format=Answer)
+    yes = client.chat.completions.create(**fields, n=2, extra_body={"guided_regex": "Yes|No"})
+    assert {choice.message.content for choice in yes.choices} <= {"Yes", "No"}
+    with pytest.raises(openai.BadRequestError, match="guided_regex"):
+        client.chat.completions.create(**ASK, extra_body={"guided_regex": "("})
+
+
+def test_biases_and_probable_tokens(client, tokenizer):
+    yes = tokenizer.encode("Yes")[0]
+    done = client.chat.completions.create(
+        **ASK, temperature=0, logit_bias={yes: 100}, logprobs=True, top_logprobs=3
+    )
+    assert set(done.choices[0].message.content.replace("Yes", "")) == set()
+    first = done.choices[0].logprobs.content[0]
+    values = [one.logprob for one in first.top_logprobs]
+    assert len(values) == 3 and values == sorted(values, reverse=True)
+
+
+def test_many_at_once_are_answered_as_alone(client):
+    def ask(i):
+        done = client.chat.completions.create(**ASK, temperature=1, seed=i)
+        return done.choices[0].message.content
+
+    alone = [ask(i) for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, range(4))) == alone
+
+
+def test_a_beginning_that_was_read_is_told_of(client):
+    system = {"role": "system", "content": "the capital of France is Paris. " * 4}
+    fields = ASK | {"messages": [system, *ASK["messages"]], "temperature": 0}
+    first, second = (client.chat.completions.create(**fields) for _ in range(2))
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    assert second.usage.prompt_tokens_details.cached_tokens >= 32
+    assert first.choices == second.choices

@@ -139,7 +139,7 @@ REFUSED = [
     (dict(temperature="hot"), "temperature: expected a number, got a text"),
     (dict(top_p=0), "top_p=0 must be above 0"),
     (dict(n=100), "n: expected 1 to 8, got 100"),
-    (dict(presence_penalty=1), "presence_penalty.*not supported"),
+    (dict(presence_penalty=3), "presence_penalty: expected -2 to 2"),
     (dict(max_tokens=2, max_completion_tokens=3), "not both"),
     (dict(max_tokens=1000), "context"),
     (dict(top_logprobs=2), "needs logprobs"),
