@@ -144,7 +144,13 @@ def test_every_family_and_attention(family, layout, runtime):
         asked.append((one, submitted(engine, one)[1]))
         engine.step()
     run(engine)
-    assert_as_offline(model, asked)
+    if "cache_dtype" not in runtime:
+        assert_as_offline(model, asked)
+        return
+    # A sum in another order may round to another whole number, in an offline batch of them all as
+    # well: against each alone, in the same passes.
+    for one, answer in asked:
+        assert_alone(model, one, answer)
 
 
 def test_each_request_has_its_own_adapter():
