@@ -58,7 +58,7 @@ def check_arguments(tool: Tool, arguments: Mapping[str, object]) -> None:
     schema = {"type": "object", "additionalProperties": False, **tool.parameters}
     try:
         _Check(tool).apply(schema, arguments, "")
-    except _TooLong:
+    except (_TooLong, RecursionError):
         raise ValueError(f"the arguments of {tool.name} take too long to check") from None
 
 

@@ -22,7 +22,7 @@ from .tools import Tool
 
 START_RESULT, END_RESULT = "<start_function_response>", "<end_function_response>"
 _START_TOOL, _END_TOOL = "<start_function_declaration>", "<end_function_declaration>"
-_BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]{0,127}")
+BARE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]{0,127}")
 # Special tokens of Gemma's vocabularies: inside of calls and results they are text, and stay text.
 _MARKER = re.compile(
     r"<(?=(?:(?:start|end)_(?:of_\w+|function_\w+)|bos|eos|pad|unk|mask|escape|unused\d+"
@@ -127,26 +127,26 @@ def _python_calls(calls: Sequence[ToolCall]) -> str:
 
 def _python_arguments(arguments: Mapping[str, object]) -> str:
     return ", ".join(
-        f"{key}={_python(value)}"
-        if _BARE.fullmatch(key)
-        else f"**{{{_json(key)}: {_python(value)}}}"
+        f"{key}={python_value(value)}"
+        if BARE_NAME.fullmatch(key)
+        else f"**{{{_json(key)}: {python_value(value)}}}"
         for key, value in arguments.items()
     )
 
 
-def _python(value: object) -> str:
+def python_value(value: object) -> str:
     if value is None or isinstance(value, bool):
         return repr(value)
     if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{_json(str(k))}: {_python(v)}' for k, v in value.items())}}}"
+        return f"{{{', '.join(f'{_json(str(k))}: {python_value(v)}' for k, v in value.items())}}}"
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_python, value))}]"
+        return f"[{', '.join(map(python_value, value))}]"
     return _json(value)
 
 
 def _functiongemma_declaration(tools: Sequence[Tool]) -> str:
     return "".join(
-        f"{_START_TOOL}declaration:{tool.name}{_marked(_declared(tool))}{_END_TOOL}"
+        f"{_START_TOOL}declaration:{tool.name}{marked_value(_declared(tool))}{_END_TOOL}"
         for tool in tools
     )
 
@@ -180,17 +180,18 @@ def _said(schema: Mapping, where: str) -> dict:
     return said
 
 
-def _marked(value: object) -> str:
+def marked_value(value: object) -> str:
     """A value in FunctionGemma's notation."""
     if isinstance(value, str):
         return f"{ESCAPE}{_without_markers(value)}{ESCAPE}"
     if isinstance(value, Mapping):
         pairs = (
-            f"{k if _BARE.fullmatch(k) else _marked(k)}:{_marked(v)}" for k, v in value.items()
+            f"{k if BARE_NAME.fullmatch(k) else marked_value(k)}:{marked_value(v)}"
+            for k, v in value.items()
         )
         return f"{{{','.join(pairs)}}}"
     if isinstance(value, (list, tuple)):
-        return f"[{','.join(map(_marked, value))}]"
+        return f"[{','.join(map(marked_value, value))}]"
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"expected values of JSON in calls and results, got {value}")
     return _json(value)
@@ -207,14 +208,14 @@ def _without_markers(text: str) -> str:
 
 def _functiongemma_calls(calls: Sequence[ToolCall]) -> str:
     return "".join(
-        f"{START_CALL}call:{call.name}{_marked(dict(sorted(call.arguments.items())))}{END_CALL}"
+        f"{START_CALL}call:{call.name}{marked_value(dict(sorted(call.arguments.items())))}{END_CALL}"
         for call in calls
     )
 
 
 def _functiongemma_results(results: Sequence[ToolResult]) -> str:
     return "".join(
-        f"{START_RESULT}response:{result.name}{_marked(_as_object(result.content))}{END_RESULT}"
+        f"{START_RESULT}response:{result.name}{marked_value(_as_object(result.content))}{END_RESULT}"
         for result in results
     )
 

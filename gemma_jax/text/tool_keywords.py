@@ -186,8 +186,10 @@ def _check_circles(
             _check_circles(inner, root, where, done, open_)
     if (ref := schema.get("$ref")) is None or ref in done:
         return
-    if ref in open_ or len(open_) > DEEPEST:
+    if ref in open_:
         raise ValueError(f"the '$ref' {ref!r:.80} of {where} leads to itself")
+    if len(open_) > DEEPEST:
+        raise ValueError(f"the '$ref' of {where} leads on through more than {DEEPEST} others")
     _check_circles(resolve(ref, root, where), root, where, done, open_ | {ref})
     done.add(ref)
 
