@@ -42,9 +42,21 @@ def _lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line]
 
 
-def _schema(parameters: dict) -> dict:
-    """BFCL says "dict" where JSON schema says "object"."""
-    return {**parameters, "type": "object"}
+# What BFCL's declarations call types that JSON schema names otherwise.
+_TYPES = {"dict": "object", "float": "number", "tuple": "array"}
+
+
+def _schema(said: dict) -> dict:
+    """BFCL's declaration as a JSON schema: "any" is no limit, `required` says what is optional."""
+    schema = {key: value for key, value in said.items() if key != "optional"}
+    kind = schema.pop("type", "any")
+    if kind != "any":
+        schema["type"] = _TYPES.get(kind, kind)
+    if "properties" in schema:
+        schema["properties"] = {k: _schema(v) for k, v in schema["properties"].items()}
+    if "items" in schema:
+        schema["items"] = _schema(schema["items"])
+    return schema
 
 
 def _call(call: dict, which: int) -> ToolCall:
