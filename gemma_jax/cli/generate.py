@@ -58,6 +58,17 @@ def command(
         typer.Option(metavar="NAME|FILE", help="Let this slice of the model draft tokens for it."),
     ] = None,
     draft_tokens: Annotated[int, typer.Option(min=1, help="Drafts per pass.")] = 4,
+    schema: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|JSON", help="Write JSON that fits this JSON Schema."),
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option(help="Write text that matches this regular expression.")
+    ] = None,
+    lark: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Write text of this Lark grammar."),
+    ] = None,
     as_json: common.Json = False,
 ) -> None:
     """Continue PROMPT and stream the text to stdout."""
@@ -71,6 +82,9 @@ def command(
         raise typer.BadParameter("a --stop text needs at least one character")
     if prompt is not None:
         prompt = utf8(sys.stdin.buffer.read() if prompt == "-" else prompt, "the prompt")
+    grammar = _grammar(schema, regex, lark)
+    if grammar and speculative:
+        raise typer.BadParameter(f"--{min(grammar)} and --speculative do not go together")
     arrays = read_inputs(inputs) if inputs else None
     from gemma_jax.inference.sampling import Sampling
 
@@ -130,6 +144,7 @@ def command(
             draft=common.view(whole, draft) if submodel and draft else draft,
             draft_tokens=draft_tokens,
             progress=bar,
+            **grammar,
         )
     end = time.perf_counter()
     if as_json:
@@ -147,6 +162,18 @@ def command(
             print(done.text if tokenizer else " ".join(map(str, done.token_ids)))
     else:
         print()
+
+
+def _grammar(schema: str | None, regex: str | None, lark: Path | None) -> dict[str, str]:
+    """The one of these that is given, as an argument of `generate`."""
+    from gemma_jax.inference.grammar import Grammar
+
+    if schema is not None and not schema.lstrip().startswith("{"):
+        schema = utf8(Path(schema).read_bytes(), schema)
+    rules = None if lark is None else utf8(lark.read_bytes(), str(lark))
+    with flags_for("schema", "regex", "lark"):
+        grammar = Grammar.of(schema=schema, regex=regex, lark=rules)
+    return {} if grammar is None else {grammar.kind: grammar.text}
 
 
 def _prompts_of(arrays: dict[str, "np.ndarray"], model: "Gemma", path: Path) -> "list[Prompt]":

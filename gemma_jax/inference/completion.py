@@ -6,8 +6,12 @@ from difflib import get_close_matches
 from functools import partial
 from inspect import signature
 from numbers import Integral
+from typing import Any
 
 from gemma_jax.decoder.model import Gemma
+from gemma_jax.inference.constrained import ConstrainedSession
+from gemma_jax.inference.constraints import GrammarCompiler, GrammarConstraint
+from gemma_jax.inference.grammar import Grammar
 from gemma_jax.inference.logits_processors import LogitsProcessor
 from gemma_jax.inference.sampling import Sampling
 from gemma_jax.inference.session import Session
@@ -35,6 +39,7 @@ class Completion:
       log_probs: Log-probability of each new token under the model, before sampling rules; nats.
       proposed_drafts, accepted_drafts: With a draft model, how many tokens it proposed, and how
         many of them were kept.
+      parsed: With a pydantic model as `schema`, the object; `None` if the text was cut.
 
     Examples:
       >>> import gemma_jax as gj
@@ -52,6 +57,7 @@ class Completion:
     log_probs: list[float] = field(default_factory=list)
     proposed_drafts: int = 0
     accepted_drafts: int = 0
+    parsed: Any = None
 
     def __str__(self) -> str:
         return self.text
@@ -64,6 +70,7 @@ class Continuation:
     Attributes:
       new_tokens: How many are written at most.
       streaming: Whether to look at the tokens while they come.
+      grammar: Of every text, if it has one.
     """
 
     session: Session
@@ -71,6 +78,7 @@ class Continuation:
     writers: list[TextWriter]
     new_tokens: int
     streaming: bool
+    grammar: Grammar | None = None
 
     def pieces(self) -> Iterator[tuple[int, str]]:
         """Row and new text, until all rows have ended."""
@@ -85,13 +93,19 @@ class Continuation:
                 text=writer.text,
                 token_ids=session.chosen[i][: writer.count],
                 prompt_token_ids=prompt.token_ids,
-                finish_reason=self._reason(writer, ended[i]),
+                finish_reason=(reason := self._reason(writer, ended[i])),
                 log_probs=session.log_probs[i][: writer.count],
                 proposed_drafts=proposed[i],
                 accepted_drafts=accepted[i],
+                parsed=self._parsed(writer) if reason == "stop" else None,
             )
             for i, (writer, prompt) in enumerate(zip(self.writers, self.prompts, strict=True))
         ]
+
+    def _parsed(self, writer: TextWriter) -> Any:
+        if self.grammar is None or self.grammar.parse is None or writer.stopped:
+            return None
+        return self.grammar.parse(writer.text)
 
     def _reason(self, writer: TextWriter, ended: bool) -> str:
         if ended:
@@ -118,6 +132,7 @@ def begin(
     draft_tokens: int,
     logits_processors: LogitsProcessor | Sequence[LogitsProcessor],
     streaming: bool,
+    grammar: Grammar | None = None,
 ) -> Continuation:
     """Reads prompts and chooses the first token after each; arguments as those of `generate`.
 
@@ -125,6 +140,7 @@ def begin(
       media: Name of a modality -> a list of items per prompt, or `None`.
       preparation: How items are prepared, see `modality_of`.
       streaming: See `Continuation`; stop texts are looked for in any case.
+      grammar: What every text must look like.
     """
     check_model(model)
     if not prompts:
@@ -145,6 +161,12 @@ def begin(
     session_class = Session
     if draft is not None:
         session_class = partial(SpeculativeSession, draft=draft, draft_tokens=draft_tokens)
+    if grammar is not None:
+        if draft is not None:
+            raise ValueError("drafts do not follow a grammar; leave out draft, or the grammar")
+        constraint = _constraint(model, tokenizer, grammar, stop_ids)
+        each = [constraint, *(constraint.copy() for _ in read[1:])]
+        session_class = partial(ConstrainedSession, constraints=each)
     session = session_class(
         model,
         len(read),
@@ -164,7 +186,15 @@ def begin(
         progress=progress,
     )
     writers = [TextWriter(tokenizer, stop, ids) for ids in session.stop_ids]
-    return Continuation(session, read, writers, new, streaming)
+    return Continuation(session, read, writers, new, streaming, grammar)
+
+
+def _constraint(
+    model: Gemma, tokenizer: Tokenizer | None, grammar: Grammar, stop_ids: Sequence[int]
+) -> GrammarConstraint:
+    if tokenizer is None:
+        raise ValueError(f"a {grammar.kind} needs a tokenizer; give one")
+    return GrammarCompiler(tokenizer, model.cfg.vocab_size, stop_ids=stop_ids).of(grammar)
 
 
 def check_model(model: object) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.inference.completion import Completion, Progress, begin, check_names
+from gemma_jax.inference.grammar import Grammar, Schema
 from gemma_jax.inference.logits_processors import LogitsProcessor
 from gemma_jax.inference.sampling import Sampling
 from gemma_jax.inference.session import CHUNK
@@ -38,6 +39,9 @@ def generate(
     draft: Gemma | Slice | None = None,
     draft_tokens: int = DRAFT_TOKENS,
     logits_processors: LogitsProcessor | Sequence[LogitsProcessor] = (),
+    schema: Schema | None = None,
+    regex: str | None = None,
+    lark: str | None = None,
     **sampling_fields: float,
 ) -> Completion | list[Completion]:
     """Generates text after one prompt, or after each of a batch of prompts of any lengths.
@@ -78,13 +82,23 @@ def generate(
         prompt included, -1 behind the last. A function that is defined anew compiles anew, and what
         one reads besides its arguments is what it was at the first call; see
         `gemma_jax.inference.logits_processors`.
+      schema: Every text is JSON that fits this schema: a dict, JSON, or a pydantic model, whose
+        object is then `Completion.parsed`. `{"type": "object"}` is any JSON object. Objects are
+        written as `json.dumps` does, with their properties in the order of the schema. Needs the
+        extra `grammar`, as do `regex` and `lark`, of which one may be given instead. Text that
+        `max_new_tokens` or `stop` cuts is only the beginning of one that fits.
+      regex: Every text matches this regular expression as a whole (Rust's syntax, no look-around).
+      lark: Every text is one of this grammar, in llguidance's variant of Lark.
 
     Returns:
       One `Completion`, or a list of them for a batch.
 
     Raises:
       ValueError: Empty prompt, ids outside the vocabulary, a prompt that leaves no room in the
-        context, impossible sampling values, items that cannot be read or do not fit the text.
+        context, impossible sampling values, items that cannot be read or do not fit the text;
+        a grammar that is not supported, costs too much (see `GrammarLimits`), or comes with
+        `draft`; what pydantic's own validators say of a text.
+      ImportError: A grammar without llguidance.
       TypeError: A keyword that there is not; the nearest one is named.
 
     Examples:
@@ -101,6 +115,8 @@ def generate(
       ...     return logits_BV.at[:, nine].set(float("-inf"))
       >>> print(gj.generate(model, tok, texts[0], images=[picture], logits_processors=no_nine))
       0
+      >>> print(gj.generate(model, tok, "Read the digits.", images=[picture], regex="[0-9]{2}"))
+      96
     """
     check_names(generate, sampling_fields)
     single = is_one_prompt(prompt)
@@ -125,6 +141,7 @@ def generate(
         draft_tokens=draft_tokens,
         logits_processors=logits_processors,
         streaming=on_text is not None,
+        grammar=Grammar.of(schema=schema, regex=regex, lark=lark),
     )
     for row, text in written.pieces():
         if on_text is not None:

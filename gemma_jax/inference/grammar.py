@@ -56,7 +56,7 @@ def _json(schema: Schema) -> str:
         _check_json(schema)
         return schema
     if hasattr(schema, "model_json_schema"):
-        schema = schema.model_json_schema()
+        schema = _closed(schema.model_json_schema())
     if not isinstance(schema, Mapping):
         raise ValueError(
             f"schema must be a dict, JSON or a pydantic model, got {type(schema).__name__}"
@@ -65,6 +65,25 @@ def _json(schema: Schema) -> str:
         return json.dumps(schema)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"schema is no JSON: {error or type(error).__name__}") from None
+
+
+def _closed(schema: Any) -> Any:
+    """Without properties that a pydantic model does not have: it would only ignore them."""
+    if not isinstance(schema, dict):
+        return schema
+    one = {key: _closed(schema[key]) for key in ("items", "additionalProperties") if key in schema}
+    many = {
+        key: [_closed(each) for each in schema[key]]
+        for key in ("anyOf", "allOf", "oneOf", "prefixItems")
+        if key in schema
+    }
+    named = {
+        key: {name: _closed(each) for name, each in schema[key].items()}
+        for key in ("properties", "$defs")
+        if key in schema
+    }
+    closing = {"additionalProperties": False} if "properties" in schema else {}
+    return {**closing, **schema, **one, **many, **named}
 
 
 def _check_json(text: str) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.inference.completion import Completion, Continuation, Progress, begin, check_names
+from gemma_jax.inference.grammar import Grammar, Schema
 from gemma_jax.inference.logits_processors import LogitsProcessor
 from gemma_jax.inference.sampling import Sampling
 from gemma_jax.inference.session import CHUNK
@@ -64,6 +65,9 @@ def stream(
     draft: Gemma | Slice | None = None,
     draft_tokens: int = DRAFT_TOKENS,
     logits_processors: LogitsProcessor | Sequence[LogitsProcessor] = (),
+    schema: Schema | None = None,
+    regex: str | None = None,
+    lark: str | None = None,
     **sampling_fields: float,
 ) -> TextStream:
     """Generates text after one prompt and yields it piece by piece as it comes.
@@ -113,5 +117,6 @@ def stream(
             draft_tokens=draft_tokens,
             logits_processors=logits_processors,
             streaming=True,
+            grammar=Grammar.of(schema=schema, regex=regex, lark=lark),
         )
     )

@@ -219,10 +219,21 @@ class Model:
         return ("parsed", text)
 
 
+class Open(Model):
+    """Says nothing of other properties, as pydantic's models do."""
+
+    @staticmethod
+    def model_json_schema():
+        inner = {"properties": {"properties": {"type": "integer"}}}
+        free = {"properties": {}, "additionalProperties": True}
+        return {"$defs": {"inner": inner}, "properties": {"a": {"items": inner}, "b": free}}
+
+
 def test_grammars_are_given_in_one_way():
     assert Grammar.of() is None
     assert Grammar.of(schema=PERSON) == Grammar.of(schema=json.dumps(PERSON))
     assert Grammar.of(schema=Model).parse("{}") == ("parsed", "{}")
+    assert Grammar.of(schema=Open).text.count('"additionalProperties": false') == 3
     with pytest.raises(ValueError, match="schema or regex, not both"):
         Grammar.of(schema=PERSON, regex="a")
     for wrong in ("{", "[]", 3, [PERSON], {"enum": {1}}, {"x": "{" * 3, "y": object()}):
