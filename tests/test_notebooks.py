@@ -322,6 +322,7 @@ def test_your_own_architecture():
     assert any("image/png" in o.get("data", {}) for o in outputs(done, "plt.subplots"))
     counts, *losses = map(float, re.findall(r"\d\.\d\d", printed(done, "plt.subplots")))
     assert len(losses) == 3 and max(losses) < counts - 0.8
+    assert len(printed(done, "run_ablation").splitlines()) == 2
     *equal, refused = printed(done, "gj.save").splitlines()
     assert [line.endswith("True") for line in equal] == [True, True] and "block" in refused
 
