@@ -1,5 +1,6 @@
 """What a run goes on from: whole folders, bit for bit, and nothing lost for a full disk."""
 
+import os
 import resource
 from dataclasses import replace
 
@@ -65,6 +66,30 @@ def test_what_a_killed_process_left_is_passed_over(states, tmp_path):
     assert_same(again.restore(state())[0], state(3))
     again.save(state(4), {})
     assert again.latest == 4 and not half.exists()
+
+
+@pytest.mark.parametrize("files", [0, 1, 3])
+def test_killed_while_an_old_step_is_deleted(files, tmp_path, monkeypatch):
+    """After so many of its files: what is left of it is neither a step nor in the way."""
+    states = TrainingStates(tmp_path / "states")
+    states.save(state(1), {}, 2.0)
+    unlink, left = os.unlink, [files]
+
+    def killed(path, **at):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        unlink(path, **at)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            states.save(state(2), {}, 1.0)
+    resumed = TrainingStates(tmp_path / "states")
+    assert (resumed.latest, resumed.best) == (2, 2)
+    resumed.save(state(3), {}, 0.5)
+    assert [p.name for p in (tmp_path / "states").iterdir()] == ["3"]
+    assert_same(resumed.restore(state())[0], state(3))
 
 
 def test_nothing_to_resume_is_said(states):

@@ -2,8 +2,10 @@
 
 A folder appears by being renamed when all in it is written, so whenever a run is killed, the last
 whole one is there. Old ones are deleted after a new one has appeared: a full disk costs nothing.
+Deleting begins by renaming, too: a folder that is half deleted when a run is killed counts no more.
 """
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from ..errors import CheckpointError
 Json = Mapping[str, Any]
 STATE, FACTS = "state", "facts"  # items of a folder
 HELD_OUT = "held_out_loss"
+DELETED = "deleted"  # where a step goes first
 
 
 class TrainingStates:
@@ -51,9 +54,11 @@ class TrainingStates:
             cleanup_tmp_directories=True,
             # A step gives the arrays of the last one away (donation): they are written before it.
             enable_async_checkpointing=False,
+            todelete_subdir=DELETED,
         )
         handlers = {STATE: ocp.StandardCheckpointHandler(), FACTS: ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        self._delete_for_good()
 
     @property
     def latest(self) -> int | None:
@@ -104,6 +109,11 @@ class TrainingStates:
         for step in self._manager.all_steps():
             if step not in kept:
                 self._manager.delete(step)
+        self._delete_for_good()
+
+    def _delete_for_good(self) -> None:
+        if jax.process_index() == 0:
+            shutil.rmtree(self.folder / DELETED, ignore_errors=True)
 
     def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
         """A moment as it was, and its facts.
