@@ -10,7 +10,8 @@ from starlette.responses import Response
 
 from gemma_jax.inference.requests import Request
 from gemma_jax.multimodal.prompts import Prompt
-from gemma_jax.serving.events import DONE, JSON, EventStream, event, unless_gone
+from gemma_jax.serving.answered import answered
+from gemma_jax.serving.events import DONE, event
 from gemma_jax.serving.fields import Fields
 from gemma_jax.serving.generation import Generation
 from gemma_jax.serving.log_probs import completion_lists
@@ -92,23 +93,7 @@ def make_requests(call: CompletionCall, state: State, owner: str) -> list[Reques
 
 async def completions(http: HttpRequest) -> Response:
     """The route."""
-    state: State = http.app.state.server
-    fields = await state.fields(http)
-    call = await state.read(read_call, fields, state)
-    http.state.note.update(model=call.wanted.model, user=call.wanted.user or None)
-    requests = await state.read(make_requests, call, state, http.state.owner)
-    generation = await state.generation(http, requests, call.wanted.stops)
-    answer = CompletionAnswer(call, state, generation)
-    if call.wanted.stream:
-        return EventStream(
-            answer.events(),
-            state.served.limits.write_seconds,
-            lambda outcome: state.ended(http, generation),
-        )
-    try:
-        return JSON(await unless_gone(http, answer.whole()))
-    finally:
-        state.ended(http, generation)
+    return await answered(http, read_call, make_requests, CompletionAnswer)
 
 
 class CompletionAnswer:
