@@ -25,7 +25,9 @@ from gemma_jax.inference.logits_processors import LogitsProcessor
 from gemma_jax.inference.requests import Constraint
 from gemma_jax.inference.session import Session
 
-WIDTHS = (16, 64)  # tokens of a pass over forced ones: a program for each, made when needed
+# Forced tokens of a pass, which chooses one more: a program for each. Other numbers are read in
+# several passes and never padded, as on a CPU a pass costs nearly what its tokens do.
+WIDTHS = (3, 15)
 
 
 @jax.tree_util.register_dataclass
@@ -159,9 +161,10 @@ class ConstrainedSession(Session):
         if constraint is None:
             return NextTokens([], None)
         # Maybe more than this call was asked for; that waits for the next one, as with drafts.
-        room = min(self._most[row] - len(self.chosen[row]) - 1, WIDTHS[-1])
-        forced = constraint.forced()[:room] if self._read_ahead and room > 1 else []
-        if len(forced) < 2:  # one token is as soon chosen as read
+        room = self._most[row] - len(self.chosen[row]) - 1
+        forced = constraint.forced()[:room] if self._read_ahead else []
+        forced = forced[: max((width for width in WIDTHS if width <= len(forced)), default=0)]
+        if not forced:
             return NextTokens([], constraint.mask())
         constraint.accept(forced)
         self._followed[row] += len(forced)

@@ -57,10 +57,10 @@ class GrammarLimits:
     Examples:
       >>> import gemma_jax as gj
       >>> gj.GrammarLimits(compile_seconds=1).max_bytes
-      65536
+      262144
     """
 
-    max_bytes: int = 1 << 16
+    max_bytes: int = 1 << 18
     compile_seconds: float = 5.0
     symbols: int = 500_000
     lexer_states: int = 50_000
@@ -201,9 +201,9 @@ class GrammarConstraint:
             return self._stop_W.copy()
         known_W = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
         self._check()
-        mask_W = np.zeros_like(self._legal_W)
-        mask_W[: len(known_W)] = known_W[: len(mask_W)]
-        mask_W &= self._legal_W
+        known_W = known_W[: len(self._legal_W)]
+        mask_W = np.zeros_like(self._legal_W)  # a model may have more words, or fewer
+        np.bitwise_and(known_W, self._legal_W[: len(known_W)], out=mask_W[: len(known_W)])
         if self._matcher.is_accepting():
             mask_W |= self._stop_W
         if not mask_W.any():
