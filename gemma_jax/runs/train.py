@@ -86,12 +86,9 @@ class Beside:
 
     Examples:
       >>> import gemma_jax as gj
-      >>> import numpy as np
-      >>> import optax
-      >>> model, tok = gj.load("checkpoints/digits", modalities=("text",), layout="scan")
-      >>> tokens = np.array([tok.encode("Which digit is left?", bos=True)])
-      >>> beside = gj.Beside(every=gj.Every(evaluate=1), held_out=[tokens])
-      >>> trained = gj.train(model, [tokens], optimizer=optax.sgd(0.1), steps=1, beside=beside)
+      >>> beside = gj.Beside(every=gj.Every(evaluate=20), guard=gj.SpikeGuard(times=10.0))
+      >>> beside.every.evaluate, beside.guard.times
+      (20, 10.0)
     """
 
     every: Every = field(default_factory=Every)

@@ -31,15 +31,13 @@ class LossError(ArithmeticError):
 
     Examples:
       >>> import gemma_jax as gj
-      >>> import numpy as np
-      >>> import optax
-      >>> model, tok = gj.load("checkpoints/digits", modalities=("text",), layout="scan")
-      >>> tokens = np.array([tok.encode("Which digit is left?", bos=True)])
+      >>> def train():  # stands for `gj.train`
+      ...     raise gj.LossError("the loss is nan", 2, [[5, 6]], {"loss": float("nan")})
       >>> try:
-      ...     gj.train(model, [tokens] * 3, optimizer=optax.sgd(float("inf")), steps=3)
+      ...     train()
       ... except gj.LossError as error:
-      ...     error.step
-      2
+      ...     error.step, error.batch
+      (2, [[5, 6]])
     """
 
     def __init__(self, message: str, step: int, batch: Any, metrics: dict[str, float]):

@@ -48,13 +48,6 @@ def test_the_short_form_is_what_is_stored():
     assert_same(run_ablation(short, (0,)), results.stored("local-global")["short"], rel=1e-3)
 
 
-def test_one_variant_of_the_short_form_is_what_is_stored():
-    """By day: the one whose layers are alike, which compiles soonest."""
-    short, name = ABLATIONS["local-global"].short(), "all global"
-    made = run_ablation(replace(short, variants={name: short.variants[name]}), (0,))
-    assert_same(made, {name: results.stored("local-global")["short"][name]}, rel=1e-3)
-
-
 def test_another_config_is_another_digest():
     ablation = ABLATIONS["local-global"]
     name, cfg = next(iter(ablation.variants.items()))
