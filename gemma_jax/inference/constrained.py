@@ -10,7 +10,7 @@ Local letters: X forced tokens; T = X + 1 tokens read; W words of a mask.
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -20,7 +20,8 @@ import numpy as np
 from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.forward import forward
 from gemma_jax.decoder.model import Gemma
-from gemma_jax.inference.decode import Allow, State, _append, _choose, constrained
+from gemma_jax.inference.decode import Allow, State, append, choose, constrained
+from gemma_jax.inference.legal_tokens import LegalTokens
 from gemma_jax.inference.logits_processors import LogitsProcessor
 from gemma_jax.inference.requests import Constraint
 from gemma_jax.inference.session import Session
@@ -28,27 +29,6 @@ from gemma_jax.inference.session import Session
 # Forced tokens of a pass, which chooses one more: a program for each. Other numbers are read in
 # several passes and never padded, as on a CPU a pass costs nearly what its tokens do.
 WIDTHS = (3, 15)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class LegalTokens:
-    """Tokens that the host says are legal next: an `Allow`.
-
-    Attributes:
-      words_BW: uint32, see `Constraint.mask`.
-    """
-
-    words_BW: jax.Array
-    vocab_size: int = field(metadata={"static": True})
-
-    def __call__(self, state: State, drafts_BX: jax.Array) -> jax.Array:
-        """bool `[B, 1, V]`: it knows of no drafts."""
-        if drafts_BX.shape[1]:
-            raise NotImplementedError("the host does not know the drafts of a program")
-        bits = (self.words_BW[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-        legal_BV = bits.reshape(len(bits), -1)[:, : self.vocab_size] > 0
-        return legal_BV[:, None]
 
 
 @dataclass(frozen=True)
@@ -87,16 +67,12 @@ class ConstrainedSession(Session):
     ):
         if len(constraints) != batch:
             raise ValueError(f"{len(constraints)} constraints for {batch} rows; give one for each")
-        super().__init__(model, batch, max_len, allow=self._all_legal(model, batch), **options)
+        all_legal = LegalTokens.of({}, batch, model.cfg.vocab_size)
+        super().__init__(model, batch, max_len, allow=all_legal, **options)
         self._constraints, self._read_ahead = list(constraints), read_ahead
         self._most = [0] * batch  # new tokens that there is room for
         self._followed = [0] * batch  # how many of the chosen tokens the constraint has accepted
         self._pool = ThreadPoolExecutor(os.cpu_count()) if batch > 1 else None
-
-    @staticmethod
-    def _all_legal(model: Gemma, batch: int) -> Allow:
-        V = model.cfg.vocab_size
-        return LegalTokens(np.full((batch, -(-V // 32)), 2**32 - 1, np.uint32), V)
 
     def prefill(
         self,
@@ -171,11 +147,7 @@ class ConstrainedSession(Session):
         return NextTokens(forced, None if constraint.complete else constraint.mask())
 
     def _permit(self, masks: dict[int, np.ndarray | None]) -> None:
-        words_BW = np.full_like(self.allow.words_BW, 2**32 - 1)
-        for i, mask_W in masks.items():
-            if mask_W is not None:
-                words_BW[i] = mask_W
-        self.allow = LegalTokens(words_BW, self.allow.vocab_size)
+        self.allow = LegalTokens.of(masks, len(self.chosen), self.model.cfg.vocab_size)
 
     def _read(self, coming: dict[int, NextTokens]) -> None:
         batch, longest = len(self.chosen), max(len(n.forced) for n in coming.values())
@@ -215,8 +187,8 @@ def read_forced(
     position_BT = jnp.where(index_T < until_B1, start_B[:, None] + index_T, -1)
     out = forward(model, Batch(read_BT, position_BT), cache=state.cache)
     state = replace(state, cache=out.cache)
-    state = _append(state, forced_BX, count_B, out.logits[:, :X])
+    state = append(state, forced_BX, count_B, out.logits[:, :X])
     logits_B1V = jnp.take_along_axis(out.logits, count_B[:, None, None], axis=1)
-    chosen_B1 = _choose(state, logits_B1V, start_B + count_B + 1, allow, processors)
-    state = _append(state, chosen_B1, jnp.where(more_B, 1, 0), logits_B1V)
+    chosen_B1 = choose(state, logits_B1V, start_B + count_B + 1, allow, processors)
+    state = append(state, chosen_B1, jnp.where(more_B, 1, 0), logits_B1V)
     return constrained(state, model.runtime.partition)

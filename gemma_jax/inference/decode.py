@@ -238,8 +238,8 @@ def _prefill(
         tokens_BX=jnp.where(ends_B1, -1, state.tokens_BX),
         log_probs_BX=jnp.where(ends_B1, 0, state.log_probs_BX),
     )
-    chosen_BT = _choose(state, out.logits, out.cache.length_B, allow, processors)
-    return _append(state, chosen_BT, jnp.where(prompt.ends_B, 1, 0), out.logits)
+    chosen_BT = choose(state, out.logits, out.cache.length_B, allow, processors)
+    return append(state, chosen_BT, jnp.where(prompt.ends_B, 1, 0), out.logits)
 
 
 def _decode(
@@ -256,9 +256,9 @@ def _decode(
         out = forward(
             model, Batch(state.last_B[:, None], position_BT), cache=state.cache, logits="last"
         )
-        chosen_BT = _choose(state, out.logits, start_B + 1, allow, processors)
+        chosen_BT = choose(state, out.logits, start_B + 1, allow, processors)
         state = replace(state, cache=out.cache)
-        return _append(state, chosen_BT, jnp.where(active_B, 1, 0), out.logits)
+        return append(state, chosen_BT, jnp.where(active_B, 1, 0), out.logits)
 
     proposal = propose(state, active_B)
     read_BT = jnp.concatenate([state.last_B[:, None], proposal.drafts_BX], axis=1)
@@ -271,13 +271,13 @@ def _decode(
         proposal.log_q_BXV, state.keys_B, start_B, state.sampling,
     )  # fmt: skip
     kept_B, before_B = jnp.where(active_B, kept_B, 0), state.step_B
-    state = _append(state, chosen_BT, jnp.where(active_B, kept_B + 1, 0), out.logits)
+    state = append(state, chosen_BT, jnp.where(active_B, kept_B + 1, 0), out.logits)
     new_B = state.step_B - before_B
     state = replace(state, cache=out.cache.rewound(start_B + new_B))
     return replace(state, drafts=propose.settle(proposal, state, kept_B, new_B))
 
 
-def _choose(
+def choose(
     state: State,
     logits_BTV: jax.Array,
     position_B: jax.Array,
@@ -302,7 +302,7 @@ def _legal(
     return jnp.where(allow(state, drafts_BX), logits_BTV, -jnp.inf)
 
 
-def _append(state: State, chosen_BT: jax.Array, count_B: jax.Array, logits_BTV: jax.Array) -> State:
+def append(state: State, chosen_BT: jax.Array, count_B: jax.Array, logits_BTV: jax.Array) -> State:
     """Puts the first `count` tokens behind those of each row; a stop id is the last one."""
     T = chosen_BT.shape[1]
     stop_BT = jnp.any(chosen_BT[:, :, None] == state.stop_ids_BI[:, None], axis=-1)

@@ -14,7 +14,7 @@ I stop ids; X tokens of one burst.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -27,6 +27,7 @@ from gemma_jax.decoder.cache import Cache
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.decoder.soft_tokens import SoftTokens
 from gemma_jax.inference.decode import State, advance, emptied, empty_state, inserted
+from gemma_jax.inference.legal_tokens import LegalTokens
 from gemma_jax.inference.prefill import PrefillChunk, PromptRow, bucket
 from gemma_jax.inference.prefix_cache import Snapshot
 from gemma_jax.inference.requests import Request
@@ -88,19 +89,6 @@ def _has_extras(request: Request) -> bool:
     return bool(
         penalties or request.logit_bias or request.top_log_probs or request.constraint is not None
     )
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Legal:
-    """Masks of rows as packed bits: a `decode.Allow` for loops of one token per row with a mask."""
-
-    words_BW: jax.Array
-    vocab_size: int = field(metadata={"static": True})
-
-    def __call__(self, state: State, drafts_BX: jax.Array) -> jax.Array:
-        bits = (self.words_BW[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-        return bits.reshape(len(bits), 1, -1)[..., : self.vocab_size].astype(bool)
 
 
 @dataclass(frozen=True)
@@ -301,7 +289,7 @@ class Slots:
                 state,
                 None,
                 loop=True,
-                allow=Legal(self._words(masks), self.vocab_size),
+                allow=LegalTokens.of(masks, self.count, self.vocab_size),
                 processors=(Partial(_biased, *_biases(each, self.vocab_size)),),
             )
         else:
@@ -326,12 +314,6 @@ class Slots:
                 soft=SoftTokens(embeddings_ITD=none_ITD, index_BT=nothing_BT, block_BT=tokens_BT),
             )
         self._read(batch, None)
-
-    def _words(self, masks: Mapping[int, np.ndarray]) -> np.ndarray:
-        words_BW = np.full((self.count, -(-self.vocab_size // 32)), 2**32 - 1, np.uint32)
-        for slot, mask in masks.items():
-            words_BW[slot] = mask
-        return words_BW
 
     def _with_adapters(self, chosen: tuple[str | None, ...]) -> Gemma:
         if not self._has_adapters:

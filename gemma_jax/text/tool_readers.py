@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol
@@ -66,7 +67,7 @@ def inside_quotes(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
-class Reader:
+class Reader(ABC):
     """What the three syntaxes have in common: lists, objects, numbers and words.
 
     Attributes:
@@ -84,20 +85,21 @@ class Reader:
     def __init__(self, scanner: Scanner, sink: Sink):
         self.scanner, self.sink = scanner, sink
 
+    @abstractmethod
     def read(self) -> Steps:
         """Reads one call, or a list of them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def starts_text(self, character: str) -> bool:
-        raise NotImplementedError
+        """Whether a quoted text begins so."""
 
+    @abstractmethod
     def text(self, put: Put) -> Steps:
         """Reads a quoted text."""
-        raise NotImplementedError
 
+    @abstractmethod
     def key(self) -> Waiting:
         """Reads a key of an object and the sign behind it."""
-        raise NotImplementedError
 
     def value(self, depth: int) -> Steps:
         character = yield from self.scanner.peek()

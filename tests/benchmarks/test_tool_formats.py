@@ -37,6 +37,9 @@ def test_a_call_that_does_not_come_back_is_seen():
 
 
 @pytest.mark.nightly
-@pytest.mark.skipif(importlib.util.find_spec("bfcl_eval") is None, reason="bfcl-eval is missing")
+@pytest.mark.skipif(
+    importlib.util.find_spec("bfcl_eval") is None,
+    reason="bfcl-eval asks for a numpy that JAX does not take: pip install --no-deps bfcl-eval",
+)
 def test_stored_results_are_measured_again():
     assert tool_formats.measure() == json.loads(RESULTS.read_text("utf-8"))
