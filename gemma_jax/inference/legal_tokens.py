@@ -1,6 +1,6 @@
 """Which tokens are legal next, as the host says it: an `Allow` of packed bits.
 
-Local letters: W words of a mask.
+Local letters: W words of a mask; X drafts.
 """
 
 from collections.abc import Mapping

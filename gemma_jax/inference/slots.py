@@ -8,7 +8,7 @@ nothing, and how tokens are chosen is a matter of the loop's programs alone.
 There is a program for each width of a chunk, one to put a row into a slot, and one for each way of
 choosing, see `Rules`; which rows have which values is plain input.
 
-Local letters: W words of 32 bits, of a mask over the vocabulary; U ids with a bias, or best tokens;
+Local letters: U ids with a bias, or best tokens;
 I stop ids; X tokens of one burst.
 """
 
