@@ -1,6 +1,7 @@
 """Files and calls that fit a reader: what is larger is to be split where it changes subject."""
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -25,3 +26,9 @@ def test_no_file_and_no_call_is_too_long(path):
 
 def test_the_files_are_found():
     assert len(FILES) > 200
+
+
+def test_names_of_test_files_are_unique():
+    """pytest imports them by name alone, and refuses the second of two."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert not [name for name, times in names.items() if times > 1]

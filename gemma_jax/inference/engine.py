@@ -32,7 +32,7 @@ class Engine:
       slots: How many requests write at the same time.
       context: Longest sequence in tokens, prompt and continuation.
       chunk: Longest stretch of prompt read between two bursts; a multiple of it for models whose
-        images are longer.
+        runs of soft tokens are longer.
       burst: Most tokens per slot that one call of the device chooses.
       queue: How many requests may wait.
       budget: Most tokens, prompts and room for new ones, of all requests taken; `None`: as the
@@ -244,7 +244,7 @@ class Engine:
         if min(ids) < 0 or max(set(ids) - placeholders, default=0) >= V:
             raise ValueError(f"the prompt has ids outside [0, {V}), the model's vocabulary")
         if ids[-1] in placeholders:
-            raise ValueError("the prompt ends in an image or a sound; put text behind it")
+            raise ValueError("the prompt ends in soft tokens of a file; put text behind it")
         check_media(request.prompt.media, self._modalities)
         if len(request.logit_bias) > MOST_BIASES:
             raise ValueError(f"{len(request.logit_bias)} biases; at most {MOST_BIASES} are taken")
