@@ -115,7 +115,7 @@ def generate(
       ...     return logits_BV.at[:, nine].set(float("-inf"))
       >>> print(gj.generate(model, tok, texts[0], images=[picture], logits_processors=no_nine))
       0
-      >>> print(gj.generate(model, tok, "Read the digits.", images=[picture], regex="[0-9]{2}"))
+      >>> print(gj.generate(model, tok, "Which digits?", images=[picture], regex="[0-9]{2}"))
       96
     """
     check_names(generate, sampling_fields)

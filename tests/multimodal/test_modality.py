@@ -325,7 +325,7 @@ FOR_USERS = {
         '>>> print(gj.generate(model, tok, "How many digits?", images=[picture]))',
         ">>> [str(done) for done in gj.generate(model, tok, texts, images=2 * [[picture]])]",
         ">>> print(gj.generate(model, tok, texts[0], images=[picture], logits_processors=no_nine))",
-        '>>> print(gj.generate(model, tok, "Read the digits.", images=[picture], regex="[0-9]{2}"))',
+        '>>> print(gj.generate(model, tok, "Which digits?", images=[picture], regex="[0-9]{2}"))',
         '"image": [images] if single else images,',
         "`<image_soft_token>`), or come first. Messages hold theirs in their content.",
     },
