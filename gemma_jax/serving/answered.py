@@ -1,6 +1,6 @@
 """What routes that generate have in common: a call is read, asked of the engine, and told of."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
 from starlette.requests import Request as HttpRequest
@@ -19,6 +19,11 @@ class Call(Protocol):
 
     @property
     def wanted(self) -> Wanted: ...
+
+    @property
+    def shown(self) -> Sequence[str]:
+        """Special tokens that are part of the answers' texts."""
+        ...
 
 
 class Answer(Protocol):
@@ -45,7 +50,7 @@ async def answered(
     call = await state.read(read_call, fields, state)
     http.state.note.update(model=call.wanted.model, user=call.wanted.user or None)
     requests = await state.read(make_requests, call, state, http.state.owner)
-    generation = await state.generation(http, requests, call.wanted.stops)
+    generation = await state.generation(http, requests, call.wanted.stops, call.shown)
     answer = make_answer(call, state, generation)
     if call.wanted.stream:
         return EventStream(

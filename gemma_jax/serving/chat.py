@@ -2,8 +2,8 @@
 
 import secrets
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -19,7 +19,9 @@ from gemma_jax.serving.schema import Wanted, new_tokens, read_wanted
 from gemma_jax.serving.state import State
 from gemma_jax.serving.structured import Structure, constrained, read_structure
 from gemma_jax.serving.text_track import Part, Token
+from gemma_jax.serving.tools import Call, ToolUse, Written, chat_prompt, read_tools
 from gemma_jax.text import chat_stop_ids
+from gemma_jax.text.tool_calls import CallDelta, TextDelta
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,11 @@ class ChatCall:
     wanted: Wanted
     conversation: Conversation
     structure: Structure | None
+    use: ToolUse
+
+    @property
+    def shown(self) -> Sequence[str]:
+        return self.use.shown
 
 
 def read_call(fields: Fields, state: State) -> ChatCall:
@@ -45,11 +52,12 @@ def read_call(fields: Fields, state: State) -> ChatCall:
         raise fields.error("needs logprobs: true", "top_logprobs")
     asked = (top or 0) if log_probs else None
     wanted = read_wanted(fields, state.served, new_tokens=bound, log_probs=asked)
-    structure = read_structure(fields, limits)
+    use = read_tools(fields, state.served.tokenizer, limits)
+    structure = use.structure(read_structure(fields, limits))
     _refuse_others(fields)
     conversation = read_messages(fields, state.media())
     fields.close()
-    return ChatCall(wanted, conversation, structure)
+    return ChatCall(wanted, conversation, structure, use)
 
 
 def _refuse_others(fields: Fields) -> None:
@@ -62,9 +70,6 @@ def _refuse_others(fields: Fields) -> None:
     fields.only("functions", because="give tools")
     fields.only("function_call", because="give tool_choice")
     fields.only("chat_template_kwargs", {}, because="the template is the checkpoint's")
-    fields.only("tools", [], because="tools are not available on this server")
-    fields.only("tool_choice", "none", "auto", because="tools are not available on this server")
-    fields.only("parallel_tool_calls", True, False, because="expected true or false")
 
 
 def make_requests(call: ChatCall, state: State, owner: str) -> list[Request]:
@@ -73,13 +78,14 @@ def make_requests(call: ChatCall, state: State, owner: str) -> list[Request]:
     options = (
         {} if conversation.pan_and_scan is None else dict(pan_and_scan=conversation.pan_and_scan)
     )
-    prompt = served.reader(**options).chat(conversation.messages)
+    prompt = chat_prompt(served.reader(**options), conversation.messages, call.use)
+    ends = [served.tokenizer.special_ids[name] for name in call.use.stops]
     requests = call.wanted.requests(
         prompt,
         served,
         owner=owner,
         deadline=state.deadline(),
-        model_stops=chat_stop_ids(served.tokenizer),
+        model_stops=(*chat_stop_ids(served.tokenizer), *ends),
     )
     if call.structure is None:
         return requests
@@ -89,15 +95,6 @@ def make_requests(call: ChatCall, state: State, owner: str) -> list[Request]:
 async def chat_completions(http: HttpRequest) -> Response:
     """The route."""
     return await answered(http, read_call, make_requests, ChatAnswer)
-
-
-@dataclass
-class _Choice:
-    """One answer so far."""
-
-    text: str = ""
-    tokens: list[Token] = field(default_factory=list)
-    finish_reason: str | None = None
 
 
 class ChatAnswer:
@@ -113,45 +110,63 @@ class ChatAnswer:
 
     async def whole(self) -> dict:
         """The body of an answer that is not streamed."""
-        choices = [_Choice() for _ in range(self._call.wanted.choices)]
+        answers = self._answers()
         async for part in self._generation.parts():
-            choice = choices[part.index]
-            choice.text += part.text
-            choice.tokens += part.tokens
-            choice.finish_reason = part.finish_reason
+            self._push(answers, part)
         return {
             **self._head,
             "object": "chat.completion",
-            "choices": [self._choice(i, choice) for i, choice in enumerate(choices)],
+            "choices": [self._choice(i, answer) for i, answer in enumerate(answers)],
             "usage": self._generation.finish().body,
         }
 
-    def _choice(self, index: int, choice: _Choice) -> dict:
-        message = {"role": "assistant", "content": choice.text, "refusal": None}
+    def _answers(self) -> list[Written]:
+        return [self._call.use.written() for _ in range(self._call.wanted.choices)]
+
+    def _push(self, answers: list[Written], part: Part) -> list[TextDelta | CallDelta]:
+        deltas = answers[part.index].push(part)
+        if answers[part.index].ended:
+            self._generation.stop(part.index)
+        return deltas
+
+    def _choice(self, index: int, answer: Written) -> dict:
+        content = None if answer.calls and not answer.text else answer.text
+        message = {"role": "assistant", "content": content, "refusal": None}
+        if answer.calls:
+            message["tool_calls"] = [_call(call) for call in answer.calls]
         return {
             "index": index,
             "message": message,
-            "logprobs": self._log_probs(choice.tokens),
-            "finish_reason": choice.finish_reason,
+            "logprobs": self._log_probs(answer.tokens),
+            "finish_reason": answer.finish_reason,
         }
 
     async def events(self) -> AsyncIterator[bytes]:
         """The events of a stream."""
-        for i in range(self._call.wanted.choices):
-            yield self._event(i, {"role": "assistant", "content": "", "refusal": None})
+        answers = self._answers()
+        # Of an answer that may be calls alone nobody knows yet whether it has a text.
+        first = None if self._call.use.declared else ""
+        for i in range(len(answers)):
+            yield self._event(i, {"role": "assistant", "content": first, "refusal": None})
         async for part in self._generation.parts():
-            if part.text or (part.tokens and self._call.wanted.log_probs is not None):
-                yield self._event(part.index, {"content": part.text}, part)
-            if part.finish_reason is not None:
-                yield self._event(part.index, {}, reason=part.finish_reason)
+            i, answer = part.index, answers[part.index]
+            told = part.tokens if self._call.wanted.log_probs is not None else []
+            for delta in self._push(answers, part):
+                for each in _deltas(delta, answer):
+                    yield self._event(i, each, told)
+                    told = []
+            if told:
+                yield self._event(i, {"content": ""}, told)
+            if answer.finish_reason is not None:
+                yield self._event(i, {}, reason=answer.finish_reason)
         if self._call.wanted.include_usage:
             yield self._chunk([], self._generation.finish().body)
         yield DONE
 
     def _event(
-        self, index: int, delta: dict, part: Part | None = None, reason: str | None = None
+        self, index: int, delta: dict, tokens: Sequence[Token] = (), reason: str | None = None
     ) -> bytes:
-        log_probs = None if part is None else self._log_probs(part.tokens)
+        log_probs = self._log_probs(tokens) if tokens else None
         choice = {"index": index, "delta": delta, "logprobs": log_probs, "finish_reason": reason}
         return self._chunk([choice], None)
 
@@ -161,8 +176,27 @@ class ChatAnswer:
             chunk["usage"] = usage
         return event(chunk)
 
-    def _log_probs(self, tokens: list[Token]) -> dict | None:
+    def _log_probs(self, tokens: Sequence[Token]) -> dict | None:
         top = self._call.wanted.log_probs
         if top is None:
             return None
         return {"content": chat_content(self._state.served.tokenizer, tokens, top), "refusal": None}
+
+
+def _call(call: Call) -> dict:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _deltas(delta: TextDelta | CallDelta, answer: Written) -> list[dict]:
+    """As clients put them together: the name of a call first, then its arguments."""
+    if isinstance(delta, TextDelta):
+        return [{"content": delta.text}]
+    call, deltas = answer.calls[delta.index], []
+    if delta.name:
+        begun = Call(delta.name, id=call.id)
+        deltas.append({"tool_calls": [{"index": delta.index, **_call(begun)}]})
+    if delta.arguments:
+        more = {"index": delta.index, "function": {"arguments": delta.arguments}}
+        deltas.append({"tool_calls": [more]})
+    return deltas

@@ -32,6 +32,7 @@ class CompletionCall:
     prompts: list[str | list[int]]
     echo: bool
     structure: Structure | None
+    shown: tuple[str, ...] = ()  # special tokens are no text here
 
 
 def read_call(fields: Fields, state: State) -> CompletionCall:

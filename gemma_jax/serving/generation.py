@@ -52,10 +52,17 @@ class Generation:
     costs no more memory than its answers.
     """
 
-    def __init__(self, served: Served, requests: Sequence[Request], stops: Sequence[str]):
+    def __init__(
+        self,
+        served: Served,
+        requests: Sequence[Request],
+        stops: Sequence[str],
+        shown: Sequence[str] = (),
+    ):
         self._served, self._requests = served, requests
         self._tracks = [
-            TextTrack(i, served.tokenizer, stops, one.stop_ids) for i, one in enumerate(requests)
+            TextTrack(i, served.tokenizer, stops, one.stop_ids, shown)
+            for i, one in enumerate(requests)
         ]
         self._arrived: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self._tickets: dict[int, Ticket] = {}
@@ -104,6 +111,13 @@ class Generation:
             tickets = [ticket for i, ticket in self._tickets.items() if i in self._open]
         for ticket in tickets:
             ticket.cancel()
+
+    def stop(self, index: int) -> None:
+        """Ends one answer, whose parts so far are all of it."""
+        if index in self._open:
+            self._open.discard(index)
+            self._tickets[index].cancel()
+            self.usage.reasons.append("stop")
 
     async def parts(self) -> AsyncIterator[Part]:
         """Parts of all answers as they come; the last part of each has its reason.

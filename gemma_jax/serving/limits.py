@@ -22,6 +22,7 @@ class Limits:
       choices: Answers of one request.
       messages, stops, tools: How many.
       stop_characters, schema_bytes: Of each.
+      tools_bytes: Of all tools together, as JSON.
       log_probs: Most probable tokens at one place.
       seconds: After which an answer ends with what it has.
       write_seconds: In which a client has to take what is written to it.
@@ -45,6 +46,7 @@ class Limits:
     stop_characters: int = 256
     tools: int = 128
     schema_bytes: int = 64 << 10
+    tools_bytes: int = 256 << 10
     log_probs: int = 20
     seconds: float = 600.0
     write_seconds: float = 60.0

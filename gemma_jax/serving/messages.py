@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from gemma_jax.serving.fields import Fields
 from gemma_jax.serving.media import MediaReader
+from gemma_jax.serving.tools import answered_call, read_calls
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -30,15 +31,18 @@ def read_messages(fields: Fields, media: MediaReader) -> Conversation:
     if not items:
         raise fields.error("expected at least one message", "messages")
     details: set[bool] = set()
+    calls: set[str] = set()
     read = [
-        _message(Fields(item, f"messages[{i}]"), media, details) for i, item in enumerate(items)
+        _message(Fields(item, f"messages[{i}]"), media, details, calls)
+        for i, item in enumerate(items)
     ]
     if len(details) > 1:
         raise fields.error("all pictures of a request must have one detail", "messages")
     return Conversation(read, details.pop() if details else None)
 
 
-def _message(fields: Fields, media: MediaReader, details: set[bool]) -> dict:
+def _message(fields: Fields, media: MediaReader, details: set[bool], calls: set[str]) -> dict:
+    """One message; `calls` has the ids of those that were made, and gets those of this one."""
     role = fields.text("role", choices=ROLES)
     if role is None:
         raise fields.error("is missing", "role")
@@ -47,13 +51,24 @@ def _message(fields: Fields, media: MediaReader, details: set[bool]) -> dict:
     fields.only("audio", because="the model does not speak")
     fields.only("annotations", [], because="answers have none")
     fields.only("function_call", because="give tool_calls")
-    message = {"role": "system" if role == "developer" else role}
-    content = _content(fields, message["role"], media, details)
+    message: dict = {"role": "system" if role == "developer" else role}
+    if role == "tool":
+        message["tool_call_id"] = answered_call(fields, "tool_call_id", calls)
+    if role == "assistant" and (made := read_calls(fields, media.limits)):
+        message["tool_calls"] = made
+        calls.update(call["id"] for call in made)
+    optional = "tool_calls" in message and fields.raw("content") is None
+    message["content"] = "" if optional else read_content(fields, message["role"], media, details)
+    if role == "assistant":
+        fields.raw("parsed")  # the openai client's own word for the same content
     fields.close()
-    return {**message, "content": content}
+    return message
 
 
-def _content(fields: Fields, role: str, media: MediaReader, details: set[bool]) -> str | list[dict]:
+def read_content(
+    fields: Fields, role: str, media: MediaReader, details: set[bool]
+) -> str | list[dict]:
+    """What one message says: a text, or of the user parts."""
     value = fields.raw("content")
     if isinstance(value, str):
         return value

@@ -8,6 +8,7 @@ from gemma_jax.serving.events import JSON
 from gemma_jax.serving.fields import Fields
 from gemma_jax.serving.messages import read_messages
 from gemma_jax.serving.state import State
+from gemma_jax.serving.tools import chat_prompt, read_tools
 
 _MOST = 1 << 20  # tokens to turn into text at a time
 
@@ -64,8 +65,9 @@ def _tokenize(fields: Fields, state: State) -> dict:
     special = fields.boolean("add_special_tokens", True)
     if text is None:
         conversation = read_messages(fields, state.media())
+        use = read_tools(fields, served.tokenizer, served.limits)
         fields.close()
-        ids = served.reader().chat(conversation.messages).token_ids
+        ids = chat_prompt(served.reader(), conversation.messages, use).token_ids
     else:
         fields.close()
         ids = served.tokenizer.encode(text, bos=special and served.tokenizer.add_bos)

@@ -64,12 +64,16 @@ class State:
         return Fields(await self.read(parse_json, data, self.served.limits.depth))
 
     async def generation(
-        self, http: HttpRequest, requests: Sequence[Request], stops: Sequence[str]
+        self,
+        http: HttpRequest,
+        requests: Sequence[Request],
+        stops: Sequence[str],
+        shown: Sequence[str] = (),
     ) -> Generation:
-        """Hands requests to the engine."""
+        """Hands requests to the engine; for `shown` see `TextTrack`."""
         if self.draining:
             raise unavailable("the server is shutting down")
-        generation = Generation(self.served, requests, stops)
+        generation = Generation(self.served, requests, stops, shown)
         self.running.add(generation)
         try:
             await generation.start()

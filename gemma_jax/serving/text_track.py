@@ -38,13 +38,24 @@ class Part:
 
 
 class TextTrack:
-    """Turns pieces of one answer into parts: whole characters, no stop token, no stop text."""
+    """Turns pieces of one answer into parts: whole characters, no stop token, no stop text.
+
+    Args:
+      shown: Special tokens that are part of the text.
+    """
 
     def __init__(
-        self, index: int, tokenizer: Tokenizer, stops: Sequence[str], stop_ids: Sequence[int]
+        self,
+        index: int,
+        tokenizer: Tokenizer,
+        stops: Sequence[str],
+        stop_ids: Sequence[int],
+        shown: Sequence[str] = (),
     ):
         self.index, self.count = index, 0  # of tokens that were taken
-        self._decoder = StreamDecoder(tokenizer, skip_special=True)
+        self._decoder = StreamDecoder(tokenizer)
+        special = tokenizer.special_ids
+        self._hidden = frozenset(special[name] for name in special.keys() - set(shown))
         self._guard, self._stop_ids = StopText(stops), frozenset(stop_ids)
         self._seen = self._shown = 0  # characters decoded, and passed on
         self._held: list[tuple[int, int, Token]] = []  # where the text of each begins and ends
@@ -66,7 +77,7 @@ class TextTrack:
             told = piece.top_log_probs[i] if i < len(piece.top_log_probs) else ()
             log_prob = piece.log_probs[i] if i < len(piece.log_probs) else 0.0
             begin = self._seen
-            new = self._decoder.push([token])
+            new = "" if token in self._hidden else self._decoder.push([token])
             self._seen += len(new)
             self._held.append((begin, self._seen, Token(token, log_prob, told)))
             text.append(self._guard.push(new))
