@@ -22,6 +22,7 @@ from gemma_jax.serving.limits import RateLimit
 from gemma_jax.serving.metrics import OURS, Metrics
 from gemma_jax.serving.served import Served
 from gemma_jax.serving.state import State
+from gemma_jax.serving.static_page import PAGES, page
 
 ROUTES = (
     ("POST", "/v1/chat/completions", chat_completions),
@@ -34,6 +35,7 @@ ROUTES = (
     ("GET", "/health", routes.health),
     ("GET", "/ready", routes.ready),
     ("GET", "/metrics", routes.metrics),
+    *(("GET", path, page) for path in PAGES),
 )
 
 

@@ -168,7 +168,8 @@ class ChatAnswer:
     ) -> bytes:
         log_probs = self._log_probs(tokens) if tokens else None
         choice = {"index": index, "delta": delta, "logprobs": log_probs, "finish_reason": reason}
-        return self._chunk([choice], None)
+        counted = self._call.wanted.continuous_usage
+        return self._chunk([choice], self._generation.finish().body if counted else None)
 
     def _chunk(self, choices: list[dict], usage: dict | None) -> bytes:
         chunk = {**self._head, "object": "chat.completion.chunk", "choices": choices}

@@ -157,7 +157,8 @@ class CompletionAnswer:
         }
         chunk = {**self._head, "choices": [choice]}
         if self._call.wanted.include_usage:
-            chunk["usage"] = None
+            counted = self._call.wanted.continuous_usage
+            chunk["usage"] = self._generation.finish().body if counted else None
         return event(chunk)
 
     def _log_probs(self, part: Part) -> dict | None:

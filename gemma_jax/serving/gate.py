@@ -15,9 +15,10 @@ from gemma_jax.serving.errors import ApiError
 from gemma_jax.serving.events import JSON, ClientGoneError
 from gemma_jax.serving.limits import Limits, RateLimit
 from gemma_jax.serving.metrics import Metrics
+from gemma_jax.serving.static_page import PAGES
 
-OPEN = ("/health",)  # for those that only ask whether the process is alive
-FREE = ("/health", "/ready", "/metrics")  # of the rate limit
+OPEN = ("/health", *PAGES)  # without a key: whether the process is alive, and the page
+FREE = (*OPEN, "/ready", "/metrics")  # of the rate limit
 GONE = 499  # in the log: nobody waited for the answer
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
 

@@ -3,6 +3,7 @@
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from gemma_jax.multimodal.modality import modalities_of
 from gemma_jax.serving.errors import ApiError, unavailable
 from gemma_jax.serving.events import JSON
 from gemma_jax.serving.fields import Fields
@@ -24,6 +25,7 @@ def _model(state: State, name: str) -> dict:
         "created": state.served.created,
         "owned_by": "gemma-jax",
         "max_model_len": state.served.context,
+        "input_modalities": ["text", *(one.name for one in modalities_of(state.served.cfg))],
     }
 
 

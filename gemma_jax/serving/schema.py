@@ -33,6 +33,7 @@ class Wanted:
       ignore_eos: The tokens of the model do not.
       log_probs: Most probable tokens to tell of at each place; `None`: no log-probabilities at all.
       include_usage: A stream ends with the numbers of tokens.
+      continuous_usage: Each event has those so far.
       user: Who it is for, by the client's word, for the log.
     """
 
@@ -49,6 +50,7 @@ class Wanted:
     log_probs: int | None = None
     stream: bool = False
     include_usage: bool = False
+    continuous_usage: bool = False
     user: str = ""
 
     def requests(
@@ -106,6 +108,7 @@ def read_wanted(
     name = fields.text("model")
     adapter = served.find(name)
     stream = fields.boolean("stream")
+    include_usage, continuous_usage = _usage(fields, stream)
     _refuse_others(fields)
     return Wanted(
         model=name or served.name,
@@ -120,7 +123,8 @@ def read_wanted(
         logit_bias=_logit_bias(fields, served),
         log_probs=log_probs,
         stream=stream,
-        include_usage=_include_usage(fields, stream),
+        include_usage=include_usage,
+        continuous_usage=continuous_usage,
         user=fields.text("user", "", most=256),
     )
 
@@ -199,16 +203,20 @@ def _logit_bias(fields: Fields, served: Served) -> dict[int, float]:
     return bias
 
 
-def _include_usage(fields: Fields, stream: bool) -> bool:
+def _usage(fields: Fields, stream: bool) -> tuple[bool, bool]:
+    """Whether a stream ends with the numbers of tokens, and whether all its events have them."""
     options = fields.object("stream_options")
     if options is None:
-        return False
+        return False, False
     if not stream:
         raise fields.error("is for streams alone", "stream_options")
     options.only("include_obfuscation", False, because="nothing is added to events")
     include = options.boolean("include_usage")
+    continuous = options.boolean("continuous_usage_stats")
+    if continuous and not include:
+        raise options.error("needs include_usage: true", "continuous_usage_stats")
     options.close()
-    return include
+    return include, continuous
 
 
 def _refuse_others(fields: Fields) -> None:

@@ -95,7 +95,7 @@ def test_keys(served_by, scripted, tokenizer, tmp_path):
     file.write_text("# people\nann sk-of-ann-1\nsk-of-nobody\n")
     with live(served_by(scripted.engine), keys=Keys.read(file), requests_per_minute=5) as closed:
         scripted.engine.script = saying(tokenizer, "Yes")
-        for path in ("/", "/v1/models", "/metrics", "/ready", "/nothing"):
+        for path in ("/v1/models", "/metrics", "/ready", "/nothing"):
             with pytest.raises(urllib.error.HTTPError, match="401"):
                 urllib.request.urlopen(closed.url + path)
         assert urllib.request.urlopen(closed.url + "/health").status == 200

@@ -231,3 +231,13 @@ def test_what_is_logged_and_counted(ask, scripted):
     assert 'gemma_jax_request_success_total{engine="0",finished_reason="stop"' in text
     assert "gemma_jax_time_to_first_token_seconds_bucket" in text
     assert 'gemma_jax_num_requests_running{engine="0",model_name="tiny"} 0.0' in text
+
+
+def test_usage_of_every_event(ask, tokenizer):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    events = list(ask(stream=True, stream_options=options))
+    counts = [event.usage.completion_tokens for event in events]
+    assert counts == sorted(counts) and counts[0] == 0
+    assert counts[-1] == len(tokenizer.encode("Paris is the capital.")) + 1
+    with pytest.raises(openai.BadRequestError, match="needs include_usage"):
+        ask(stream=True, stream_options={"continuous_usage_stats": True})
