@@ -23,11 +23,13 @@ from gemma_jax.serving.metrics import OURS, Metrics
 from gemma_jax.serving.served import Served
 from gemma_jax.serving.state import State
 from gemma_jax.serving.static_page import PAGES, page
+from gemma_jax.serving.transcriptions import transcriptions
 
 ROUTES = (
     ("POST", "/v1/chat/completions", chat_completions),
     ("POST", "/v1/completions", completions),
     ("POST", "/v1/embeddings", routes.embeddings),
+    ("POST", "/v1/audio/transcriptions", transcriptions),
     ("GET", "/v1/models", routes.models),
     ("GET", "/v1/models/{id:path}", routes.model),
     ("POST", "/tokenize", routes.tokenize),
