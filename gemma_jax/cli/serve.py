@@ -11,6 +11,7 @@ from gemma_jax.cli import common
 from gemma_jax.cli.model_options import ModelOptions, model_options
 
 if TYPE_CHECKING:
+    from gemma_jax.inference.lookup import Lookup
     from gemma_jax.serving.auth import Keys
     from gemma_jax.serving.limits import Limits
     from gemma_jax.serving.served import Served
@@ -64,6 +65,13 @@ def command(
     prefix_cache_mb: Annotated[
         int, typer.Option(min=0, help="Memory for beginnings of prompts that come again; 0: none.")
     ] = 512,
+    speculate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="lookup[:N]",
+            help="Draft N tokens (4) from the text so far, to be checked in one pass; same answers.",
+        ),
+    ] = None,
     warmup: Annotated[bool, typer.Option(help="Compile all programs before listening.")] = False,
     quiet: Annotated[bool, typer.Option(help="No line on stderr for each request.")] = False,
     *,
@@ -80,7 +88,8 @@ def command(
     keys = Keys.read(api_key_file)
     _check_open(host, keys)
     limits = Limits(body_bytes=max_body_mb << 20, new_tokens=max_new_tokens, seconds=max_seconds)
-    served = _load(model, options, (slots, context, waiting, prefix_cache_mb), served_name, limits)
+    sizes = slots, context, waiting, prefix_cache_mb
+    served = _load(model, options, sizes, served_name, limits, _speculation(speculate))
     from gemma_jax.serving.app import make_app
     from gemma_jax.serving.server import Server
 
@@ -126,6 +135,7 @@ def _load(
     sizes: tuple[int, int | None, int, int],
     name: str | None,
     limits: "Limits",
+    speculation: "Lookup | None",
 ) -> "Served":
     common.set_up_jax()
     from gemma_jax.inference.engine import Engine
@@ -145,7 +155,14 @@ def _load(
         name=name or Path(source).name,
         cfg=gemma.cfg,
         tokenizer=tokenizer,
-        engine=Engine(gemma, slots=slots, context=length, queue=waiting, prefix_bytes=kept << 20),
+        engine=Engine(
+            gemma,
+            slots=slots,
+            context=length,
+            queue=waiting,
+            prefix_bytes=kept << 20,
+            speculation=speculation,
+        ),
         context=length,
         limits=limits,
         sampling=sampling,
@@ -165,6 +182,17 @@ def _grammars(tokenizer, vocab_size: int, limits: "Limits"):
         return GrammarCompiler(tokenizer, vocab_size, stop_ids=stop_ids, limits=bounds).constraint
     except ImportError:
         return None
+
+
+def _speculation(text: str | None) -> "Lookup | None":
+    if text is None:
+        return None
+    from gemma_jax.inference.lookup import Lookup
+
+    name, _, count = text.partition(":")
+    if name != "lookup" or not (count.isdigit() or text == name):
+        raise ValueError(f"--speculate {text}: expected lookup or lookup:N")
+    return Lookup(draft_tokens=int(count)) if count else Lookup()
 
 
 def _require_extra() -> None:

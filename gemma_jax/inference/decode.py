@@ -35,7 +35,7 @@ from gemma_jax.inference.logits_processors import (
 )
 from gemma_jax.inference.prefill import PrefillChunk
 from gemma_jax.inference.sampling import SamplingRows, penalised, sample
-from gemma_jax.inference.verification import verify
+from gemma_jax.inference.verification import agree, penalised_drafts, verify
 from gemma_jax.nn.layer_groups import LayerGroup
 from gemma_jax.sharding import Partition
 
@@ -98,16 +98,19 @@ class Proposal:
 
     Attributes:
       drafts_BX: int32.
-      log_q_BXV: Log-probabilities that they were drawn from.
+      log_q_BXV: Log-probabilities that they were drawn from; `None`: each is kept where the model's
+        own draw is the same, so that the text is the model's whatever the drafts were.
       cache: The model's cache for the pass that checks them; without the drafts, whose keys and
         values may already stand in it.
       drafts: For `Propose.settle`.
+      count_B: How many drafts of a row there are; `None`: all.
     """
 
     drafts_BX: jax.Array
-    log_q_BXV: jax.Array
+    log_q_BXV: jax.Array | None
     cache: Cache
     drafts: Any
+    count_B: jax.Array | None = None
 
 
 class Propose(Protocol):
@@ -161,6 +164,7 @@ def advance(
     *,
     loop: bool,
     propose: Propose | None = None,
+    first: Propose | None = None,
     allow: Allow | None = None,
     processors: tuple[LogitsProcessor, ...] = (),
 ) -> State:
@@ -171,6 +175,7 @@ def advance(
         the loop.
       loop: Whether to run the token loop at all.
       propose: Speculation.
+      first: Speculation in the first pass of the loop alone, by drafts of the host for example.
       allow: Constrains what may be chosen. It may depend on no more than what it is given: where
         the host works out what is legal, one call must choose one token.
       processors: Change logits, see `LogitsProcessor`; pytrees. What `allow` forbids stays so.
@@ -180,6 +185,8 @@ def advance(
         state = constrained(_prefill(model, state, prompt, propose, allow, processors), partition)
     if not loop:
         return state
+    if first is not None:
+        state = constrained(_decode(model, state, first, allow, processors), partition)
 
     like = state
 
@@ -263,18 +270,40 @@ def _decode(
     proposal = propose(state, active_B)
     read_BT = jnp.concatenate([state.last_B[:, None], proposal.drafts_BX], axis=1)
     position_BT = start_B[:, None] + jnp.arange(read_BT.shape[1])
-    position_BT = jnp.where(active_B[:, None], position_BT, -1)
-    out = forward(model, Batch(read_BT, position_BT), cache=proposal.cache)
-    logits_BTV = process_drafts(processors, out.logits, state.text_BS, proposal.drafts_BX)
-    chosen_BT, kept_B = verify(
-        _legal(allow, state, proposal.drafts_BX, logits_BTV), proposal.drafts_BX,
-        proposal.log_q_BXV, state.keys_B, start_B, state.sampling,
-    )  # fmt: skip
+    within_BT = active_B[:, None]
+    if proposal.count_B is not None:
+        within_BT = within_BT & (jnp.arange(read_BT.shape[1]) <= proposal.count_B[:, None])
+    out = forward(
+        model, Batch(read_BT, jnp.where(within_BT, position_BT, -1)), cache=proposal.cache
+    )
+    chosen_BT, kept_B = _check(state, proposal, out.logits, start_B, allow, processors)
     kept_B, before_B = jnp.where(active_B, kept_B, 0), state.step_B
     state = append(state, chosen_BT, jnp.where(active_B, kept_B + 1, 0), out.logits)
     new_B = state.step_B - before_B
     state = replace(state, cache=out.cache.rewound(start_B + new_B))
     return replace(state, drafts=propose.settle(proposal, state, kept_B, new_B))
+
+
+def _check(
+    state: State,
+    proposal: Proposal,
+    logits_BTV: jax.Array,
+    start_B: jax.Array,
+    allow: Allow | None,
+    processors: tuple[LogitsProcessor, ...],
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens `[B, X + 1]`, of which the first `kept + 1` are chosen, and `kept_B`."""
+    drafts_BX = proposal.drafts_BX
+    logits_BTV = penalised_drafts(
+        logits_BTV, drafts_BX, state.seen_BV, state.sampling, state.counts_BV
+    )
+    logits_BTV = process_drafts(processors, logits_BTV, state.text_BS, drafts_BX)
+    logits_BTV = _legal(allow, state, drafts_BX, logits_BTV)
+    if proposal.log_q_BXV is not None:
+        return verify(
+            logits_BTV, drafts_BX, proposal.log_q_BXV, state.keys_B, start_B, state.sampling
+        )
+    return agree(logits_BTV, drafts_BX, proposal.count_B, state.keys_B, start_B, state.sampling)
 
 
 def choose(
@@ -413,65 +442,5 @@ def empty_state(
         log_probs_BX=jnp.zeros((batch, new_tokens), jnp.float32),
         seen_BV=jnp.zeros((batch, cfg.vocab_size), bool) if sampling.penalty else None,
         counts_BV=jnp.zeros((batch, cfg.vocab_size), jnp.int32) if sampling.counts else None,
-    )
-    return constrained(state, partition)
-
-
-@partial(jax.jit, static_argnames=("partition",), donate_argnames=("state",))
-def emptied(
-    state: State, empty_B: jax.Array, seed_B: jax.Array, *, partition: Partition | None
-) -> State:
-    """The state with nothing in the rows that are `True`, which get new seeds."""
-    keys_B = jax.vmap(jax.random.key)(seed_B)
-    seen_BV, counts_BV = state.seen_BV, state.counts_BV
-    state = replace(
-        state,
-        cache=state.cache.cleared(empty_B),
-        step_B=jnp.where(empty_B, 0, state.step_B),
-        done_B=state.done_B | empty_B,
-        keys_B=jnp.where(empty_B, keys_B, state.keys_B),
-        seen_BV=None if seen_BV is None else seen_BV & ~empty_B[:, None],
-        drafts=None if state.drafts is None else state.drafts.cleared(empty_B),
-        text_BS=None if state.text_BS is None else jnp.where(empty_B[:, None], -1, state.text_BS),
-        counts_BV=None if counts_BV is None else jnp.where(empty_B[:, None], 0, counts_BV),
-    )
-    return constrained(state, partition)
-
-
-@partial(jax.jit, static_argnames=("partition",), donate_argnames=("state",))
-def rewound(state: State, length_B: jax.Array, *, partition: Partition | None) -> State:
-    """The state without tokens at positions of `length` and beyond, see `Cache.rewound`."""
-    drafts = None if state.drafts is None else state.drafts.rewound(length_B)
-    state = replace(state, cache=state.cache.rewound(length_B), drafts=drafts)
-    return constrained(state, partition)
-
-
-@partial(jax.jit, static_argnames=("partition",), donate_argnames=("state",))
-def inserted(
-    state: State,
-    cache: Cache,
-    slot: jax.Array,
-    last: jax.Array,
-    seed: jax.Array,
-    seen_V: jax.Array,
-    *,
-    partition: Partition | None,
-) -> State:
-    """The state with another text in one row, read elsewhere, which has chosen nothing yet.
-
-    Args:
-      cache: Of one row; holds all of the text but `last`.
-      slot: int32; the row.
-      last: int32; its last token.
-      seed: uint32.
-      seen_V: bool; the tokens of the text, looked at where the state keeps them.
-    """
-    state = replace(
-        state,
-        cache=state.cache.with_row(slot, cache),
-        last_B=state.last_B.at[slot].set(last),
-        keys_B=state.keys_B.at[slot].set(jax.random.key(seed)),
-        seen_BV=None if state.seen_BV is None else state.seen_BV.at[slot].set(seen_V),
-        counts_BV=None if state.counts_BV is None else state.counts_BV.at[slot].set(0),
     )
     return constrained(state, partition)

@@ -13,15 +13,18 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from gemma_jax.decoder.model import Gemma
+from gemma_jax.inference.lookup import Lookup, NextTokens, next_tokens
 from gemma_jax.inference.prefill import PromptRow, bucket
 from gemma_jax.inference.prefix_cache import PrefixCache
 from gemma_jax.inference.requests import FinishReason, Full, OnPiece, Piece, Request
 from gemma_jax.inference.scheduler import FairQueue
-from gemma_jax.inference.slots import EVERY_RULES, MOST_BEST, MOST_BIASES, Slots
+from gemma_jax.inference.slots import MOST_BEST, MOST_BIASES, Slots, every_rules
 from gemma_jax.inference.work import Counters, Work
 from gemma_jax.multimodal.modality import check_media, modalities_of
 from gemma_jax.multimodal.prompts import encode_prompt
 from gemma_jax.resident_adapters import held_adapters
+
+FORCED = 4  # tokens without a choice that are read in one pass, where nothing else is drafted
 
 
 class Engine:
@@ -40,6 +43,8 @@ class Engine:
       prefix_bytes: Memory of the host for what was read of prompts, for others that begin alike;
         0: nothing is kept. What is kept is the end of each chunk.
       threads: For the masks of constraints.
+      speculation: Drafts tokens that are checked several at once: a text is the same with any
+        drafts, at any temperature. Wants a little more memory for each row.
 
     Examples:
       >>> import gemma_jax as gj
@@ -66,13 +71,24 @@ class Engine:
         budget: int | None = None,
         prefix_bytes: int = 0,
         threads: int = 2,
+        speculation: Lookup | None = None,
     ):
         for name, value in dict(slots=slots, context=context, chunk=chunk, burst=burst).items():
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         self._modalities = modalities_of(model.cfg)
         blocks = [m.tokens_per_item or 0 for m in self._modalities if m.bidirectional]
-        self._slots = Slots(model, slots, context, max([chunk, *blocks]), burst)
+        self._speculation = speculation
+        slack = 0 if speculation is None else speculation.draft_tokens
+        self._slots = Slots(
+            model,
+            slots,
+            context,
+            max([chunk, *blocks]),
+            burst,
+            drafts=slack or FORCED,
+            slack=slack,
+        )
         self._queue_bound, self._budget = queue, budget
         self._prefixes = PrefixCache(prefix_bytes) if prefix_bytes else None
         self._queue: FairQueue[Work] = FairQueue()
@@ -205,6 +221,8 @@ class Engine:
                 prompt_tokens=counters.prompt_tokens,
                 generated_tokens=counters.generated_tokens,
                 cached_tokens=counters.cached_tokens,
+                drafted_tokens=counters.drafted_tokens,
+                kept_tokens=counters.kept_tokens,
                 finished=dict(counters.finished),
             )
             for name in ("queue_seconds", "first_token_seconds", "inter_token_seconds"):
@@ -226,7 +244,8 @@ class Engine:
         if self._prefixes is not None:
             out.append(("snapshot", lambda: slots.snapshot(slice(0, 1))))
         out.append(("insert", lambda: slots.insert(0, 0, 0, [])))
-        out += [(str(rules), lambda r=rules: slots.warm_up(r)) for rules in EVERY_RULES]
+        every = every_rules(self._speculation is not None)
+        out += [(str(rules), lambda r=rules: slots.warm_up(r)) for rules in every]
         return out
 
     def _check(self, request: Request) -> None:
@@ -370,11 +389,20 @@ class Engine:
             self._running[slot], self._reading = work, None
             self._counters.prompt_tokens += work.prompt_tokens
             self._counters.cached_tokens += work.cached_tokens
-        self._ask_for_mask(work)
+        self._look_ahead(work)
 
-    def _ask_for_mask(self, work: Work) -> None:
-        if work.request.constraint is not None:
-            work.mask = self._pool.submit(work.request.constraint.mask)
+    def _look_ahead(self, work: Work) -> None:
+        if (constraint := work.request.constraint) is not None:
+            width = min(self._slots.drafts, work.left - 1)
+            work.next = self._pool.submit(
+                next_tokens, constraint, width, self._text(work), self._speculation
+            )
+
+    def _text(self, work: Work) -> np.ndarray:
+        """What drafts may be looked up in."""
+        ids = work.text
+        media = [modality.placeholder for modality in self._modalities]
+        return np.where(np.isin(ids, media), -1, ids) if media else ids
 
     def _fail(self, works: list[Work], error: Exception) -> None:
         """Ends requests that a failure of the device took along; those beside them go on."""
@@ -388,70 +416,73 @@ class Engine:
             self._slots.reset_reader()
 
     def _write(self) -> None:
-        masks = self._masks()
-        burst = 1 if masks else self._slots.burst
-        limits = {
-            slot: min(burst, work.request.max_new_tokens - work.count)
-            for slot, work in self._running.items()
-            if work.mask is None or slot in masks
-        }
+        nexts = self._nexts()
+        free = {slot: work for slot, work in self._running.items() if work.next is None}
+        burst = self._slots.burst if len(free) > len(nexts) else 1
+        limits = {slot: min(burst, work.left) for slot, work in free.items()}
+        limits |= dict.fromkeys(nexts, 1)
         if not limits:
             return
+        drafts = {slot: n.drafts for slot, n in nexts.items()}
+        if self._speculation is not None:
+            for slot, work in free.items():
+                drafts[slot] = self._speculation.drafts(self._text(work))[: work.left - 1]
         requests = {slot: work.request for slot, work in self._running.items()}
+        masks = {slot: n.masks_TW for slot, n in nexts.items()}
         try:
-            out = self._slots.write(requests, limits, masks)
+            out = self._slots.write(requests, limits, masks, drafts)
         except Exception as error:
             self._fail(list(self._running.values()), error)
             return
         for slot, work in list(self._running.items()):
             if slot in limits:
+                self._count(drafts.get(slot, []), out.tokens[slot])
                 self._collect(work, out.tokens[slot], out.log_probs[slot], out.best[slot])
 
-    def _masks(self) -> dict[int, np.ndarray]:
+    def _nexts(self) -> dict[int, NextTokens]:
         """Masks that are there; where nobody else writes, the first is waited for."""
-        waiting = {slot: work for slot, work in self._running.items() if work.mask is not None}
-        masks = {}
+        waiting = {slot: work for slot, work in self._running.items() if work.next is not None}
+        nexts = {}
         for slot, work in waiting.items():
-            alone = not masks and len(waiting) == len(self._running)
-            if alone or work.mask.done():
+            alone = not nexts and len(waiting) == len(self._running)
+            if alone or work.next.done():
                 try:
-                    masks[slot] = work.mask.result()
+                    nexts[slot] = work.next.result()
                 except Exception as error:
                     self._end(work, "error", f"the constraint failed: {error}")
-        return masks
+        return nexts
+
+    def _count(self, drafts: list[int], ids: list[int]) -> None:
+        same = [draft == own for draft, own in zip(drafts, ids)]
+        with self._change:
+            self._counters.drafted_tokens += len(drafts)
+            self._counters.kept_tokens += [*same, False].index(False)
 
     def _collect(self, work: Work, ids: list[int], log_probs: list[float], best: list) -> None:
         """Tells of new tokens, and ends what they end."""
-        stops = [i for i, token in enumerate(ids) if token in work.request.stop_ids]
-        if stops:
-            ids = ids[: stops[0] + 1]
+        if work.cancelled:
+            self._end(work, "cancelled")
+            return
+        try:
+            ids, ended = work.until_end(ids)
+        except Exception as error:
+            self._end(work, "error", f"the constraint failed: {error}")
+            return
         now, first = time.monotonic(), work.count == 0
-        work.count += len(ids)
+        work.chose(ids)
         with self._change:
             self._counters.generated_tokens += len(ids)
-            if first:
+            if first and ids:
                 self._counters.first_token_seconds.append(now - work.arrived)
             elif ids:
-                delays = [now - work.told] + [0.0] * (len(ids) - 1)
-                self._counters.inter_token_seconds.extend(delays)
+                # They were chosen one after another, all the time.
+                self._counters.inter_token_seconds.extend([(now - work.told) / len(ids)] * len(ids))
         work.told = now
         tokens = dict(
             token_ids=ids, log_probs=log_probs[: len(ids)], top_log_probs=best[: len(ids)]
         )
-        if work.cancelled:
-            self._end(work, "cancelled")
-            return
-        if (constraint := work.request.constraint) is not None:
-            try:
-                constraint.accept([i for i in ids if i not in work.request.stop_ids])
-                ended = bool(stops) or (constraint.complete and not work.request.stop_ids)
-            except Exception as error:
-                self._end(work, "error", f"the constraint failed: {error}")
-                return
-        else:
-            ended = bool(stops)
-        if ended or work.count >= work.request.max_new_tokens:
+        if ended or not work.left:
             self._end(work, "stop" if ended else "length", **tokens)
             return
         self._tell(work, Piece(**tokens))
-        self._ask_for_mask(work)
+        self._look_ahead(work)

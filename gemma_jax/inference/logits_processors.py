@@ -75,10 +75,11 @@ def process_drafts(
     """`process` before each draft and after the last: each sees the drafts before it as text."""
     if not processors:
         return logits_BTV
-    length_B = _length(text_BS)
+    length_B = None if text_BS is None else _length(text_BS)
     steps = [process(processors, logits_BTV[:, 0], text_BS)]
     for x in range(drafts_BX.shape[1]):
-        text_BS = _put(text_BS, drafts_BX[:, x : x + 1], (length_B + x)[:, None])
+        if text_BS is not None:
+            text_BS = _put(text_BS, drafts_BX[:, x : x + 1], (length_B + x)[:, None])
         steps.append(process(processors, logits_BTV[:, x + 1], text_BS))
     return jnp.stack(steps, axis=1)
 

@@ -11,9 +11,10 @@ import jax
 import numpy as np
 
 from gemma_jax.decoder.model import Gemma
-from gemma_jax.inference.decode import Allow, Propose, advance, emptied, empty_state, rewound
+from gemma_jax.inference.decode import Allow, Propose, advance, empty_state
 from gemma_jax.inference.logits_processors import LogitsProcessor, as_processors
 from gemma_jax.inference.prefill import PrefillChunk, PromptRow, bucket, prefill_chunk
+from gemma_jax.inference.rows import emptied, rewound
 from gemma_jax.inference.sampling import Sampling, SamplingRows
 from gemma_jax.inference.stored_programs import StoredProgram
 from gemma_jax.multimodal.modality import modalities_of

@@ -9,7 +9,7 @@ There is a program for each width of a chunk, one to put a row into a slot, and 
 choosing, see `Rules`; which rows have which values is plain input.
 
 Local letters: U ids with a bias, or best tokens;
-I stop ids; X tokens of one burst.
+I stop ids; X tokens of one burst; W words of a mask, T places of a pass.
 """
 
 import math
@@ -26,11 +26,13 @@ from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.cache import Cache
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.decoder.soft_tokens import SoftTokens
-from gemma_jax.inference.decode import State, advance, emptied, empty_state, inserted
+from gemma_jax.inference.decode import State, advance, empty_state
 from gemma_jax.inference.legal_tokens import LegalTokens
+from gemma_jax.inference.lookup import GivenDrafts
 from gemma_jax.inference.prefill import PrefillChunk, PromptRow, bucket
 from gemma_jax.inference.prefix_cache import Snapshot
 from gemma_jax.inference.requests import Request
+from gemma_jax.inference.rows import emptied, inserted
 from gemma_jax.inference.sampling import Sampling, SamplingRows
 from gemma_jax.inference.session import padded
 from gemma_jax.inference.stored_programs import StoredProgram
@@ -49,17 +51,19 @@ class Rules:
     Attributes:
       draw: `"greedy"` (all rows), `"few"` (up to 128 candidates in order), or `"all"`.
       extras: Whether there are penalties, biases, masks or best tokens to tell of.
+      drafts: Whether the first pass checks drafts.
     """
 
     draw: str = "greedy"
     extras: bool = False
+    drafts: bool = False
 
     @classmethod
-    def of(cls, requests: Sequence[Request], vocab_size: int) -> "Rules":
+    def of(cls, requests: Sequence[Request], vocab_size: int, drafts: bool = False) -> "Rules":
         """What these need together."""
         rows = SamplingRows.of([one.sampling for one in requests], vocab_size)
         draw = "greedy" if rows.greedy == "all" else "few" if rows.candidates <= FEW else "all"
-        return cls(draw, any(map(_has_extras, requests)))
+        return cls(draw, any(map(_has_extras, requests)), drafts)
 
     def rows(self, each: Sequence[Sampling], vocab_size: int) -> SamplingRows:
         """The values of rows, with the switches of this program whatever they are."""
@@ -76,12 +80,14 @@ class Rules:
         )
 
     def __str__(self) -> str:
-        return f"decode, {self.draw}" + (", extras" if self.extras else "")
+        drafts, extras = ", drafts" * self.drafts, ", extras" * self.extras
+        return f"decode, {self.draw}{extras}{drafts}"
 
 
-EVERY_RULES = tuple(
-    Rules(draw, more) for more in (False, True) for draw in ("greedy", "few", "all")
-)
+def every_rules(speculation: bool) -> list[Rules]:
+    """All that requests may need; tokens without a choice are drafts beside masks."""
+    kinds = [(False, False), (True, False), (True, True), *[(False, True)] * speculation]
+    return [Rules(draw, *kind) for kind in kinds for draw in ("greedy", "few", "all")]
 
 
 def _has_extras(request: Request) -> bool:
@@ -113,10 +119,23 @@ class Slots:
       slots: Number of rows B.
       context: Longest sequence in tokens; rounded up to a bucket.
       chunk: Longest stretch of prompt read in one pass.
-      burst: Most tokens per row that one call of `write` chooses.
+      burst: Most tokens per row that one call of `write` chooses, beside drafts that are kept.
+      drafts: Most drafts of a row in one call.
+      slack: How many of them may turn out wrong.
     """
 
-    def __init__(self, model: Gemma, slots: int, context: int, chunk: int, burst: int):
+    def __init__(
+        self,
+        model: Gemma,
+        slots: int,
+        context: int,
+        chunk: int,
+        burst: int,
+        *,
+        drafts: int,
+        slack: int,
+    ):
+        self.drafts, self._slack = drafts, slack
         self.model, self.count, self.burst, self.chunk = model, slots, burst, bucket(chunk)
         self.context = min(bucket(context), model.cfg.max_positions)
         self.vocab_size = model.cfg.vocab_size
@@ -131,7 +150,7 @@ class Slots:
 
     def reset(self) -> None:
         """Empties everything, after a failure that may have taken the arrays along."""
-        self.state = self._empty(self.count, self.burst, Rules(extras=True))
+        self.state = self._empty(self.count, self.burst + self.drafts, Rules(extras=True))
         self.reset_reader()
 
     def reset_reader(self) -> None:
@@ -149,6 +168,7 @@ class Slots:
             max_len=self.context,
             dtype=runtime.kv_dtype,
             new_tokens=new_tokens,
+            slack=self._slack,
             partition=runtime.partition,
         )
 
@@ -251,21 +271,25 @@ class Slots:
         requests: Mapping[int, Request],
         limits: Mapping[int, int],
         masks: Mapping[int, np.ndarray],
+        drafts: Mapping[int, Sequence[int]],
         rules: Rules | None = None,
     ) -> Burst:
         """Chooses tokens in slots.
 
         Args:
           requests: Slot -> what runs in it.
-          limits: Slot -> how many tokens at most, up to `burst`; 1 where there is a mask.
-          masks: Slot -> which token is legal, see `Constraint.mask`.
+          limits: Slot -> how many tokens at most beside drafts that are kept, up to `burst`; 1
+            where there are masks.
+          masks: Slot -> `[T, W]`, which tokens are legal, see `Constraint.mask`: next, and behind
+            each draft.
+          drafts: Slot -> up to `drafts` tokens that may come next.
           rules: Default: what the requests need.
         """
         each = [requests.get(slot) for slot in range(self.count)]
         if rules is None:
-            rules = Rules.of(list(requests.values()), self.vocab_size)
+            rules = Rules.of(list(requests.values()), self.vocab_size, any(drafts.values()))
         limit_B = np.array([limits.get(slot, 0) for slot in range(self.count)], np.int32)
-        shape = (self.count, self.burst)
+        shape = self.state.tokens_BX.shape
         state = replace(
             self.state,
             step_B=np.zeros(self.count, np.int32),
@@ -277,6 +301,8 @@ class Slots:
             log_probs_BX=np.zeros(shape, np.float32),
         )
         model = self._with_adapters(tuple(r.adapter if r else None for r in each))
+        width = self.drafts if rules.drafts else 0
+        first = GivenDrafts.of(drafts, self.count, width) if rules.drafts else None
         if rules.extras:
             most = min(MOST_BEST, self.vocab_size)
             state = replace(
@@ -289,9 +315,12 @@ class Slots:
                 state,
                 None,
                 loop=True,
-                allow=LegalTokens.of(masks, self.count, self.vocab_size),
+                first=first,
+                allow=LegalTokens.of(masks, self.count, self.vocab_size, width),
                 processors=(Partial(_biased, *_biases(each, self.vocab_size)),),
             )
+        elif first is not None:
+            state = advance(model, state, None, loop=True, first=first)
         else:
             state = self._advance(model, state, None, loop=True)
         self.state = replace(state, best_ids_BXU=None, best_log_probs_BXU=None)
@@ -299,7 +328,7 @@ class Slots:
 
     def warm_up(self, rules: Rules) -> None:
         """Makes the program of these rules, in which no row takes part."""
-        self.write({}, {}, {}, rules)
+        self.write({}, {}, {}, {}, rules)
 
     def warm_up_reading(self, width: int, soft: bool) -> None:
         """Makes the program that reads a chunk of a width, with or without soft tokens."""

@@ -3,13 +3,18 @@
 Algorithm 1 of Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", 2023:
 text that was drafted and checked is distributed as the model's own; greedy text is the model's.
 
+Or text is the very one that it would be without drafts: `agree` draws each token as it is drawn
+without, and keeps the drafts that are the same. Of a draft that the host looked up this keeps as
+many; of drafts that were drawn, nearly as many where both draws use the same random numbers (Daliri
+et al., "Coupling without Communication and Drafter-Invariant Speculative Decoding", 2024).
+
 Local letters: X drafts of one pass, T = X + 1 tokens of which one is the model's own.
 """
 
 import jax
 import jax.numpy as jnp
 
-from gemma_jax.inference.sampling import SamplingRows, distribution
+from gemma_jax.inference.sampling import SamplingRows, distribution, penalised, sample
 
 
 def verify(
@@ -58,6 +63,57 @@ def verify(
     own_B = draw(draft_keys(keys_B, start_B + kept_B, 2), jnp.log(rest_BV), sampling)
     drafts_BT = jnp.pad(drafts_BX, ((0, 0), (0, 1)))
     return jnp.where(jnp.arange(X + 1) == kept_B[:, None], own_B[:, None], drafts_BT), kept_B
+
+
+def agree(
+    logits_BTV: jax.Array,
+    drafts_BX: jax.Array,
+    count_B: jax.Array | None,
+    keys_B: jax.Array,
+    start_B: jax.Array,
+    sampling: SamplingRows,
+) -> tuple[jax.Array, jax.Array]:
+    """Draws the model's token at each place, and keeps the drafts that are the same.
+
+    Args:
+      logits_BTV: As for `verify`, after all processors and penalties.
+      drafts_BX: int32.
+      count_B: How many drafts of a row there are; `None`: all.
+      keys_B: One random key per row.
+      start_B: Position of the token before the first draft.
+
+    Returns:
+      As `verify`.
+    """
+    B, T, _ = logits_BTV.shape
+    position_BT = start_B[:, None] + 1 + jnp.arange(T)
+    keys_BT = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))(keys_B, position_BT)
+    rows = jax.tree.map(lambda a: jnp.repeat(jnp.asarray(a), T, axis=0), sampling)
+    own_BT = sample(logits_BTV.reshape(B * T, -1), keys_BT.reshape(-1), rows).reshape(B, T)
+    same_BX = drafts_BX == own_BT[:, :-1]
+    if count_B is not None:
+        same_BX &= jnp.arange(T - 1) < count_B[:, None]
+    return own_BT, _leading(same_BX)
+
+
+def penalised_drafts(
+    logits_BTV: jax.Array,
+    drafts_BX: jax.Array,
+    seen_BV: jax.Array | None,
+    rows: SamplingRows,
+    counts_BV: jax.Array | None,
+) -> jax.Array:
+    """`penalised` before each draft and after the last: each knows the drafts before it."""
+    if not (rows.penalty or rows.counts):
+        return logits_BTV
+    rows_B, steps = jnp.arange(len(drafts_BX)), []
+    for t in range(drafts_BX.shape[1] + 1):
+        if t and seen_BV is not None:
+            seen_BV = seen_BV.at[rows_B, drafts_BX[:, t - 1]].set(True)
+        if t and counts_BV is not None:
+            counts_BV = counts_BV.at[rows_B, drafts_BX[:, t - 1]].add(1)
+        steps.append(penalised(logits_BTV[:, t], seen_BV, rows, counts_BV))
+    return jnp.stack(steps, axis=1)
 
 
 def draft_keys(keys_B: jax.Array, position_B: jax.Array, use: int) -> jax.Array:

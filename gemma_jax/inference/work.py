@@ -6,6 +6,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from gemma_jax.inference.lookup import NextTokens
 from gemma_jax.inference.prefill import PromptRow
 from gemma_jax.inference.prefix_cache import Snapshot
 from gemma_jax.inference.requests import OnPiece, Request
@@ -25,12 +28,47 @@ class Work:
         self.row: PromptRow | None = None
         self.parts: list[slice] = []  # still to be read
         self.chain: list[Snapshot] = []  # of what was read
-        self.mask: Future | None = None
+        self.next: Future[NextTokens] | None = None  # where there is a constraint
+        # Prompt and answer, as far as they go; a pass may bring some tokens more than asked for.
+        self._text = np.full(self.tokens, -1, np.int32)
+        self._text[: self.prompt_tokens] = request.prompt.token_ids
 
     @property
     def tokens(self) -> int:
         """Places in a cache that it may need."""
         return self.prompt_tokens + self.request.max_new_tokens
+
+    @property
+    def text(self) -> np.ndarray:
+        """Ids of the prompt and of what was chosen; placeholders of media among them."""
+        return self._text[: self.prompt_tokens + self.count]
+
+    @property
+    def left(self) -> int:
+        """How many tokens it may still choose."""
+        return self.request.max_new_tokens - self.count
+
+    def chose(self, ids: list[int]) -> None:
+        """Puts tokens behind its text, at most as many as are left."""
+        at = self.prompt_tokens + self.count
+        self._text[at : at + len(ids)] = ids
+        self.count += len(ids)
+
+    def until_end(self, ids: list[int]) -> tuple[list[int], bool]:
+        """Those new tokens that belong to its text, and whether it ends with them.
+
+        Kept drafts may be more than it may still choose, or stand behind its end. Its constraint is
+        told of those that belong to it.
+        """
+        constraint, stop_ids = self.request.constraint, self.request.stop_ids
+        for n, token in enumerate(ids[: self.left]):
+            if token in stop_ids:
+                return ids[: n + 1], True
+            if constraint is not None:
+                constraint.accept([token])
+                if constraint.complete and not stop_ids:
+                    return ids[: n + 1], True
+        return ids[: self.left], False
 
     def cancel(self) -> None:
         """Ends the text; see `Ticket`."""
@@ -49,6 +87,8 @@ class Counters:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     cached_tokens: int = 0
+    drafted_tokens: int = 0
+    kept_tokens: int = 0
     finished: dict[str, int] = field(default_factory=dict)
     queue_seconds: deque = field(default_factory=lambda: deque(maxlen=SAMPLES))
     first_token_seconds: deque = field(default_factory=lambda: deque(maxlen=SAMPLES))

@@ -117,6 +117,38 @@ def test_rows_do_not_depend_on_each_other(small):
         assert alone.token_ids == together[i].token_ids
 
 
+def pairs(model, prompt, sampling, legal=None):
+    """Probability of each pair of second and third token, of ten tokens.
+
+    Args:
+      legal: bool `[100, 3, 10]`, tokens that are legal behind each pair's places; `None`: all.
+    """
+    firsts = np.arange(100)
+    rows = np.array([[*prompt, first // 10, first % 10] for first in firsts], np.int32)
+    logits = forward(model, rows).logits[:, 2:]
+    if legal is not None:
+        logits = jnp.where(legal, logits, -jnp.inf)
+    p = np.exp(
+        distribution(logits, SamplingRows.of([sampling] * 100, 10))
+    )  # after the prompt, one, two tokens
+    first = p[0, 0]  # [V]
+    second = p[::10, 1]  # [first, second]
+    third = p[:, 2].reshape(10, 10, 10)  # [first, second, third]
+    return np.einsum("a,ab,abc->bc", first, second, third).ravel()
+
+
+def p_value(seen, probabilities):
+    """Of texts counted by pair, by chi-square; rare pairs are one kind."""
+    count = seen.sum()
+    likely = count * probabilities >= 5
+    observed = np.append(seen[likely], seen[~likely].sum())
+    expected = np.append(count * probabilities[likely], count * probabilities[~likely].sum())
+    if expected[-1] < 1:
+        observed, expected = observed[:-1], expected[:-1]
+        expected *= observed.sum() / expected.sum()
+    return stats.chisquare(observed, expected, sum_check=False).pvalue
+
+
 RULES = {
     "temperature": dict(temperature=1.3),
     "top-k": dict(temperature=1.0, top_k=5),
@@ -153,30 +185,8 @@ def test_sampled_text_is_distributed_as_the_models(rules, cfg, draft, sharper):
     seen = np.bincount(texts[:, 1] * 10 + texts[:, 2], minlength=100)
     assert 0.2 < sum(session.accepted) / sum(session.proposed) < 0.98
 
-    def exact(model):
-        """Probability of each pair of second and third token."""
-        firsts = np.arange(100)
-        rows = np.array([[*prompt, first // 10, first % 10] for first in firsts], np.int32)
-        logits = forward(model, rows).logits[:, 2:]
-        p = np.exp(
-            distribution(logits, SamplingRows.of([sampling] * 100, 10))
-        )  # after the prompt, one, two tokens
-        first = p[0, 0]  # [V]
-        second = p[::10, 1]  # [first, second]
-        third = p[:, 2].reshape(10, 10, 10)  # [first, second, third]
-        return np.einsum("a,ab,abc->bc", first, second, third).ravel()
-
-    def p_value(probabilities):
-        likely = count * probabilities >= 5
-        observed = np.append(seen[likely], seen[~likely].sum())
-        expected = np.append(count * probabilities[likely], count * probabilities[~likely].sum())
-        if expected[-1] < 1:
-            observed, expected = observed[:-1], expected[:-1]
-            expected *= observed.sum() / expected.sum()
-        return stats.chisquare(observed, expected, sum_check=False).pvalue
-
-    assert p_value(exact(model)) > 1e-3
-    assert p_value(exact(at(model, draft))) < 1e-6
+    assert p_value(seen, pairs(model, prompt, sampling)) > 1e-3
+    assert p_value(seen, pairs(at(model, draft), prompt, sampling)) < 1e-6
 
 
 def test_distribution_is_what_sample_draws_from():

@@ -1,0 +1,71 @@
+"""Rows of a `State` that come and go: emptied, taken back, put in from elsewhere."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from gemma_jax.decoder.cache import Cache
+from gemma_jax.inference.decode import State, constrained
+from gemma_jax.sharding import Partition
+
+
+@partial(jax.jit, static_argnames=("partition",), donate_argnames=("state",))
+def emptied(
+    state: State, empty_B: jax.Array, seed_B: jax.Array, *, partition: Partition | None
+) -> State:
+    """The state with nothing in the rows that are `True`, which get new seeds."""
+    keys_B = jax.vmap(jax.random.key)(seed_B)
+    seen_BV, counts_BV = state.seen_BV, state.counts_BV
+    state = replace(
+        state,
+        cache=state.cache.cleared(empty_B),
+        step_B=jnp.where(empty_B, 0, state.step_B),
+        done_B=state.done_B | empty_B,
+        keys_B=jnp.where(empty_B, keys_B, state.keys_B),
+        seen_BV=None if seen_BV is None else seen_BV & ~empty_B[:, None],
+        drafts=None if state.drafts is None else state.drafts.cleared(empty_B),
+        text_BS=None if state.text_BS is None else jnp.where(empty_B[:, None], -1, state.text_BS),
+        counts_BV=None if counts_BV is None else jnp.where(empty_B[:, None], 0, counts_BV),
+    )
+    return constrained(state, partition)
+
+
+@partial(jax.jit, static_argnames=("partition",), donate_argnames=("state",))
+def rewound(state: State, length_B: jax.Array, *, partition: Partition | None) -> State:
+    """The state without tokens at positions of `length` and beyond, see `Cache.rewound`."""
+    drafts = None if state.drafts is None else state.drafts.rewound(length_B)
+    state = replace(state, cache=state.cache.rewound(length_B), drafts=drafts)
+    return constrained(state, partition)
+
+
+@partial(jax.jit, static_argnames=("partition",), donate_argnames=("state",))
+def inserted(
+    state: State,
+    cache: Cache,
+    slot: jax.Array,
+    last: jax.Array,
+    seed: jax.Array,
+    seen_V: jax.Array,
+    *,
+    partition: Partition | None,
+) -> State:
+    """The state with another text in one row, read elsewhere, which has chosen nothing yet.
+
+    Args:
+      cache: Of one row; holds all of the text but `last`.
+      slot: int32; the row.
+      last: int32; its last token.
+      seed: uint32.
+      seen_V: bool; the tokens of the text, looked at where the state keeps them.
+    """
+    state = replace(
+        state,
+        cache=state.cache.with_row(slot, cache),
+        last_B=state.last_B.at[slot].set(last),
+        keys_B=state.keys_B.at[slot].set(jax.random.key(seed)),
+        seen_BV=None if state.seen_BV is None else state.seen_BV.at[slot].set(seen_V),
+        counts_BV=None if state.counts_BV is None else state.counts_BV.at[slot].set(0),
+    )
+    return constrained(state, partition)
