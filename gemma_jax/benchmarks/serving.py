@@ -31,7 +31,7 @@ from gemma_jax.benchmarks.http_servers import Running, start
 from gemma_jax.benchmarks.speed import machine_facts
 
 OURS, LLAMA = "gemma-jax serve", "llama.cpp llama-server"
-WARM_UP = -1  # seed of the round that does not count
+WARM_UP, FEW = -1, 8  # seed and requests of the round that does not count
 
 
 def commands(args: argparse.Namespace, model_file: str) -> dict[str, list[str]]:
@@ -62,7 +62,7 @@ def take_turns(servers: Sequence[Running], mix: Mix, args: argparse.Namespace) -
     """Rounds of the same requests, one server after the other; the first round does not count."""
     for number in range(-1, args.rounds):
         seed = WARM_UP if number < 0 else args.seed + number
-        count = args.clients if number < 0 else args.requests
+        count = min(args.clients, FEW) if number < 0 else args.requests
         for server in servers:
             asks = itertools.islice(mix.asks(seed), count)
             told, seconds = timed_crowd(server, asks, args.clients, args.seconds)
@@ -115,7 +115,9 @@ def brief(found: dict) -> str:
     if found["failed"]:
         said += f", {found['failed']} failed ({found['errors'][0]:.200})"
     if first and gaps:
-        said += f"; first {first['p50']} s, p99 {first['p99']}; between {gaps['p50']}, {gaps['p99']}"
+        said += (
+            f"; first {first['p50']} s, p99 {first['p99']}; between {gaps['p50']}, {gaps['p99']}"
+        )
     return said
 
 
@@ -169,7 +171,8 @@ def last_long(server: Running, mix: Mix, args: argparse.Namespace) -> dict:
 def growth(samples: Sequence[tuple[float, int]]) -> int:
     """From the second quarter of the samples to the last one, by their means."""
     sizes, quarter = [size for _, size in samples], max(len(samples) // 4, 1)
-    return round(statistics.mean(sizes[-quarter:]) - statistics.mean(sizes[quarter : 2 * quarter]))
+    second = sizes[quarter : 2 * quarter] or sizes
+    return round(statistics.mean(sizes[-quarter:]) - statistics.mean(second))
 
 
 def told_of(server: Running) -> dict:
@@ -255,8 +258,8 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     add("--shared", type=int, default=512)
     add("--own", type=int, nargs=2, default=[16, 256])
     add("--new", type=int, nargs=2, default=[32, 128])
-    add("--requests", type=int, default=96, help="of a round")
-    add("--rounds", type=int, default=3)
+    add("--requests", type=int, default=64, help="of a round")
+    add("--rounds", type=int, default=2)
     add("--seconds", type=float, default=120, help="of a round, then nobody asks any more")
     add("--pairs", type=int, default=8, help="for the time to the first token alone")
     add("--minutes", type=float, default=0, help="ours alone, for so long, watching its memory")

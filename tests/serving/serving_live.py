@@ -121,6 +121,7 @@ def saying(tokenizer, text: str, reason: str = "stop", size: int = 1, wait: floa
             )
             if wait:
                 yield wait
-        yield Piece(token_ids=[request.stop_ids[0]], log_probs=[-0.1], finish_reason=reason)
+        end = request.stop_ids[:1] or (1,)
+        yield Piece(token_ids=list(end), log_probs=[-0.1], finish_reason=reason)
 
     return script
