@@ -1,12 +1,13 @@
 """Stored ablations are of this code, and their short forms are what it makes."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
 from gemma_jax.experiments.ablations import results
+from gemma_jax.experiments.ablations.ablation import Recipe
 from gemma_jax.experiments.ablations.names import ABLATIONS
 from gemma_jax.experiments.ablations.recall import (
     FAR,
@@ -42,10 +43,11 @@ def test_stored_results_are_of_this_code(name):
 
 
 @pytest.mark.nightly
-def test_the_short_form_is_what_is_stored():
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_the_short_form_is_what_is_stored(name):
     """Three steps: other processors round differently, which has no time to grow."""
-    short = ABLATIONS["local-global"].short()
-    assert_same(run_ablation(short, (0,)), results.stored("local-global")["short"], rel=1e-3)
+    short = ABLATIONS[name].short()
+    assert_same(run_ablation(short, (0,)), results.stored(name)["short"], rel=1e-3)
 
 
 def test_another_config_is_another_digest():
@@ -54,6 +56,16 @@ def test_another_config_is_another_digest():
     changed = {**ablation.variants, name: replace(cfg, norm_eps=1e-5)}
     assert replace(ablation, variants=changed).digest() != ablation.digest()
     assert replace(ablation, recipe=replace(ablation.recipe, steps=7)).digest() != ablation.digest()
+
+
+def test_another_default_is_another_digest():
+    @dataclass(frozen=True)
+    class Faster(Recipe):
+        rate: float = 1e-2
+
+    ablation = ABLATIONS["local-global"]
+    assert ablation.recipe == Recipe()
+    assert replace(ablation, recipe=Faster()).digest() != ablation.digest()
 
 
 def test_passages_come_twice_as_far_apart_as_said():

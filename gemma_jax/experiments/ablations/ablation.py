@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from gemma_jax.config import GemmaConfig
@@ -46,8 +46,8 @@ class Ablation:
         return self.recipes.get(variant, self.recipe)
 
     def digest(self) -> str:
-        """Beginning of the SHA-256 of all that was said; fields with their defaults are left out,
-        so that a new field of a config changes nothing."""
+        """Beginning of the SHA-256 of all that was said, defaults included. Fields that say no
+        (`None`, `False`, nothing in them) are left out, so that a config may get a switch."""
         text = json.dumps(_plain(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -66,12 +66,8 @@ class Ablation:
 
 def _plain(value: Any) -> Any:
     if is_dataclass(value):
-        named = {f.name: getattr(value, f.name) for f in fields(value) if f.compare}
-        defaults = {
-            f.name: f.default_factory() if f.default_factory is not MISSING else f.default
-            for f in fields(value)
-        }
-        return {name: _plain(v) for name, v in named.items() if v != defaults[name]}
+        named = {f.name: _plain(getattr(value, f.name)) for f in fields(value) if f.compare}
+        return {name: v for name, v in named.items() if v not in (None, False, [], {})}
     if isinstance(value, Mapping):
         return {name: _plain(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
