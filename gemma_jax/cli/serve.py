@@ -69,7 +69,7 @@ def command(
         str | None,
         typer.Option(
             metavar="lookup[:N]",
-            help="Draft N tokens (4) from the text so far, to be checked in one pass; same answers.",
+            help="Draft N tokens (4) from the text so far, checked in one pass; same answers.",
         ),
     ] = None,
     warmup: Annotated[bool, typer.Option(help="Compile all programs before listening.")] = False,

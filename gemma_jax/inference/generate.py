@@ -116,7 +116,7 @@ def generate(
       >>> print(gj.generate(model, tok, texts[0], images=[picture], logits_processors=no_nine))
       0
       >>> print(gj.generate(model, tok, "Which digits?", images=[picture], regex="[0-9]{2}"))
-      96
+      46
     """
     check_names(generate, sampling_fields)
     single = is_one_prompt(prompt)

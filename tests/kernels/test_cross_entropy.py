@@ -28,7 +28,8 @@ def operands(B=2, T=5, D=12, V=96, dtype=jnp.float32, seed=0):
 
 
 def values_and_gradients(x, table, labels, name=None, **options):
-    """Losses, log-sum-exps, and gradients of a sum in which every token counts differently."""
+    """Losses, log-sum-exps, and gradients of a sum in which every token counts differently: of both
+    operands, and of the activations in front of a frozen table."""
 
     @jax.jit
     def run(x, table):
@@ -37,10 +38,11 @@ def values_and_gradients(x, table, labels, name=None, **options):
             waves = jnp.cos(jnp.arange(labels.size)).reshape(labels.shape)
             return jnp.sum(out[0] * waves) + jnp.sum(out[1] * waves[::-1]), out
 
-        return jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(x, table)
+        before_frozen, _ = jax.grad(total, has_aux=True)(x, table)
+        return jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(x, table), before_frozen
 
-    (_, out), gradients = run(x, table)
-    return *out, *gradients
+    ((_, out), gradients), before_frozen = run(x, table)
+    return *out, *gradients, before_frozen
 
 
 def assert_close(actual, expected, atol=2e-5):
@@ -153,7 +155,7 @@ def test_bfloat16_errs_no_more_than_plain_code(dtypes):
 
 def test_gradients_have_the_dtypes_of_the_operands():
     x, table, labels = operands(dtype=jnp.bfloat16)
-    _, _, dx, dtable = values_and_gradients(x, table, labels)
+    _, _, dx, dtable, _ = values_and_gradients(x, table, labels)
     assert (dx.dtype, dtable.dtype) == (jnp.bfloat16, jnp.bfloat16)
 
 
@@ -244,9 +246,9 @@ def test_sharded(shape, x_spec, table_spec):
 
     def run(x, table, labels):
         total = lambda x, table: cross_entropy(x, table, labels, chunk=256).sum()  # noqa: E731
-        return jax.value_and_grad(total, (0, 1))(x, table)
+        return jax.value_and_grad(total, (0, 1))(x, table), jax.grad(total)(x, table)
 
-    out = (NamedSharding(mesh, PartitionSpec()), tuple(shardings[:2]))
+    out = ((NamedSharding(mesh, PartitionSpec()), tuple(shardings[:2])), shardings[0])
     compiled = jax.jit(run, out_shardings=out).lower(
         *(
             jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)

@@ -6,6 +6,10 @@
                                               dx [B, T, D] += dlogits @ chunk
                                               dtable [chunk, D] = dlogits^T @ x, written once
 
+Of a frozen table, as under adapters, only dx is asked for, and no logits are computed twice: dx is
+linear in the two cotangents of a token. The forward pass sums up the one's factor, the mean row
+`softmax @ table`, as flash attention sums up values; the other's is the label's own row.
+
 Chunks are cut from the vocabulary and not from the tokens because a chunk's part of the table's
 gradient is then complete after one product: it goes straight to its place in the dtype of the
 table, and no float32 copy of `[V, D]` is summed up. What is read and written with every chunk is
@@ -60,35 +64,43 @@ def statistics_xla(
     return _forward(x_BTD, table_VD, labels_BT, soft_cap, chunk)[0]
 
 
-def _forward(x_BTD, table_VD, labels_BT, soft_cap, chunk):
+def _forward(x_BTD, table_VD, labels_BT, soft_cap, chunk, with_mean: bool = False):
+    """The statistics; if asked for also the mean row, weighted by the slope of the log-sum-exp."""
+    exact = _exact(x_BTD.dtype)
+
     def step(carry, first, size):
-        top_BT, total_BT, chosen_BT = carry
+        top_BT, total_BT, chosen_BT, mean_BTD = carry
         rows_GRD = _rows(table_VD, first, size, x_BTD.dtype)
         logits_BTGR = _logits(x_BTD, rows_GRD, soft_cap)
         new_BT = jnp.maximum(top_BT, jnp.max(logits_BTGR, axis=(2, 3)))
         exp_BTGR = jnp.exp(logits_BTGR - new_BT[..., None, None])
-        total_BT = total_BT * jnp.exp(top_BT - new_BT) + jnp.sum(exp_BTGR, axis=(2, 3))
+        kept_BT = jnp.exp(top_BT - new_BT)
+        total_BT = total_BT * kept_BT + jnp.sum(exp_BTGR, axis=(2, 3))
         own_BTGR = _is_label(labels_BT, table_VD.shape[0], first, size)
         chosen_BT += jnp.sum(jnp.where(own_BTGR, logits_BTGR, 0), axis=(2, 3))
-        return new_BT, total_BT, chosen_BT
+        if with_mean:
+            p_BTGR = (exp_BTGR * _cap_slope(logits_BTGR, soft_cap)).astype(x_BTD.dtype)
+            mean_BTD *= kept_BT[..., None]
+            mean_BTD += jnp.einsum("BTGR,GRD->BTD", p_BTGR, rows_GRD, **exact)
+        return new_BT, total_BT, chosen_BT, mean_BTD
 
     zeros_BT = jnp.zeros(labels_BT.shape, jnp.float32)
-    carry = (jnp.full_like(zeros_BT, -jnp.inf), zeros_BT, zeros_BT)
-    top_BT, total_BT, chosen_BT = _each_chunk(step, carry, x_BTD, table_VD, chunk)
-    lse_BT = top_BT + jnp.log(total_BT)
-    return (lse_BT, chosen_BT), (x_BTD, table_VD, labels_BT, lse_BT)
+    mean_BTD = jnp.zeros(x_BTD.shape, jnp.float32) if with_mean else None
+    carry = (jnp.full_like(zeros_BT, -jnp.inf), zeros_BT, zeros_BT, mean_BTD)
+    top_BT, total_BT, chosen_BT, mean_BTD = _each_chunk(step, carry, x_BTD, table_VD, chunk)
+    if with_mean:
+        mean_BTD /= total_BT[..., None]
+    return (top_BT + jnp.log(total_BT), chosen_BT), mean_BTD
 
 
 def _saving_forward(x_BTD, table_VD, labels_BT, soft_cap, chunk):
-    """The same with what the backward pass needs: also whether the table is differentiated."""
+    """The same with what the backward pass needs: the rows' mean if the table is frozen."""
     primals = (x_BTD, table_VD, labels_BT)
     learns = any(leaf.perturbed for leaf in jax.tree.leaves(table_VD, is_leaf=_is_primal))
-    values = jax.tree.map(lambda leaf: leaf.value, primals, is_leaf=_is_primal)
-    out, saved = _forward(*values, soft_cap, chunk)
-    return out, (saved, LEARNS if learns else None)  # the shape of a tree is known in compiling
-
-
-LEARNS = ()
+    frozen = not learns or isinstance(table_VD, QuantizedMatrix)
+    primals = jax.tree.map(lambda leaf: leaf.value, primals, is_leaf=_is_primal)
+    out, mean_BTD = _forward(*primals, soft_cap, chunk, with_mean=frozen)
+    return out, (primals, out, mean_BTD)
 
 
 def _is_primal(node) -> bool:
@@ -96,13 +108,15 @@ def _is_primal(node) -> bool:
 
 
 def _backward(soft_cap, chunk, saved, cotangents):
-    (x_BTD, table_VD, labels_BT, lse_BT), learns = saved
+    (x_BTD, table_VD, labels_BT), (lse_BT, chosen_BT), mean_BTD = saved
     dlse_BT, dchosen_BT = (
         jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d for d in cotangents
     )
-    # Of a frozen table, as under adapters, the gradient would be a third of the work and as large
-    # as the table.
-    learns = learns is not None and not isinstance(table_VD, QuantizedMatrix)
+    if mean_BTD is not None:
+        dchosen_BT *= _cap_slope(chosen_BT, soft_cap)
+        dx_BTD = dlse_BT[..., None] * mean_BTD
+        dx_BTD += dchosen_BT[..., None] * _label_rows(table_VD, labels_BT, x_BTD.dtype)
+        return dx_BTD.astype(x_BTD.dtype), None, None
     exact = _exact(x_BTD.dtype)
 
     def step(carry, first, size):
@@ -113,20 +127,15 @@ def _backward(soft_cap, chunk, saved, cotangents):
         own_BTGR = _is_label(labels_BT, table_VD.shape[0], first, size)
         d_BTGR = dlse_BT[..., None, None] * p_BTGR
         d_BTGR += jnp.where(own_BTGR, dchosen_BT[..., None, None], 0)
-        if soft_cap is not None:
-            d_BTGR *= 1 - jnp.square(logits_BTGR / soft_cap)
-        d_BTGR = d_BTGR.astype(x_BTD.dtype)
+        d_BTGR = (d_BTGR * _cap_slope(logits_BTGR, soft_cap)).astype(x_BTD.dtype)
         dx_BTD += jnp.einsum("BTGR,GRD->BTD", d_BTGR, rows_GRD, **exact)
-        if learns:
-            drows_GRD = jnp.einsum("BTGR,BTD->GRD", d_BTGR, x_BTD, **exact).astype(table_VD.dtype)
-            dtable_GVD = lax.dynamic_update_slice_in_dim(dtable_GVD, drows_GRD, first, axis=1)
+        drows_GRD = jnp.einsum("BTGR,BTD->GRD", d_BTGR, x_BTD, **exact).astype(table_VD.dtype)
+        dtable_GVD = lax.dynamic_update_slice_in_dim(dtable_GVD, drows_GRD, first, axis=1)
         return dx_BTD, dtable_GVD
 
-    dtable_GVD = jnp.zeros_like(_grouped(table_VD)) if learns else None
-    carry = (jnp.zeros(x_BTD.shape, jnp.float32), dtable_GVD)
+    carry = (jnp.zeros(x_BTD.shape, jnp.float32), jnp.zeros_like(_grouped(table_VD)))
     dx_BTD, dtable_GVD = _each_chunk(step, carry, x_BTD, table_VD, chunk)
-    dtable_VD = dtable_GVD.reshape(table_VD.shape) if learns else None
-    return dx_BTD.astype(x_BTD.dtype), dtable_VD, None
+    return dx_BTD.astype(x_BTD.dtype), dtable_GVD.reshape(table_VD.shape), None
 
 
 statistics_xla.defvjp(_saving_forward, _backward, symbolic_zeros=True)
@@ -191,6 +200,23 @@ def _logits(x_BTD, rows_GRD, soft_cap):
     if soft_cap is not None:
         logits_BTGR = soft_cap * jnp.tanh(logits_BTGR / soft_cap)
     return logits_BTGR
+
+
+def _cap_slope(logits: jax.Array, soft_cap: float | None) -> jax.Array | float:
+    """What capped logits change by with those before the cap."""
+    return 1.0 if soft_cap is None else 1 - jnp.square(logits / soft_cap)
+
+
+def _label_rows(table_VD, labels_BT, dtype):
+    """The table's rows of the labels, `[B, T, D]`; 0 for labels it has no row of."""
+    V = table_VD.shape[0]
+    ids_BT = jnp.clip(labels_BT, 0, V - 1)
+    if isinstance(table_VD, QuantizedMatrix):
+        rows_BTD = table_VD.rows(ids_BT)
+    else:
+        rows_BTD = jnp.take(table_VD, ids_BT, axis=0)
+    known_BT = (labels_BT >= 0) & (labels_BT < V)
+    return jnp.where(known_BT[..., None], rows_BTD.astype(dtype), 0)
 
 
 def _is_label(labels_BT, V, first, size):
