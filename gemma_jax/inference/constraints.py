@@ -1,7 +1,8 @@
 """Which tokens a grammar allows next: llguidance behind the `Constraint` of a request.
 
 llguidance knows a text's bytes, not its ids: special and unused ids, and rows of the embedding
-beyond the tokenizer, are no text for it and never legal. Where a text may end, exactly the stop ids
+beyond the tokenizer, are no text for it and never legal, but for the markers of calls where a
+grammar names them (`<escape>`). Where a text may end, exactly the stop ids
 are legal beside what continues it.
 
 Where the grammar leaves one way to go on, a mask holds the one token that the tokenizer itself
@@ -14,7 +15,7 @@ Local letters: W words of a mask.
 
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,9 +25,12 @@ import numpy as np
 
 from gemma_jax.inference.grammar import Grammar
 from gemma_jax.text import Tokenizer
+from gemma_jax.text.tool_formats import FUNCTIONGEMMA, marker_ids
+from gemma_jax.text.tool_marker_reader import END_CALL, ESCAPE, START_CALL
 
 Result = TypeVar("Result")
 
+NAMED = (START_CALL, END_CALL, ESCAPE)  # tokens that are no text, and that grammars may name
 MISSING = "structured output needs llguidance: pip install 'gemma-jax[grammar]'"
 
 # Objects as `json.dumps` writes them. White space wherever JSON allows it would leave nothing to
@@ -275,14 +279,20 @@ class _Vocabulary:
         self._tokenizer, self._lock, self._prepared = tokenizer, threading.Lock(), None
         self.vocab_size = vocab_size
         self._texts = tokenizer.texts()[:vocab_size]
-        self.legal_W = _words([i for i, text in enumerate(self._texts) if text], vocab_size)
+        marks = marker_ids(tokenizer, FUNCTIONGEMMA.markers)
+        marks = {name: i for name, i in marks.items() if i < len(self._texts)}
+        for i in marks.values():
+            self._texts[i] = b""  # no text, also where the tokenizer counts it as such
+        self._named = {name: i for name, i in marks.items() if name in NAMED}
+        legal = [i for i, text in enumerate(self._texts) if text] + list(self._named.values())
+        self.legal_W = _words(legal, vocab_size)
 
     def prepared(self) -> Any:
         """The `LLTokenizer`."""
         llguidance = _import_llguidance()
         with self._lock:
             if self._prepared is None:
-                pieces = _Pieces(self._tokenizer, self._texts)
+                pieces = _Pieces(self._tokenizer, self._texts, self._named)
                 self._prepared = llguidance.LLTokenizer(llguidance.TokenizerWrapper(pieces))
             return self._prepared
 
@@ -290,12 +300,14 @@ class _Vocabulary:
 class _Pieces:
     """What llguidance's `TokenizerWrapper` asks for."""
 
-    def __init__(self, tokenizer: Tokenizer, texts: list[bytes]):
+    def __init__(self, tokenizer: Tokenizer, texts: list[bytes], named: Mapping[str, int]):
         self._tokenizer, self._texts = tokenizer, texts
         self.eos_token_id, self.bos_token_id = tokenizer.eos_id, None
-        self.special_token_ids = [tokenizer.eos_id]
+        special = {**named, "<eos>": tokenizer.eos_id}
+        self.special_token_ids = list(special.values())
         self.tokens = list(texts)
-        self.tokens[tokenizer.eos_id] = b"\xff<eos>"  # 0xFF marks what is no text
+        for name, i in special.items():
+            self.tokens[i] = b"\xff" + name.encode()  # 0xFF marks what is no text
 
     def __call__(self, text: bytes) -> list[int]:
         return self._encode(text.decode())

@@ -9,7 +9,8 @@ from gemma_jax.inference.generate import generate
 from gemma_jax.text import Tokenizer, chat_stop_ids, in_gemma_format
 from gemma_jax.text.tool_arguments import call_with
 from gemma_jax.text.tool_calls import Answer, ToolCall
-from gemma_jax.text.tool_formats import tool_format
+from gemma_jax.text.tool_choice import Choice, call_grammar
+from gemma_jax.text.tool_formats import marker_ids, tool_format
 from gemma_jax.text.tool_messages import render_functiongemma, result_of, with_tools
 from gemma_jax.text.tools import Tool, as_tools
 
@@ -41,11 +42,13 @@ class Tools:
     Args:
       tools: Functions with type hints, `Tool`s, or JSON declarations.
       format: "json", "python" or "functiongemma", see `gemma_jax.text.tool_formats`.
+      choice: Of the first answer: "auto", "none" (tools are not declared), "required" or one tool
+        as OpenAI's API names it. A call that must come follows a grammar (the extra `grammar`).
       on_event: Called with "answer" and an `Answer`, "call" and a `ToolCall`, "result" and a
         message, as they come.
 
     Raises:
-      ValueError: A tool that cannot be declared; no such format.
+      ValueError: A tool that cannot be declared or chosen; no such format.
 
     Examples:
       >>> import gemma_jax as gj
@@ -67,9 +70,12 @@ class Tools:
         tools: Sequence[Tool | Callable | Mapping[str, object]],
         *,
         format: str = "json",
+        choice: Choice = "auto",
         on_event: Event | None = None,
     ):
         self.tools, self.format = as_tools(tools), tool_format(format)
+        self._grammar = call_grammar(self.tools, choice, self.format)
+        self._declared = () if choice == "none" else self.tools
         self._tell = on_event or (lambda kind, value: None)
 
     def run(
@@ -94,16 +100,19 @@ class Tools:
         """
         self._check(tokenizer)
         by_markers = bool(self.format.markers)
-        stops = [tokenizer.special_ids[stop] for stop in self.format.stops]
+        stops = marker_ids(tokenizer, self.format.stops).values()
         options.setdefault("stop_ids", (*chat_stop_ids(tokenizer), *stops))
+        grammars = [self._grammar]  # for the first answer
 
         def answer(messages: Sequence[Message]) -> str:
             if by_markers:
-                text = render_functiongemma(messages, self.tools, self.format)
+                text = render_functiongemma(messages, self._declared, self.format)
                 prompt = tokenizer.encode(text)
             else:
-                prompt = with_tools(messages, self.tools, self.format)
-            done = generate(model, tokenizer, prompt, **options)
+                prompt = with_tools(messages, self._declared, self.format)
+            grammar = grammars.pop() if grammars else None
+            held = {} if grammar is None else {"lark": grammar}
+            done = generate(model, tokenizer, prompt, **held, **options)
             return self._shown(tokenizer, done.token_ids) if by_markers else done.text
 
         return self.loop(answer, question, max_rounds=max_rounds)
@@ -125,7 +134,7 @@ class Tools:
         is_text = isinstance(question, str)
         messages = [{"role": "user", "content": question}] if is_text else list(question)
         for round_number in range(max_rounds):
-            found = self.format.parse(answer(messages), self.tools)
+            found = self._parsed(answer(messages))
             self._tell("answer", found)
             calls = [
                 ToolCall(call.name, call.arguments, f"call_{round_number}_{i}")
@@ -139,6 +148,9 @@ class Tools:
             elif not calls:
                 return ToolRun(messages, found.text, True)
         return ToolRun(messages, found.text, False)
+
+    def _parsed(self, text: str) -> Answer:
+        return self.format.parse(text, self.tools) if self._declared else Answer(text, ())
 
     def _result(self, call: ToolCall) -> Message:
         self._tell("call", call)
@@ -160,7 +172,8 @@ class Tools:
         return message
 
     def _check(self, tokenizer: Tokenizer) -> None:
-        missing = [mark for mark in self.format.markers if mark not in tokenizer.special_ids]
+        known = marker_ids(tokenizer, self.format.markers)
+        missing = [mark for mark in self.format.markers if mark not in known]
         if missing:
             raise ValueError(
                 f"the format {self.format.name} needs the special tokens {missing}, which this "
@@ -174,8 +187,8 @@ class Tools:
 
     def _shown(self, tokenizer: Tokenizer, ids: Sequence[int]) -> str:
         """The text with the format's markers, and without all other special tokens."""
-        marks = {tokenizer.special_ids[mark] for mark in self.format.markers}
-        stops = {tokenizer.special_ids[stop] for stop in self.format.stops}
+        marks = set(marker_ids(tokenizer, self.format.markers).values())
+        stops = set(marker_ids(tokenizer, self.format.stops).values())
         hidden = (set(tokenizer.special_ids.values()) - marks) | stops
         return tokenizer.decode([i for i in ids if i not in hidden])
 

@@ -79,13 +79,12 @@ def make_requests(call: ChatCall, state: State, owner: str) -> list[Request]:
         {} if conversation.pan_and_scan is None else dict(pan_and_scan=conversation.pan_and_scan)
     )
     prompt = chat_prompt(served.reader(**options), conversation.messages, call.use)
-    ends = [served.tokenizer.special_ids[name] for name in call.use.stops]
     requests = call.wanted.requests(
         prompt,
         served,
         owner=owner,
         deadline=state.deadline(),
-        model_stops=(*chat_stop_ids(served.tokenizer), *ends),
+        model_stops=(*chat_stop_ids(served.tokenizer), *call.use.stop_ids(served.tokenizer)),
     )
     if call.structure is None:
         return requests

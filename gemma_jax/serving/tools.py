@@ -14,7 +14,7 @@ from gemma_jax.serving.text_track import Part, Token
 from gemma_jax.text import Tokenizer
 from gemma_jax.text.tool_calls import CallDelta, CallParser, Delta, TextDelta
 from gemma_jax.text.tool_choice import Choice, call_grammar, chosen_tools
-from gemma_jax.text.tool_formats import FUNCTIONGEMMA, JSON, ToolFormat
+from gemma_jax.text.tool_formats import FUNCTIONGEMMA, JSON, ToolFormat, marker_ids
 from gemma_jax.text.tool_messages import render_functiongemma, with_tools
 from gemma_jax.text.tools import Tool, as_tools
 
@@ -44,10 +44,9 @@ class ToolUse:
         """Special tokens that belong to the text of an answer."""
         return self.format.markers if self.declared else ()
 
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """Special tokens that end an answer beside those that always do."""
-        return self.format.stops if self.declared else ()
+    def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """What ends an answer beside what always does."""
+        return tuple(marker_ids(tokenizer, self.format.stops if self.declared else ()).values())
 
     def written(self) -> "Written":
         """An answer that has not begun."""
@@ -61,8 +60,12 @@ class ToolUse:
           answer: That of one which calls no tool.
 
         Raises:
-          ApiError: A schema that no grammar of this format holds.
+          ApiError: A schema that no grammar of this format holds; both, as one grammar cannot
+            hold an answer that is either.
         """
+        if self.declared and answer is not None:
+            message = f"{answer.param} and tools cannot both be followed; give tool_choice 'none'"
+            raise refused(f"{message} or leave one out", answer.param, "unsupported_value")
         try:
             grammar = call_grammar(self.tools, self.choice, self.format, parallel=self.parallel)
         except ValueError as error:
@@ -72,8 +75,8 @@ class ToolUse:
 
 def tool_format_of(tokenizer: Tokenizer) -> ToolFormat:
     """FunctionGemma's where there are its special tokens, else JSON, as Google's guide has it."""
-    own = all(mark in tokenizer.special_ids for mark in FUNCTIONGEMMA.markers)
-    return FUNCTIONGEMMA if own else JSON
+    own = marker_ids(tokenizer, FUNCTIONGEMMA.markers)
+    return FUNCTIONGEMMA if len(own) == len(FUNCTIONGEMMA.markers) else JSON
 
 
 def read_tools(fields: Fields, tokenizer: Tokenizer, limits: Limits) -> ToolUse:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from .tokenizer import Tokenizer
 from .tool_calls import Answer, CallParser, ToolCall, collect
 from .tool_keywords import ANNOTATIONS
 from .tool_marker_reader import END_CALL, ESCAPE, START_CALL, MarkerReader
@@ -269,3 +270,17 @@ def tool_format(name: str) -> ToolFormat:
     if name not in FORMATS:
         raise ValueError(f"expected a tool format of {list(FORMATS)}, got {name!r}")
     return FORMATS[name]
+
+
+def marker_ids(tokenizer: Tokenizer, names: Sequence[str]) -> dict[str, int]:
+    """Ids of those markers that a tokenizer has as one piece each, special tokens or not.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> from gemma_jax.text.tool_formats import FUNCTIONGEMMA, marker_ids
+      >>> marker_ids(gj.load_tokenizer("checkpoints/digits"), FUNCTIONGEMMA.markers)
+      {}
+    """
+    found = {name: tokenizer.encode(name) for name in names}
+    unknown = tokenizer.unk_id
+    return {name: ids[0] for name, ids in found.items() if len(ids) == 1 and ids[0] != unknown}

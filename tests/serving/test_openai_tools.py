@@ -8,11 +8,14 @@ import openai
 import pydantic
 import pytest
 import tiny
+import tiny_vocabulary
 from serving_live import Scripted, live, saying
 
 from gemma_jax.inference.constraints import GrammarCompiler
 from gemma_jax.inference.engine import Engine
 from gemma_jax.serving.limits import Limits
+from gemma_jax.text.tool_calls import ToolCall
+from gemma_jax.text.tool_formats import FUNCTIONGEMMA
 
 USER = {"role": "user", "content": "the capital"}
 
@@ -160,6 +163,32 @@ def test_a_conversation_goes_on(ask, spoken, tokenizer):
     assert '"result": "rain"}' in prompt_of(spoken, tokenizer)
 
 
+@pytest.mark.parametrize("specials", [(), FUNCTIONGEMMA.markers], ids=["pieces", "special"])
+def test_calls_of_functiongemma(served_by, tmp_path, specials):
+    tok = tiny_vocabulary.marked(tmp_path, FUNCTIONGEMMA.markers, specials)
+    written = FUNCTIONGEMMA.write_calls([ToolCall("Weather", ARGUMENTS), ToolCall("Now")])
+    engine = Scripted()
+    engine.script = saying(tok, written + "<start_function_response>")
+    simple = [t["function"] | {"parameters": {"properties": {}}} for t in TOOLS]
+    tools = [{"type": "function", "function": function} for function in simple]
+    cfg = tiny.gemma3(layers=1, vocab_size=tok.vocab_size)
+    with live(served_by(engine, tokenizer=tok, cfg=cfg, context=4096)) as server:
+        create = server.client().chat.completions.create
+        done = create(model="tiny", messages=[USER], tools=tools)
+        message = done.choices[0].message
+        assert calls_of(message) == [("Weather", ARGUMENTS), ("Now", {})]
+        assert message.content is None and done.choices[0].finish_reason == "tool_calls"
+        assert tok.encode("<start_function_response>")[0] in engine.requests[-1].stop_ids
+        results = [
+            {"role": "tool", "tool_call_id": call.id, "content": "rain"}
+            for call in message.tool_calls
+        ]
+        create(model="tiny", messages=[USER, message, *results], tools=tools)
+        prompt = prompt_of(server, tok)
+        assert prompt.count("<bos>") == 1 and written in prompt
+        assert prompt.endswith("response:Now{result:<escape>rain<escape>}<end_function_response>")
+
+
 def tool(**changes) -> dict:
     return {"type": "function", "function": {"name": "f", "parameters": {}} | changes}
 
@@ -186,6 +215,7 @@ REFUSED = [
     (dict(tools=[tool()], tool_choice={"type": "function", "function": {"name": "g"}}), "tool_ch"),
     (dict(tools=[], tool_choice="required"), "tool_choice"),
     (dict(tools=[tool()], parallel_tool_calls=1), "parallel_tool_calls"),
+    (dict(tools=[tool()], response_format={"type": "json_object"}), "response_format"),
     (dict(functions=[{"name": "f"}]), "functions"),
     (after({"role": "tool", "content": "x"}), "messages[1].tool_call_id"),
     (after({"role": "tool", "content": "x", "tool_call_id": "c"}), "messages[1].tool_call_id"),

@@ -1,0 +1,104 @@
+"""Grammars of calls under constraints: markers are tokens where a grammar names them alone."""
+
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+import pytest
+import tiny
+import tiny_vocabulary
+
+import gemma_jax as gj
+from gemma_jax.inference.constraints import NAMED, GrammarCompiler
+from gemma_jax.text.tool_calls import ToolCall
+from gemma_jax.text.tool_choice import call_grammar
+from gemma_jax.text.tool_formats import FUNCTIONGEMMA, JSON, PYTHON
+from gemma_jax.text.tools import Tool
+
+PLACE = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string"},
+        "days": {"type": "integer"},
+        "unit": {"enum": ["deg C", "F", 3]},
+    },
+    "required": ["city"],
+}
+TOOLS = [Tool("weather", "", PLACE), Tool("now")]
+CALLS = [ToolCall("weather", {"city": "Paris {x}", "days": 2, "unit": "deg C"}), ToolCall("now")]
+
+
+@pytest.fixture(scope="module", params=[(), FUNCTIONGEMMA.markers], ids=["pieces", "special"])
+def tokenizer(request, tmp_path_factory):
+    """Of FunctionGemma's markers, which files call special tokens or not."""
+    folder = tmp_path_factory.mktemp("marked")
+    return tiny_vocabulary.marked(folder, FUNCTIONGEMMA.markers, request.param)
+
+
+@pytest.fixture(scope="module")
+def compiler(tokenizer):
+    return GrammarCompiler(tokenizer, tokenizer.vocab_size)
+
+
+def is_legal(constraint, token: int) -> bool:
+    return bool(constraint.mask()[token // 32] >> np.uint32(token % 32) & 1)
+
+
+@pytest.mark.parametrize("format", [JSON, PYTHON, FUNCTIONGEMMA], ids=lambda f: f.name)
+def test_calls_as_they_are_written_are_legal(tokenizer, compiler, format):
+    constraint = compiler.constraint("lark", call_grammar(TOOLS, "required", format))
+    constraint.accept(tokenizer.encode(format.write_calls(CALLS)))
+    assert constraint.may_end
+
+
+def test_markers_are_legal_where_they_are_named(tokenizer, compiler):
+    start, end, escape = (tokenizer.encode(name)[0] for name in NAMED)
+    constraint = compiler.constraint("lark", call_grammar(TOOLS, "required", FUNCTIONGEMMA))
+    assert is_legal(constraint, start) and constraint.forced()[0] == start
+    with pytest.raises(ValueError, match="not legal"):
+        constraint.copy().accept([escape])
+    text = "<start_function_call>call:weather{city:<escape>Pa"
+    constraint.accept(tokenizer.encode(text))
+    assert is_legal(constraint, escape) and not is_legal(constraint, start)
+    with pytest.raises(ValueError, match="not legal"):  # nor spelled letter by letter
+        constraint.accept(
+            tokenizer.encode("<") + tokenizer.encode("escape") + tokenizer.encode(">")
+        )
+    constraint.accept([escape])
+    assert not is_legal(constraint, end)
+
+
+def test_other_grammars_know_no_marker(tokenizer, compiler):
+    text = compiler.constraint("schema", '{"type": "string"}')
+    text.accept(tokenizer.encode('"a'))
+    free = compiler.constraint("regex", r"(.|\n)*")
+    for name in FUNCTIONGEMMA.markers:
+        for constraint in (text, free):
+            assert not is_legal(constraint, tokenizer.encode(name)[0])
+
+
+def visit(city: Literal["Paris", "Rome"], days: Literal[1, 2]) -> str:
+    """Visits a city."""
+    return f"{city} {days}"
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    cfg = tiny.gemma3(layers=1, window=2048, vocab_size=tokenizer.vocab_size)
+    return tiny.model(replace(cfg, max_positions=2048), "unrolled")
+
+
+def test_a_loop_that_must_begin_with_a_call(model, tokenizer):
+    tools = gj.Tools([visit], format="functiongemma", choice="required")
+    run = tools.run(model, tokenizer, "Go", max_rounds=1, max_new_tokens=150)
+    calls = run.messages[1]["tool_calls"]
+    assert calls and calls[0]["function"]["name"] == "visit"
+    assert run.messages[2]["content"].split()[0] in ("Paris", "Rome")
+
+
+def test_a_loop_without_tools(model, tokenizer):
+    tools = gj.Tools([visit], choice="none")
+    run = tools.loop(lambda messages: '{"name": "visit", "parameters": {}}', "Go")
+    assert run.finished and "tool_calls" not in run.messages[1]
+    with pytest.raises(ValueError, match="did you mean 'visit'"):
+        gj.Tools([visit], choice={"type": "function", "name": "visits"})
