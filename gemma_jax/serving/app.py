@@ -20,6 +20,7 @@ from gemma_jax.serving.events import JSON
 from gemma_jax.serving.gate import Gate
 from gemma_jax.serving.limits import RateLimit
 from gemma_jax.serving.metrics import OURS, Metrics
+from gemma_jax.serving.responses import responses
 from gemma_jax.serving.served import Served
 from gemma_jax.serving.state import State
 from gemma_jax.serving.static_page import PAGES, page
@@ -28,6 +29,7 @@ from gemma_jax.serving.transcriptions import transcriptions
 ROUTES = (
     ("POST", "/v1/chat/completions", chat_completions),
     ("POST", "/v1/completions", completions),
+    ("POST", "/v1/responses", responses),
     ("POST", "/v1/embeddings", routes.embeddings),
     ("POST", "/v1/audio/transcriptions", transcriptions),
     ("GET", "/v1/models", routes.models),

@@ -26,7 +26,7 @@ from gemma_jax.text.tool_calls import CallDelta, TextDelta
 
 @dataclass(frozen=True)
 class ChatCall:
-    """Holds a request as it was read."""
+    """Holds a conversation that is to go on, as it was read."""
 
     wanted: Wanted
     conversation: Conversation

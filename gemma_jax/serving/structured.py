@@ -76,26 +76,52 @@ def _response_format(fields: Fields) -> Structure | None:
     given = fields.object("response_format")
     if given is None:
         return None
-    kind = given.text("type", choices=("text", "json_object", "json_schema"))
-    if kind is None:
-        raise given.error("is missing", "type")
-    structure = (
-        Structure("schema", ANY_OBJECT, "response_format") if kind == "json_object" else None
-    )
+    kind = _format_kind(given)
+    structure = None
+    if kind == "json_object":
+        structure = Structure("schema", ANY_OBJECT, "response_format")
     if kind == "json_schema":
         inner = given.object("json_schema")
         if inner is None:
             raise given.error("is missing", "json_schema")
-        inner.text("name", most=64)  # for people, as is the description
-        inner.text("description", most=4096)
-        inner.boolean("strict")  # the schema is followed in any case
-        schema = _schema(inner, "schema")
-        if schema is None:
-            raise inner.error("is missing", "schema")
+        structure = _named_schema(inner)
         inner.close()
-        structure = schema
     given.close()
     return structure
+
+
+def read_text_format(given: Fields, limits: Limits) -> Structure | None:
+    """`text.format` of responses, which has in one object what `response_format` has in two.
+
+    Raises:
+      ApiError: Another type, no schema, one that is too long.
+    """
+    kind, structure = _format_kind(given), None
+    if kind == "json_object":
+        structure = Structure("schema", ANY_OBJECT, given.where)
+    if kind == "json_schema":
+        structure = _named_schema(given)
+    given.close()
+    if structure is not None and len(structure.text.encode()) > limits.schema_bytes:
+        raise given.error(f"more than {limits.schema_bytes} bytes", "schema")
+    return structure
+
+
+def _format_kind(given: Fields) -> str:
+    kind = given.text("type", choices=("text", "json_object", "json_schema"))
+    if kind is None:
+        raise given.error("is missing", "type")
+    return kind
+
+
+def _named_schema(inner: Fields) -> Structure:
+    inner.text("name", most=64)  # for people, as is the description
+    inner.text("description", most=4096)
+    inner.boolean("strict")  # the schema is followed in any case
+    schema = _schema(inner, "schema")
+    if schema is None:
+        raise inner.error("is missing", "schema")
+    return schema
 
 
 def _schema(fields: Fields, name: str) -> Structure | None:
