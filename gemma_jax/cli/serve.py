@@ -2,6 +2,7 @@
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -72,6 +73,17 @@ def command(
             help="Draft N tokens (4) from the text so far, checked in one pass; same answers.",
         ),
     ] = None,
+    shield: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SRC",
+            help="ShieldGemma that judges prompts and answers, ShieldGemma 2 their pictures; "
+            "may be repeated.",
+        ),
+    ] = None,
+    shield_threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="Probability from which on they are withheld.")
+    ] = 0.5,
     warmup: Annotated[bool, typer.Option(help="Compile all programs before listening.")] = False,
     quiet: Annotated[bool, typer.Option(help="No line on stderr for each request.")] = False,
     *,
@@ -88,8 +100,10 @@ def command(
     keys = Keys.read(api_key_file)
     _check_open(host, keys)
     limits = Limits(body_bytes=max_body_mb << 20, new_tokens=max_new_tokens, seconds=max_seconds)
+    checks = [_shield(source, shield_threshold) for source in shield or ()]
     sizes = slots, context, waiting, prefix_cache_mb
     served = _load(model, options, sizes, served_name, limits, _speculation(speculate))
+    served = replace(served, checks=checks)
     from gemma_jax.serving.app import make_app
     from gemma_jax.serving.server import Server
 
@@ -170,6 +184,15 @@ def _load(
         adapters=tuple(held_adapters(gemma)),
         structured=_grammars(tokenizer, gemma.cfg.vocab_size, limits),
     )
+
+
+def _shield(source: str, threshold: float):
+    """What judges prompts and answers."""
+    common.set_up_jax()
+    from gemma_jax.evaluation.safety_check import SafetyCheck
+    from gemma_jax.loading import load
+
+    return SafetyCheck(*load(source), threshold=threshold)
 
 
 def _grammars(tokenizer, vocab_size: int, limits: "Limits"):

@@ -10,6 +10,7 @@ from gemma_jax.inference.requests import Request
 from gemma_jax.serving.events import JSON, EventStream, unless_gone
 from gemma_jax.serving.fields import Fields
 from gemma_jax.serving.generation import Generation
+from gemma_jax.serving.safety import Safety, Screened
 from gemma_jax.serving.schema import Wanted
 from gemma_jax.serving.state import State
 
@@ -42,7 +43,7 @@ async def answered(
     http: HttpRequest,
     read_call: Callable[[Fields, State], Call],
     make_requests: Callable[[Call, State, str], list[Request]],
-    make_answer: Callable[[Call, State, Generation], Answer],
+    make_answer: Callable[[Call, State, Generation | Screened], Answer],
 ) -> Response:
     """Reads a call, asks the engine, and answers: whole, or in events."""
     state: State = http.app.state.server
@@ -50,8 +51,12 @@ async def answered(
     call = await state.read(read_call, fields, state)
     http.state.note.update(model=call.wanted.model, user=call.wanted.user or None)
     requests = await state.read(make_requests, call, state, http.state.owner)
+    safety = Safety(state, state.served.checks, call) if state.served.checks else None
+    if safety is not None:
+        await safety.check_prompts()
     generation = await state.generation(http, requests, call.wanted.stops, call.shown)
-    answer = make_answer(call, state, generation)
+    told = generation if safety is None else Screened(generation, safety)
+    answer = make_answer(call, state, told)
     if call.wanted.stream:
         return EventStream(
             answer.events(),

@@ -20,6 +20,8 @@ from gemma_jax.serving.structured import Structure, read_text_format
 from gemma_jax.serving.text_track import Part
 from gemma_jax.serving.tools import read_tools
 
+INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}  # of both APIs
+
 
 @dataclass(frozen=True)
 class ResponseCall(ChatCall):
@@ -123,7 +125,7 @@ class ResponseAnswer:
 
     @property
     def _status(self) -> str:
-        return "incomplete" if self._written.finish_reason == "length" else "completed"
+        return "incomplete" if self._written.finish_reason in INCOMPLETE else "completed"
 
     def _of_response(self, kind: str, status: str) -> dict:
         return {"type": f"response.{kind}", "response": self._body(status)}
@@ -133,12 +135,12 @@ class ResponseAnswer:
         return event({**told, "sequence_number": self._count - 1}, told["type"])
 
     def _body(self, status: str) -> dict:
-        cut = {"reason": "max_output_tokens"} if status == "incomplete" else None
+        cut = INCOMPLETE[self._written.finish_reason] if status == "incomplete" else None
         return {
             **self._head,
             "status": status,
             "error": None,
-            "incomplete_details": cut,
+            "incomplete_details": cut and {"reason": cut},
             "output": self._output.items,
             **self._call.repeated,
             "metadata": {},

@@ -1,6 +1,6 @@
 """What a server serves: one model with its tokenizer behind an engine, under a name."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -42,6 +42,8 @@ class Served:
       created: Unix time.
       structured: Makes a `Constraint` out of a kind of grammar and its text; `None` where that is
         not available.
+      checks: From a question, an answer or `None`, and pictures, to the policy that is violated, or
+        `None`; see `safety`.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Served:
     adapters: tuple[str, ...] = ()
     created: int = 0
     structured: Callable[[str, str], Any] | None = None
+    checks: Sequence[Callable[[str, str | None, Sequence[object]], str | None]] = ()
 
     def reader(self, **preparation: object) -> PromptReader:
         """Makes prompts; for the options see `modality_of`."""

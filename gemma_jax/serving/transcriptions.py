@@ -16,7 +16,7 @@ from gemma_jax.inference.requests import Request
 from gemma_jax.inference.sampling import Sampling
 from gemma_jax.inference.transcribe import MAX_NEW_TOKENS, instruction
 from gemma_jax.multimodal.audio_prompt import heard_at_once
-from gemma_jax.serving.errors import ApiError
+from gemma_jax.serving.errors import ApiError, refused
 from gemma_jax.serving.events import JSON, EventStream, event, unless_gone
 from gemma_jax.serving.fields import Fields
 from gemma_jax.serving.forms import read_form
@@ -81,6 +81,8 @@ def _read_call(fields: Fields, data: bytes, state: State) -> TranscriptionCall:
     stream = fields.boolean("stream")
     if stream and form == "verbose_json":
         raise fields.error("verbose_json is not streamed; expected json or text", "response_format")
+    if stream and served.checks:
+        raise fields.error("texts are checked as a whole here; leave it out", "stream")
     question, language = _question(fields)
     temperature = fields.number("temperature", 0.0, low=0, high=2)
     _refuse_others(fields, form)
@@ -195,6 +197,11 @@ class TranscriptionAnswer:
     async def whole(self) -> dict | str:
         """The body of an answer that is not streamed."""
         text = "".join([part async for part in self._texts()])
+        for check in self._state.served.checks:
+            policy = await self._state.read(check, self._call.question, text, ())
+            if policy is not None:
+                words = f"what is said violates the policy {policy!r} of this server"
+                raise refused(words, "file", "content_filter")
         if self._call.form == "text":
             return text + "\n"
         if self._call.form == "json":

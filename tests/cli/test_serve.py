@@ -16,6 +16,7 @@ import pytest
         (("--host", "0.0.0.0"), "keys are needed; give --api-key-file"),
         (("--api-key-file", "nowhere"), "nowhere"),
         (("--api-key-file", __file__), "entry 1: expected a key"),
+        (("--shield", "nowhere"), "nowhere"),
         (("--context", 100_000), "--context 100000: the model's own is 512"),
     ],
 )
