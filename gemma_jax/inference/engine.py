@@ -34,8 +34,8 @@ class Engine:
       model: The model to run. With several adapters beside it, each request may name its own.
       slots: How many requests write at the same time.
       context: Longest sequence in tokens, prompt and continuation.
-      chunk: Longest stretch of prompt read between two bursts; a multiple of it for models whose
-        runs of soft tokens are longer.
+      chunk: Longest stretch of prompt read between two bursts; longer for models
+        whose soft tokens see each other in longer blocks.
       burst: Most tokens per slot that one call of the device chooses.
       queue: How many requests may wait.
       budget: Most tokens, prompts and room for new ones, of all requests taken; `None`: as the
@@ -428,7 +428,7 @@ class Engine:
             for slot, work in free.items():
                 drafts[slot] = self._speculation.drafts(self._text(work))[: work.left - 1]
         requests = {slot: work.request for slot, work in self._running.items()}
-        masks = {slot: n.masks_TW for slot, n in nexts.items()}
+        masks = {slot: n.masks for slot, n in nexts.items()}
         try:
             out = self._slots.write(requests, limits, masks, drafts)
         except Exception as error:

@@ -4,7 +4,7 @@ Prompt lookup needs no other model: whoever quotes, edits code or fills in a for
 stands in the text already. A pass that checks drafts costs more than one token's, so none is made
 where there is nothing to check.
 
-Local letters: X drafts; W words of a mask, T = X + 1 places.
+Local letters: X drafts; W words of a mask.
 """
 
 from collections.abc import Sequence
@@ -111,12 +111,12 @@ class NextTokens:
 
     Attributes:
       drafts: Tokens without a choice first, then some that were looked up.
-      masks_TW: Which tokens are legal next, and behind each draft.
+      masks: uint32 `[T, W]`; which tokens are legal next, and behind each draft.
       forced: How many of the drafts are without a choice.
     """
 
     drafts: list[int] = field(default_factory=list)
-    masks_TW: np.ndarray | None = None
+    masks: np.ndarray | None = None
     forced: int = 0
 
 

@@ -9,7 +9,7 @@ There is a program for each width of a chunk, one to put a row into a slot, and 
 choosing, see `Rules`; which rows have which values is plain input.
 
 Local letters: U ids with a bias, or best tokens;
-I stop ids; X tokens of one burst; W words of a mask, T places of a pass.
+I stop ids; X tokens of one burst.
 """
 
 import math
@@ -280,8 +280,8 @@ class Slots:
           requests: Slot -> what runs in it.
           limits: Slot -> how many tokens at most beside drafts that are kept, up to `burst`; 1
             where there are masks.
-          masks: Slot -> `[T, W]`, which tokens are legal, see `Constraint.mask`: next, and behind
-            each draft.
+          masks: Slot -> which tokens are legal, as in `LegalTokens.of`: next, and behind each
+            draft.
           drafts: Slot -> up to `drafts` tokens that may come next.
           rules: Default: what the requests need.
         """

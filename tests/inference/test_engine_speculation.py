@@ -149,9 +149,9 @@ def test_a_look_ahead_leaves_a_constraint_where_it_was():
     constraint.accept([7, 60])
     out = next_tokens(constraint, 3, [80, 81, 9, 7, 60], None)
     assert constraint.at == [7, 60]
-    assert (out.drafts, out.forced, out.masks_TW.shape[0]) == ([61, 62, 80], 3, 4)
+    assert (out.drafts, out.forced, out.masks.shape[0]) == ([61, 62, 80], 3, 4)
     words = [int(np.flatnonzero(np.unpackbits(m.view(np.uint8), bitorder="little"))[0])
-             for m in out.masks_TW]  # fmt: skip
+             for m in out.masks]  # fmt: skip
     assert words == [61, 62, 80, 81]
     looked = next_tokens(Forced((5, 6, 7), (5, 6, 8), (5, 9)), 3, [5, 6, 8, 5, 6, 9, 5], EAGER)
     assert (looked.drafts, looked.forced) == ([5, 6], 1)  # 9 is not legal there
