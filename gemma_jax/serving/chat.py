@@ -53,7 +53,7 @@ def read_call(fields: Fields, state: State) -> ChatCall:
     asked = (top or 0) if log_probs else None
     wanted = read_wanted(fields, state.served, new_tokens=bound, log_probs=asked)
     use = read_tools(fields, state.served.tokenizer, limits)
-    structure = use.structure(read_structure(fields, limits))
+    structure = use.structure(read_structure(fields, limits), state.served.structured is not None)
     _refuse_others(fields)
     conversation = read_messages(fields, state.media())
     fields.close()

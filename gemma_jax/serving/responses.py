@@ -41,7 +41,7 @@ def read_call(fields: Fields, state: State) -> ResponseCall:
     bound = new_tokens(fields, limits, "max_output_tokens")
     wanted = read_wanted(fields, served, new_tokens=bound, log_probs=None)
     use = read_tools(fields, served.tokenizer, limits)
-    structure = use.structure(_text_format(fields, state))
+    structure = use.structure(_text_format(fields, state), served.structured is not None)
     _refuse_others(fields)
     conversation = read_input(fields, state.media())
     fields.close()

@@ -13,7 +13,7 @@ from gemma_jax.serving.structured import Structure
 from gemma_jax.serving.text_track import Part, Token
 from gemma_jax.text import Tokenizer
 from gemma_jax.text.tool_calls import CallDelta, CallParser, Delta, TextDelta
-from gemma_jax.text.tool_choice import Choice, call_grammar, chosen_tools
+from gemma_jax.text.tool_choice import Choice, call_grammar, chosen_tools, triggered_grammar
 from gemma_jax.text.tool_formats import FUNCTIONGEMMA, JSON, ToolFormat, marker_ids
 from gemma_jax.text.tool_messages import render_functiongemma, with_tools
 from gemma_jax.text.tools import Tool, as_tools
@@ -27,12 +27,14 @@ class ToolUse:
       format: In which declarations, calls and results are written for the model.
       choice: "none", "auto", "required" or the tool that must be called, as the API names it.
       parallel: Whether there may be several calls.
+      strict: Names of those whose arguments fit the schema in any case.
     """
 
     format: ToolFormat
     tools: tuple[Tool, ...] = ()
     choice: Choice = "auto"
     parallel: bool = True
+    strict: frozenset[str] = frozenset()
 
     @property
     def declared(self) -> tuple[Tool, ...]:
@@ -53,11 +55,12 @@ class ToolUse:
         parser = self.format.parser(self.tools) if self.declared else None
         return Written(parser, self.parallel)
 
-    def structure(self, answer: Structure | None) -> Structure | None:
+    def structure(self, answer: Structure | None, free: bool) -> Structure | None:
         """The grammar of an answer.
 
         Args:
           answer: That of one which calls no tool.
+          free: Whether text beside calls of strict tools may follow a grammar that leaves it free.
 
         Raises:
           ApiError: A schema that no grammar of this format holds; both, as one grammar cannot
@@ -67,10 +70,20 @@ class ToolUse:
             message = f"{answer.param} and tools cannot both be followed; give tool_choice 'none'"
             raise refused(f"{message} or leave one out", answer.param, "unsupported_value")
         try:
-            grammar = call_grammar(self.tools, self.choice, self.format, parallel=self.parallel)
+            grammar = self._grammar(free)
         except ValueError as error:
             raise refused(f"tools: {error}", "tools", "unsupported_value") from None
         return answer if grammar is None else Structure("lark", grammar, "tool_choice")
+
+    def _grammar(self, free: bool) -> str | None:
+        if self.choice != "auto":
+            return call_grammar(self.tools, self.choice, self.format, parallel=self.parallel)
+        if not (free and self.strict):
+            return None
+        # What FunctionGemma's marker begins is a call, of whichever tool.
+        by_marker = bool(self.format.markers)
+        held = [tool for tool in self.tools if by_marker or tool.name in self.strict]
+        return triggered_grammar(held, self.format)
 
 
 def tool_format_of(tokenizer: Tokenizer) -> ToolFormat:
@@ -101,7 +114,12 @@ def read_tools(fields: Fields, tokenizer: Tokenizer, limits: Limits) -> ToolUse:
         chosen_tools(tools, choice)
     except ValueError as error:
         raise fields.error(str(error), "tool_choice") from None
-    return ToolUse(tool_format_of(tokenizer), tools, choice, parallel)
+    strict = frozenset(t.name for t, item in zip(tools, items, strict=True) if _is_strict(item))
+    return ToolUse(tool_format_of(tokenizer), tools, choice, parallel, strict)
+
+
+def _is_strict(item: dict) -> bool:
+    return item.get("function", item).get("strict") is True
 
 
 def _tool(fields: Fields, index: int, item: object) -> Tool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 from .tool_call_rules import FUNCTIONGEMMA_STYLE, PYTHON_STYLE, ValueRules, json_rule, quoted
@@ -68,6 +69,50 @@ def call_grammar(
             raise ValueError(f"the schema of {tool.name} is nested too deep") from None
     rules["start"] = start(parallel)
     return "\n".join(f"{name}: {body}" for name, body in rules.items())
+
+
+def triggered_grammar(tools: Sequence[Tool], format: ToolFormat) -> str:
+    """The grammar of an answer whose text is free, but for calls: those fit their schemas.
+
+    A call begins with FunctionGemma's marker, or in JSON with the name of one of these tools.
+
+    Args:
+      tools: Whose calls are to fit; at least one.
+      format: functiongemma (with all tools that were declared) or json.
+
+    Raises:
+      ValueError: The format python, whose calls begin like any text; as `call_grammar`.
+
+    Examples:
+      >>> from gemma_jax.text.tool_formats import FUNCTIONGEMMA
+      >>> print(triggered_grammar([Tool("now")], FUNCTIONGEMMA))
+      start: (FREE? call)* FREE?
+      FREE: /(?s:.+)/
+      call: call_0
+      call_0: <start_function_call> "call:now{" "" "}" <end_function_call>
+    """
+    rules: Rules = {"start": "(FREE? call)* FREE?", "FREE": "/(?s:.+)/"}
+    if format.name == FUNCTIONGEMMA.name:
+        calls = call_grammar(tools, "required", format) or ""
+        rules |= dict(line.split(": ", 1) for line in calls.splitlines()[1:])
+    elif format.name == "json":
+        rules["start"] = "call* FREE?"
+        rules["call"] = " | ".join(f"call_{i}" for i in range(len(tools)))
+        for i, tool in enumerate(tools):
+            rules |= _triggered_json(tool, f"call_{i}")
+    else:
+        raise ValueError(f"text is not free beside calls in the format {format.name}; use json")
+    return "\n".join(f"{name}: {body}" for name, body in rules.items())
+
+
+def _triggered_json(tool: Tool, name: str) -> Rules:
+    space = r"[ \t\n]*"
+    head = rf'(?s:.*)\{{{space}"name"{space}:{space}"{re.escape(tool.name)}"'
+    return {
+        f"{name}_head[lazy]": f"/{head}/",
+        name: f'{name}_head ", \\"parameters\\": " {name}_parameters "}}"',
+        f"{name}_parameters": json_rule(_closed(tool)),
+    }
 
 
 def chosen_tools(tools: Sequence[Tool], choice: Choice) -> tuple[Tool, ...] | None:

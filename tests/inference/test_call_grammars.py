@@ -11,7 +11,7 @@ import tiny_vocabulary
 import gemma_jax as gj
 from gemma_jax.inference.constraints import NAMED, GrammarCompiler
 from gemma_jax.text.tool_calls import ToolCall
-from gemma_jax.text.tool_choice import call_grammar
+from gemma_jax.text.tool_choice import call_grammar, triggered_grammar
 from gemma_jax.text.tool_formats import FUNCTIONGEMMA, JSON, PYTHON
 from gemma_jax.text.tools import Tool
 
@@ -49,6 +49,24 @@ def test_calls_as_they_are_written_are_legal(tokenizer, compiler, format):
     constraint = compiler.constraint("lark", call_grammar(TOOLS, "required", format))
     constraint.accept(tokenizer.encode(format.write_calls(CALLS)))
     assert constraint.may_end
+
+
+@pytest.mark.parametrize("format", [JSON, FUNCTIONGEMMA], ids=lambda f: f.name)
+def test_text_is_free_until_a_call(tokenizer, compiler, format):
+    grammar, written = triggered_grammar(TOOLS, format), format.write_calls(CALLS)
+    around = (written, f"Wait.\n{written}", f"{written} x")
+    for text in ("", "the capital", 'x {"name": "Bob"}', *around):
+        constraint = compiler.constraint("lark", grammar)
+        constraint.accept(tokenizer.encode(text))
+        assert constraint.may_end
+    begun = written[: written.index("days")]
+    constraint = compiler.constraint("lark", grammar)
+    constraint.accept(tokenizer.encode(begun + "da"))
+    assert not constraint.may_end
+    with pytest.raises(ValueError, match="not legal"):
+        constraint.accept(tokenizer.encode("z"))
+    with pytest.raises(ValueError, match="format python"):
+        triggered_grammar(TOOLS, PYTHON)
 
 
 def test_markers_are_legal_where_they_are_named(tokenizer, compiler):

@@ -271,3 +271,18 @@ def test_a_named_call(caller):
         final = stream.get_final_completion()
     made = final.choices[0].message.tool_calls
     assert made and all(isinstance(c.function.parsed_arguments, Weather) for c in made)
+
+
+def test_a_strict_tool_is_held_to_its_schema_where_it_is_called(served_by, tokenizer):
+    engine, grammars = Scripted(), GrammarCompiler(tokenizer, tokenizer.vocab_size)
+    engine.script = saying(tokenizer, PARIS)
+    with live(served_by(engine, structured=grammars.constraint, context=4096)) as server:
+        create = server.client().chat.completions.create
+        create(model="tiny", messages=[USER], tools=TOOLS)
+        constraint = engine.requests[-1].constraint
+        constraint.accept(tokenizer.encode('Wait {"name": "Weather", "parameters": {"city": "'))
+        with pytest.raises(ValueError, match="not legal"):
+            constraint.accept(tokenizer.encode("B"))
+        loose = [{"type": "function", "function": TOOLS[0]["function"] | {"strict": False}}]
+        create(model="tiny", messages=[USER], tools=loose)
+        assert engine.requests[-1].constraint is None
