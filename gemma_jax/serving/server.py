@@ -8,6 +8,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from gemma_jax.serving.app import drain
+from gemma_jax.serving.timed_heads import HEAD_SECONDS, TimedHeads
 
 
 class Server(uvicorn.Server):
@@ -18,13 +19,23 @@ class Server(uvicorn.Server):
 
     Args:
       grace: Seconds.
+      head_seconds: In which the headers of a request have to arrive.
     """
 
-    def __init__(self, app: Starlette, host: str, port: int, grace: float, connections: int = 1024):
+    def __init__(
+        self,
+        app: Starlette,
+        host: str,
+        port: int,
+        grace: float,
+        connections: int = 1024,
+        head_seconds: float = HEAD_SECONDS,
+    ):
         config = uvicorn.Config(
             app,
             host=host,
             port=port,
+            http=type("Heads", (TimedHeads,), {"head_seconds": head_seconds}),
             access_log=False,
             log_level="warning",
             lifespan="off",

@@ -83,11 +83,11 @@ class Live:
 
 
 @contextlib.contextmanager
-def live(served: Served, grace: float = 5, **options):
+def live(served: Served, grace: float = 5, head_seconds: float = 15, **options):
     """Runs a server in a thread until the block ends."""
     lines: list[str] = []
     app = make_app(served, log=lines.append, **options)
-    server = Server(app, "127.0.0.1", 0, grace)
+    server = Server(app, "127.0.0.1", 0, grace, head_seconds=head_seconds)
     with socket.socket() as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)  # for slow readers
         listening.bind(("127.0.0.1", 0))
