@@ -83,10 +83,6 @@ def test_an_answer_that_is_withheld(ask, judged):
     assert 'finished_reason="content_filter"' in text
 
 
-CALL = '```json\n[{"name": "rain", "parameters": {"where": "%s"}}]\n```'
-RAIN = {"name": "rain", "parameters": {"type": "object", "properties": {"where": {}}}}
-
-
 def test_responses_are_withheld(ask, judged, tokenizer):
     judged.engine.script = saying(tokenizer, "Yes, Räksmörgås")
     done = judged.client().responses.create(model="tiny", input="Hi", max_output_tokens=60)
@@ -94,6 +90,28 @@ def test_responses_are_withheld(ask, judged, tokenizer):
     assert "Räk" not in done.model_dump_json()
     judged.engine.script = saying(tokenizer, "Paris")
     assert judged.client().responses.create(model="tiny", input="Hi").output_text == "Paris"
+
+
+def test_calls_are_judged(served_by, tokenizer):
+    """What a call would hand to a tool is part of the answer, and later of the prompt."""
+    judge, engine = Judge("Räk"), Scripted()
+    where = {"type": "object", "properties": {"where": {"type": "string"}}}
+    tool = {"type": "function", "function": {"name": "rain", "parameters": where}}
+    made = []
+    with live(served_by(engine, context=4096, checks=[judge])) as server:
+        for place in ("Paris", "Räk"):
+            call = json.dumps({"name": "rain", "parameters": {"where": place}}, ensure_ascii=False)
+            engine.script = saying(tokenizer, call)
+            made.append(server.client().chat.completions.create(**ASK, tools=[tool]).choices[0])
+        assert made[0].finish_reason == "tool_calls" and made[1].finish_reason == "content_filter"
+        assert not made[1].message.tool_calls
+        call = made[0].message.tool_calls[0].model_dump()
+        call["function"]["arguments"] = json.dumps({"where": "Räk"}, ensure_ascii=False)
+        said = {"role": "assistant", "tool_calls": [call]}
+        result = {"role": "tool", "tool_call_id": call["id"], "content": "wet"}
+        messages = [*ASK["messages"], said, result]
+        with pytest.raises(openai.BadRequestError, match="the prompt violates"):
+            server.client().chat.completions.create(**ASK | {"messages": messages}, tools=[tool])
 
 
 def test_completions(judged, tokenizer):
