@@ -104,6 +104,7 @@ def command(
     sizes = slots, context, waiting, prefix_cache_mb
     served = _load(model, options, sizes, served_name, limits, _speculation(speculate))
     served = replace(served, checks=checks)
+    from gemma_jax.multimodal.warm_up import warm_up_towers
     from gemma_jax.serving.app import make_app
     from gemma_jax.serving.server import Server
 
@@ -120,6 +121,7 @@ def command(
     engine = served.engine
     if warmup:
         engine.warm_up(lambda name: _say(f"compiling: {name}"))
+        warm_up_towers(engine.model, lambda name: _say(f"compiling: {name}"))
     engine.start()
     try:
         _run(Server(app, host, port, grace), host, port, served.name)

@@ -26,7 +26,7 @@ from gemma_jax.multimodal.modality import Item, Modality, modality_of
 from gemma_jax.text import GEMMA3N_MEDIA
 
 MARKER = GEMMA3N_MEDIA["audio"]
-_BUCKET = 256  # frames; clips are filled up to a multiple, so that a program serves many lengths
+BUCKET = 256  # frames; clips are filled up to a multiple, so that a program serves many lengths
 
 
 @modality_of.register
@@ -84,6 +84,6 @@ def _encode(model: Gemma, clips: Clips | jax.Array, *, pad: bool) -> jax.Array:
         return encode_audio(model, clips, pad=pad)[0]
     I, T, _ = clips.shape
     most = model.cfg.audio.num_soft_tokens * frames_per_token(model.cfg.audio)
-    mel_ITM = np.pad(clips, ((0, 0), (0, max(0, min(-T % _BUCKET, most - T))), (0, 0)))
+    mel_ITM = np.pad(clips, ((0, 0), (0, max(0, min(-T % BUCKET, most - T))), (0, 0)))
     soft_ITD, _ = encode_audio(model, Clips(mel_ITM, np.full(I, T, np.int32)), pad=pad)
     return soft_ITD if pad else soft_ITD[:, : num_tokens(T, model.cfg.audio)]
