@@ -8,6 +8,13 @@ import pytest
 
 from gemma_jax.experiments.ablations import results
 from gemma_jax.experiments.ablations.ablation import Recipe
+from gemma_jax.experiments.ablations.facts import (
+    FIRST_FACT,
+    FIRST_QUESTION,
+    FIRST_VALUE,
+    VALUES,
+    Facts,
+)
 from gemma_jax.experiments.ablations.names import ABLATIONS
 from gemma_jax.experiments.ablations.recall import (
     FAR,
@@ -84,6 +91,31 @@ def test_passages_come_twice_as_far_apart_as_said():
             assert min(copy[1:]) >= FIRST_SYMBOL
         words = tokens[kinds == TEXT]
         assert ((words >= FIRST_WORD) & (words < FIRST_SYMBOL)).all()
+
+
+def test_facts_are_asked_for_as_far_on_as_said():
+    task = Facts()
+    tokens_BT, kinds_BT = task.draw(np.random.default_rng(3), 20)
+    for tokens, kinds in zip(tokens_BT, kinds_BT):
+        for kind, (least, most) in ((NEAR, task.near), (FAR, task.far)):
+            (places,) = np.nonzero(kinds == kind)
+            assert len(places) == 4
+            for place in places:
+                key = tokens[place - 1] - FIRST_QUESTION
+                (facts,) = np.nonzero(
+                    (tokens >= FIRST_FACT) & ((tokens - FIRST_FACT) // VALUES == key)
+                )
+                assert len(facts) == 1 and least <= place - 1 - facts[0] <= most
+                assert tokens[place] - FIRST_VALUE == (tokens[facts[0]] - FIRST_FACT) % VALUES
+        words = tokens[kinds == TEXT]
+        assert ((words >= FIRST_WORD) & (words < FIRST_QUESTION)).all()
+
+
+def test_rows_have_room_for_facts():
+    tokens_BT, _ = Facts(length=48).draw(np.random.default_rng(0), 50)
+    assert tokens_BT.shape == (50, 48)
+    with pytest.raises(ValueError, match="length=47 must be at least 48"):
+        Facts(length=47)
 
 
 def test_rows_are_drawn_the_same_again():

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from gemma_jax.config import GemmaConfig
+from gemma_jax.experiments.ablations.facts import Facts
 from gemma_jax.experiments.ablations.recall import Recall
 
 
@@ -23,7 +24,7 @@ class Recipe:
     steps: int = 250
     batch: int = 8
     rate: float = 6e-3
-    task: Recall = field(default_factory=Recall)
+    task: Recall | Facts = field(default_factory=Recall)
 
 
 @dataclass(frozen=True)

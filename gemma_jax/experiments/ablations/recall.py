@@ -43,7 +43,7 @@ class Recall:
 
     def draw(self, random: np.random.Generator, rows: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and kinds, int32 `[rows, length]`."""
-        tokens_BT = _words(random, rows, self.length)
+        tokens_BT = words(random, rows, self.length)
         hidden_BT = np.zeros_like(tokens_BT, bool)
         kinds_BT = np.full_like(tokens_BT, TEXT)
         for row in range(rows):
@@ -54,6 +54,10 @@ class Recall:
         kinds_BT[:, :3] = NOTHING
         kinds_BT[hidden_BT & (kinds_BT == TEXT)] = NOTHING
         return tokens_BT, kinds_BT
+
+    def weights(self, kinds_BT: np.ndarray) -> np.ndarray:
+        """What tokens count in training, float32."""
+        return (kinds_BT != NOTHING).astype(np.float32)
 
     def _put_passages(self, random, tokens, kinds, hidden) -> None:
         size = self.passage + 1
@@ -80,7 +84,7 @@ def _followers() -> np.ndarray:
     return np.array(pairs, np.int32).reshape(WORDS, WORDS, 4)
 
 
-def _words(random: np.random.Generator, rows: int, length: int) -> np.ndarray:
+def words(random: np.random.Generator, rows: int, length: int) -> np.ndarray:
     """A start, and words without an end, int32 `[rows, length]`."""
     chosen_BT = random.choice(4, (rows, length), p=SHARES)
     words_BT = np.zeros((rows, length), np.int32)

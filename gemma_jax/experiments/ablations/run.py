@@ -13,7 +13,7 @@ from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.forward import forward
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.experiments.ablations.ablation import Ablation, Recipe
-from gemma_jax.experiments.ablations.recall import KINDS, NOTHING
+from gemma_jax.experiments.ablations.recall import KINDS
 from gemma_jax.training.loop import LossError, SpikeGuard, steps
 from gemma_jax.training.objectives import TrainBatch, next_token
 from gemma_jax.training.optimizers import OptimizerSettings, make_optimizer
@@ -102,7 +102,7 @@ def _batches(recipe: Recipe, seed: int) -> Iterator[TrainBatch]:
     for step in range(recipe.steps):
         random = np.random.default_rng((seed, step))
         tokens_BT, kinds_BT = recipe.task.draw(random, recipe.batch)
-        yield TrainBatch(Batch(tokens_BT), weights_BT=(kinds_BT != NOTHING).astype(np.float32))
+        yield TrainBatch(Batch(tokens_BT), weights_BT=recipe.task.weights(kinds_BT))
 
 
 def _losses(model: Gemma, tokens_BT: jax.Array) -> jax.Array:
