@@ -73,7 +73,7 @@ class Live:
     lines: list[str]
 
     def client(self, **options) -> openai.OpenAI:
-        options = {"api_key": "none", "max_retries": 0, "timeout": 30} | options
+        options = {"api_key": "none", "max_retries": 0, "timeout": 120} | options
         return openai.OpenAI(base_url=self.url + "/v1", **options)
 
     @property
