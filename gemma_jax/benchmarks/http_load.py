@@ -108,8 +108,8 @@ async def ask(port: int, one: Ask) -> Told:
     try:
         async with asyncio.timeout(PATIENCE):
             await _converse(port, one, told)
-        if not told.arrivals:
-            told.error = "no text came"
+        if not told.new:
+            told.error = "no token came"
     except (OSError, ValueError, TimeoutError, asyncio.IncompleteReadError) as error:
         told.error = f"{type(error).__name__}: {error}"
     told.ended = time.perf_counter()

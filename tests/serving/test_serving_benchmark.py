@@ -82,7 +82,7 @@ def test_a_server_that_does_not_start_says_why():
 
 SHORT = (
     "--model checkpoints/digits --slots 2 --clients 3 --context 64 --shared 20 --own 2 6 --new 3 8 "
-    "--short"
+    "--pairs 0 --short"
 ).split()
 
 
@@ -98,5 +98,4 @@ def test_a_short_run(tmp_path, minutes):
         return
     (ours,) = found["servers"].values()
     assert ours["rounds"][0]["failed"] == 0 and ours["tokens_per_s"] > 0
-    assert found["first_token_alone"][serving.OURS]["times_as_fast"] > 0
     assert str(tmp_path) not in output.read_text()
