@@ -218,11 +218,13 @@ class GrammarConstraint:
         """Moves on by tokens that were chosen.
 
         Raises:
-          ValueError: One of them is not legal; the place stays what it was.
+          ValueError: One of them is not legal, and the place stays what it was; or a limit was met
+            in reading it, and the text cannot go on.
         """
         taken = 0
         for i in map(int, token_ids):
             if not self._accept(i):
+                self._check()
                 self.rewind(taken)
                 raise ValueError(f"token {i} is not legal here")
             taken += 1

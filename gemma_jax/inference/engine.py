@@ -306,7 +306,7 @@ class Engine:
         for work in works:
             self._end(work, "cancelled" if work.cancelled else "deadline")
 
-    def _end(self, work: Work, reason: FinishReason, error: str = "", **tokens) -> None:
+    def _end(self, work: Work, reason: FinishReason, error: str = "", **rest) -> None:
         with self._change:
             if work.ended:
                 return
@@ -319,7 +319,10 @@ class Engine:
             finished[reason] = finished.get(reason, 0) + 1
             self._seconds.append(time.monotonic() - work.arrived)
             self._change.notify_all()
-        self._tell(work, Piece(finish_reason=reason, error=error, **tokens))
+        self._tell(work, Piece(finish_reason=reason, error=error, **rest))
+
+    def _refuse(self, work: Work, error: Exception) -> None:
+        self._end(work, "error", f"the constraint failed: {error}", refused=True)
 
     def _tell(self, work: Work, piece: Piece) -> None:
         try:
@@ -449,7 +452,7 @@ class Engine:
                 try:
                     nexts[slot] = work.next.result()
                 except Exception as error:
-                    self._end(work, "error", f"the constraint failed: {error}")
+                    self._refuse(work, error)
         return nexts
 
     def _count(self, drafts: list[int], ids: list[int]) -> None:
@@ -466,7 +469,7 @@ class Engine:
         try:
             ids, ended = work.until_end(ids)
         except Exception as error:
-            self._end(work, "error", f"the constraint failed: {error}")
+            self._refuse(work, error)
             return
         now, first = time.monotonic(), work.count == 0
         work.chose(ids)

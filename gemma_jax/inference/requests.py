@@ -80,6 +80,7 @@ class Piece:
       top_log_probs: Per token the most probable ones as `(id, log-probability)`, best first.
       finish_reason: `None` until the last piece.
       error: What went wrong, with `finish_reason="error"`.
+      refused: Whether what was asked for is to blame: its constraint could not go on.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -87,6 +88,7 @@ class Piece:
     top_log_probs: list[list[tuple[int, float]]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: str = ""
+    refused: bool = False
 
 
 OnPiece = Callable[[Piece], None]

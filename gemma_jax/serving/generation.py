@@ -145,6 +145,8 @@ class Generation:
     def _read(self, i: int, piece: Piece) -> Part | None:
         track, reason = self._tracks[i], piece.finish_reason
         self._count(i, piece)
+        if piece.refused:
+            raise refused(piece.error, code="constraint_failed")
         if reason == "error":
             raise failed(piece.error or "the engine failed")
         part = track.push(piece)
