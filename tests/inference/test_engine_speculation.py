@@ -96,6 +96,7 @@ def test_drafts_in_every_family(family, layout, runtime):
     assert engine.stats()["kept_tokens"] > 0
 
 
+@pytest.mark.nightly
 def test_nothing_compiles_after_warming_up_with_drafts(model, compilations):
     engine = Engine(model, slots=2, context=64, chunk=16, speculation=EAGER)
     engine.warm_up()
