@@ -1,7 +1,7 @@
 """Choosing the next token from logits."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import jax
@@ -11,6 +11,10 @@ import numpy as np
 # Beyond these, float32 no longer tells logits apart: divided by less they overflow, divided by more
 # they all become zero, and the first tokens of the vocabulary would win.
 SMALLEST, LARGEST = 1e-20, 1e20
+
+# Of a large vocabulary so many tokens nearly always hold what top-p keeps, and cost a hundredth of
+# sorting it.
+FEW = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +196,17 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, rows: SamplingRows) -> jax.A
     """
     if rows.greedy == "all":
         return _best(logits_BV)
-    drawn_B = jax.vmap(_draw)(logits_BV, keys_B, rows)
+    draw = jax.vmap(_draw)
+    if rows.candidates > FEW:
+        few = replace(rows, candidates=FEW)
+        # For the batch as a whole: what differs from row to row would be computed both ways.
+        drawn_B = jax.lax.cond(
+            jnp.all(jax.vmap(_few_hold_all)(logits_BV, few)),
+            lambda: draw(logits_BV, keys_B, few),
+            lambda: draw(logits_BV, keys_B, rows),
+        )
+    else:
+        drawn_B = draw(logits_BV, keys_B, rows)
     if rows.greedy == "none":
         return drawn_B
     return jnp.where(rows.greedy_B, _best(logits_BV), drawn_B)
@@ -230,12 +244,23 @@ def _draw(logits_V: jax.Array, key: jax.Array, row: SamplingRows) -> jax.Array:
     return _where_sorted(row, *drawn)
 
 
+def _few_hold_all(logits_V: jax.Array, row: SamplingRows) -> jax.Array:
+    """Whether the row's rules keep none but its first candidates."""
+    logits_V = logits_V / row.temperature_B
+    top, _ = jax.lax.top_k(logits_V, row.candidates)
+    held = jnp.sum(jnp.exp(top - jax.nn.logsumexp(logits_V)))
+    cut = (row.top_k_B >= logits_V.size) & (held > row.top_p_B + 1e-4)  # whatever sums round to
+    return row.greedy_B | ~row.sorted_B | (row.top_k_B <= row.candidates) | cut
+
+
 def _by_order(logits_V: jax.Array, row: SamplingRows) -> list[tuple[jax.Array, jax.Array]]:
     """Logits after the rules and the tokens they belong to: sorted, if any row needs them so, then
     in the vocabulary's order, if any does not."""
     orders = []
     if row.sorted != "none":
-        orders.append(_top(*jax.lax.top_k(logits_V, row.candidates), row))
+        total = jax.nn.logsumexp(logits_V) if row.top_p else jnp.zeros(())
+        everything = jnp.where(row.top_k_B >= logits_V.size, total, -jnp.inf)
+        orders.append(_top(*jax.lax.top_k(logits_V, row.candidates), everything, row))
     if row.sorted != "all":
         orders.append((_likely(logits_V, row), jnp.arange(logits_V.size, dtype=jnp.int32)))
     return orders
@@ -246,12 +271,13 @@ def _where_sorted(row: SamplingRows, first: jax.Array, *second: jax.Array) -> ja
 
 
 def _top(
-    logits: jax.Array, candidates: jax.Array, row: SamplingRows
+    logits: jax.Array, candidates: jax.Array, total: jax.Array, row: SamplingRows
 ) -> tuple[jax.Array, jax.Array]:
-    """Top-k, top-p and min-p of candidates in descending order."""
+    """Top-k, top-p and min-p of candidates in descending order; `total` is the log-sum-exp of the
+    vocabulary for a row whose top-k keeps it all, else -inf."""
     logits = jnp.where(jnp.arange(logits.size) < row.top_k_B, logits, -jnp.inf)
     if row.top_p:
-        probs = jax.nn.softmax(logits)
+        probs = jnp.exp(logits - jnp.where(total > -jnp.inf, total, jax.nn.logsumexp(logits)))
         before = jnp.cumsum(probs) - probs
         # Sums of all probabilities may be rounded to 1 before the last of them.
         logits = jnp.where((before < row.top_p_B) | (row.top_p_B >= 1), logits, -jnp.inf)

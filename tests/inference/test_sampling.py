@@ -56,6 +56,28 @@ def test_rules(fields, weights):
     assert_drawn_from(draw(**fields), weights)
 
 
+def test_few_candidates_stand_for_a_large_vocabulary():
+    """Where they hold all that top-p keeps; else, or beside a row where they do not, it is sorted.
+    Which of them it was, no row can tell."""
+    V, rules = 5000, dict(temperature=1.0, top_p=0.9)
+    flat_V, steep_V = np.zeros(V), -0.01 * np.random.default_rng(0).permutation(V)
+    keys = jax.random.split(jax.random.key(1), DRAWS)
+
+    def drawn(*logits):
+        logits_BV = jnp.tile(jnp.asarray(logits, jnp.float32), (DRAWS // len(logits), 1))
+        tokens = jax.jit(sample)(logits_BV, keys, rows(DRAWS, V, **rules))
+        return np.asarray(tokens).reshape(-1, len(logits))
+
+    alone, beside = drawn(steep_V), drawn(steep_V, flat_V)
+    np.testing.assert_array_equal(alone[::2, 0], beside[:, 0])
+    order = np.argsort(-steep_V)
+    kept = order[: np.searchsorted(np.cumsum(np.exp(steep_V[order]) * -np.expm1(-0.01)), 0.9) + 1]
+    assert len(kept) == 231 and set(alone[:, 0]) <= set(kept)
+    assert len(np.unique(alone)) > 0.9 * len(kept)
+    flat = beside[:, 1]  # equal ones are kept in their order
+    assert flat.max() < 0.9 * V + 1 and flat.max() > 0.89 * V
+
+
 def test_repetition_penalty():
     """log-probabilities are negative, so the penalty multiplies: p becomes p ** penalty."""
     weights = PROBS.copy()
