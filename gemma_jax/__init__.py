@@ -29,12 +29,15 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names (tests/test_p
     from gemma_jax.evaluation.scoring import score as score
     from gemma_jax.evaluation.shieldgemma import Verdict as Verdict, shield as shield
     from gemma_jax.inference.conversation import Conversation as Conversation
+    from gemma_jax.inference.engine import Engine as Engine
     from gemma_jax.inference.generate import generate as generate
     from gemma_jax.inference.completion import Completion as Completion
     from gemma_jax.inference.live import LiveTranscript as LiveTranscript
     from gemma_jax.inference.sampling import Sampling as Sampling
     from gemma_jax.inference.constraints import GrammarCompiler as GrammarCompiler
     from gemma_jax.inference.constraints import GrammarLimits as GrammarLimits
+    from gemma_jax.inference.lookup import Lookup as Lookup
+    from gemma_jax.inference.requests import Request as Request
     from gemma_jax.inference.session import Session as Session
     from gemma_jax.inference.streaming import TextStream as TextStream, stream as stream
     from gemma_jax.inference.tool_loop import Tools as Tools
@@ -123,10 +126,13 @@ _HOMES = {
     "gemma_jax.evaluation.shieldgemma": ("Verdict", "shield"),
     "gemma_jax.inference.completion": ("Completion",),
     "gemma_jax.inference.conversation": ("Conversation",),
+    "gemma_jax.inference.engine": ("Engine",),
     "gemma_jax.inference.generate": ("generate",),
     "gemma_jax.inference.live": ("LiveTranscript",),
     "gemma_jax.inference.sampling": ("Sampling",),
     "gemma_jax.inference.constraints": ("GrammarCompiler", "GrammarLimits"),
+    "gemma_jax.inference.lookup": ("Lookup",),
+    "gemma_jax.inference.requests": ("Request",),
     "gemma_jax.inference.session": ("Session",),
     "gemma_jax.inference.streaming": ("TextStream", "stream"),
     "gemma_jax.inference.tool_loop": ("Tools",),

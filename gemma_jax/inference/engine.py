@@ -49,9 +49,11 @@ class Engine:
     Examples:
       >>> import gemma_jax as gj
       >>> model, tok = gj.load("checkpoints/digits")
-      >>> engine = Engine(model, slots=2, context=64, chunk=16)
+      >>> engine = gj.Engine(model, slots=2, context=64, chunk=16)
       >>> ids, pieces = tok.encode("Which digit is left?", bos=True), []
-      >>> request = Request(prompt=gj.Prompt(ids), max_new_tokens=4, stop_ids=tuple(tok.stop_ids))
+      >>> request = gj.Request(
+      ...     prompt=gj.Prompt(ids), max_new_tokens=4, stop_ids=tuple(tok.stop_ids)
+      ... )
       >>> ticket = engine.submit(request, pieces.append)
       >>> while engine.step():
       ...     pass

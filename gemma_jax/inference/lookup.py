@@ -28,8 +28,8 @@ class Lookup:
       lengths: How many of the last tokens to look for; the first length that is found counts.
 
     Examples:
-      >>> from gemma_jax.inference.lookup import Lookup
-      >>> Lookup(draft_tokens=2).drafts([7, 8, 9, 5, 7, 8])
+      >>> import gemma_jax as gj
+      >>> gj.Lookup(draft_tokens=2).drafts([7, 8, 9, 5, 7, 8])
       [9, 5]
     """
 

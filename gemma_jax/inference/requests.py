@@ -54,6 +54,12 @@ class Request:
       owner: Whose request it is: owners take turns.
       deadline: By `time.monotonic()`; the text ends there with what it has. `None`: never.
       reuse: Whether the beginning may come from, and go to, what is kept of earlier prompts.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> warm = gj.Sampling(temperature=0.7)
+      >>> gj.Request(prompt=gj.Prompt([2, 7]), max_new_tokens=9, sampling=warm).prompt.token_ids
+      [2, 7]
     """
 
     prompt: Prompt

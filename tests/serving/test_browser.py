@@ -30,7 +30,7 @@ def browser(tmp_path_factory):
     options.add_argument(f"--user-data-dir={home}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    driver.set_page_load_timeout(30)
+    driver.set_page_load_timeout(120)
     yield driver
     driver.quit()
 
@@ -52,7 +52,7 @@ class Page:
         """The text of what can be seen; empty if there is nothing."""
         return "\n".join(one.text for one in self.find(query) if one.is_displayed())
 
-    def wait(self, condition, seconds: float = 10):
+    def wait(self, condition, seconds: float = 60):
         until = time.monotonic() + seconds
         while not (found := condition()):
             assert time.monotonic() < until, (self.see("body"), self.driver.get_log("browser"))
