@@ -44,6 +44,12 @@ def command(
     top_p: common.TopP = 1.0,
     min_p: common.MinP = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repeats.")] = 1.0,
+    presence_penalty: Annotated[
+        float, typer.Option(help="Taken off the logits of tokens chosen so far.")
+    ] = 0.0,
+    frequency_penalty: Annotated[
+        float, typer.Option(help="The same, as often as they were chosen.")
+    ] = 0.0,
     seed: common.Seed = 0,
     stop: Annotated[
         list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")
@@ -94,6 +100,8 @@ def command(
         "top_p": top_p,
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
     }
     with flags_for(*values):
         sampling = Sampling(**values)

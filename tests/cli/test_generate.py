@@ -58,9 +58,18 @@ def test_stop_text_is_cut_off(cli, talker):
 def test_seeds(cli, talker):
     words = ("generate", "The", "--model", talker, *FEW, "--json")
     sampling = ("--temperature", 1.5, "--top-k", 200, "--top-p", 0.99, "--min-p", 0.001)
-    options = (*sampling, "--repetition-penalty", 1.1)
+    options = (*sampling, "--repetition-penalty", 1.1, "--presence-penalty", 0.1)
     runs = [json_of(cli(*words, *options, "--seed", s))["token_ids"] for s in (7, 7, 8)]
     assert runs[0] == runs[1] != runs[2]
+
+
+def test_penalties_on_what_was_chosen(cli, talker):
+    """Without sampling, 40 tokens of a tiny model repeat themselves; punished, they do less."""
+    words = ("generate", "The", "--model", talker, "--max-new-tokens", 40, "--json")
+    plain, punished = (
+        json_of(cli(*words, *options))["token_ids"] for options in ((), ("--frequency-penalty", 2))
+    )
+    assert len(set(plain)) < len(set(punished))
 
 
 @pytest.mark.parametrize("weights", ["int8", *nightly("bfloat16")])
@@ -114,6 +123,7 @@ def test_prompt_beyond_the_context(refused, mute, stored):
         (["--top-k", "1.5"], "--top-k"),
         (["--min-p", "2"], "--min-p 2.0 must be"),
         (["--repetition-penalty", "0"], "--repetition-penalty 0.0 must be"),
+        (["--presence-penalty", "3"], "--presence-penalty 3.0 must be between -2 and 2"),
         (["--max-new-tokens", "0"], "--max-new-tokens"),
         (["--stop", ""], "--stop"),
         (["--stop", "a"], "tokenizer"),
