@@ -3,7 +3,9 @@
 from dataclasses import replace
 
 from gemma_jax.config import GemmaConfig, LayerSpec
-from gemma_jax.experiments.ablations.ablation import Ablation
+from gemma_jax.experiments.ablations import facts
+from gemma_jax.experiments.ablations.ablation import Ablation, Recipe
+from gemma_jax.experiments.ablations.facts import Facts
 from gemma_jax.experiments.ablations.recall import VOCABULARY
 
 LAYERS, WINDOW, D_FF = 6, 16, 128
@@ -42,6 +44,15 @@ BASE = GemmaConfig(
     qk_norm=True,
     post_norms=True,
 )
+SMALL = replace(
+    BASE,
+    vocab_size=facts.VOCABULARY,
+    d_model=32,
+    num_heads=2,
+    num_kv_heads=1,
+    layers=layers(5, d_ff=64),
+)
+ASKED = Recipe(steps=600, batch=16, task=Facts())
 
 ABLATIONS: dict[str, Ablation] = {
     "local-global": Ablation(
@@ -52,5 +63,13 @@ ABLATIONS: dict[str, Ablation] = {
             "2:1": replace(BASE, layers=layers(2)),
             "5:1": BASE,
         },
+    ),
+    "window": Ablation(
+        "how many tokens the local layers see, at five of them to a global one",
+        {
+            **{str(n): replace(SMALL, layers=layers(5, window=n, d_ff=64)) for n in (4, 8, 16, 32)},
+            "full": replace(SMALL, layers=layers(5, window=None, d_ff=64)),
+        },
+        ASKED,
     ),
 }
