@@ -7,8 +7,12 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import openai
 import pytest
+from serving_live import live
 from test_gate import CHAT, FULL, TEXT, mutated, post, send, spoilt, status
+
+from gemma_jax.inference.engine import Engine
 
 SAY = dict(model="tiny", messages=[{"role": "user", "content": "the capital"}], temperature=0)
 
@@ -132,3 +136,24 @@ def test_no_mutation_disturbs_a_model_that_writes(talker, count):
             assert texts(talker) == alone
     assert texts(talker) == alone
     assert_idle(talker)
+
+
+def test_more_than_there_is_room_for_is_told_to_wait(served_by, talker):
+    engine = Engine(talker.engine.model, slots=1, context=256, chunk=32, queue=2, budget=300)
+    engine.start()
+    told = []
+
+    def ask(client):
+        try:
+            client.chat.completions.create(**SAY, max_tokens=100)
+            told.append("answered")
+        except openai.RateLimitError as error:
+            assert int(error.response.headers["Retry-After"]) >= 1
+            told.append("full")
+
+    with live(served_by(engine, cfg=engine.model.cfg)) as server, ThreadPoolExecutor(12) as pool:
+        list(pool.map(lambda _: ask(server.client()), range(12)))
+        assert_idle(server)
+        ask(server.client())
+    engine.close()
+    assert len(told) == 13 and set(told) == {"answered", "full"} and told[-1] == "answered"
