@@ -364,3 +364,26 @@ def test_finetune():
     assert loaded.endswith("True") and merged.endswith("True")
     assert "model.safetensors" in printed(done, "gj.save(merged, tok")
     assert "False" not in printed(done, "gj.save(merged, tok")
+
+
+@pytest.mark.nightly
+def test_serve():
+    for needed in ("openai", "uvicorn", "llguidance"):
+        pytest.importorskip(needed, reason="pip install 'gemma-jax[serve]' openai")
+    done = run("08_serve_and_tools", ROOT / "notebooks")
+    assert '"finish_reason"' in printed(done, "by_hand = json.load")
+    *pieces, same = printed(done, "stream=True").replace("\n", " | ").strip(" |").split(" | ")
+    assert len(pieces) > 2 and same == "the same text: True"
+    written, parsed = printed(done, "response_format=Method").splitlines()
+    assert json.loads(written).keys() == {"returns", "arguments", "raises"}
+    assert parsed.startswith("Method(returns=")
+    city = '"(Berlin|Paris|Rome)"'
+    asked, *between, last = printed(done, "gj.Tools([distance]").splitlines()
+    assert asked.startswith("user ") and last.startswith("assistant ")
+    assert between[0].startswith("assistant ") and "'name': 'distance'" in between[0]
+    assert all(re.fullmatch(r"tool +'\d+ km'", line) for line in between[1:]) and between[1:]
+    called, *_ = printed(done, 'tool_choice="required"').splitlines()
+    call = rf'distance\({{"start": {city}, "end": {city}}}\) -> \d+ km'
+    assert re.fullmatch(call, called)
+    metrics = printed(done, "/metrics")
+    assert 'status="200"} 5.0' in metrics and "running: False" in metrics
