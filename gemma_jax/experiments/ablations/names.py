@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from gemma_jax.config import GemmaConfig, LayerSpec
+from gemma_jax.config import AltUpConfig, GemmaConfig, LayerSpec, PerLayerConfig
 from gemma_jax.experiments.ablations import facts
 from gemma_jax.experiments.ablations.ablation import Ablation, Recipe
 from gemma_jax.experiments.ablations.facts import Facts
@@ -53,6 +53,16 @@ SMALL = replace(
     layers=layers(5, d_ff=64),
 )
 ASKED = Recipe(steps=600, batch=16, task=Facts())
+NORMS = {
+    "QK norm": SMALL,
+    "soft caps": replace(SMALL, qk_norm=False, attn_soft_cap=50.0, final_soft_cap=30.0),
+    "neither": replace(SMALL, qk_norm=False),
+}
+PARTS = {
+    "altup": AltUpConfig(num_streams=2),
+    "laurel_rank": 8,
+    "per_layer": PerLayerConfig(width=8, vocab_size=facts.VOCABULARY),
+}
 
 ABLATIONS: dict[str, Ablation] = {
     "local-global": Ablation(
@@ -69,6 +79,23 @@ ABLATIONS: dict[str, Ablation] = {
         {
             **{str(n): replace(SMALL, layers=layers(5, window=n, d_ff=64)) for n in (4, 8, 16, 32)},
             "full": replace(SMALL, layers=layers(5, window=None, d_ff=64)),
+        },
+        ASKED,
+    ),
+    "qk-norm": Ablation(
+        "norms of queries and keys, soft caps on scores and logits, or neither, at two rates",
+        {**NORMS, **{f"{name}, rate x 10": cfg for name, cfg in NORMS.items()}},
+        ASKED,
+        {f"{name}, rate x 10": replace(ASKED, rate=6e-2) for name in NORMS},
+    ),
+    "gemma3n-parts": Ablation(
+        "AltUp, LAuReL and per-layer embeddings: none of them, each alone, all",
+        {
+            "none": SMALL,
+            "AltUp": replace(SMALL, altup=PARTS["altup"]),
+            "LAuReL": replace(SMALL, laurel_rank=PARTS["laurel_rank"]),
+            "per-layer": replace(SMALL, per_layer=PARTS["per_layer"]),
+            "all": replace(SMALL, **PARTS),
         },
         ASKED,
     ),
