@@ -195,7 +195,7 @@ def advance(
         return _packed(constrained(_decode(model, state, propose, allow, processors), partition))
 
     packed = jax.lax.while_loop(lambda s: jnp.any(s.active_B), body, _packed(state))
-    return constrained(_shaped(packed, like), partition)
+    return constrained(_unpacked(packed, like), partition)
 
 
 def _packed(state: State) -> State:
@@ -209,6 +209,24 @@ def _packed(state: State) -> State:
 
 def _shaped(state: State, like: State) -> State:
     return jax.tree.map(lambda a, b: a if a.shape == b.shape else a.reshape(b.shape), state, like)
+
+
+def _unpacked(packed: State, like: State) -> State:
+    """Behind the loop. XLA's CPU backend gives what is reshaped to have an axis of size 1 behind
+    others another layout than a program's results have, and copies it, twice. Not where something
+    is written to it, so a few numbers are written to where they stand."""
+
+    def unpack(a: jax.Array, b: jax.Array) -> jax.Array:
+        if a.shape == b.shape:
+            return a
+        long = [i for i, n in enumerate(b.shape) if n > 1][0]
+        a = a.reshape(b.shape)
+        if 1 not in b.shape[long:]:
+            return a
+        at = tuple(jnp.arange(n) if i == long else 0 for i, n in enumerate(b.shape[:4]))
+        return a.at[at].set(a[at])
+
+    return jax.tree.map(unpack, packed, like)
 
 
 def constrained(tree: Tree, partition: Partition | None) -> Tree:

@@ -1,7 +1,8 @@
 """Continuous batching: many requests share one model, each in a slot of its own.
 
-In each round one chunk of one prompt is read and then every slot writes a burst of tokens: so
-nobody who writes waits for more than one chunk, however long the prompts of others are.
+In each round prompts are read, chunk by chunk, for as long as the burst before took, and then every
+slot writes a burst of tokens: so nobody who writes waits for more than that and one chunk, however
+many and long the prompts of others are, and slots do not stay empty for long.
 """
 
 import threading
@@ -99,6 +100,7 @@ class Engine:
         self._change = threading.Condition(threading.RLock())
         self._thread: threading.Thread | None = None
         self._closing = self._draining = False
+        self._last_burst = 0.0  # seconds
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="masks")
         self._counters, self._seconds = Counters(), deque([1.0], maxlen=64)
 
@@ -174,18 +176,19 @@ class Engine:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def step(self) -> bool:
-        """One round: a chunk of a prompt, and a burst of tokens in every slot.
+        """One round: some chunks of prompts, and a burst of tokens in every slot.
 
         Returns:
           Whether there is more to do.
         """
         self._sweep()
-        self._read()
-        while self._reading is not None and not self._running:
+        began = time.monotonic()
+        while self._read() and (not self._running or time.monotonic() - began < self._last_burst):
             self._sweep()
-            self._read()
         if self._running:
+            began = time.monotonic()
             self._write()
+            self._last_burst = time.monotonic() - began
         with self._change:
             return bool(self._all())
 
@@ -332,12 +335,12 @@ class Engine:
         except Exception:  # whoever listens has gone: nobody else is to suffer
             work.cancelled = True
 
-    def _read(self) -> None:
-        """Reads one chunk; of a prompt that begins, once a slot is free."""
+    def _read(self) -> bool:
+        """Reads one chunk, of a prompt that begins once a slot is free; whether there was one."""
         with self._change:
             if self._reading is None:
                 if not len(self._queue) or len(self._running) == self._slots.count:
-                    return
+                    return False
                 self._reading = self._queue.take()
         work = self._reading
         try:
@@ -348,14 +351,15 @@ class Engine:
                 self._slots.read(work.row, part, work.request.adapter)
                 self._keep(work, part)
             if work.parts:
-                return
+                return True
         except Exception as error:
             self._fail([work], error)
-            return
+            return True
         try:
             self._insert(work)
         except Exception as error:
             self._fail([work, *self._running.values()], error)
+        return True
 
     def _begin(self, work: Work) -> None:
         prompt = work.request.prompt

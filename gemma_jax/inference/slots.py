@@ -201,7 +201,8 @@ class Slots:
                     soft = replace(soft, block_BT=np.pad(soft.block_BT, ((0, fill), (0, 0))))
             batch = replace(batch, tokens_BT=tokens_BT, positions_BT=positions_BT, soft=soft)
         model = self._with_adapters((adapter,) * self._readers)
-        self.reader = self._advance(model, self.reader, PrefillChunk(batch, None), loop=False)
+        reader = self._advance(model, self.reader, PrefillChunk(batch, None), loop=False)
+        self.reader = jax.block_until_ready(reader)  # who reads counts the seconds
 
     def snapshot(self, part: slice) -> list[np.ndarray]:
         """What the reading row holds: rings with their positions, of other layers this part."""

@@ -66,11 +66,11 @@ def in_loops(program: str) -> list[str]:
     return [line for name in found for line in lines[name]]
 
 
-def cache_copies(program: str, batch: int, heads: int) -> list[str]:
-    """Copies, in loops, of keys, values or scales of a layer or a stack of layers."""
+def cache_copies(lines: list[str], batch: int, heads: int) -> list[str]:
+    """Copies of keys, values or scales of a layer or a stack of layers."""
     arrays = [(*scale, *end) for scale in product(LAYERS, [batch], [heads], SLOTS) for end in ENDS]
     shapes = {tuple(n for n in shape if n > 1) for shape in arrays}
-    copies = re.findall(r"= \w+(\[[\d,]+\])\S* copy\(", "\n".join(in_loops(program)))
+    copies = re.findall(r"= \w+(\[[\d,]+\])\S* copy\(", "\n".join(lines))
     return [c for c in copies if tuple(n for n in json.loads(c) if n > 1) in shapes]
 
 
@@ -78,14 +78,14 @@ def cache_copies(program: str, batch: int, heads: int) -> list[str]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("heads, batch", [(1, 1), (1, 5), (3, 1), (3, 5)])
 def test_no_cache_is_copied_per_token(heads, batch, dtype, layout):
-    assert cache_copies(compiled_loop(heads, batch, dtype, layout), batch, heads) == []
+    assert cache_copies(in_loops(compiled_loop(heads, batch, dtype, layout)), batch, heads) == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("heads, batch", [(1, 1), (3, 5)])
 def test_no_long_cache_is_copied_per_token(heads, batch, dtype):
     program = compiled_loop(heads, batch, dtype, "unrolled", max_len=LONG)
-    assert cache_copies(program, batch, heads) == []
+    assert cache_copies(in_loops(program), batch, heads) == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
@@ -93,7 +93,15 @@ def test_no_long_cache_is_copied_per_token(heads, batch, dtype):
 def test_no_cache_is_copied_per_token_on_a_mesh(heads, batch, sizes, dtype):
     program = compiled_loop(heads, batch, dtype, "unrolled", sizes)
     own = batch // sizes.get("data", 1), heads // sizes.get("tensor", 1)
-    assert cache_copies(program, *own) == []
+    assert cache_copies(in_loops(program), *own) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("heads, batch", [(1, 1), (1, 5), (3, 5)])
+def test_a_call_copies_no_cache(heads, batch, dtype):
+    """Neither into the loop nor out of it: a server calls it for every few tokens."""
+    program = compiled_loop(heads, batch, dtype, "unrolled")
+    assert cache_copies(program.splitlines(), batch, heads) == []
 
 
 def test_copies_are_found_where_there_are_some():
@@ -107,4 +115,4 @@ def test_copies_are_found_where_there_are_some():
         return jax.lax.while_loop(lambda carry: carry[1] < 9, body, (cache_BKSH, 0))
 
     program = loop.lower(jnp.zeros((5, 3, MAX_LEN, 16))).compile().as_text()
-    assert cache_copies(program, 5, 3)
+    assert cache_copies(in_loops(program), 5, 3)
