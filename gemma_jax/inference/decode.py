@@ -219,7 +219,7 @@ def _unpacked(packed: State, like: State) -> State:
     def unpack(a: jax.Array, b: jax.Array) -> jax.Array:
         if a.shape == b.shape:
             return a
-        long = [i for i, n in enumerate(b.shape) if n > 1][0]
+        long = next(i for i, n in enumerate(b.shape) if n > 1)
         a = a.reshape(b.shape)
         if 1 not in b.shape[long:]:
             return a
