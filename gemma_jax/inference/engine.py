@@ -1,8 +1,8 @@
 """Continuous batching: many requests share one model, each in a slot of its own.
 
-In each round prompts are read, chunk by chunk, for as long as the burst before took, and then every
-slot writes a burst of tokens: so nobody who writes waits for more than that and one chunk, however
-many and long the prompts of others are, and slots do not stay empty for long.
+In each round prompts are read, chunk by chunk, for half as long as the burst before took, and then
+every slot writes a burst of tokens: so nobody who writes waits for more than that and one chunk,
+however many and long the prompts of others are, and slots do not stay empty for long.
 """
 
 import threading
@@ -182,8 +182,8 @@ class Engine:
           Whether there is more to do.
         """
         self._sweep()
-        began = time.monotonic()
-        while self._read() and (not self._running or time.monotonic() - began < self._last_burst):
+        until = time.monotonic() + self._last_burst / 2
+        while self._read() and (not self._running or time.monotonic() < until):
             self._sweep()
         if self._running:
             began = time.monotonic()
@@ -249,8 +249,9 @@ class Engine:
         if self._prefixes is not None:
             out.append(("snapshot", lambda: slots.snapshot(slice(0, 1))))
         out.append(("insert", lambda: slots.insert(0, 0, 0, [])))
-        every = every_rules(self._speculation is not None)
-        out += [(str(rules), lambda r=rules: slots.warm_up(r)) for rules in every]
+        for rules in every_rules(self._speculation is not None):
+            for n in slots.widths(rules):
+                out.append((f"{rules}, {n} rows", lambda r=rules, n=n: slots.warm_up(r, n)))
         return out
 
     def _check(self, request: Request) -> None:

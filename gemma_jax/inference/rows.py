@@ -1,4 +1,4 @@
-"""Rows of a `State` that come and go: emptied, taken back, put in from elsewhere."""
+"""Rows of a `State` that come and go: emptied, taken back, put in from elsewhere, left out."""
 
 from dataclasses import replace
 from functools import partial
@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from gemma_jax.decoder.cache import Cache
-from gemma_jax.inference.decode import State, constrained
+from gemma_jax.decoder.model import Gemma
+from gemma_jax.inference.decode import Allow, Propose, State, advance, constrained
+from gemma_jax.inference.logits_processors import LogitsProcessor
 from gemma_jax.sharding import Partition
 
 
@@ -69,3 +71,39 @@ def inserted(
         counts_BV=None if state.counts_BV is None else state.counts_BV.at[slot].set(0),
     )
     return constrained(state, partition)
+
+
+@partial(jax.jit, static_argnames=("rows",), donate_argnames=("state",))
+def advance_first(
+    model: Gemma,
+    state: State,
+    *,
+    rows: int,
+    first: Propose | None = None,
+    allow: Allow | None = None,
+    processors: tuple[LogitsProcessor, ...] = (),
+) -> State:
+    """The token loop of `advance` for the first so many rows; the others stay as they are.
+
+    What a step costs grows with its rows on CPUs, whether they have something to write or not. The
+    arguments behind `rows` are those of the first rows alone.
+    """
+    options = dict(loop=True, first=first, allow=allow, processors=processors)
+    if rows == len(state.last_B):
+        return advance(model, state, None, **options)
+
+    def cut(array: jax.Array, axis: int) -> jax.Array:
+        return jax.lax.slice_in_dim(array, 0, rows, axis=axis)
+
+    def put(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, new, 0, axis=axis)
+
+    return _by_rows(put, state, advance(model, _by_rows(cut, state), None, **options))
+
+
+def _by_rows(change, *states: State) -> State:
+    """Applies a function to arrays and to the number of the axis that is their rows."""
+    layers = jax.tree.map(partial(change, axis=1), *(s.cache.layers for s in states))
+    others = [replace(s, cache=replace(s.cache, layers=())) for s in states]
+    rest = jax.tree.map(partial(change, axis=0), *others)
+    return replace(rest, cache=replace(rest.cache, layers=layers))

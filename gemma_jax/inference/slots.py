@@ -6,7 +6,8 @@ its last token. That one is fed by the loop, like any token chosen before: so re
 nothing, and how tokens are chosen is a matter of the loop's programs alone.
 
 There is a program for each width of a chunk, one to put a row into a slot, and one for each way of
-choosing, see `Rules`; which rows have which values is plain input.
+choosing, see `Rules`, and number of slots from the first on that write, see `Slots.widths`; which
+rows have which values is plain input.
 
 Local letters: U ids with a bias, or best tokens;
 I stop ids; X tokens of one burst.
@@ -32,11 +33,12 @@ from gemma_jax.inference.lookup import GivenDrafts
 from gemma_jax.inference.prefill import PrefillChunk, PromptRow, bucket
 from gemma_jax.inference.prefix_cache import Snapshot
 from gemma_jax.inference.requests import Request
-from gemma_jax.inference.rows import emptied, inserted
+from gemma_jax.inference.rows import advance_first, emptied, inserted
 from gemma_jax.inference.sampling import Sampling, SamplingRows
 from gemma_jax.inference.session import padded
 from gemma_jax.inference.stored_programs import StoredProgram
 from gemma_jax.resident_adapters import choose_adapters, held_adapters
+from gemma_kernels.platform import target_platform
 
 MOST_BIASES = 300  # ids with a bias per request, as in OpenAI's API
 MOST_BEST = 20  # most probable tokens told of at one place, as there
@@ -145,8 +147,16 @@ class Slots:
         self._adapted: dict[tuple, Gemma] = {}
         self._has_adapters = bool(held_adapters(model))
         self._advance = StoredProgram(advance, like=1)
+        self._advance_first = StoredProgram(advance_first, like=1)
         self.reset()
         self._with_adapters((None,) * slots)
+
+    def widths(self, rules: Rules) -> list[int]:
+        """Numbers of slots that there is a program for: on a CPU the first 1, 4, 16, ... too, since
+        a step there costs as much for a slot that is empty; with extras the first alone."""
+        few = target_platform() == "cpu" and self.model.runtime.partition is None
+        some = (1,) if rules.extras else (1, 4, 16, 64, 256)
+        return [n for n in some if few and n < self.count] + [self.count]
 
     def reset(self) -> None:
         """Empties everything, after a failure that may have taken the arrays along."""
@@ -274,6 +284,7 @@ class Slots:
         masks: Mapping[int, np.ndarray],
         drafts: Mapping[int, Sequence[int]],
         rules: Rules | None = None,
+        rows: int | None = None,
     ) -> Burst:
         """Chooses tokens in slots.
 
@@ -285,10 +296,37 @@ class Slots:
             draft.
           drafts: Slot -> up to `drafts` tokens that may come next.
           rules: Default: what the requests need.
+          rows: How many slots from the first on; of `widths`. Default: as few as hold the requests.
         """
         each = [requests.get(slot) for slot in range(self.count)]
         if rules is None:
             rules = Rules.of(list(requests.values()), self.vocab_size, any(drafts.values()))
+        if rows is None:
+            rows = next(n for n in self.widths(rules) if n > max(requests))
+        state = self._before(each, limits, rules)
+        model = self._with_adapters(tuple(r.adapter if r else None for r in each[:rows]))
+        width = self.drafts if rules.drafts else 0
+        first = GivenDrafts.of(drafts, rows, width) if rules.drafts else None
+        if rules.extras:
+            state = advance_first(
+                model,
+                state,
+                rows=rows,
+                first=first,
+                allow=LegalTokens.of(masks, rows, self.vocab_size, width),
+                processors=(Partial(_biased, *_biases(each[:rows], self.vocab_size)),),
+            )
+        elif first is not None:
+            state = advance_first(model, state, rows=rows, first=first)
+        else:
+            state = self._advance_first(model, state, rows=rows)
+        self.state = replace(state, best_ids_BXU=None, best_log_probs_BXU=None)
+        return _fetched(state, each)
+
+    def _before(
+        self, each: Sequence[Request | None], limits: Mapping[int, int], rules: Rules
+    ) -> State:
+        """The state with what one call of `write` is to do."""
         limit_B = np.array([limits.get(slot, 0) for slot in range(self.count)], np.int32)
         shape = self.state.tokens_BX.shape
         state = replace(
@@ -301,35 +339,18 @@ class Slots:
             tokens_BX=np.full(shape, -1, np.int32),
             log_probs_BX=np.zeros(shape, np.float32),
         )
-        model = self._with_adapters(tuple(r.adapter if r else None for r in each))
-        width = self.drafts if rules.drafts else 0
-        first = GivenDrafts.of(drafts, self.count, width) if rules.drafts else None
-        if rules.extras:
-            most = min(MOST_BEST, self.vocab_size)
-            state = replace(
-                state,
-                best_ids_BXU=np.zeros((*shape, most), np.int32),
-                best_log_probs_BXU=np.zeros((*shape, most), np.float32),
-            )
-            state = advance(
-                model,
-                state,
-                None,
-                loop=True,
-                first=first,
-                allow=LegalTokens.of(masks, self.count, self.vocab_size, width),
-                processors=(Partial(_biased, *_biases(each, self.vocab_size)),),
-            )
-        elif first is not None:
-            state = advance(model, state, None, loop=True, first=first)
-        else:
-            state = self._advance(model, state, None, loop=True)
-        self.state = replace(state, best_ids_BXU=None, best_log_probs_BXU=None)
-        return _fetched(state, each)
+        if not rules.extras:
+            return state
+        most = min(MOST_BEST, self.vocab_size)
+        return replace(
+            state,
+            best_ids_BXU=np.zeros((*shape, most), np.int32),
+            best_log_probs_BXU=np.zeros((*shape, most), np.float32),
+        )
 
-    def warm_up(self, rules: Rules) -> None:
-        """Makes the program of these rules, in which no row takes part."""
-        self.write({}, {}, {}, {}, rules)
+    def warm_up(self, rules: Rules, rows: int) -> None:
+        """Makes the program of these rules for the first rows, none of which takes part."""
+        self.write({}, {}, {}, {}, rules, rows)
 
     def warm_up_reading(self, width: int, soft: bool) -> None:
         """Makes the program that reads a chunk of a width, with or without soft tokens."""

@@ -83,6 +83,8 @@ class Metrics:
             "kv_cache_usage_perc": ("usage", GaugeMetricFamily, "Share of slots in use."),
             "prefix_cache_queries": ("prompt_tokens", CounterMetricFamily, "Tokens looked for."),
             "prefix_cache_hits": ("cached_tokens", CounterMetricFamily, "Tokens found."),
+            "spec_decode_num_draft_tokens": ("drafted_tokens", CounterMetricFamily, "Drafts."),
+            "spec_decode_num_accepted_tokens": ("kept_tokens", CounterMetricFamily, "Drafts kept."),
         }
         stats = dict(self._stats())
         if "slots" in stats and "running" in stats:
