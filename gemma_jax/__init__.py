@@ -75,6 +75,7 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names (tests/test_p
     from gemma_jax.runtime import Runtime as Runtime
     from gemma_jax.saving import save as save
     from gemma_jax.text import Tokenizer as Tokenizer, encode_chat as encode_chat
+    from gemma_jax.text_embedding.embed import embed as embed
     from gemma_jax.text.tools import Tool as Tool
     from gemma_jax.training.distillation import DistillBatch as DistillBatch, distill as distill
     from gemma_jax.training.model_pair import ModelPair as ModelPair, pair_with as pair_with
@@ -152,6 +153,7 @@ _HOMES = {
     "gemma_jax.saving": ("save",),
     "gemma_jax.text": ("Tokenizer", "encode_chat"),
     "gemma_jax.text.tools": ("Tool",),
+    "gemma_jax.text_embedding.embed": ("embed",),
     "gemma_jax.training.distillation": ("DistillBatch", "distill"),
     "gemma_jax.training.model_pair": ("ModelPair", "pair_with"),
     "gemma_jax.training.objective_names": ("named_objective",),

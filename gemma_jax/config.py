@@ -13,6 +13,7 @@ from typing import Literal
 
 from gemma_jax.encoder_config import AudioConfig, MobileNetConfig, VisionConfig
 from gemma_jax.field_types import check_positive, check_types
+from gemma_jax.text_embedding_config import TextEmbeddingConfig
 
 Activation = Literal["gelu_tanh", "gelu", "silu", "relu"]
 
@@ -23,7 +24,8 @@ class LayerSpec:
 
     Attributes:
       kind: `"local"` (sees `window` keys, itself included) or `"global"` (sees all keys before it).
-      window: Number of visible keys of a local layer; `None` for a global one.
+      window: Number of visible keys of a local layer, its own included; `None` for a global one. If
+        the model reads both ways, as many to either side (see `GemmaConfig.bidirectional`).
       rope_theta: Base wavelength of the rotary embedding.
       rope_scale: Linear position scaling; angles are divided by it (8 in the global layers of
         Gemma 3 4B, 12B and 27B, else 1).
@@ -171,11 +173,15 @@ class GemmaConfig:
       laurel_rank: R of the low-rank residual beside attention (Gemma 3n).
       per_layer: Per-layer embeddings (Gemma 3n).
       modality_vocabularies: Ids with embeddings of their own: of images, then of sounds (Gemma 3n).
+      bidirectional: Tokens see those after them as well as those before (EmbeddingGemma): a local
+        layer those less than `window` away, a global layer all. Such a model reads texts whole; it
+        has no cache, and writes none.
       tied_head: Logits come from the embedding table (all published models), or from a head of
         its own.
       vision: The tower of models that read images: SigLIP (Gemma 3 from 4B on) or MobileNetV5
         (Gemma 3n); `None` without one.
       audio: The tower of models that hear (Gemma 3n); `None` without one.
+      text_embedding: The head of models that make one vector of a text; `None` without one.
       origin: The name of the architecture in the file that this was read from. It says what else
         such files hold, and is never used for arithmetic: two configs that differ in it are equal.
 
@@ -211,9 +217,11 @@ class GemmaConfig:
     laurel_rank: int | None = None
     per_layer: PerLayerConfig | None = None
     modality_vocabularies: tuple[ModalityVocabulary, ...] = ()
+    bidirectional: bool = False
     tied_head: bool = True
     vision: VisionConfig | MobileNetConfig | None = None
     audio: AudioConfig | None = None
+    text_embedding: TextEmbeddingConfig | None = None
     origin: str | None = field(default=None, compare=False)
 
     def __post_init__(self):
@@ -236,10 +244,30 @@ class GemmaConfig:
         if self.laurel_rank is not None:
             check_positive(self, "laurel_rank")
         _check_sharing(self.layers)
+        if self.bidirectional:
+            self._check_bidirectional()
         if isinstance(self.vision, MobileNetConfig):
             self._check_vocabulary("vision", self.vision.image_token, self.vision.d_tower)
         if self.audio is not None:
             self._check_vocabulary("audio", self.audio.audio_token, self.audio.d_tower)
+
+    def _check_bidirectional(self) -> None:
+        if self.vision is not None or self.audio is not None:
+            raise ValueError("bidirectional=True is for models of text alone, without towers")
+        if any(spec.kv != "own" for spec in self.layers):
+            raise ValueError("bidirectional=True is for layers with keys and values of their own")
+
+    def require_causal(self, what: str) -> None:
+        """Refuses what needs a model that reads from left to right.
+
+        Raises:
+          ValueError: The model reads both ways.
+        """
+        if self.bidirectional:
+            raise ValueError(
+                f"this model reads texts both ways, and {what}; it makes embeddings: "
+                "gj.embed(model, tok, texts), or gemma-jax embed"
+            )
 
     def _check_vocabulary(self, tower: str, placeholder: int, width: int) -> None:
         """A tower that does not project its vectors itself needs an embedder that does."""

@@ -24,6 +24,7 @@ from gemma_jax.config import (
 )
 from gemma_jax.encoder_config import AudioConfig, VisionConfig
 from gemma_jax.mobilenet_presets import MOBILENET_V5_300M
+from gemma_jax.text_embedding_config import TextEmbeddingConfig
 
 SIGLIP = VisionConfig(
     d_tower=1_152,
@@ -47,6 +48,25 @@ USM_CONFORMER = AudioConfig(
     end_token=262_272,
 )
 LOCAL_THETA, GLOBAL_THETA = 10_000.0, 1_000_000.0
+# What EmbeddingGemma was trained with, by task (`config_sentence_transformers.json`).
+_SEARCH, _DOCUMENT = "task: search result | query: ", "title: none | text: "
+_ALIKE, _CLASS = "task: sentence similarity | query: ", "task: classification | query: "
+EMBEDDING_PROMPTS = (
+    ("query", _SEARCH),
+    ("document", _DOCUMENT),
+    ("BitextMining", _SEARCH),
+    ("Clustering", "task: clustering | query: "),
+    ("Classification", _CLASS),
+    ("InstructionRetrieval", "task: code retrieval | query: "),
+    ("MultilabelClassification", _CLASS),
+    ("PairClassification", _ALIKE),
+    ("Reranking", _SEARCH),
+    ("Retrieval", _SEARCH),
+    ("Retrieval-query", _SEARCH),
+    ("Retrieval-document", _DOCUMENT),
+    ("STS", _ALIKE),
+    ("Summarization", "task: summarization | query: "),
+)
 
 
 def _gemma1(layers: int, d_model: int, d_ff: int, heads: tuple[int, int]) -> GemmaConfig:
@@ -154,6 +174,17 @@ def _gemma3n(layers: int, d_ff: int, num_shared: int, *, num_sparse: int = 10) -
     )
 
 
+def _embedding_gemma() -> GemmaConfig:
+    """A Gemma 3 that reads both ways.
+
+    Its window of 512 tokens lies half on either side: 256, and the token itself (transformers 5.24,
+    `configuration_gemma3.py`).
+    """
+    cfg = _gemma3(24, 768, 1_152, (3, 1), **_SMALL | {"window": 257, "max_positions": 2_048})
+    head = TextEmbeddingConfig(dense=(3_072, 768), max_tokens=2_048, prompts=EMBEDDING_PROMPTS)
+    return replace(cfg, bidirectional=True, text_embedding=head)
+
+
 _SMALL: dict[str, Any] = dict(
     vocab_size=262_144, window=512, max_positions=32_768, rope_scale=1.0, vision=None
 )
@@ -169,6 +200,7 @@ PRESETS: dict[str, GemmaConfig] = {
     "gemma3-4b": _gemma3(34, 2_560, 10_240, (8, 4)),
     "gemma3-12b": _gemma3(48, 3_840, 15_360, (16, 8)),
     "gemma3-27b": _gemma3(62, 5_376, 21_504, (32, 16), 128, 168),
+    "embeddinggemma-300m": _embedding_gemma(),
     "gemma3n-e2b": _gemma3n(30, 8_192, 10),
     "gemma3n-e4b": _gemma3n(35, 16_384, 15),
 }
@@ -186,6 +218,13 @@ TINY: dict[str, GemmaConfig] = {
     "tiny-gemma": _tiny(_gemma1(4, 64, 256, (4, 1)), query_pre_attn_scalar=16),
     "tiny-gemma2": _tiny(_gemma2(4, 64, 256, (4, 2), 16, 16)),
     "tiny-gemma3": _tiny(_gemma3(6, 64, 256, (4, 2), 16, 16, vision=None)),
+    "tiny-embeddinggemma": _tiny(
+        _gemma3(6, 64, 256, (4, 2), 16, 16, **_SMALL),
+        bidirectional=True,
+        text_embedding=TextEmbeddingConfig(
+            dense=(128, 64), max_tokens=1_024, prompts=EMBEDDING_PROMPTS
+        ),
+    ),
     "tiny-gemma3n": _tiny(
         _gemma3n(15, 128, 5, num_sparse=5),
         modality_vocabularies=(),

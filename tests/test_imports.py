@@ -29,9 +29,9 @@ FILES = {
 PRIVATE = ("gemma_kernels.mosaic_gpu", "jax._src.pallas.mosaic_gpu.interpret")
 # The parts of `gemma_jax`, lowest floor first; a part imports from its own floor and those below.
 FLOORS = (
-    ("dims", "config", "encoder_config", "presets", "mobilenet_presets", "numerics", "sharding",
-     "runtime", "compat", "distributed", "atomic_files", "storages", "platforms", "field_types",
-     "remat"),
+    ("dims", "config", "encoder_config", "text_embedding_config", "presets", "mobilenet_presets",
+     "numerics", "sharding", "runtime", "compat", "distributed", "atomic_files", "storages",
+     "platforms", "field_types", "remat"),
     ("text", "weights"),
     ("nn",),
     ("vision", "audio"),
@@ -39,7 +39,7 @@ FLOORS = (
     ("multimodal", "matformer", "quantisation", "adapters",
      "resident_adapters"),
     ("placement",),
-    ("inference", "training"),
+    ("inference", "training", "text_embedding"),
     ("planning", "evaluation", "serving", "viz"),
     ("loading", "saving", "runs", "peft", "experiments", "benchmarks"),
     ("cli", "__main__"),

@@ -39,6 +39,7 @@ PARAMETERS = {
     "gemma3-4b": 3_880_263_168,
     "gemma3-12b": 11_766_034_176,
     "gemma3-27b": 27_009_346_304,
+    "embeddinggemma-300m": 302_863_104 + 4_718_592,  # `Gemma3TextModel`, and two dense layers
     "gemma3n-e2b": 4_435_182_688,
     "gemma3n-e4b": 6_835_235_568,
 }

@@ -21,6 +21,9 @@ USED = (
     "chat_template.json",
     "processor_config.json",
     "preprocessor_config.json",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
 )
 # Pattern -> why it changes nothing of what the model says.
 IRRELEVANT: Mapping[str, str] = {
@@ -80,10 +83,6 @@ REFUSED: Mapping[str, str] = {
     "adapter_config.json": "an adapter (LoRA) belongs to the weights; merge it into them first",
     "adapter_model.*": "an adapter (LoRA) belongs to the weights; merge it into them first",
     "non_lora_trainables.bin": "an adapter (LoRA) belongs to the weights; merge it into them first",
-    "modules.json": "a sentence-transformers model pools and projects what the decoder says; this "
-    "library has no such layers",
-    "config_sentence_transformers.json": "see modules.json",
-    "sentence_bert_config.json": "see modules.json",
     "quantize_config.json": "weights quantised by GPTQ are not read; use plain ones or GGUF",
     "quant_config.json": "weights quantised by AWQ are not read; use plain ones or GGUF",
     "hf_quant_config.json": "weights quantised by ModelOpt are not read; use plain ones or GGUF",

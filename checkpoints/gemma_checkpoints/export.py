@@ -24,10 +24,11 @@ from .hf.compressed_out import PackedPart, Storage, compressed
 from .hf.config import TOWERS, config_from_hf, text_config
 from .hf.config_out import config_to_hf
 from .hf.folder import CONFIG, INDEX, SINGLE, HFFolder
-from .hf.names import hf_table, published_name, short_name, unused
+from .hf.names import DENSE, LINEAR, hf_table, published_name, short_name, unused
 from .hf.processor_config import says_processor, without_processor
 from .hf.processor_out import processor_to_hf
 from .hf.quantised import split_quantisation
+from .hf.sentence_folder_out import sentence_files
 from .json_values import Json, flag, read_json
 from .name_table import Row, dropped, expand
 from .params import Slot, depths, named_slots
@@ -158,6 +159,8 @@ def save_hf(
             *_tensors(model, params, dtype, {} if origin is None else origin.spellings),
             *([] if origin is None else _unused(origin, dtype)),
         ]
+        tensors, dense = _split(tensors)
+        files, places = _sentence_files(model.cfg, source)
         plain = tensors[0].dtype
         if storage is not None:
             named = [(one.row.ours if isinstance(one, Tensor) else None, one) for one in tensors]
@@ -165,12 +168,16 @@ def save_hf(
             config = config | {"quantization_config": storage.config(model.cfg)}
     except ValueError as error:
         raise CheckpointError(target, f"cannot be exported: {error}") from None
-    total = sum(tensor.nbytes for tensor in tensors)
+    total = sum(tensor.nbytes for tensor in [*tensors, *dense])
     with new_folder(target, needed=total) as part:
         _write_config(part / CONFIG, config, plain, source)
         _write_companions(part, source, processor)
+        for name, content in files.items():
+            (part / name).parent.mkdir(exist_ok=True)
+            (part / name).write_bytes(content)
+        shards = _shards(tensors, max_shard_bytes) | _dense_files(places, dense)
         done = 0
-        for file, shard in _shards(tensors, max_shard_bytes).items():
+        for file, shard in shards.items():
             for size in _write_shard(part / file, shard, params):
                 done += size
                 if progress is not None:
@@ -289,6 +296,20 @@ def _unused(folder: HFFolder, dtype: jax.typing.DTypeLike | None) -> list[Unused
     ]
 
 
+def _split(tensors: list[AnyTensor]) -> tuple[list[AnyTensor], list[Tensor]]:
+    """What the decoder has, and dense layers behind it, which have files of their own."""
+    dense = [t for t in tensors if isinstance(t, Tensor) and t.row.theirs.startswith(DENSE)]
+    return [t for t in tensors if t not in dense], dense
+
+
+def _dense_files(places: list[str], dense: list[Tensor]) -> dict[str, list[AnyTensor]]:
+    return {f"{place}/{SINGLE}": [replace(one, name=LINEAR)] for place, one in zip(places, dense)}
+
+
+def _sentence_files(cfg: GemmaConfig, source: Path | None) -> tuple[dict[str, bytes], list[str]]:
+    return ({}, []) if cfg.text_embedding is None else sentence_files(cfg, source)
+
+
 def _place(name: str) -> tuple[int, int]:
     """Part and layer of a parameter; what belongs to no layer comes first in its part."""
     parts = ("vision.", EMBEDDERS, "audio.")
@@ -356,7 +377,7 @@ def _describes(raw: Json, cfg: GemmaConfig) -> bool:
     """Whether a config is that of the model, but for its head: what is stored decides on that."""
     has = {"image": cfg.vision is not None, "audio": cfg.audio is not None}
     declared = config_from_hf(raw, modalities=[one for one in TOWERS if has[one]])
-    return replace(declared, tied_head=cfg.tied_head) == cfg
+    return replace(declared, tied_head=cfg.tied_head) == replace(cfg, text_embedding=None)
 
 
 def _write_companions(

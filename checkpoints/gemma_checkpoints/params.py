@@ -57,7 +57,8 @@ def depths(cfg: GemmaConfig) -> dict[str, int]:
 
 def params_by_part(cfg: GemmaConfig) -> dict[str, int]:
     """Number of parameters in `text`; in `vision.tower` and `audio.tower` if there are such; and in
-    what maps their results to the decoder's width, `vision.projector` and `audio.projector`."""
+    what maps their results to the decoder's width, `vision.projector` and `audio.projector`; and
+    in `text_embedding`, the dense layers behind a decoder that makes embeddings."""
     counts = Counter()
     for name, slot in named_slots(abstract_model(cfg, layout="scan")).items():
         counts[_part(name, cfg)] += math.prod(slot.shape)
@@ -74,7 +75,7 @@ def _part(name: str, cfg: GemmaConfig) -> str:
         return "vision.projector" if image else "audio.projector" if hears else "text"
     if first in ("vision", "audio"):
         return f"{first}.{'projector' if second == 'projector' else 'tower'}"
-    return "text"
+    return first if first == "text_embedding" else "text"
 
 
 def _slots(path: ParamPath, param: nnx.Param, model: Gemma) -> Iterator[tuple[str, Slot]]:

@@ -12,6 +12,7 @@ from gemma_jax.cli import (
     bench_kernels,
     chat,
     convert,
+    embed,
     encode_audio,
     encode_image,
     experiment,
@@ -36,15 +37,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Gemma in JAX: write, chat, serve, score, fine-tune, inspect, convert, quantise.",
+    help="Gemma in JAX: write, chat, serve, score, embed, fine-tune, inspect, convert, quantise.",
     epilog="SRC is a catalog name (gemma3-270m), a Hugging Face folder, a .gguf file, or an Orbax "
     "folder written by `gemma-jax convert`. --debug, anywhere, shows tracebacks. --coordinator "
     "HOST:PORT --num-processes N --process-id I, anywhere, make this one of N processes that run "
     "the same command on all their devices; on a cluster that JAX knows, --multihost suffices.",
 )
 COMMANDS = (
-    generate, chat, serve, score, transcribe, shield, forward, tokenize, encode_image, encode_audio,
-    info, convert, quantise, slice, merge, plan, train, experiment,
+    generate, chat, serve, score, embed, transcribe, shield, forward, tokenize, encode_image,
+    encode_audio, info, convert, quantise, slice, merge, plan, train, experiment,
 )  # fmt: skip
 for module in COMMANDS:
     app.command(module.__name__.rpartition(".")[2].replace("_", "-"))(module.command)

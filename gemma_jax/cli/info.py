@@ -93,6 +93,7 @@ def _facts(source: str, slice_name: str | None) -> "tuple[dict[str, Any], dict[s
         **({} if cfg.per_layer is None else _gemma3n(cfg, parameters, parts["text"])),
         **({} if cfg.vision is None else _vision(cfg.vision)),
         **({} if cfg.audio is None else _audio(cfg.audio)),
+        **({} if cfg.text_embedding is None else _text_embedding(cfg)),
         **text,
         **stored,
         "weight_bytes": {storage: sizes.total for storage, sizes in weights.items()},
@@ -186,6 +187,16 @@ def _audio(audio: "AudioConfig") -> dict:
     }
 
 
+def _text_embedding(cfg: "GemmaConfig") -> dict:
+    head = cfg.text_embedding
+    return {
+        "reads_both_ways": cfg.bidirectional,
+        "embedding_width": (cfg.d_model, *head.dense)[-1],
+        "longest_text": head.max_tokens or cfg.max_positions,
+        "tasks": ", ".join(head.by_task) or "none",
+    }
+
+
 NOTES = {  # published files hold keys and values for layers that share those of others
     "effective_parameters": ", of the text, tables left out",
     "published_parameters": ", unused keys and values counted",
@@ -208,6 +219,8 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     for storage in _storages(facts):
         rows.append((f"weights ({storage})", _bytes(facts["weight_bytes"][storage])))
     for length, size in facts["cache_bytes_bfloat16"].items():
+        if not size:  # it reads both ways
+            continue
         full = facts["cache_bytes_if_all_layers_were_global_bfloat16"][length]
         share = "" if size == full else f", {size / full:.1%} of one without windows"
         rows.append((f"cache at {int(length):,} tokens (bfloat16)", _bytes(size) + share))
@@ -229,6 +242,8 @@ def _sums(facts: dict[str, Any]) -> "list[Table]":
     from rich.table import Table
 
     cache = facts["cache_bytes_bfloat16"]
+    if not any(cache.values()):
+        return []
     contexts = [f"{int(length):,}" for length in cache]
     sums = Table("weights", "alone", *contexts, title="GB with a cache (bfloat16)", box=None)
     alone = Table("cache", *contexts, title="GB of caches", box=None)

@@ -128,6 +128,10 @@ def reading() -> Bar:
     return Bar("reading text", "tokens")
 
 
+def embedding() -> Bar:
+    return Bar("embedding", "texts")
+
+
 def listening() -> Bar:
     return Bar("listening", "s")
 

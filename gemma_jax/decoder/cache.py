@@ -236,6 +236,9 @@ def init_cache(
       dtype: Of keys and values; int8 comes with float32 scales.
       slack: See `Cache`.
 
+    Raises:
+      ValueError: A model that reads both ways, which has no cache and writes no text.
+
     Examples:
       >>> import gemma_jax as gj
       >>> model = gj.load_model("checkpoints/digits")
@@ -243,6 +246,7 @@ def init_cache(
       >>> sorted(cache.layers[0][0].arrays), cache.max_len
       (['k_BKSH', 'k_scale_BKS', 'v_BKSH', 'v_scale_BKS'], 64)
     """
+    cfg.require_causal("writes none: it has no cache")
 
     def layer(spec: LayerSpec, repeats: int) -> LayerCache | None:
         if spec.kv == "shared":
@@ -269,11 +273,15 @@ def init_cache(
 def cache_bytes(cfg: GemmaConfig, batch: int, max_len: int, dtype: jax.typing.DTypeLike) -> int:
     """Counts the bytes of keys, values and scales that `init_cache` allocates (without positions).
 
+    None for a model that reads both ways, which has no cache.
+
     Examples:
       >>> import gemma_jax as gj
       >>> gj.cache_bytes(gj.preset("gemma3-270m"), batch=1, max_len=32_768, dtype="bfloat16")
       108527616
     """
+    if cfg.bidirectional:
+        return 0
     dtype = jnp.dtype(dtype)
     per_head = cfg.head_dim * dtype.itemsize + (4 if dtype == jnp.int8 else 0)
     per_slot = 2 * batch * cfg.num_kv_heads * per_head

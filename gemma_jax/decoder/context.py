@@ -13,7 +13,12 @@ from gemma_jax.decoder.cache import KeysValues, Slots
 from gemma_jax.nn.ffn import deviations_below
 from gemma_jax.nn.rope import RopeTable, rope_table
 from gemma_jax.runtime import Runtime
-from gemma_kernels.attention import causal_interval, first_of_document, last_of_block
+from gemma_kernels.attention import (
+    causal_interval,
+    first_of_document,
+    last_of_block,
+    two_sided_interval,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -28,7 +33,8 @@ class Context:
       deviations: sparsity -> where the threshold of a sparse layer lies.
       slots: cache capacity -> where new tokens go; empty without a cache.
       in_order: Whether queries stand in the order of the keys, and none sees a key after its own.
-        They do not where some of them are left out; bidirectional blocks see what comes after.
+        They do not where some of them are left out; bidirectional blocks and models see what comes
+        after.
       static_mask: Whether rows are whole texts without padding or soft tokens, so that masks are
         known at compile time.
       capture: Names of intermediate results to return.
@@ -110,6 +116,7 @@ def make_context(
     if batch.documents_BT is not None:
         if slots:
             raise ValueError("packed documents_BT go through a pass of their own, without a cache")
+        cfg.require_causal("packs no documents in one row")
         first_BT = jnp.take_along_axis(pos_BT, first_of_document(batch.documents_BT), axis=1)
         rope_pos_BT = pos_BT - first_BT if rope_pos_BT is None else rope_pos_BT
     rope_pos_BT = pos_BT if rope_pos_BT is None else rope_pos_BT
@@ -117,9 +124,14 @@ def make_context(
     windows = {spec.window for spec in cfg.layers}
     ropes = {(spec.rope_theta, spec.rope_scale) for spec in cfg.layers}
 
+    def interval(window: int | None) -> tuple[jax.Array, jax.Array]:
+        if not cfg.bidirectional:
+            return causal_interval(pos_BT, window, last_BT, first_BT)
+        return two_sided_interval(pos_BT, None if window is None else window - 1)
+
     def read_by_layers() -> dict[str, Any]:
         return {
-            "intervals": {w or 0: causal_interval(pos_BT, w, last_BT, first_BT) for w in windows},
+            "intervals": {window or 0: interval(window) for window in windows},
             "tables": {r: rope_table(rope_pos_BT, cfg.head_dim, *r, numerics) for r in ropes},
             "deviations": dict(zip(sparsities, deviations_below(sparsities))),
         }
@@ -129,7 +141,7 @@ def make_context(
         pos_BT=pos_BT,
         **computed_once(read_by_layers),
         slots=slots,
-        in_order=block_BT is None,
+        in_order=block_BT is None and not cfg.bidirectional,
         static_mask=static_mask,
         capture=capture,
     )

@@ -114,12 +114,15 @@ def _forward(
     if positions_BT is None:
         start_B = jnp.zeros(len(tokens_BT), jnp.int32) if cache is None else cache.length_B
         positions_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+    if cache is not None:
+        model.cfg.require_causal("has no cache")
     slots, positions = plan_slots(cache, positions_BT) if cache is not None else ({}, {})
     ctx = make_context(
         model.cfg,
         model.runtime,
         replace(batch, positions_BT=positions_BT),
         static_mask=cache is None
+        and not model.cfg.bidirectional
         and all(x is None for x in (batch.positions_BT, batch.documents_BT, batch.soft)),
         slots=slots,
         capture=frozenset(capture),

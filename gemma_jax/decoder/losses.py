@@ -33,7 +33,7 @@ def loss(
       The weighted mean; 0 if nothing counts.
 
     Raises:
-      ValueError: Tokens or widths that `forward` refuses.
+      ValueError: Tokens or widths that `forward` refuses, or a model that reads both ways.
 
     Examples:
       >>> import gemma_jax as gj
@@ -85,7 +85,12 @@ def targets_of(
 
 
 def counts_of(model: Gemma, targets_BT: jax.Array, weights_BT: jax.Array | None) -> jax.Array:
-    """How much each target counts: float32, 0 where it is no entry of the vocabulary."""
+    """How much each target counts: float32, 0 where it is no entry of the vocabulary.
+
+    Raises:
+      ValueError: A model that reads both ways, and so sees what it should guess.
+    """
+    model.cfg.require_causal("has no next token to guess")
     known_BT = (targets_BT >= 0) & (targets_BT < model.cfg.vocab_size)
     return known_BT * (jnp.float32(1) if weights_BT is None else weights_BT.astype(jnp.float32))
 

@@ -24,6 +24,7 @@ from gemma_jax.decoder.cache import KeysValues, LayerCache
 from gemma_jax.decoder.context import Context, tokens_at
 from gemma_jax.nn.altup import AltUp, Streams
 from gemma_jax.nn.embed import Embedder, ModalityEmbedder
+from gemma_jax.nn.embedding_head import EmbeddingHead
 from gemma_jax.nn.encoders import encoders_of
 from gemma_jax.nn.ffn import FeedForward
 from gemma_jax.nn.laurel import Laurel
@@ -224,6 +225,7 @@ class Gemma(nnx.Module):
 
     vision: VisionEncoder | MobileNetEncoder | None = None
     audio: AudioEncoder | None = None
+    text_embedding: EmbeddingHead | None = None
 
     def __init__(
         self,
@@ -248,6 +250,8 @@ class Gemma(nnx.Module):
         self.final_norm = RMSNorm(cfg, "D")
         for name, encoder in encoders_of(cfg, rngs=rngs, layout=layout).items():
             setattr(self, name, encoder)  # `vision`, say
+        if cfg.text_embedding is not None:
+            self.text_embedding = EmbeddingHead(cfg.text_embedding, cfg.d_model, rngs=rngs)
 
     def __call__(self, *args, **options):
         """Says how a model is run, as a hint to those who call it."""

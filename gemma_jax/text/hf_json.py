@@ -62,7 +62,8 @@ def read_tokenizer_json(data: bytes | str) -> Vocabulary:
     kinds = [Kind.BYTE if piece in BYTE_PIECES else Kind.NORMAL for piece in encoded]
     for i, token in added:
         kinds[i] = Kind.CONTROL if token.special else Kind.USER_DEFINED
-    return replace(Vocabulary.build(encoded, scores, kinds), added=dict(added))
+    vocabulary = Vocabulary.build(encoded, scores, kinds)
+    return replace(vocabulary, added=dict(added), ends=_ends(root.get("post_processor")))
 
 
 def _check_algorithm(root: dict, model: dict) -> None:
@@ -87,7 +88,6 @@ def _check_algorithm(root: dict, model: dict) -> None:
             f"expected a normalizer that writes ' ' as U+2581, got {normalizer!r:.200}"
         )
     _check_decoder(root.get("decoder"))
-    _check_ends(root.get("post_processor"))
     splitter = root.get("pre_tokenizer")
     # Splitting at spaces is what Gemma's file says, and does nothing: none is left by then.
     if splitter is not None and _get(root, "pre_tokenizer", dict).get("pattern") != {"String": " "}:
@@ -103,16 +103,19 @@ def _check_decoder(decoder: object) -> None:
         )
 
 
-def _check_ends(processor: object) -> None:
-    """What is put around a text: <bos> in front, which `tokenizer_config.json` switches, or
-    nothing (`TemplateProcessing` of `tokenizers` 0.23)."""
+def _ends(processor: object) -> bool:
+    """Whether <eos> is put behind a text. In front may be <bos>, which `tokenizer_config.json`
+    switches, or nothing (`TemplateProcessing` of `tokenizers` 0.23)."""
+    ends = False
     for step in _steps(processor, "processors"):
         parts = step.get("single") if isinstance(step, dict) else None
         if not isinstance(parts, list) or step.get("type") != "TemplateProcessing":
             raise ValueError(f"expected a post_processor that adds <bos>, got {step!r:.200}")
         names = [part.get("SpecialToken", {}).get("id") for part in parts]
-        if names not in ([None], ["<bos>", None]):
+        ends = names == ["<bos>", None, "<eos>"]
+        if not ends and names not in ([None], ["<bos>", None]):
             raise ValueError(f"expected a post_processor that adds <bos> alone, got {parts!r:.200}")
+    return ends
 
 
 def _steps(value: object, name: str) -> list:

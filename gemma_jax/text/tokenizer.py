@@ -51,6 +51,7 @@ class Tokenizer:
         checkpoint says.
       stop_ids_from: who says so.
       add_bos: whether a prompt of plain text begins with <bos>.
+      add_eos: whether a text ends with <eos>, as those that are embedded do.
       chat_template: the checkpoint's own; `None` for Gemma 3's format.
       path: the file that it was read from, if it was one.
       special_ids: name -> id of every piece that `parse_special` and `skip_special` are about.
@@ -97,6 +98,7 @@ class Tokenizer:
         self.stop_ids: tuple[int, ...] = tuple(sorted({self.eos_id, *named}))
         self.stop_ids_from = "the tokenizer"
         self.add_bos = config.add_bos
+        self.add_eos = vocabulary.ends if config.add_eos is None else config.add_eos
         self.chat_template: ChatTemplate | None = config.chat_template
         self.path: Path | None = None
 
@@ -280,7 +282,13 @@ def _from_sentencepiece(data: bytes, config: TokenizerConfig = TokenizerConfig()
 
 
 def _from_hf_json(data: bytes | str, config: TokenizerConfig = TokenizerConfig()) -> Tokenizer:
-    return Tokenizer(hf_json.read_tokenizer_json(data), config)
+    vocabulary = hf_json.read_tokenizer_json(data)
+    if vocabulary.ends and config.add_eos is False:
+        raise ValueError(
+            "expected a post_processor that adds <bos> alone, got one that adds <eos> as well; "
+            "only folders of sentence-transformers may"
+        )
+    return Tokenizer(vocabulary, config)
 
 
 def _from_gguf(header: dict[str, object], config: TokenizerConfig = TokenizerConfig()) -> Tokenizer:

@@ -17,6 +17,7 @@ from .chat_template import ChatTemplate
 
 CONFIG, SPECIALS, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 JINJA, LEGACY, PROCESSOR = "chat_template.jinja", "chat_template.json", "processor_config.json"
+MODULES = "modules.json"  # of sentence-transformers
 _MAX_FILE = 1 << 26
 
 USED = frozenset(
@@ -78,6 +79,9 @@ class TokenizerConfig:
       specials: Pieces that are special, whatever the vocabulary says of them.
       added: Id -> token, of those that were added to the vocabulary or have flags.
       add_bos: Whether a prompt of plain text begins with `bos_token`.
+      add_eos: Whether a text ends with `eos_token`, as those that are embedded do; `None`: as the
+        vocabulary's file says. A folder that is no sentence-transformers one must not say so:
+        nothing can be written after it.
       chat_template: The checkpoint's own.
     """
 
@@ -86,6 +90,7 @@ class TokenizerConfig:
     specials: tuple[str, ...] = ()
     added: Mapping[int, AddedToken] = field(default_factory=dict)
     add_bos: bool = True
+    add_eos: bool | None = False
     chat_template: ChatTemplate | None = None
 
 
@@ -99,9 +104,10 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
     config = read_object(folder / CONFIG)
     legacy = "added_tokens_decoder" not in config
     named = {**config, **(_checked(folder / SPECIALS) if legacy else {})}
+    embeds = (folder / MODULES).is_file()
     where = folder / CONFIG
     try:
-        _refuse(config)
+        _refuse(config, embeds)
         bos, eos = (_name(named.get(key)) for key in ("bos_token", "eos_token"))
         specials = [name for name in (bos, eos) if name is not None]
         more = named.get("additional_special_tokens") or named.get("extra_special_tokens") or []
@@ -121,6 +127,7 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
         specials=tuple(specials),
         added=added,
         add_bos=config.get("add_bos_token") is not False,
+        add_eos=config.get("add_eos_token") if embeds else False,
         chat_template=template and ChatTemplate(*template, _tokens(named)),
     )
 
@@ -147,8 +154,10 @@ def _checked(path: Path) -> dict:
     return values
 
 
-def _refuse(config: dict) -> None:
+def _refuse(config: dict, embeds: bool) -> None:
     for key, value in config.items():
+        if key == "add_eos_token" and embeds and value is True:
+            continue
         if key in _NEUTRAL:
             token = key == "unk_token" and isinstance(value, Mapping)
             name = _name(value) if token else value

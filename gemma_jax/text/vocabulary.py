@@ -67,12 +67,14 @@ class Vocabulary:
       scores: float32 [len(pieces)]; of two possible merges the one whose result scores higher wins.
       kinds: `Kind` values, one byte per piece.
       added: Id -> token with flags, for the pieces that a file lists with theirs.
+      ends: Whether the file puts <eos> behind a text.
     """
 
     pieces: list[bytes]
     scores: np.ndarray
     kinds: bytes
     added: Mapping[int, AddedToken] = field(default_factory=dict)
+    ends: bool = False
 
     def __post_init__(self):
         sizes = len(self.pieces), len(self.scores), len(self.kinds)

@@ -81,7 +81,8 @@ def test_both_spellings_say_the_same():
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("spelling", ["both", "new", "published"])
 def test_there_and_back(name, spelling):
-    hf, cfg = config_to_hf(preset(name)), preset(name)
+    # What makes vectors of texts stands in files of its own.
+    hf, cfg = config_to_hf(preset(name)), replace(preset(name), text_embedding=None)
     unread = {
         "both": (),
         "new": ("rope_theta", "rope_local_base_freq", "rope_scaling"),
@@ -184,7 +185,7 @@ def test_broken_ways_into_the_text_are_refused(changes, message):
         ({"hidden_activation": ["silu"]}, r"hidden_activation \['silu'\] is not supported"),
         ({"hidden_act": "silu"}, "hidden_act 'silu' has no effect .* gemma3_text reads hidden_act"),
         ({"attention_bias": True}, "attention_bias is set"),
-        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is set"),
+        ({"use_bidirectional_attention": 1}, "use_bidirectional_attention must be true or false"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is set"),
         ({"tie_word_embeddings": 0}, "tie_word_embeddings must be true or false, got 0"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope_type 'default' or 'linear'"),

@@ -34,6 +34,11 @@ def all_but(*taken: str, because: str) -> dict[str, str]:
 REFUSED = {
     **{name: {} for name in (*RUNS, "transcribe")},
     "forward": {"cache_dtype": "forward keeps no cache"},
+    "embed": {
+        "cache_dtype": "embed keeps no cache",
+        "vision_dtype": "embed is about text",
+        "mmproj": "embed is about text",
+    },
     "convert": all_but("dtype", "mesh", "mmproj", because="convert runs no model"),
     "merge": all_but("dtype", "mmproj", because="merge runs no model")
     | {"adapter": "merge takes the folder behind the source"},
@@ -56,6 +61,7 @@ REFUSED = {
 NEEDED = {
     "forward": ("--model", "x", "--inputs", __file__, "--output", "x"),
     "transcribe": (__file__,),
+    "embed": ("x", "--model", "x"),
     "convert": ("x", "y", "--to", "hf"),
     "merge": ("x", "y", "z"),
     "quantise": ("x", "y", "--to", "int4"),

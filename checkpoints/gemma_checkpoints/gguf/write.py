@@ -79,6 +79,12 @@ def save_gguf(
     target, origin = Path(path), resolve(source)
     _refuse_taken(target)
     refuse_beside_config(target, model)
+    if model.cfg.bidirectional or model.cfg.text_embedding is not None:
+        raise CheckpointError(
+            target,
+            "a model that makes embeddings is another architecture in llama.cpp, which is not "
+            "written here; save_hf keeps it",
+        )
     if mix not in MIXES:
         raise ValueError(f"{mix=} must be one of: {', '.join(MIXES)}")
     vocabulary = find_tokenizer(origin)

@@ -98,6 +98,7 @@ ARCHITECTURES = {
     "gemma3_text": "Gemma3ForCausalLM",
     "gemma3n_text": "Gemma3nForCausalLM",
 }
+BARE = "Gemma3TextModel"  # without a head: what reads both ways has no next token to guess
 # Layers of a period, of which the last is global.
 PATTERN = {"gemma": 1, "gemma2": 2, "gemma3_text": 6, "gemma3n_text": 5}
 THETA = {"global": 1_000_000.0, "local": 10_000.0}
@@ -177,7 +178,7 @@ def config_from_hf(raw: Json, *, modalities: Collection[str] = TOWERS) -> GemmaC
     text = DEFAULTS[family] | text
     layers = depth(text, "num_hidden_layers")
     gemma3n = family == "gemma3n_text"
-    specs = _layer_specs(text, layers)
+    specs, bidirectional = _layer_specs(text, layers), _bidirectional(text)
     cfg = GemmaConfig(
         vocab_size=whole(text, "vocab_size"),
         d_model=whole(text, "hidden_size"),
@@ -195,6 +196,7 @@ def config_from_hf(raw: Json, *, modalities: Collection[str] = TOWERS) -> GemmaC
         attn_soft_cap=_cap(text, "attn_logit_softcapping") if family == "gemma2" else None,
         final_soft_cap=None if family == "gemma" else _cap(text, "final_logit_softcapping"),
         optional_final_cap=gemma3n,
+        bidirectional=bidirectional,
         origin=family,
         tied_head=flag(text, "tie_word_embeddings", default=True),
         **_gemma3n_parts(text) if gemma3n else {},
@@ -313,7 +315,7 @@ def _layer_specs(text: Json, layers: int) -> tuple[LayerSpec, ...]:
     return tuple(
         LayerSpec(
             kind=kind,
-            window=whole(text, "sliding_window") if kind == "local" else None,
+            window=_window(text) if kind == "local" else None,
             rope_theta=ropes[kind][0],
             rope_scale=ropes[kind][1],
             d_ff=whole({"intermediate_size": width}, "intermediate_size"),
@@ -321,6 +323,22 @@ def _layer_specs(text: Json, layers: int) -> tuple[LayerSpec, ...]:
         )
         for kind, width, sparsity in zip(_kinds(text, layers), widths, sparsities)
     )
+
+
+def _window(text: Json) -> int:
+    """Of a model that reads both ways, the file says how long the window is from end to end; from
+    the token to either side, itself included, that is half (`Gemma3TextConfig.__post_init__`)."""
+    window = whole(text, "sliding_window")
+    return window // 2 + 1 if _bidirectional(text) else window
+
+
+def _bidirectional(text: Json) -> bool:
+    key = "use_bidirectional_attention"
+    if not flag(text, key, default=False):
+        return False
+    if text["model_type"] != "gemma3_text":
+        raise ValueError(f"{key} is set; only gemma3_text is supported with it")
+    return True
 
 
 def _per_layer(text: Json, key: str, layers: int) -> list:

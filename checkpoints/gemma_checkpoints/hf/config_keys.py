@@ -17,7 +17,7 @@ from . import mobilenet_config as images
 _DECODER = """
     model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads head_dim max_position_embeddings rms_norm_eps hidden_act hidden_activation
-    rope_theta rope_scaling rope_parameters tie_word_embeddings
+    rope_theta rope_scaling rope_parameters tie_word_embeddings use_bidirectional_attention
 """
 _WINDOWS = "sliding_window layer_types final_logit_softcapping"
 _OUTER = """
@@ -117,7 +117,6 @@ UNREAD_OF: Mapping[str, Mapping[str, str]] = {
 
 UNSET: Mapping[str, tuple[object, ...]] = {
     "attention_bias": (None, False),
-    "use_bidirectional_attention": (None, False),
     "quantization_config": (None, {}),
     "is_encoder_decoder": (None, False),
     "add_cross_attention": (None, False),

@@ -11,7 +11,7 @@ from gemma_jax.encoder_config import MobileNetConfig, VisionConfig
 
 from ..json_values import Json
 from .audio_config import audio_to_hf
-from .config import ACTIVATION_KEYS, ACTIVATIONS, ARCHITECTURES, DEFAULTS, KINDS
+from .config import ACTIVATION_KEYS, ACTIVATIONS, ARCHITECTURES, BARE, DEFAULTS, KINDS
 from .mobilenet_config import mobilenet_to_hf
 from .vision_config import vision_to_hf
 
@@ -74,7 +74,7 @@ def _text_to_hf(cfg: GemmaConfig) -> Json:
             "layers of one kind differ from each other: no transformers class has that"
         )
     out: Json = {
-        "architectures": [ARCHITECTURES[family]],
+        "architectures": [BARE if cfg.bidirectional else ARCHITECTURES[family]],
         "model_type": family,
         "vocab_size": cfg.vocab_size,
         "hidden_size": cfg.d_model,
@@ -109,12 +109,21 @@ def _text_to_hf(cfg: GemmaConfig) -> Json:
         theirs = {ours: name for name, ours in KINDS.items()}
         out |= {
             "layer_types": [theirs[spec.kind] for spec in cfg.layers],
-            "sliding_window": local.window if local else DEFAULTS[family]["sliding_window"],
+            "sliding_window": _window(cfg, local, family),
             "query_pre_attn_scalar": _int_if_whole(cfg.query_pre_attn_scalar),
             "final_logit_softcapping": cfg.final_soft_cap,
             "attn_logit_softcapping": cfg.attn_soft_cap,
         }
+    if cfg.bidirectional:
+        out["use_bidirectional_attention"] = True
     return out | _gemma3n_to_hf(cfg) if family == "gemma3n_text" else out
+
+
+def _window(cfg: GemmaConfig, local: LayerSpec | None, family: str) -> int:
+    """Of a model that reads both ways from end to end; see `_window` of `config.py`."""
+    if local is None:
+        return DEFAULTS[family]["sliding_window"]
+    return max(1, 2 * (local.window - 1)) if cfg.bidirectional else local.window
 
 
 def _activation_name(cfg: GemmaConfig, family: str) -> str:
@@ -150,6 +159,9 @@ def _gemma3n_to_hf(cfg: GemmaConfig) -> Json:
 def _family(cfg: GemmaConfig) -> str:
     """The transformers class with the switches of `cfg`."""
     parts = (cfg.altup, cfg.laurel_rank, cfg.per_layer, cfg.v_norm, not cfg.scale_plus_one)
+    is_gemma3 = cfg.qk_norm and cfg.post_norms and cfg.attn_soft_cap is None and not any(parts)
+    if cfg.bidirectional and not is_gemma3:
+        raise ValueError("of models that read both ways, transformers has Gemma 3 alone")
     if all(parts) and cfg.qk_norm and cfg.post_norms and cfg.query_pre_attn_scalar == 1:
         return "gemma3n_text"
     if any(parts) or any(spec.sparsity or spec.kv != "own" for spec in cfg.layers):

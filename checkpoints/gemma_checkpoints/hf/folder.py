@@ -16,9 +16,10 @@ from ..name_table import Table
 from ..safetensors_file import SafetensorsFile
 from ..source import TensorInfo
 from .config import TOWERS, config_from_hf
-from .names import EMBEDDING, HEAD, UNREAD_TOWER, hf_table, short_name
+from .names import DENSE, EMBEDDING, HEAD, UNREAD_TOWER, hf_table, short_name
 from .processor_config import with_processor
 from .quantised import QuantisedMatrix, quantised_matrices, split_quantisation
+from .sentence_folder import read_sentence_folder
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -61,8 +62,13 @@ class HFFolder:
                 self.spoilt[modality] = f"{CONFIG}: {error}"
         if len(self.spoilt) < len(TOWERS):
             self.config = self._read_config(*(one for one in TOWERS if one not in self.spoilt))
+        sentence = read_sentence_folder(self.path, self.config.d_model)
         self._matrices: Mapping[str, QuantisedMatrix] = {}
         self._open(self._files())
+        if sentence is not None:
+            head, folders = sentence
+            self.config = replace(self.config, text_embedding=head)
+            self._open_dense(folders)
         if quantisation is not None:
             self._join_matrices(quantisation)
         self.config = replace(self.config, tied_head=self._has_tied_head())
@@ -173,6 +179,18 @@ class HFFolder:
             problems += self._add(file)
         if problems:
             raise CheckpointError(self.path, problems)
+
+    def _open_dense(self, folders: list[Path]) -> None:
+        """The tensors of dense layers, by the number of the layer."""
+        for i, folder in enumerate(folders):
+            if not (folder / SINGLE).is_file():
+                raise CheckpointError(
+                    folder / SINGLE, "no such file, and modules.json has a dense layer there"
+                )
+            file = SafetensorsFile(folder / SINGLE)
+            for theirs, info in file.tensors.items():
+                name = f"{DENSE}{i}.{theirs}"
+                self.tensors[name], self._where[name] = info, (file, theirs)
 
     def _add(self, file: SafetensorsFile) -> list[str]:
         problems = []

@@ -95,6 +95,7 @@ _EMBEDDER: Table = (
 _EMBED_VISION, _EMBED_AUDIO = "embed_vision.", "embed_audio."
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+DENSE, LINEAR = "dense.", "linear.weight"
 TIED = Row(None, HEAD, why="it equals the embedding table")
 OWN_HEAD = Row("embed.head", HEAD)
 
@@ -164,6 +165,7 @@ def hf_table(cfg: GemmaConfig) -> Table:
         + (TIED if cfg.tied_head else OWN_HEAD,)
         + BUFFERS
         + _embedders(cfg)
+        + dense_rows(cfg)
         + (_unread(cfg) if cfg.origin == "gemma3n_text" else ())
         + unused(cfg)
     )
@@ -214,6 +216,16 @@ def _embedders(cfg: GemmaConfig) -> Table:
     )
 
 
+def dense_rows(cfg: GemmaConfig) -> Table:
+    """The dense layers of a sentence-transformers folder, each of which has a file of its own; the
+    names here say which one it is (see `sentence_folder.py`)."""
+    head = cfg.text_embedding
+    return tuple(
+        Row(f"text_embedding.dense.{i}.w", f"{DENSE}{i}.{LINEAR}")
+        for i in range(0 if head is None else len(head.dense))
+    )
+
+
 def _unread(cfg: GemmaConfig) -> Table:
     """What files of Gemma 3n hold for modalities that the model does not have."""
     has = {_EMBED_VISION: cfg.vision is not None, _EMBED_AUDIO: cfg.audio is not None}
@@ -256,6 +268,9 @@ def short_name(name: str) -> str:
 
 def published_name(short: str, cfg: GemmaConfig) -> str:
     """A name of the tables as the published files of such models spell it."""
+    bare = cfg.text_embedding is not None or cfg.bidirectional
+    if bare and cfg.vision is None and cfg.audio is None:
+        return short
     if not cfg.scale_plus_one and (cfg.vision is not None or cfg.audio is not None):
         parts = (_TOWER, _AUDIO_TOWER, _EMBED_VISION, _EMBED_AUDIO)
         if short == HEAD:

@@ -4,6 +4,7 @@ Names do not depend on how layers are stacked, so a folder loads into either lay
 """
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from ..errors import CheckpointError
 from ..export import host_array, refuse_inexact, tensor_bytes
 from ..folders import new_folder
 from ..hf.names import hf_table
+from ..hf.sentence_folder import MODULES
 from ..json_values import read_json
 from ..matching import Move
 from ..name_table import Row, Table, expand
@@ -93,9 +95,16 @@ def save_orbax(model: Gemma, folder: str | Path, *, source: str | Path | None = 
             (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
             if source is not None:
                 copy_companions(source, part, processors=_has_towers(model.cfg))
+                _keep_modules(model.cfg, source, part)
         with ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save((part / ARRAYS).absolute(), arrays)
     return target
+
+
+def _keep_modules(cfg: GemmaConfig, source: Path, folder: Path) -> None:
+    """The file that says of a tokenizer that it is for embeddings, and may add <eos>."""
+    if cfg.text_embedding is not None and (source / MODULES).is_file():
+        shutil.copyfile(source / MODULES, folder / MODULES)
 
 
 def _has_towers(cfg: GemmaConfig) -> bool:

@@ -1,0 +1,1 @@
+"""Vectors of texts: EmbeddingGemma, and any other Gemma with such a head."""
