@@ -83,7 +83,7 @@ def test_the_way_to_a_vector_and_padding_on_either_side(implementation, side):
 
 
 MISTAKES = {
-    "causal": lambda cfg: replace(cfg, bidirectional=False),
+    "causal": lambda cfg: replace(with_window(cfg, 6), bidirectional=False),
     "half window - 1": lambda cfg: with_window(cfg, 3),
     "half window + 1": lambda cfg: with_window(cfg, 5),
     "full window both ways": lambda cfg: with_window(cfg, 6),
