@@ -72,9 +72,14 @@ def test_a_copy_has_the_same_files(loaded, tmp_path):
 def test_files_of_our_own_say_the_same(loaded, tmp_path, changes):
     model, _ = loaded
     head = replace(model.cfg.text_embedding, **changes)
-    model = gj.load_model(SOURCE, dtype="float32", config=lambda c: replace(c, text_embedding=head))
+    model = gj.load_model(
+        SOURCE,
+        dtype="float32",
+        layout="scan",
+        config=lambda c: replace(c, text_embedding=head),
+    )
     saved = gc.save_hf(model, tmp_path / "copy")
-    again = gj.load_model(saved, dtype="float32")
+    again = gj.load_model(saved, dtype="float32", layout="scan")
     assert again.cfg == model.cfg
     np.testing.assert_array_equal(embed_tokens(again, ROWS), embed_tokens(model, ROWS))
 
@@ -92,7 +97,8 @@ def test_our_own_files_are_spelt_as_published_ones(loaded, tmp_path):
 
 def test_orbax_keeps_head_and_tokenizer(loaded, tmp_path):
     model, tok = loaded
-    again, tok_again = gj.load(gj.save(model, tok, tmp_path / "ours"), dtype="float32")
+    saved = gj.save(model, tok, tmp_path / "ours")
+    again, tok_again = gj.load(saved, dtype="float32", layout="scan")
     assert again.cfg == model.cfg and tok_again.add_eos
     texts = ["two people at work", "x"]
     np.testing.assert_array_equal(gj.embed(again, tok_again, texts), gj.embed(model, tok, texts))
