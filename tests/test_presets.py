@@ -26,6 +26,7 @@ from gemma_jax.encoder_config import ImageProcessing, MobileNetConfig, VisionCon
 from gemma_jax.multimodal.placeholders import soft_tokens
 from gemma_jax.nn.layer_groups import group_layers
 from gemma_jax.presets import TINY, USM_CONFORMER
+from gemma_jax.text_embedding_config import TextEmbeddingConfig
 
 # Parameters of the decoders, tied heads counted once, as transformers counts them.
 PARAMETERS = {
@@ -227,6 +228,7 @@ def test_every_config_field_matters():
         altup=AltUpConfig(num_streams=2), laurel_rank=3,
         per_layer=PerLayerConfig(width=4, vocab_size=90),
         modality_vocabularies=(ModalityVocabulary(first_id=90, vocab_size=4, width=5),),
+        bidirectional=True, text_embedding=TextEmbeddingConfig(dense=(5,)),
     )  # fmt: skip
     fields = {f.name for f in dataclasses.fields(GemmaConfig)}
     # The first bounds sequences (test_generation), the second is for other numerics (test_gemma3n),
