@@ -12,6 +12,7 @@ from gemma_jax.cli import common
 from gemma_jax.cli.model_options import ModelOptions, model_options
 
 if TYPE_CHECKING:
+    from gemma_jax.decoder.model import Gemma
     from gemma_jax.inference.lookup import Lookup
     from gemma_jax.serving.auth import Keys
     from gemma_jax.serving.limits import Limits
@@ -89,7 +90,7 @@ def command(
     *,
     options: ModelOptions,
 ) -> None:
-    """Answer clients of the OpenAI API over HTTP: chat, completions, models, tokens.
+    """Answer clients of the OpenAI API over HTTP: chat, completions, embeddings, models, tokens.
 
     Listens to this machine alone unless --host says more, and then needs keys.
     """
@@ -103,6 +104,11 @@ def command(
     checks = [_shield(source, shield_threshold) for source in shield or ()]
     sizes = slots, context, waiting, prefix_cache_mb
     served = _load(model, options, sizes, served_name, limits, _speculation(speculate))
+    if served.embedder is not None and (checks or speculate or context):
+        raise ValueError(
+            f"{served.name} makes vectors of texts and writes none: leave out --shield, "
+            "--speculate and --context"
+        )
     served = replace(served, checks=checks)
     from gemma_jax.multimodal.warm_up import warm_up_towers
     from gemma_jax.serving.app import make_app
@@ -164,6 +170,8 @@ def _load(
     sampling = load_sampling(source) or Sampling(temperature=1.0)
     gemma = options.for_writing().load(source)
     most, (slots, context, waiting, kept) = gemma.cfg.max_positions, sizes
+    if gemma.cfg.text_embedding is not None:
+        return _embedding(gemma, tokenizer, name or Path(source).name, limits, waiting)
     if context is not None and context > most:
         raise ValueError(f"--context {context}: the model's own is {most}")
     length = min(context or CONTEXT, most)
@@ -185,6 +193,22 @@ def _load(
         created=int(time.time()),
         adapters=tuple(held_adapters(gemma)),
         structured=_grammars(tokenizer, gemma.cfg.vocab_size, limits),
+    )
+
+
+def _embedding(gemma: "Gemma", tokenizer, name: str, limits: "Limits", waiting: int) -> "Served":
+    from gemma_jax.serving.served import Served
+    from gemma_jax.text_embedding.embed import max_tokens
+    from gemma_jax.text_embedding.embedder import Embedder
+
+    return Served(
+        name=name,
+        cfg=gemma.cfg,
+        tokenizer=tokenizer,
+        engine=Embedder(gemma, queue=waiting),
+        context=max_tokens(gemma),
+        limits=limits,
+        created=int(time.time()),
     )
 
 

@@ -48,6 +48,7 @@ async def answered(
     """Reads a call, asks the engine, and answers: whole, or in events."""
     state: State = http.app.state.server
     fields = await state.fields(http)
+    state.served.require_writer()
     call = await state.read(read_call, fields, state)
     http.state.note.update(model=call.wanted.model, user=call.wanted.user or None)
     requests = await state.read(make_requests, call, state, http.state.owner)

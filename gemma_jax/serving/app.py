@@ -15,6 +15,7 @@ from gemma_jax.serving import routes
 from gemma_jax.serving.auth import Keys
 from gemma_jax.serving.chat import chat_completions
 from gemma_jax.serving.completions import completions
+from gemma_jax.serving.embeddings import embeddings
 from gemma_jax.serving.errors import ApiError, failed
 from gemma_jax.serving.events import JSON
 from gemma_jax.serving.gate import Gate
@@ -30,7 +31,7 @@ ROUTES = (
     ("POST", "/v1/chat/completions", chat_completions),
     ("POST", "/v1/completions", completions),
     ("POST", "/v1/responses", responses),
-    ("POST", "/v1/embeddings", routes.embeddings),
+    ("POST", "/v1/embeddings", embeddings),
     ("POST", "/v1/audio/transcriptions", transcriptions),
     ("GET", "/v1/models", routes.models),
     ("GET", "/v1/models/{id:path}", routes.model),
@@ -88,8 +89,8 @@ async def drain(app: Starlette, grace: float) -> None:
     state.draining, until = True, time.monotonic() + grace
     while state.running and time.monotonic() < until:
         await asyncio.sleep(0.05)
-    for generation in tuple(state.running):
-        generation.cancel()
+    for work in tuple(state.running):
+        work.cancel()
 
 
 async def _refuse(http: HttpRequest, error: ApiError) -> Response:

@@ -4,7 +4,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from gemma_jax.multimodal.modality import modalities_of
-from gemma_jax.serving.errors import ApiError, unavailable
+from gemma_jax.serving.errors import unavailable
 from gemma_jax.serving.events import JSON
 from gemma_jax.serving.fields import Fields
 from gemma_jax.serving.messages import read_messages
@@ -41,17 +41,6 @@ async def model(http: HttpRequest) -> Response:
     state, name = _state(http), http.path_params["id"]
     state.served.find(name)
     return JSON(_model(state, name))
-
-
-async def embeddings(http: HttpRequest) -> Response:
-    """POST /v1/embeddings, for models that have a head for it, which none here has."""
-    fields = await _state(http).fields(http)
-    _state(http).served.find(fields.text("model"))
-    raise ApiError(
-        f"{_state(http).served.name} writes text, and has no head for embeddings",
-        param="model",
-        code="unsupported_model",
-    )
 
 
 async def tokenize(http: HttpRequest) -> Response:

@@ -12,6 +12,7 @@ from gemma_jax.multimodal.prompts import PromptReader
 from gemma_jax.serving.errors import ApiError
 from gemma_jax.serving.limits import Limits
 from gemma_jax.text import Tokenizer
+from gemma_jax.text_embedding.embedder import Embedder
 
 
 class Writes(Protocol):
@@ -49,7 +50,7 @@ class Served:
     name: str
     cfg: GemmaConfig
     tokenizer: Tokenizer
-    engine: Writes
+    engine: Writes | Embedder
     context: int
     limits: Limits = field(default_factory=Limits)
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=1.0))
@@ -57,6 +58,20 @@ class Served:
     created: int = 0
     structured: Callable[[str, str], Any] | None = None
     checks: Sequence[Callable[[str, str | None, Sequence[object]], str | None]] = ()
+
+    @property
+    def embedder(self) -> Embedder | None:
+        """What makes vectors of texts, in place of what writes."""
+        return self.engine if isinstance(self.engine, Embedder) else None
+
+    def require_writer(self) -> None:
+        """Raises `ApiError`, a 400, if the model writes no text."""
+        if self.embedder is not None:
+            raise ApiError(
+                f"{self.name} makes vectors of texts and writes none; ask /v1/embeddings",
+                param="model",
+                code="unsupported_model",
+            )
 
     def reader(self, **preparation: object) -> PromptReader:
         """Makes prompts; for the options see `modality_of`."""

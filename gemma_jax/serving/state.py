@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,13 +27,14 @@ class State:
     Attributes:
       media_domains: Hosts that pictures may be fetched from.
       draining: No new work is taken: the server is about to end.
+      running: Texts that are written, and vectors that are made.
     """
 
     served: Served
     metrics: Metrics
     media_domains: frozenset[str] = frozenset()
     draining: bool = False
-    running: set[Generation] = field(default_factory=set)
+    running: set[Generation | Future] = field(default_factory=set)
     _readers: anyio.CapacityLimiter | None = None
 
     def media(self) -> MediaReader:

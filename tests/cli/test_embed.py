@@ -104,5 +104,8 @@ def test_wrong_use_is_one_line(refused, words, message):
 
 def test_other_models_and_other_commands(refused, talker):
     assert "no pooling and no dense layers" in refused("embed", "x", "--model", talker)
-    for words in (("generate", "x"), ("score", "--text-file", FOLDER / "sentence_bert_config.json")):
+    for words in (
+        ("generate", "x"),
+        ("score", "--text-file", FOLDER / "sentence_bert_config.json"),
+    ):
         assert "gj.embed" in refused(*words, "--model", FOLDER)
