@@ -26,6 +26,10 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names (tests/test_p
     from gemma_jax.decoder.forward import Output as Output, forward as forward
     from gemma_jax.decoder.losses import loss as loss, token_losses as token_losses
     from gemma_jax.decoder.model import Block as Block, Gemma as Gemma
+    from gemma_jax.evaluation.continuations import (
+        TokenScores as TokenScores,
+        score_continuations as score_continuations,
+    )
     from gemma_jax.evaluation.scoring import score as score
     from gemma_jax.evaluation.shieldgemma import Verdict as Verdict, shield as shield
     from gemma_jax.inference.conversation import Conversation as Conversation
@@ -123,6 +127,7 @@ _HOMES = {
     "gemma_jax.decoder.forward": ("Output", "forward"),
     "gemma_jax.decoder.losses": ("loss", "token_losses"),
     "gemma_jax.decoder.model": ("Block", "Gemma"),
+    "gemma_jax.evaluation.continuations": ("TokenScores", "score_continuations"),
     "gemma_jax.evaluation.scoring": ("score",),
     "gemma_jax.evaluation.shieldgemma": ("Verdict", "shield"),
     "gemma_jax.inference.completion": ("Completion",),

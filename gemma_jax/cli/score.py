@@ -33,6 +33,15 @@ def command(
             "itself is lm-eval's way.",
         ),
     ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Read N tokens at once at most, in the place of the context; without --stride by "
+            "the rule of lm-eval.",
+        ),
+    ] = None,
     *,
     options: ModelOptions,
     as_json: common.Json = False,
@@ -52,8 +61,8 @@ def command(
     if ids is None:
         ids = load_tokenizer(model).encode(text, bos=True)
     gemma = options.load(model)
-    with progress.reading() as bar, flags_for("stride"):
-        log_probs = score(gemma, ids, stride=stride, progress=bar)
+    with progress.reading() as bar, flags_for("stride", "window"):
+        log_probs = score(gemma, ids, stride=stride, window=window, progress=bar)
     mean = float(log_probs.mean())
     perplexity = math.exp(-mean) if -mean < 700 else math.inf
     if as_json:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ def score(
     token_ids: Sequence[int],
     *,
     stride: int | None = None,
+    window: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
     """Computes the log-probability (nats) of every token but the first, given those before it.
@@ -37,6 +39,8 @@ def score(
         which scores the next `stride` tokens, given those before them that still fit in. A small
         stride leaves every token more of a past, and takes longer; the context itself is the stride
         of lm-eval's rolling log-likelihood. See `gemma_jax.evaluation.windows`.
+      window: Tokens that are read at most, in the place of the context. Without a stride, each
+        window scores as many: so does lm-eval, where it is called `max_length`.
       progress: Told how many tokens have been read, and how many there are to read.
 
     Returns:
@@ -44,7 +48,7 @@ def score(
 
     Raises:
       ValueError: Text in the place of ids, fewer than two tokens, without a stride more than the
-        context holds, a stride longer than the context, or ids outside `[0, V)`.
+        context holds, a stride or a window longer than that, or ids outside `[0, V)`.
 
     Examples:
       >>> import gemma_jax as gj
@@ -59,7 +63,8 @@ def score(
     cfg = model.cfg
     if ids.ndim != 1 or len(ids) < 2:
         raise ValueError(f"scoring needs a list of at least two token ids, got {ids.shape=}")
-    context = cfg.max_positions
+    context = _context(cfg.max_positions, window)
+    stride = window if stride is None else stride
     if stride is None and len(ids) > context:
         raise ValueError(
             f"{len(ids)} tokens do not fit the context of {context}; stride={context} scores them "
@@ -70,13 +75,21 @@ def score(
     windows = [Window(0, 1, len(ids) - 1)]
     if stride is not None:
         windows = list(rolling_windows(len(ids), context, stride))
-    total, read, scores = sum(window.stop - window.start for window in windows), 0, []
-    for window in windows:
-        for tokens, logs in _score_window(model, ids, window):
+    total, read, scores = sum(one.stop - one.start for one in windows), 0, []
+    for one in windows:
+        for tokens, logs in _score_window(model, ids, one):
             scores.append(logs)
             if progress is not None:
                 progress(read := read + tokens, total)
     return np.concatenate(scores)
+
+
+def _context(most: int, window: int | None) -> int:
+    if window is None:
+        return most
+    if not isinstance(window, Integral) or not 1 <= window <= most:
+        raise ValueError(f"window={window} must lie between 1 and {most}, the model's context")
+    return int(window)
 
 
 def _score_window(

@@ -41,7 +41,9 @@ def rolling_windows(length: int, context: int, stride: int) -> Iterator[Window]:
     if not isinstance(stride, Integral):
         raise ValueError(f"{stride=} must be an integer, of tokens")
     if not 1 <= stride <= context:
-        raise ValueError(f"stride={stride} must lie between 1 and {context}, the model's context")
+        raise ValueError(
+            f"stride={stride} must lie between 1 and {context}, the tokens read at once"
+        )
     last, stop = length - 1, min(context, length - 1)
     yield Window(0, 1, stop)
     while stop < last:

@@ -22,8 +22,9 @@ def cross_entropy(
     z_loss: float = 0.0,
     chunk: int | None = None,
     return_lse: bool = False,
+    return_best: bool = False,
     implementation: str | None = None,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+) -> jax.Array | tuple[jax.Array, ...]:
     """Computes `-log softmax(x @ table^T)[label]` per token, without all logits at one time.
 
     Products are in the dtype of `x`, everything after them in float32. Differentiable in `x`, the
@@ -39,11 +40,13 @@ def cross_entropy(
       z_loss: Factor on the squared log-sum-exp that is added, to keep it near 0 (PaLM, section 5).
       chunk: Rows of the table whose logits exist at one time; `None` chooses.
       return_lse: Return the log-sum-exp of the logits as well.
+      return_best: Return as well whether no logit is larger than that of the label; bool, `False`
+        where the label is ignored.
       implementation: A name from `IMPLEMENTATIONS`; `None` is `"xla"`.
 
     Returns:
-      float32 `[B, T]` of losses in nats, or two such arrays: losses and log-sum-exps. Not reduced:
-      a mean over tokens is `losses.sum() / weights.sum()`.
+      float32 `[B, T]` of losses in nats, or a tuple of them and what else is asked for. Not
+      reduced: a mean over tokens is `losses.sum() / weights.sum()`.
 
     Raises:
       ValueError: Operands do not fit together, or the name is unknown.
@@ -61,7 +64,8 @@ def cross_entropy(
         known = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"unknown cross-entropy {implementation=}; choose one of: {known}")
     with jax.named_scope("cross_entropy"):
-        lse_BT, chosen_BT = IMPLEMENTATIONS[name](x_BTD, table_VD, labels_BT, soft_cap, chunk)
+        statistics = IMPLEMENTATIONS[name](x_BTD, table_VD, labels_BT, soft_cap, chunk)
+        lse_BT, chosen_BT, top_BT = statistics
         losses_BT = lse_BT - chosen_BT
         if z_loss:
             losses_BT += z_loss * jnp.square(lse_BT)
@@ -70,7 +74,10 @@ def cross_entropy(
             counts_BT &= weights_BT != 0
             losses_BT *= weights_BT.astype(jnp.float32)
         losses_BT = jnp.where(counts_BT, losses_BT, 0.0)
-    return (losses_BT, lse_BT) if return_lse else losses_BT
+    more = [lse_BT] if return_lse else []
+    if return_best:
+        more.append(counts_BT & (chosen_BT >= top_BT))
+    return (losses_BT, *more) if more else losses_BT
 
 
 def _check(x_BTD, table_VD, labels_BT, weights_BT, soft_cap, chunk) -> None:

@@ -13,11 +13,11 @@ def statistics_reference(
     labels_BT: jax.Array,
     soft_cap: float | None,
     chunk: int | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Of the logits `x @ table^T`, capped: log-sum-exp, and that of the label.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of the logits `x @ table^T`, capped: log-sum-exp, that of the label, and the largest.
 
     Returns:
-      float32 `[B, T]` twice; the second is 0 for a label that is no row of the table.
+      float32 `[B, T]` thrice; the second is 0 for a label that is no row of the table.
     """
     if isinstance(table_VD, QuantizedMatrix):
         table_VD = table_VD.dense()
@@ -29,4 +29,4 @@ def statistics_reference(
         logits_BTV = soft_cap * jnp.tanh(logits_BTV / soft_cap)
     is_label_BTV = labels_BT[:, :, None] == jnp.arange(len(table_VD))
     chosen_BT = jnp.sum(jnp.where(is_label_BTV, logits_BTV, 0.0), axis=-1)
-    return jax.nn.logsumexp(logits_BTV, axis=-1), chosen_BT
+    return jax.nn.logsumexp(logits_BTV, axis=-1), chosen_BT, jnp.max(logits_BTV, axis=-1)

@@ -59,7 +59,7 @@ def statistics_xla(
     labels_BT: jax.Array,
     soft_cap: float | None,
     chunk: int | None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Same result as `reference.statistics_reference`."""
     return _forward(x_BTD, table_VD, labels_BT, soft_cap, chunk)[0]
 
@@ -90,7 +90,7 @@ def _forward(x_BTD, table_VD, labels_BT, soft_cap, chunk, with_mean: bool = Fals
     top_BT, total_BT, chosen_BT, mean_BTD = _each_chunk(step, carry, x_BTD, table_VD, chunk)
     if with_mean:
         mean_BTD /= total_BT[..., None]
-    return (top_BT + jnp.log(total_BT), chosen_BT), mean_BTD
+    return (top_BT + jnp.log(total_BT), chosen_BT, top_BT), mean_BTD
 
 
 def _saving_forward(x_BTD, table_VD, labels_BT, soft_cap, chunk):
@@ -108,10 +108,10 @@ def _is_primal(node) -> bool:
 
 
 def _backward(soft_cap, chunk, saved, cotangents):
-    (x_BTD, table_VD, labels_BT), (lse_BT, chosen_BT), mean_BTD = saved
+    (x_BTD, table_VD, labels_BT), (lse_BT, chosen_BT, _), mean_BTD = saved
     dlse_BT, dchosen_BT = (
-        jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d for d in cotangents
-    )
+        jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d for d in cotangents[:2]
+    )  # nothing is learned from the largest logit
     if mean_BTD is not None:
         dchosen_BT *= _cap_slope(chosen_BT, soft_cap)
         dx_BTD = dlse_BT[..., None] * mean_BTD
