@@ -41,7 +41,7 @@ FLOORS = (
     ("placement",),
     ("inference", "training", "text_embedding"),
     ("planning", "evaluation", "serving", "viz"),
-    ("loading", "saving", "runs", "peft", "experiments", "benchmarks"),
+    ("loading", "saving", "runs", "peft", "experiments", "benchmarks", "harness"),
     ("cli", "__main__"),
 )  # fmt: skip
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}

@@ -15,6 +15,7 @@ from gemma_jax.cli import (
     embed,
     encode_audio,
     encode_image,
+    evaluate,
     experiment,
     forward,
     generate,
@@ -44,8 +45,8 @@ app = typer.Typer(
     "the same command on all their devices; on a cluster that JAX knows, --multihost suffices.",
 )
 COMMANDS = (
-    generate, chat, serve, score, embed, transcribe, shield, forward, tokenize, encode_image,
-    encode_audio, info, convert, quantise, slice, merge, plan, train, experiment,
+    generate, chat, serve, score, embed, evaluate, transcribe, shield, forward, tokenize,
+    encode_image, encode_audio, info, convert, quantise, slice, merge, plan, train, experiment,
 )  # fmt: skip
 for module in COMMANDS:
     app.command(module.__name__.rpartition(".")[2].replace("_", "-"))(module.command)

@@ -132,6 +132,10 @@ def embedding() -> Bar:
     return Bar("embedding", "texts")
 
 
+def asking() -> Bar:
+    return Bar("asking", "requests")
+
+
 def listening() -> Bar:
     return Bar("listening", "s")
 
