@@ -40,12 +40,6 @@ class GemmaJax(Answerer, TemplateLM):
       device, max_batch_size: Refused: JAX finds its devices itself.
       options: See `gemma_jax.LoadOptions` (`dtype`, `weights`, `cache_dtype`, ...), and `adapter`,
         a PEFT folder.
-
-    Examples:
-      >>> from gemma_jax.harness import GemmaJax  # doctest: +SKIP
-      >>> import lm_eval  # doctest: +SKIP
-      >>> lm = GemmaJax("gemma3-270m")  # doctest: +SKIP
-      >>> lm_eval.simple_evaluate(lm, tasks=["arc_easy"])["results"]  # doctest: +SKIP
     """
 
     def __init__(
