@@ -18,6 +18,7 @@ from gemma_jax.loading import load_model, load_tokenizer
 from gemma_jax.peft import load_adapter
 from gemma_jax.text import Tokenizer
 
+LM_EVAL_DEVICE = "cuda:0"  # what its command line says where the user says nothing
 MISSING = 'evaluate needs lm-eval: pip install "gemma-jax[eval]"'
 
 try:
@@ -37,7 +38,9 @@ class GemmaJax(Answerer, TemplateLM):
     Args:
       model: A catalog name, a folder or a file; or a model, with its tokenizer.
       batch_size: Texts that are written at a time; "auto": 8. Log-likelihoods need no such number.
-      device, max_batch_size: Refused: JAX finds its devices itself.
+      device: Refused, but for what lm-eval's command line gives every model: JAX finds its devices
+        itself.
+      max_batch_size: Refused.
       options: See `gemma_jax.LoadOptions` (`dtype`, `weights`, `cache_dtype`, ...), and `adapter`,
         a PEFT folder.
     """
@@ -55,9 +58,10 @@ class GemmaJax(Answerer, TemplateLM):
         progress=None,
         **options: Any,
     ):
-        for name, value in (("device", device), ("max_batch_size", max_batch_size)):
-            if value is not None:
-                raise ValueError(f"{name}={value}: JAX finds its devices itself; leave it out")
+        if device not in (None, LM_EVAL_DEVICE):
+            raise ValueError(f"{device=}: JAX finds its devices itself; leave it out")
+        if max_batch_size is not None:
+            raise ValueError(f"{max_batch_size=}: batches have no automatic size; leave it out")
         TemplateLM.__init__(self)
         self._source = str(model) if isinstance(model, (str, os.PathLike)) else type(model).__name__
         if not isinstance(model, Gemma):

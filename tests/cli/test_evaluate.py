@@ -146,8 +146,8 @@ def test_lm_eval_finds_the_model_by_its_name(talker, tasks):
     by_name = lm_eval.simple_evaluate("gemma-jax", model_args=f"model={talker}", **args)
     loaded = lm_eval.simple_evaluate(GemmaJax(*gj.load(str(talker))), **args)
     assert by_name["results"] == loaded["results"]
-    with pytest.raises(ValueError, match="device=cuda"):
-        GemmaJax(str(talker), device="cuda")
+    with pytest.raises(ValueError, match="device='cpu'"):
+        GemmaJax(str(talker), device="cpu")
 
 
 def test_without_lm_eval_one_line_says_so(refused, talker, monkeypatch):
