@@ -88,8 +88,8 @@ def test_figures_are_those_of_the_library(cli, talker, tasks):
     bits = -sum(gj.score(model, tok.encode(text, bos=True)).sum() for text in texts)
     figure = told["results"]["texts"]["bits_per_byte,none"]
     assert figure == pytest.approx(bits / 0.6931472 / sum(map(len, texts)), rel=1e-5)
-    for sample, text in zip(told["samples"]["written"], texts, strict=True):
-        done = gj.generate(model, tok, text, max_new_tokens=5, stop=["\n"])
+    written = gj.generate(model, tok, texts, max_new_tokens=5, stop=["\n"])
+    for sample, done in zip(told["samples"]["written"], written, strict=True):
         assert sample["resps"] == [[done.text]]
     assert told["n_samples"]["colours"] == {"original": 2, "effective": 2}
 
