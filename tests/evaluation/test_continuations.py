@@ -15,9 +15,13 @@ ATOL = 3e-5
 
 
 def alone(model, context, continuation):
-    """Log-probabilities and best choices of one pair, from all logits of one plain pass."""
-    ids = np.array([[*context, *continuation]])
-    logits_TV = np.asarray(gj.forward(model, ids).logits[0, len(context) - 1 : -1])
+    """Log-probabilities and best choices of one pair, from all logits of one plain pass.
+
+    What stands behind them is seen by no token, and makes one program serve all.
+    """
+    ids = [*context, *continuation]
+    padded = np.pad(ids, (0, 128 - len(ids)))[None]
+    logits_TV = np.asarray(gj.forward(model, padded).logits[0, len(context) - 1 : len(ids) - 1])
     places = np.arange(len(continuation)), list(continuation)
     return jax.nn.log_softmax(logits_TV)[places], logits_TV.argmax(-1) == continuation
 
