@@ -1,6 +1,7 @@
 """One suite over every implementation of attention."""
 
 from dataclasses import replace
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +46,31 @@ def operands(case: Case, dtype=jnp.float32):
     return (q, k, v), dict(lo_BT=lo, hi_BT=hi, kv_pos_BS=jnp.asarray(kv_pos))
 
 
-def run(name, case, arrays, mask):
-    return jax.jit(lambda q, k, v: call(name, q, k, v, **mask, spec=case.spec))(*arrays)
+@cache
+def program(name, spec, interpret=True):
+    return jax.jit(partial(call, name, spec=spec, interpret=interpret))
+
+
+@cache
+def gradients(name, spec):
+    """Of a sum in which each number counts differently."""
+
+    def loss(arrays, mask):
+        out = call(name, *arrays, **mask, spec=spec)
+        return jnp.sum(out * jnp.cos(jnp.arange(out.size).reshape(out.shape)))
+
+    return jax.jit(jax.grad(loss))
+
+
+def run(name, case, arrays, mask, interpret=True):
+    return program(name, case.spec, interpret)(*arrays, **mask)
+
+
+@cache
+def expected(case: Case):
+    """Result and gradients of the reference, for all implementations."""
+    arrays, mask = operands(case)
+    return run("reference", case, arrays, mask), gradients("reference", case.spec)(arrays, mask)
 
 
 def call(name, *arrays, spec, interpret=True, **mask):
@@ -133,17 +157,10 @@ def test_padding_sees_nothing_and_is_not_seen():
 @pytest.mark.parametrize("case", [*BY_DAY, *nightly(*REST)], ids=lambda case: case.name)
 def test_forward_and_gradients(name, case):
     arrays, mask = operands(case)
-    expected = run("reference", case, arrays, mask)
-    actual = run(name, case, arrays, mask)
-    np.testing.assert_allclose(actual, expected, atol=2e-6)
+    actual, (out, gradient) = run(name, case, arrays, mask), expected(case)
+    np.testing.assert_allclose(actual, out, atol=2e-6)
     np.testing.assert_array_equal(actual, run(name, case, arrays, mask))
-
-    def loss(implementation, arrays):
-        out = call(implementation, *arrays, **mask, spec=case.spec)
-        return jnp.sum(out * jnp.cos(jnp.arange(out.size).reshape(out.shape)))
-
-    grads = {n: jax.jit(jax.grad(lambda a, n=n: loss(n, a)))(arrays) for n in ("reference", name)}
-    for ours, theirs in zip(grads[name], grads["reference"]):
+    for ours, theirs in zip(gradients(name, case.spec)(arrays, mask), gradient, strict=True):
         # Rows that see nothing have no gradient; the softmax of the reference makes nan of it.
         np.testing.assert_allclose(ours, np.nan_to_num(theirs), atol=1e-5)
 
@@ -182,7 +199,7 @@ def test_tpu_kernel_has_no_races(case):
     arrays, mask = operands(case)
     params = pltpu.InterpretParams(detect_races=True)
     out = jax.jit(lambda *a: call("tpu", *a, **mask, spec=case.spec, interpret=params))(*arrays)
-    np.testing.assert_allclose(out, run("reference", case, arrays, mask), atol=2e-6)
+    np.testing.assert_allclose(out, expected(case)[0], atol=2e-6)
 
 
 @pytest.mark.nightly
