@@ -36,7 +36,7 @@ def compile_cache(tmp_path_factory):
 
 
 class Quickly:
-    """Programs for CPUs are made by XLA's older generator of code while `on`: in a third of the time.
+    """While `on`, XLA makes code for CPUs by its older generator: in a third of the time.
 
     What `XLA_FLAGS` say holds for a whole process, and JAX has no option of its own for it.
     """
