@@ -80,10 +80,10 @@ def test_a_view_holds_the_arrays_of_the_model_and_no_other(model, name):
 
 def test_no_program_copies_what_a_view_leaves_out():
     """The token loop of a view needs no more memory than that of the slice itself."""
-    cfg = tiny.gemma3n()
+    cfg = tiny.gemma3n(4, 1)
     wide = tuple(gj.config.replace(spec, d_ff=2048) for spec in cfg.layers)
     model = tiny.model(gj.config.replace(cfg, layers=wide), "unrolled")
-    submodel = Slice(ffn_widths=(1024,) * 9)
+    submodel = Slice(ffn_widths=(1024,) * 4)
 
     def temporary_bytes(model):
         cache = gj.init_cache(model.cfg, model.layer_groups, 1, 32, "float32")
@@ -127,7 +127,7 @@ def test_a_view_of_a_view_is_the_direct_view(model):
     twice = at(at(model, irregular, allow_irregular=True), again, allow_irregular=True)
     once = at(model, direct, allow_irregular=True)
     assert jax.tree.structure(twice) == jax.tree.structure(once)
-    tokens = tiny.tokens(CFG, 2, 9)
+    tokens = tiny.tokens(CFG, 2, 19)
     chex.assert_trees_all_equal(forward(twice, tokens).logits, forward(once, tokens).logits)
 
 
@@ -153,7 +153,7 @@ def test_widths_as_numbers_compute_what_the_slice_does(model):
 
 def test_views_can_be_used_in_turns(model):
     """Two programs are compiled, once each."""
-    tokens = tiny.tokens(CFG, 1, 5)
+    tokens = tiny.tokens(CFG, 2, 19)
     views = [at(model, NARROW), at(model, SHORT)]
     first = [forward(view, tokens).logits for view in views]
     compiled = forward._cache_size()
