@@ -37,6 +37,18 @@ EQUATIONS = {
     "BTNH,DNH->BTD": (16, 8, 16),
     "BTD,VD->BTV": (64, 128),
 }
+CUTS = {
+    "outputs in whole tiles": (-3, 8),
+    "outputs through tiles": (-3, (1, 2, 5)),
+    "inputs in whole groups of 64": (-2, 4),
+    "inputs behind a group of 64": (-2, (4, 5, 6, 7)),
+}
+
+
+def by_turns(first, second):
+    """All pairs, in tiles and in rows by turns; at night each pair in the other layout as well."""
+    pairs = [(a, b, (i + j) % 2 == 0) for i, a in enumerate(first) for j, b in enumerate(second)]
+    return [*pairs, *nightly(*((a, b, not tiled) for a, b, tiled in pairs))]
 
 
 def in_rows(model):
@@ -62,9 +74,7 @@ def weight_of(equation, form, *, tiled=True):
     return weight if tiled else replace(weight, matrix=weight.matrix.to_rows())
 
 
-@pytest.mark.parametrize("tiled", [True, False], ids=["tiles", "rows"])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("equation", EQUATIONS)
+@pytest.mark.parametrize("equation, form, tiled", by_turns(EQUATIONS, FORMS))
 def test_products_rows_and_bytes_are_those_of_the_dense_array(equation, form, tiled):
     weight = weight_of(equation, form, tiled=tiled)
     assert weight.matrix.tiled == tiled and weight.shape == EQUATIONS[equation]
@@ -103,19 +113,9 @@ def test_pieces_make_the_same_weight(monkeypatch, bits):
     assert "scan" in jaxpr
 
 
-@pytest.mark.parametrize("tiled", [True, False], ids=["tiles", "rows"])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(
-    "axis, index",
-    [
-        (-3, 8),  # outputs in whole tiles
-        (-3, (1, 2, 5)),  # through tiles
-        (-2, 4),  # inputs, in whole groups of 64
-        (-2, (4, 5, 6, 7)),
-    ],
-    ids=str,
-)
-def test_what_is_taken_is_taken_of_dense(form, tiled, axis, index):
+@pytest.mark.parametrize("cut, form, tiled", by_turns(CUTS, FORMS))
+def test_what_is_taken_is_taken_of_dense(form, tiled, cut):
+    axis, index = CUTS[cut]
     weight = weight_of("BTNH,DNH->BTD", form, tiled=tiled)
     expected = take(dense(weight), axis, index)
     taken = take(weight, axis, index)
@@ -205,7 +205,7 @@ def test_gemma3n_with_its_table_and_mixed_storages():
 
 
 def test_every_layout_writes_the_same_text():
-    stacked = quantise(tiny.whole_groups("scan"), {"embed.*": "int8", "*": "int4"})
+    stacked = quantise(tiny.whole_groups("scan", layers=2), {"embed.*": "int8", "*": "int4"})
     model, prompts = tiny.relayout(stacked, "unrolled"), tiny.tokens(stacked.cfg, 2, 9).tolist()
     assert model.embed.table.get_value().matrix.tiled
     done = [
@@ -266,7 +266,7 @@ def test_on_four_devices(sizes, rules, rows):
     np.testing.assert_allclose(forward(split, tokens).logits, expected, atol=ATOL)
 
 
-@pytest.mark.parametrize("rows", [False, True], ids=["tiles", "rows"])
+@pytest.mark.parametrize("rows", [False, *nightly(True)], ids=["tiles", "rows"])
 def test_groups_that_do_not_divide_leave_a_matrix_whole(rows):
     """Four devices share 128 channels, but not two groups of 64: codes and scales stay together."""
     model = quantise(tiny.whole_groups(), {"*": "int4:64"})
