@@ -18,7 +18,7 @@ from gemma_jax.numerics import NUMERICS
 from gemma_jax.training.trainable import trainable
 from gemma_jax.weights.tree import with_attributes
 
-CFG = tiny.gemma3n()
+CFG = tiny.gemma3n(4, 1)
 
 
 def with_runtime(model, **changes):
