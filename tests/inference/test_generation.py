@@ -15,7 +15,7 @@ from gemma_jax.text import render
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny.model(tiny.gemma3())
+    return tiny.model(tiny.gemma3(3))
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def words(model):
 
 
 def prompt(length, seed=0):
-    return tiny.tokens(tiny.gemma3(), 1, length, seed)[0].tolist()
+    return tiny.tokens(tiny.gemma3(3), 1, length, seed)[0].tolist()
 
 
 def test_a_stop_token_ends_a_row_and_stays_in_its_ids(model):

@@ -13,7 +13,7 @@ from words import Words
 
 from gemma_jax import Prompt, Session, generate, stream
 
-CFG = tiny.gemma3(3)
+CFG = tiny.gemma3(2, every=2)
 
 
 @pytest.fixture(scope="module")
