@@ -20,7 +20,7 @@ from gemma_jax.decoder.batch import Batch
 CAPTURES = ("embeddings", "per_layer_inputs", "layer_outputs", "final_norm")
 
 
-@pytest.fixture(scope="module", params=["unrolled", *nightly("scan")])
+@pytest.fixture(scope="module", params=["scan", *nightly("unrolled")])
 def model(request):
     return load_weights(DATA / "g3n_text", dtype="float32", layout=request.param)
 

@@ -22,13 +22,15 @@ from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.losses import loss_and_weight
 from gemma_jax.multimodal.placeholders import soft_tokens
 
-FOLDERS = ("g3_text", "g3n_text", "g3_mm")
+FOLDERS = ("g3_text scan", "g3n_text scan", "g3_mm scan")
+UNROLLED = nightly("g3_text unrolled", "g3n_text unrolled", "g3_mm unrolled")
 
 
-@pytest.fixture(scope="module", params=FOLDERS)
+@pytest.fixture(scope="module", params=[*FOLDERS, *UNROLLED])
 def stored(request):
-    model = load_weights(DATA / request.param, dtype="float32", layout="unrolled")
-    return model, *case(request.param, "packed")
+    folder, layout = request.param.split()
+    model = load_weights(DATA / folder, dtype="float32", layout=layout)
+    return model, *case(folder, "packed")
 
 
 def packed(given) -> Batch:
@@ -70,7 +72,9 @@ def test_losses_of_packed_tokens_are_those_of_the_texts_alone(stored):
         assert_close(alone, expected[name], tolerance["packed_token_losses"])
 
 
-@pytest.mark.parametrize("stored", ["g3_text", "g3_mm", *nightly("g3n_text")], indirect=True)
+@pytest.mark.parametrize(
+    "stored", [FOLDERS[0], FOLDERS[2], *nightly(FOLDERS[1]), *UNROLLED], indirect=True
+)
 def test_loss_and_gradients_of_a_packed_row(stored, tmp_path):
     model, given, expected, tolerance = stored
     batch, weights = packed(given), (labels(given) >= 0).astype(np.float32)
