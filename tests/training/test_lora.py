@@ -72,7 +72,7 @@ def leaves(model):
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_new_adapter_changes_nothing(dora):
-    model, tokens = tiny.model(CFG), tiny.tokens(CFG, 2, 9)
+    model, tokens = tiny.model(ALIKE), tiny.tokens(ALIKE, 2, 9)
     trained, frozen, join = gj.lora(model, Lora(rank=2, dora=dora), jax.random.key(0))
     adapted = join(trained, frozen)
     np.testing.assert_allclose(
@@ -110,8 +110,10 @@ def test_layers_without_adapters_and_ranks_that_are_not_there_stay_zero():
 
 @pytest.mark.parametrize("dora", [True, *nightly(False)])
 def test_scanned_is_unrolled(dora):
-    settings = replace(UNEVEN, dora=dora, layers=None)
-    scanned, tokens = tiny.model(ALIKE), tiny.tokens(ALIKE, 2, 9)
+    cfg = replace(ALIKE, layers=ALIKE.layers[:2])
+    ranks = {"blocks.1.attn.*": 5, "*.q.w": 2}
+    settings = replace(UNEVEN, dora=dora, layers=None, rank_pattern=ranks)
+    scanned, tokens = tiny.model(cfg), tiny.tokens(cfg, 2, 9)
     models = (scanned, tiny.relayout(scanned, "unrolled"))
     (one, _, ours), (other, _, theirs) = (
         run(m, settings, optax.adamw(1e-2), [tokens] * 2) for m in models
@@ -212,7 +214,7 @@ def test_slices_learn_through_the_adapter_of_the_whole():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_adapter_of_an_embedding_is_the_heads_or_not(tied):
-    model, tokens = tiny.model(CFG), tiny.tokens(CFG, 2, 9)
+    model, tokens = tiny.model(ALIKE), tiny.tokens(ALIKE, 2, 9)
     settings = Lora(rank=2, targets=("embed.table",), tie_head=tied)
     adapted = filled(model, settings)
     assert adapted.cfg.tied_head == tied and (adapted.embed.head is None) == tied
@@ -227,7 +229,7 @@ def test_the_adapter_of_an_embedding_is_the_heads_or_not(tied):
 
 
 def test_what_is_trained_whole():
-    model, tokens = tiny.model(CFG), tiny.tokens(CFG, 2, 9)
+    model, tokens = tiny.model(ALIKE), tiny.tokens(ALIKE, 2, 9)
     settings = Lora(rank=2, whole=("final_norm.scale", "*.pre_attn_norm.scale"))
     after, state, _ = run(model, settings, optax.sgd(0.1), [tokens])
     moved = {path for path in leaves(model) if path in state.trained}

@@ -19,7 +19,7 @@ from gemma_jax.training.param_letters import Letters, letters_of, name_of
 from gemma_jax.training.trainable import trainable
 from gemma_jax.weights.tree import flat_params, with_params
 
-CFG = tiny.gemma3(layers=6)
+CFG = tiny.gemma3(layers=4, every=2)
 STEPS = 3
 SETTINGS = {
     "adamw": OptimizerSettings(name="adamw", weight_decay=0.1),

@@ -14,7 +14,7 @@ from gemma_jax import remat
 from gemma_jax.runtime import Runtime
 from gemma_jax.weights.tree import with_attributes
 
-CFG = tiny.gemma3(layers=6)
+CFG = tiny.gemma3(layers=4, every=2)
 TOKENS = tiny.tokens(CFG, 2, 16)
 
 
