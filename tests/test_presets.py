@@ -219,10 +219,10 @@ def test_every_config_field_matters():
         for name, value in changes.items():
             assert trace(make(**{name: value})) != before, name
 
-    base = tiny.gemma3(layers=3)
+    base = tiny.gemma3(2, every=2)
     changes = dict(
         vocab_size=97, d_model=36, num_heads=8, num_kv_heads=1, head_dim=8,
-        query_pre_attn_scalar=13, layers=base.layers[:2], norm_eps=1e-5, qk_norm=False,
+        query_pre_attn_scalar=13, layers=base.layers[:1], norm_eps=1e-5, qk_norm=False,
         post_norms=False, activation="silu", attn_soft_cap=2.0, final_soft_cap=2.0,
         vision=tiny.vision(), scale_plus_one=False, v_norm=True, tied_head=False,
         altup=AltUpConfig(num_streams=2), laurel_rank=3,

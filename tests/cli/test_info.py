@@ -5,6 +5,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from marks import nightly
 
 DATA = Path(__file__).parent.parent / "parity" / "data"
 
@@ -20,7 +21,7 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, "socket", None)
 
 
-@pytest.mark.parametrize("name", ["gemma3-4b", "gemma3-4b-it", "gemma3-4b-pt"])
+@pytest.mark.parametrize("name", ["gemma3-4b-it", *nightly("gemma3-4b", "gemma3-4b-pt")])
 def test_preset(cli, name, no_network):
     told = facts(cli, name)
     parts = ("text_parameters", "vision_tower_parameters", "vision_projector_parameters")

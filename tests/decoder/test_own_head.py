@@ -19,7 +19,7 @@ from gemma_jax.sharding import INFERENCE, Partition, make_mesh
 from gemma_jax.weights.quantized import QuantizedWeight
 from gemma_jax.weights.tree import flat_params, with_params
 
-CFG = replace(tiny.gemma3(3), tied_head=False)
+CFG = tiny.gemma3(2, every=2, tied_head=False)
 TABLE, HEAD = ("embed", "table"), ("embed", "head")
 
 
@@ -43,7 +43,7 @@ def test_a_head_that_equals_the_table_is_no_difference(model, ids):
     table = model.embed.table.get_value()
     same = with_params(model, {HEAD: table})
     tied = with_params(
-        tiny.model(tiny.gemma3(3), "unrolled"),
+        tiny.model(tiny.gemma3(2, every=2), "unrolled"),
         {path: p.get_value() for path, p in flat_params(same).items() if path != HEAD},
     )
     assert np.array_equal(forward(same, ids).logits, forward(tied, ids).logits)
@@ -86,17 +86,17 @@ def test_a_mesh_splits_the_head_as_it_splits_the_table(model, ids):
 
 
 def test_slices_keep_the_head_and_it_counts_as_computed(ids):
-    cfg = replace(tiny.gemma3n(), tied_head=False)
-    whole, cut = tiny.model(cfg, "unrolled"), matformer.Slice(ffn_widths=(24,) * 9)
+    cfg = replace(tiny.gemma3n(4, 1), tied_head=False)
+    whole, cut = tiny.model(cfg, "unrolled"), matformer.Slice(ffn_widths=(24,) * 4)
     small, view = matformer.slice(whole, cut), matformer.at(whole, cut)
     assert view.embed.head.get_value() is whole.embed.head.get_value()
     assert np.array_equal(forward(small, ids).logits, forward(view, ids).logits)
-    tied = parameters(tiny.gemma3n())
+    tied = parameters(tiny.gemma3n(4, 1))
     assert parameters(cfg) == tied + cfg.vocab_size * cfg.d_model
 
 
 def test_speculation_writes_what_the_model_writes(model, ids):
-    prompts, cut = [row.tolist() for row in ids], matformer.Slice(ffn_widths=(24,) * 3)
+    prompts, cut = [row.tolist() for row in ids], matformer.Slice(ffn_widths=(24, 24))
     plain = generate(model, None, prompts, max_new_tokens=12)
     drafted = generate(model, None, prompts, max_new_tokens=12, draft=cut)
     assert [row.token_ids for row in drafted] == [row.token_ids for row in plain]
@@ -106,7 +106,7 @@ def test_a_step_reads_the_head_and_rows_of_the_table():
     partition = Partition.of(make_mesh(CFG, jax.devices()[:1], data=1))
     own, tied = (
         weight_bytes(with_shardings(abstract_model(cfg), partition))
-        for cfg in (CFG, tiny.gemma3(3))
+        for cfg in (CFG, tiny.gemma3(2, every=2))
     )
     assert own["all"] - tied["all"] == 4 * CFG.vocab_size * CFG.d_model
     assert own["read"] == tied["read"]

@@ -17,7 +17,7 @@ from gemma_jax.multimodal.image_prompt import PLACEHOLDER
 from gemma_jax.multimodal.modality import modalities_of
 from gemma_jax.multimodal.prompts import PromptReader, is_one_prompt
 
-CFG = tiny.seeing_and_hearing(tiny.gemma3n(layers=6))
+CFG = tiny.seeing_and_hearing(tiny.gemma3n(4, 1))
 IMAGE, SOUND = CFG.vision, CFG.audio
 NEWLINES = [4, 4]  # of `Words`
 IMAGE_RUN = [IMAGE.start_token, *[IMAGE.image_token] * 4, IMAGE.end_token]

@@ -31,7 +31,7 @@ def test_it_is_the_soft_tokens_of_its_placeholders():
 
 
 def test_several_kinds_follow_one_another_as_place_puts_them():
-    cfg = tiny.seeing_and_hearing(tiny.gemma3n(layers=6, num_shared=0))
+    cfg = tiny.seeing_and_hearing(tiny.gemma3n(3, 0))
     model, kinds = tiny.model(cfg), modalities_of(cfg)
     runs = [[m.begin, *[m.placeholder] * m.tokens_per_item, m.end] for m in kinds]
     tokens = np.array([[2, *runs[1], 5, *runs[0]], [2, *runs[0], 5, *runs[1]]], np.int32)

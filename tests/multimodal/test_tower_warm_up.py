@@ -12,7 +12,7 @@ from gemma_jax.multimodal.warm_up import warm_up_towers
 
 @pytest.mark.nightly
 def test_towers_are_ready():
-    model = tiny.model(tiny.seeing_and_hearing(tiny.gemma3n(layers=6)))
+    model = tiny.model(tiny.seeing_and_hearing(tiny.gemma3n(4, 1)))
     told = []
     warm_up_towers(model, told.append)
     most = model.cfg.audio.num_soft_tokens * frames_per_token(model.cfg.audio)

@@ -17,7 +17,7 @@ from gemma_jax.sharding import make_mesh
 from gemma_jax.weights.int8 import to_int8
 
 LENGTH = 4 * tiny.WINDOW + 3  # several wraps of every ring
-CONFIGS = {"gemma3": tiny.gemma3(3), "gemma3n": tiny.gemma3n(6, 3)}
+CONFIGS = {"gemma3": tiny.gemma3(2, every=2), "gemma3n": tiny.gemma3n(6, 3)}
 
 
 def with_caches(cfg, dtype):
@@ -116,7 +116,7 @@ def test_speculation_over_shared_caches():
 
 
 def test_weights_of_attention_are_those_of_rounded_keys():
-    cfg = tiny.gemma3()
+    cfg = CONFIGS["gemma3"]
     model = tiny.model(cfg)
     ids = tiny.tokens(cfg, 1, 12)
     cache = init_cache(cfg, model.layer_groups, 1, 12, "int8")

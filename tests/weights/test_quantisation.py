@@ -91,7 +91,7 @@ def test_a_channel_of_zeros_stays_zero():
     ],
 )
 def test_a_stored_model_stays_close_and_generates(storage, tolerance, layout):
-    model = tiny.model(tiny.gemma3(6), layout=layout)
+    model = tiny.model(tiny.gemma3(3), layout=layout)
     small = quantise(model, storage)
     ids = tiny.tokens(model.cfg, 2, 20)
     expected, actual = forward(model, ids).logits, forward(small, ids).logits
