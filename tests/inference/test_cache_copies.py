@@ -21,6 +21,7 @@ from gemma_jax.inference.sampling import Sampling, SamplingRows
 from gemma_jax.placement import shard
 from gemma_jax.sharding import make_mesh
 
+RUN_LONG = True  # as for users: what is copied is up to XLA
 WINDOW, MAX_LEN, LONG = 136, 328, 1280  # a long one is read in blocks
 DTYPES = ("float32", "bfloat16", "int8")
 LAYERS, SLOTS, ENDS = (1, 2), (256, MAX_LEN, LONG), ((), (16,))  # a ring is of whole blocks of 128
@@ -105,7 +106,7 @@ def test_no_cache_is_copied_per_token_on_a_mesh(heads, batch, axis, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-@pytest.mark.parametrize("heads, batch", [(1, 1), (3, 5), *nightly((1, 5))])
+@pytest.mark.parametrize("heads, batch", [(1, 5), *nightly((1, 1), (3, 5))])
 def test_a_call_copies_no_cache(heads, batch, dtype):
     """Neither into the loop nor out of it: a server calls it for every few tokens."""
     program = compiled_loop(heads, batch, dtype, "unrolled")
