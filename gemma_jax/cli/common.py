@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -170,12 +171,16 @@ def find_config(source: str) -> "tuple[GemmaConfig, Description | None]":
     Reads no weights. Pretrained and instruction-tuned weights are the same model, which a preset
     describes.
     """
+    from gemma_checkpoints import CATALOG, describe, resolve
     from gemma_jax.presets import PRESETS
 
-    size = source.removesuffix("-pt").removesuffix("-it")
-    if size in PRESETS and not Path(source).exists():
-        return PRESETS[size], None
-    from gemma_checkpoints import describe, resolve
+    if not Path(source).exists():
+        size = source.removesuffix("-pt").removesuffix("-it")
+        if size in PRESETS:
+            return PRESETS[size], None
+        if (entry := CATALOG.get(source)) is not None and entry.preset is not None:
+            cfg = PRESETS[entry.preset]
+            return replace(cfg, vision=None) if entry.text_only else cfg, None
 
     summary = describe(resolve(source))
     return summary.config, summary

@@ -1,5 +1,7 @@
 """`gemma-jax list`: the names of models, and which are on this machine."""
 
+from dataclasses import replace
+
 from gemma_jax.cli import common
 
 
@@ -10,9 +12,10 @@ def command(as_json: common.Json = False) -> None:
     rows = [
         {
             "name": name,
-            "parameters": _parameters(name),
+            "parameters": _parameters(entry),
             "path": None if (path := stored(name)) is None else str(path),
             "origin": entry.origin,
+            "verified": entry.verified or None,
             "terms": TERMS,
         }
         for name, entry in CATALOG.items()
@@ -23,14 +26,21 @@ def command(as_json: common.Json = False) -> None:
     width = max(len(row["name"]) for row in rows)
     for row in rows:
         here = "here" if row["path"] else "-"
-        print(
-            f"{row['name']:<{width}}  {row['parameters'] / 1e9:6.2f}B  {here:<4}  {row['origin']}"
-        )
+        size = "" if row["parameters"] is None else f"{row['parameters'] / 1e9:.2f}B"
+        mark = "*" if row["verified"] else " "
+        print(f"{row['name']:<{width}}{mark} {size:>7}  {here:<4}  {row['origin']}")
+    for said in dict.fromkeys(row["verified"] for row in rows if row["verified"]):
+        names = ", ".join(row["name"] for row in rows if row["verified"] == said)
+        print(f"* verified is {said}: {names}")
     print(f"Terms: {TERMS}. `gemma-jax info NAME` says more.")
 
 
-def _parameters(name: str) -> int:
+def _parameters(entry) -> int | None:
+    """Of the model; `None` where only its files say how large it is."""
     from gemma_checkpoints.params import params_by_part
     from gemma_jax.presets import preset
 
-    return sum(params_by_part(preset(name.removesuffix("-it").removesuffix("-pt"))).values())
+    if entry.preset is None:
+        return None
+    cfg = preset(entry.preset)
+    return sum(params_by_part(replace(cfg, vision=None) if entry.text_only else cfg).values())

@@ -39,3 +39,21 @@ def test_the_module_runs_with_stdout_closed():
     command = f"exec {sys.executable} -m gemma_jax list >&-"
     ran = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True, timeout=120)
     assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_relatives_say_what_is_verified(cli):
+    models = {row["name"]: row for row in json.loads(cli("list", "--json").out)["models"]}
+    assert models["gemma3-4b-it"]["verified"] is None
+    assert "not been seen" in models["functiongemma-270m-it"]["verified"]
+    same = "functiongemma-270m-it", "gemma3-270m-it"
+    assert models[same[0]]["parameters"] == models[same[1]]["parameters"]
+    assert models["medgemma-27b-text-it"]["parameters"] < models["medgemma-27b-it"]["parameters"]
+    assert models["vaultgemma-1b"]["parameters"] is None
+    out = cli("list").out
+    assert "* verified is the architecture" in out and "functiongemma-270m-it*" in out
+
+
+def test_a_relative_is_described_without_its_files(cli):
+    theirs = json.loads(cli("info", "functiongemma-270m-it", "--json").out)
+    ours = json.loads(cli("info", "gemma3-270m-it", "--json").out)
+    assert theirs["parameters"] == ours["parameters"]
