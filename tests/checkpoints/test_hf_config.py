@@ -256,8 +256,7 @@ def test_only_what_transformers_has_is_exported():
     with pytest.raises(ValueError, match="fits Gemma 3 alone, but not post_norms=False$"):
         config_to_hf(replace(cfg, post_norms=False))
     bare = replace(cfg, qk_norm=False, post_norms=False, query_pre_attn_scalar=8)
-    message = "fit Gemma 1 alone, but not local layers, query_pre_attn_scalar=8 for head_dim=256$"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="have one rope for all layers$"):
         config_to_hf(bare)
     with pytest.raises(ValueError, match="without soft caps"):
         config_to_hf(replace(preset("gemma3-4b"), final_soft_cap=30.0))
@@ -318,3 +317,9 @@ def test_the_reader_is_found_by_its_old_name():
     from gemma_checkpoints import hf_config
 
     assert hf_config.config_from_hf is config_from_hf
+
+
+@pytest.mark.parametrize("kind", ["t5gemma", "t5gemma2"])
+def test_relatives_with_an_encoder_are_refused_by_name(kind):
+    with pytest.raises(ValueError, match=f"model_type '{kind}' is not supported: it has an enc"):
+        config_from_hf({"model_type": kind})

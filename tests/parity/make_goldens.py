@@ -156,7 +156,13 @@ def compute(folder: Path, name: str, inputs: dict) -> tuple[dict, dict]:
     for variant, settings in VARIANTS.items():
         if variant == "noise_fp64" and padded(inputs):
             continue  # a row of padding sees nothing, and transformers in float64 makes nan of it
-        results[variant] = runner(name)(load(folder, *settings), inputs)
+        try:
+            model = load(folder, *settings)
+        except ValueError:
+            if variant != "noise_alt":
+                raise
+            continue  # a class without fused attention, such as VaultGemma's
+        results[variant] = runner(name)(model, inputs)
     outputs, facts = results["value"], {}
     for key, value in outputs.items():
         fact = {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
@@ -181,10 +187,10 @@ def check(folder: Path) -> None:
         for key, fact in facts.items():
             error = (outputs[key].double() - stored[f"out.{key}"].double()).abs()
             error = error[compared(key, inputs)]
-            if "noise_alt" not in fact:
+            if not fact.keys() & {"noise_alt", "noise_fp64"}:
                 print(f"{name:18} {key:52} {'equal' if error.max() == 0 else 'DIFFERENT'}")
                 continue
-            tolerance = 10 * max(fact["noise_alt"], fact.get("noise_fp64", 0)) or 5e-6
+            tolerance = 10 * max(fact.get("noise_alt", 0), fact.get("noise_fp64", 0)) or 5e-6
             print(f"{name:18} {key:52} {error.max().item() / tolerance:.3f} of the tolerance")
 
 
@@ -203,6 +209,8 @@ def write(folder: Path, config: Path, seed: int) -> None:
     model.to(torch.bfloat16).save_pretrained(folder)
     for name, inputs in (image_cases if hasattr(cfg, "vision_config") else text_cases)(cfg).items():
         outputs, facts = compute(folder, name, inputs)
+        if not any("noise_fp64" in fact or "noise_alt" in fact for fact in facts.values()):
+            continue  # nothing says how far rounding can move it
         arrays = {f"in.{k}": v for k, v in inputs.items()}
         arrays |= {f"out.{k}": v.contiguous() for k, v in outputs.items()}
         save_file({k: v.clone() for k, v in arrays.items()}, folder / f"{name}.safetensors")

@@ -33,6 +33,19 @@ _COMMON = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": True,
 }
+_GEMMA2 = _COMMON | {
+    "vocab_size": 256_000,
+    "hidden_size": 2_304,
+    "intermediate_size": 9_216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 8_192,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4_096,
+    "final_logit_softcapping": 30.0,
+    "attn_logit_softcapping": 50.0,
+}
 DEFAULTS: Mapping[str, Json] = {
     "gemma": _COMMON
     | {
@@ -44,20 +57,8 @@ DEFAULTS: Mapping[str, Json] = {
         "num_key_value_heads": 16,
         "max_position_embeddings": 8_192,
     },
-    "gemma2": _COMMON
-    | {
-        "vocab_size": 256_000,
-        "hidden_size": 2_304,
-        "intermediate_size": 9_216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 8_192,
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 4_096,
-        "final_logit_softcapping": 30.0,
-        "attn_logit_softcapping": 50.0,
-    },
+    "gemma2": _GEMMA2,
+    "vaultgemma": _GEMMA2,
     "gemma3_text": _COMMON
     | {
         "vocab_size": 262_208,
@@ -95,12 +96,20 @@ DEFAULTS: Mapping[str, Json] = {
 ARCHITECTURES = {
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
+    "vaultgemma": "VaultGemmaForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "gemma3n_text": "Gemma3nForCausalLM",
 }
+# Relatives that are more than this decoder with towers, and what keeps them out.
+OTHERS: Mapping[str, str] = {
+    "t5gemma": "an encoder beside its decoder, which attends to it",
+    "t5gemma2": "an encoder beside its decoder, whose attention sees both at once",
+    "recurrent_gemma": "recurrent layers",
+    "paligemma": "an older vision tower, and prompts that it reads both ways",
+}
 BARE = "Gemma3TextModel"  # without a head: what reads both ways has no next token to guess
 # Layers of a period, of which the last is global.
-PATTERN = {"gemma": 1, "gemma2": 2, "gemma3_text": 6, "gemma3n_text": 5}
+PATTERN = {"gemma": 1, "gemma2": 2, "vaultgemma": 2, "gemma3_text": 6, "gemma3n_text": 5}
 THETA = {"global": 1_000_000.0, "local": 10_000.0}
 Kind = Literal["local", "global"]
 KINDS: dict[str, Kind] = {
@@ -169,6 +178,8 @@ def config_from_hf(raw: Json, *, modalities: Collection[str] = TOWERS) -> GemmaC
     """
     text = text_config(raw)
     family = text.get("model_type")
+    if family in tuple(OTHERS):
+        raise ValueError(f"model_type {family!r} is not supported: it has {OTHERS[family]}")
     if family not in tuple(DEFAULTS):
         raise ValueError(
             f"model_type {raw.get('model_type')!r} is not supported; "
@@ -177,7 +188,7 @@ def config_from_hf(raw: Json, *, modalities: Collection[str] = TOWERS) -> GemmaC
     refuse_unknown_keys(raw, modalities)
     text = DEFAULTS[family] | text
     layers = depth(text, "num_hidden_layers")
-    gemma3n = family == "gemma3n_text"
+    gemma3n, capped = family == "gemma3n_text", family in ("gemma2", "vaultgemma")
     specs, bidirectional = _layer_specs(text, layers), _bidirectional(text)
     cfg = GemmaConfig(
         vocab_size=whole(text, "vocab_size"),
@@ -190,10 +201,10 @@ def config_from_hf(raw: Json, *, modalities: Collection[str] = TOWERS) -> GemmaC
         max_positions=whole(text, "max_position_embeddings"),
         norm_eps=positive(text, "rms_norm_eps"),
         qk_norm=family in ("gemma3_text", "gemma3n_text"),
-        post_norms=family != "gemma",
+        post_norms=family not in ("gemma", "vaultgemma"),
         activation=_activation(text),
         # Gemma3Attention never applies attn_logit_softcapping, whatever its config says.
-        attn_soft_cap=_cap(text, "attn_logit_softcapping") if family == "gemma2" else None,
+        attn_soft_cap=_cap(text, "attn_logit_softcapping") if capped else None,
         final_soft_cap=None if family == "gemma" else _cap(text, "final_logit_softcapping"),
         optional_final_cap=gemma3n,
         bidirectional=bidirectional,

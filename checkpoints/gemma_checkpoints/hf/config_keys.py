@@ -29,6 +29,7 @@ READ: Mapping[str, frozenset[str]] = {
     for kind, keys in {
         "gemma": (_DECODER,),
         "gemma2": (_DECODER, _WINDOWS, "query_pre_attn_scalar attn_logit_softcapping"),
+        "vaultgemma": (_DECODER, _WINDOWS, "query_pre_attn_scalar attn_logit_softcapping"),
         "gemma3_text": (
             _DECODER, _WINDOWS, "query_pre_attn_scalar rope_local_base_freq",
             "sliding_window_pattern _sliding_window_pattern",

@@ -13,6 +13,7 @@ from ..json_values import Json
 from .audio_config import audio_to_hf
 from .config import ACTIVATION_KEYS, ACTIVATIONS, ARCHITECTURES, BARE, DEFAULTS, KINDS
 from .mobilenet_config import mobilenet_to_hf
+from .names import is_gemma1
 from .vision_config import vision_to_hf
 
 
@@ -101,8 +102,8 @@ def _text_to_hf(cfg: GemmaConfig) -> Json:
         out |= {"rope_scaling": _legacy_scaling(rope)} if "factor" in rope else {}
     else:
         raise ValueError(
-            "without QK norm this is no Gemma 3 of transformers, whose Gemma 2 has one rope for "
-            "all layers"
+            "without QK norm this is no Gemma 3 of transformers, whose Gemma 2 and VaultGemma have "
+            "one rope for all layers"
         )
     if family != "gemma":
         local = by_kind.get("local")
@@ -166,31 +167,16 @@ def _family(cfg: GemmaConfig) -> str:
         return "gemma3n_text"
     if any(parts) or any(spec.sparsity or spec.kv != "own" for spec in cfg.layers):
         raise ValueError("transformers has parts of Gemma 3n only all together")
-    plain = all(spec.kind == "global" for spec in cfg.layers) and cfg.final_soft_cap is None
     if cfg.qk_norm and cfg.post_norms and cfg.attn_soft_cap is None:
         return "gemma3_text"
-    if cfg.post_norms and not cfg.qk_norm:
-        return "gemma2"
-    default_scale = cfg.query_pre_attn_scalar == cfg.head_dim
-    if plain and default_scale and not (cfg.qk_norm or cfg.post_norms or cfg.attn_soft_cap):
-        return "gemma"
-    raise ValueError(_misfits(cfg))
-
-
-def _misfits(cfg: GemmaConfig) -> str:
-    """What keeps a model from being the Gemma that has its norms."""
-    facts = {f"attn_soft_cap={cfg.attn_soft_cap}": cfg.attn_soft_cap is not None}
-    if cfg.qk_norm:
-        norms = "qk_norm=True fits Gemma 3"
-        facts["post_norms=False"] = not cfg.post_norms
-    else:
-        norms = "qk_norm=False and post_norms=False fit Gemma 1"
-        facts["local layers"] = any(spec.kind == "local" for spec in cfg.layers)
-        facts[f"final_soft_cap={cfg.final_soft_cap}"] = cfg.final_soft_cap is not None
-        scale = f"query_pre_attn_scalar={cfg.query_pre_attn_scalar} for head_dim={cfg.head_dim}"
-        facts[scale] = cfg.query_pre_attn_scalar != cfg.head_dim
-    odd = ", ".join(fact for fact, holds in facts.items() if holds)
-    return f"no transformers class has these features together: {norms} alone, but not {odd}"
+    if not cfg.qk_norm:
+        return "gemma2" if cfg.post_norms else "gemma" if is_gemma1(cfg) else "vaultgemma"
+    odd = [f"attn_soft_cap={cfg.attn_soft_cap}"] if cfg.attn_soft_cap is not None else []
+    odd += [] if cfg.post_norms else ["post_norms=False"]
+    raise ValueError(
+        "no transformers class has these features together: qk_norm=True fits Gemma 3 alone, but "
+        f"not {', '.join(odd)}"
+    )
 
 
 def _rope(spec: LayerSpec) -> Json:

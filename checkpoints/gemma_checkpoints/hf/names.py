@@ -1,4 +1,4 @@
-"""Tensor names of Hugging Face checkpoints (`modeling_{gemma,gemma2,gemma3,gemma3n,siglip}.py`).
+"""Tensor names of Hugging Face checkpoints (`modeling_*.py` of the Gemmas and of SigLIP).
 
 The tables have them as short as they can be told apart: the decoder's from inside the decoder, the
 tower's from inside `vision_tower.`, the projector's from inside `multi_modal_projector.`.
@@ -57,6 +57,9 @@ K_NORM: Table = (Row("blocks.{i}.attn.k_norm.scale", _LAYER + "self_attn.k_norm.
 # means what it says.
 PRE_NORMS: Table = (
     Row("blocks.{i}.pre_ffn_norm.scale", _LAYER + "post_attention_layernorm.weight"),
+)
+VAULT_NORMS: Table = (
+    Row("blocks.{i}.pre_ffn_norm.scale", _LAYER + "pre_feedforward_layernorm.weight"),
 )
 SANDWICH_NORMS: Table = (
     Row("blocks.{i}.post_attn_norm.scale", _LAYER + "post_attention_layernorm.weight"),
@@ -150,12 +153,20 @@ VISION: Table = (
 )
 
 
+def is_gemma1(cfg: GemmaConfig) -> bool:
+    """Of a model without norms behind its parts: whether it is a Gemma 1, and no VaultGemma, whose
+    attention has windows, soft caps and a scale of its own."""
+    plain = all(spec.kind == "global" for spec in cfg.layers) and cfg.final_soft_cap is None
+    scaled = cfg.query_pre_attn_scalar != cfg.head_dim or cfg.attn_soft_cap is not None
+    return plain and not scaled and cfg.origin != "vaultgemma"
+
+
 def hf_table(cfg: GemmaConfig) -> Table:
     """The rows that a model with the features of `cfg` has."""
     return (
         CORE
         + _of_owners(KEYS_VALUES + (K_NORM if cfg.qk_norm else ()), cfg)
-        + (SANDWICH_NORMS if cfg.post_norms else PRE_NORMS)
+        + (SANDWICH_NORMS if cfg.post_norms else PRE_NORMS if is_gemma1(cfg) else VAULT_NORMS)
         + (Q_NORM if cfg.qk_norm else ())
         + (LAUREL if cfg.laurel_rank else ())
         + (PER_LAYER if cfg.per_layer else ())
