@@ -13,6 +13,7 @@
     gj.viz.plot_layers(norms, model.cfg.layers, label="norm of the gradient")
     gj.viz.plot_sensitivity(matformer.sensitivity(model, tokens_BT, fractions), fractions)
     gj.viz.plot_slices(matformer.search(model, tokens_BT, budget))
+    gj.viz.plot_depths(probe(model, tok, tasks=["needle"]))  # of evaluation.probing
 
 Images are whatever `gemma_jax.Image` takes, and come back as PIL images of the same size. Plots are
 drawn with matplotlib (extra `notebook`) and come back as its axes.
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from PIL.Image import Image as PilImage
 
+    from gemma_jax.evaluation.probing import Found
     from gemma_jax.matformer import Point
 
 Colour = tuple[int, int, int]
@@ -304,6 +306,33 @@ def plot_sensitivity(
     ax.set_yticklabels([f"{100 * fraction:g}%" for fraction in fractions])
     _number_layers(ax, len(matrix))
     ax.figure.colorbar(heat, ax=ax, label="added loss\n(nats per token)")
+    return ax
+
+
+@_styled
+def plot_depths(found: "Sequence[Found]", *, ax: "Axes | None" = None) -> "Axes":
+    """What was found in long texts: lengths from left to right, depths downwards.
+
+    Args:
+      found: Of tasks with one needle, from `evaluation.probing.probe`; the mean of each place.
+      ax: Where to draw; default: a figure of its own.
+    """
+    if not found or any(one.depth is None for one in found):
+        raise ValueError("expected questions whose needle has a depth")
+    lengths, depths = (
+        sorted({getattr(one, name) for one in found}) for name in ("length", "depth")
+    )
+    shares = np.zeros((len(depths), len(lengths)))
+    for row, depth in enumerate(depths):
+        for column, length in enumerate(lengths):
+            some = [one.accuracy for one in found if (one.depth, one.length) == (depth, length)]
+            shares[row, column] = 100 * np.mean(some) if some else np.nan
+    ax = _axes(ax, (1.5 + 0.7 * len(lengths), 1 + 0.45 * len(depths)))
+    heat = ax.imshow(shares, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
+    ax.set(xlabel="length (tokens)", ylabel="depth", xticks=range(len(lengths)))
+    ax.set(xticklabels=[str(n) for n in lengths], yticks=range(len(depths)))
+    ax.set_yticklabels([f"{100 * depth:g}%" for depth in depths])
+    ax.figure.colorbar(heat, ax=ax, label="found (%)")
     return ax
 
 

@@ -23,6 +23,7 @@ from gemma_jax.cli import (
     list_models,
     merge,
     plan,
+    probe,
     quantise,
     score,
     serve,
@@ -45,7 +46,7 @@ app = typer.Typer(
     "the same command on all their devices; on a cluster that JAX knows, --multihost suffices.",
 )
 COMMANDS = (
-    generate, chat, serve, score, embed, evaluate, transcribe, shield, forward, tokenize,
+    generate, chat, serve, score, embed, evaluate, probe, transcribe, shield, forward, tokenize,
     encode_image, encode_audio, info, convert, quantise, slice, merge, plan, train, experiment,
 )  # fmt: skip
 for module in COMMANDS:
