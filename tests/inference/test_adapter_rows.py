@@ -14,7 +14,7 @@ from gemma_jax.sharding import INFERENCE, make_mesh
 from gemma_jax.training.lora import Lora
 
 ATOL = 2e-5  # ten times the rounding of float32 sums in another order; mistakes show at 0.1
-CFG = tiny.gemma3(2, every=2)
+CFG = tiny.gemma3(layers=3)
 ADAPTERS = {  # other targets, ranks and kinds
     "attention": Lora(rank=2, targets=("blocks.*.attn.*",)),
     "down": Lora(rank=3, dora=True, targets=("blocks.*.ffn.down.w", "blocks.*.attn.q.w")),

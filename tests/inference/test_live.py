@@ -16,7 +16,7 @@ from gemma_jax.audio.mel import log_mel
 from gemma_jax.audio.waves import Audio, settled_after, split_at_quiet
 from gemma_jax.multimodal.encode import encode_audio
 
-CFG = tiny.seeing_and_hearing(tiny.gemma3n(4, 1))
+CFG = tiny.seeing_and_hearing(tiny.gemma3n(layers=6))
 RATE, LIMIT = 16_000, 12_000
 NOISE = 2e-5  # by another order of summation
 
