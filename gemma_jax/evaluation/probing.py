@@ -80,7 +80,7 @@ def probe(
       >>> probe(model, tok, tasks=["needle"], lengths=[1_000_000])
       Traceback (most recent call last):
         ...
-      ValueError: length 1000000 is more than the model's context of 256
+      ValueError: length 1000000 is more than the model's context of 1024
     """
     for length in lengths:
         if length > model.cfg.max_positions:

@@ -299,8 +299,8 @@ def test_without_qk_norm_it_is_said_what_is_missing(tmp_path):
     with pytest.raises(gc.CheckpointError) as caught:
         gc.save_hf(model, tmp_path / "hf")
     assert str(caught.value).endswith(
-        "cannot be exported: without QK norm this is no Gemma 3 of transformers, whose Gemma 2 has "
-        "one rope for all layers; save_orbax keeps it"
+        "cannot be exported: without QK norm this is no Gemma 3 of transformers, whose Gemma 2 and "
+        "VaultGemma have one rope for all layers; save_orbax keeps it"
     )
     assert np.array_equal(
         logits(gc.load_weights(gc.save_orbax(model, tmp_path / "ours"))), logits(model)

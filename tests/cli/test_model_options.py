@@ -32,7 +32,7 @@ def all_but(*taken: str, because: str) -> dict[str, str]:
 
 
 REFUSED = {
-    **{name: {} for name in (*RUNS, "transcribe", "evaluate")},
+    **{name: {} for name in (*RUNS, "transcribe", "evaluate", "probe")},
     "forward": {"cache_dtype": "forward keeps no cache"},
     "embed": {
         "cache_dtype": "embed keeps no cache",
