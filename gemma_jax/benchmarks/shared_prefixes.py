@@ -26,6 +26,7 @@ import numpy as np
 
 import gemma_jax as gj
 from gemma_jax.benchmarks.speed import machine_facts
+from gemma_jax.decoder.batch import power_of_two
 from gemma_jax.evaluation.continuations import BATCH_TOKENS, score_continuations
 from gemma_jax.inference.prefill import bucket
 
@@ -115,22 +116,19 @@ def naive(model: gj.Gemma, pairs: Pairs) -> np.ndarray:
 
 def _naive_batch(model: gj.Gemma, pairs: Pairs, width: int, count: int) -> np.ndarray:
     most = max(len(continuation) for _, continuation in pairs)
-    tokens_BT = np.zeros((count, width), np.int32)
-    positions_BT = np.full_like(tokens_BT, -1)
-    places_BX = np.zeros((count, 1 << (most - 1).bit_length()), np.int32)
+    batch = gj.Batch.padded([[*c, *t][:-1] for c, t in pairs], width, count=count)
+    places_BX = np.zeros((count, power_of_two(most)), np.int32)
     targets_BX = np.full_like(places_BX, -1)
     for i, (context, continuation) in enumerate(pairs):
-        ids, n = [*context, *continuation][:-1], len(continuation)
-        tokens_BT[i, : len(ids)], positions_BT[i, : len(ids)] = ids, np.arange(len(ids))
+        n = len(continuation)
         places_BX[i, :n] = len(context) - 1 + np.arange(n)
         targets_BX[i, :n] = continuation
-    sums = _naive_sums(model, tokens_BT, positions_BT, places_BX, targets_BX)
+    sums = _naive_sums(model, batch, places_BX, targets_BX)
     return np.asarray(sums)[: len(pairs)]
 
 
 @jax.jit
-def _naive_sums(model, tokens_BT, positions_BT, places_BX, targets_BX) -> jax.Array:
-    batch = gj.Batch(tokens_BT, positions_BT)
+def _naive_sums(model, batch, places_BX, targets_BX) -> jax.Array:
     out = gj.forward(model, batch, logits="none", capture="final_norm")
     x_BXD = jnp.take_along_axis(out.captured["final_norm"], places_BX[:, :, None], axis=1)
     return -jnp.sum(gj.token_losses(model, x_BXD, targets_BX), axis=1)

@@ -165,23 +165,35 @@ def parse_mesh(text: str) -> dict[str, int]:
     return axes
 
 
+def names(text: str) -> tuple[str, ...]:
+    """The words of an option that has commas between them; each once."""
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+
+
+def known_config(name: str) -> "GemmaConfig | None":
+    """The architecture of a preset or a catalog name; `None` where only files say it."""
+    from gemma_checkpoints.catalog import CATALOG, Repository
+    from gemma_jax.presets import PRESETS
+
+    size = name.removesuffix("-pt").removesuffix("-it")
+    if size in PRESETS:
+        return PRESETS[size]
+    entry = CATALOG.get(name)
+    if not isinstance(entry, Repository) or entry.preset is None:
+        return None
+    return replace(PRESETS[entry.preset], vision=None) if entry.text_only else PRESETS[entry.preset]
+
+
 def find_config(source: str) -> "tuple[GemmaConfig, Description | None]":
     """The architecture of a preset, a catalog name or a path, and what its files say if it has any.
 
     Reads no weights. Pretrained and instruction-tuned weights are the same model, which a preset
     describes.
     """
-    from gemma_checkpoints import CATALOG, describe, resolve
-    from gemma_jax.presets import PRESETS
+    from gemma_checkpoints import describe, resolve
 
-    if not Path(source).exists():
-        size = source.removesuffix("-pt").removesuffix("-it")
-        if size in PRESETS:
-            return PRESETS[size], None
-        if (entry := CATALOG.get(source)) is not None and entry.preset is not None:
-            cfg = PRESETS[entry.preset]
-            return replace(cfg, vision=None) if entry.text_only else cfg, None
-
+    if not Path(source).exists() and (cfg := known_config(source)) is not None:
+        return cfg, None
     summary = describe(resolve(source))
     return summary.config, summary
 

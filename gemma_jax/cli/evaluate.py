@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from difflib import get_close_matches
 from pathlib import Path
@@ -64,7 +64,7 @@ def command(
         raise typer.BadParameter("--system needs --chat")
     if log_samples and not as_json:
         raise typer.BadParameter("--log-samples needs --json")
-    names = list(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
+    names = common.names(tasks)
     if not names:
         raise typer.BadParameter("--tasks names none")
     _check_yaml([*(include_path or ()), *(Path(name) for name in names if _is_file(name))])
@@ -109,7 +109,7 @@ def _run(lm, chosen: list, num_fewshot, limit, chat, system, seed, log_samples) 
     )
 
 
-def _find_tasks(names: list[str], folders: list[Path] | None) -> list:
+def _find_tasks(names: Sequence[str], folders: list[Path] | None) -> list:
     """Tasks and groups by their names, from the folders if they have them all.
 
     Raises:

@@ -96,7 +96,7 @@ def _captures(names: str) -> tuple[str, ...]:
 
     towers = (*VisionEncoder.captures, *MobileNetEncoder.captures, *AudioEncoder.captures)
     known = tuple(dict.fromkeys((*CAPTURES, *towers, IMAGE_TOKENS, AUDIO_TOKENS)))
-    wanted = tuple(name.strip() for name in names.split(",") if name.strip())
+    wanted = common.names(names)
     if unknown := [name for name in wanted if name not in known]:
         raise ValueError(f"cannot capture {', '.join(unknown)}; choose from {', '.join(known)}")
     return wanted

@@ -191,8 +191,8 @@ def _text_embedding(cfg: "GemmaConfig") -> dict:
     head = cfg.text_embedding
     return {
         "reads_both_ways": cfg.bidirectional,
-        "embedding_width": (cfg.d_model, *head.dense)[-1],
-        "longest_text": head.max_tokens or cfg.max_positions,
+        "embedding_width": head.width(cfg.d_model),
+        "longest_text": head.longest(cfg.max_positions),
         "tasks": ", ".join(head.by_task) or "none",
     }
 

@@ -1,7 +1,5 @@
 """`gemma-jax list`: the names of models, and which are on this machine."""
 
-from dataclasses import replace
-
 from gemma_jax.cli import common
 
 
@@ -12,7 +10,7 @@ def command(as_json: common.Json = False) -> None:
     rows = [
         {
             "name": name,
-            "parameters": _parameters(entry),
+            "parameters": _parameters(name),
             "path": None if (path := stored(name)) is None else str(path),
             "origin": entry.origin,
             "verified": entry.verified or None,
@@ -35,12 +33,9 @@ def command(as_json: common.Json = False) -> None:
     print(f"Terms: {TERMS}. `gemma-jax info NAME` says more.")
 
 
-def _parameters(entry) -> int | None:
+def _parameters(name: str) -> int | None:
     """Of the model; `None` where only its files say how large it is."""
     from gemma_checkpoints.params import params_by_part
-    from gemma_jax.presets import preset
 
-    if entry.preset is None:
-        return None
-    cfg = preset(entry.preset)
-    return sum(params_by_part(replace(cfg, vision=None) if entry.text_only else cfg).values())
+    cfg = common.known_config(name)
+    return None if cfg is None else sum(params_by_part(cfg).values())

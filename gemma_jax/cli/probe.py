@@ -48,11 +48,11 @@ def command(
     wanted_lengths = _numbers(lengths, "--lengths", int)
     wanted_depths = _numbers(depths, "--depths", float)
     common.set_up_jax()
-    from gemma_jax.evaluation.long_context import TASKS, long_question
-    from gemma_jax.evaluation.probing import probe, ring_error
+    from gemma_jax.evaluation.long_context import TASKS
+    from gemma_jax.evaluation.probing import probe, ring_errors
     from gemma_jax.loading import load_tokenizer
 
-    names = tuple(TASKS) if tasks is None else tuple(tasks.split(","))
+    names = tuple(TASKS) if tasks is None else common.names(tasks)
     if unknown := [name for name in names if name not in TASKS]:
         raise ValueError(f"--tasks {unknown[0]}: expected some of {', '.join(TASKS)}")
     tokenizer, gemma = load_tokenizer(model), options.for_writing().load(model)
@@ -61,10 +61,7 @@ def command(
             gemma, tokenizer, tasks=names, lengths=wanted_lengths, depths=wanted_depths,
             samples=samples, seed=seed, progress=bar,
         )  # fmt: skip
-    errors = {}
-    for length in wanted_lengths:
-        question = long_question("needle", tokenizer.encode, length, depth=0.5, seed=seed)
-        errors[length] = ring_error(gemma, tokenizer.encode(question.prompt, bos=True))
+    errors = ring_errors(gemma, tokenizer, wanted_lengths, seed=seed)
     if plot is not None:
         _draw(found, plot)
     if as_json:

@@ -12,7 +12,6 @@ from gemma_jax.cli import common
 from gemma_jax.cli.model_options import ModelOptions, model_options
 
 if TYPE_CHECKING:
-    from gemma_jax.decoder.model import Gemma
     from gemma_jax.inference.lookup import Lookup
     from gemma_jax.serving.auth import Keys
     from gemma_jax.serving.limits import Limits
@@ -165,50 +164,38 @@ def _load(
     from gemma_jax.loading import load_sampling, load_tokenizer
     from gemma_jax.resident_adapters import held_adapters
     from gemma_jax.serving.served import Served
+    from gemma_jax.text_embedding.embed import max_tokens
+    from gemma_jax.text_embedding.embedder import Embedder
 
     tokenizer = load_tokenizer(source)
     sampling = load_sampling(source) or Sampling(temperature=1.0)
     gemma = options.for_writing().load(source)
     most, (slots, context, waiting, kept) = gemma.cfg.max_positions, sizes
-    if gemma.cfg.text_embedding is not None:
-        return _embedding(gemma, tokenizer, name or Path(source).name, limits, waiting)
     if context is not None and context > most:
         raise ValueError(f"--context {context}: the model's own is {most}")
     length = min(context or CONTEXT, most)
-    return Served(
-        name=name or Path(source).name,
-        cfg=gemma.cfg,
-        tokenizer=tokenizer,
-        engine=Engine(
+    if gemma.cfg.text_embedding is not None:
+        length, engine = max_tokens(gemma), Embedder(gemma, queue=waiting)
+    else:
+        engine = Engine(
             gemma,
             slots=slots,
             context=length,
             queue=waiting,
             prefix_bytes=kept << 20,
             speculation=speculation,
-        ),
+        )
+    return Served(
+        name=name or Path(source).name,
+        cfg=gemma.cfg,
+        tokenizer=tokenizer,
+        engine=engine,
         context=length,
         limits=limits,
         sampling=sampling,
         created=int(time.time()),
         adapters=tuple(held_adapters(gemma)),
         structured=_grammars(tokenizer, gemma.cfg.vocab_size, limits),
-    )
-
-
-def _embedding(gemma: "Gemma", tokenizer, name: str, limits: "Limits", waiting: int) -> "Served":
-    from gemma_jax.serving.served import Served
-    from gemma_jax.text_embedding.embed import max_tokens
-    from gemma_jax.text_embedding.embedder import Embedder
-
-    return Served(
-        name=name,
-        cfg=gemma.cfg,
-        tokenizer=tokenizer,
-        engine=Embedder(gemma, queue=waiting),
-        context=max_tokens(gemma),
-        limits=limits,
-        created=int(time.time()),
     )
 
 
@@ -261,7 +248,7 @@ def _check_open(host: str, keys: "Keys") -> None:
 
 
 def _names(text: str | None) -> frozenset[str]:
-    return frozenset(word.strip().lower() for word in (text or "").split(",") if word.strip())
+    return frozenset(word.lower() for word in common.names(text or ""))
 
 
 def _say(line: str) -> None:

@@ -61,6 +61,34 @@ class Batch:
             )
         return batch
 
+    @classmethod
+    def padded(
+        cls,
+        rows: Sequence[Sequence[int]],
+        width: int,
+        *,
+        count: int | None = None,
+        starts: Sequence[int] | None = None,
+    ) -> "Batch":
+        """Rows of different lengths, padded on the right, in NumPy arrays.
+
+        Args:
+          width: Tokens of the batch T, as many as the longest row at least.
+          count: Rows of the batch B; the last ones are empty. Default: as many as are given.
+          starts: Position of each row's first token. Default: 0.
+
+        Examples:
+          >>> Batch.padded([[2, 5], [2]], 3, starts=[0, 7]).positions_BT.tolist()
+          [[0, 1, -1], [7, -1, -1]]
+        """
+        tokens_BT = np.zeros((len(rows) if count is None else count, width), np.int32)
+        positions_BT = np.full_like(tokens_BT, -1)
+        for i, row in enumerate(rows):
+            start = 0 if starts is None else starts[i]
+            tokens_BT[i, : len(row)] = row
+            positions_BT[i, : len(row)] = np.arange(start, start + len(row))
+        return cls(tokens_BT, positions_BT)
+
     def check(self, cfg: GemmaConfig) -> None:
         """Refuses what can be seen to be wrong without waiting for a device.
 
@@ -84,6 +112,11 @@ class Batch:
             for layer, (width, d_ff) in enumerate(zip(self.ffn_widths_L.tolist(), d_ffs)):
                 if not 1 <= width <= d_ff:
                     raise ValueError(f"width {width} of layer {layer} must lie in [1, {d_ff}]")
+
+
+def power_of_two(n: int) -> int:
+    """`n` rounded up to 1, 2, 4, 8, ...: shapes that repeat are compiled once."""
+    return 1 << (n - 1).bit_length()
 
 
 def token_array(tokens: object) -> jax.Array:

@@ -187,11 +187,17 @@ class Cache:
             first = jax.lax.slice_in_dim(new, 0, 1, axis=axis)
             return jax.lax.dynamic_update_slice_in_dim(old, first, row, axis=axis)
 
-        return replace(
-            self,
-            layers=jax.tree.map(partial(put, axis=1), self.layers, other.layers),
-            positions={c: put(old, other.positions[c], 0) for c, old in self.positions.items()},
-        )
+        return self.by_rows(put, other)
+
+    def by_rows(self, change: Callable[..., jax.Array], *others: "Cache") -> "Cache":
+        """The cache with each array as a function makes it of that array, those in its place in
+        other caches, and the number of the axis that is their rows."""
+        layers = jax.tree.map(partial(change, axis=1), self.layers, *(o.layers for o in others))
+        positions = {
+            c: change(pos_BS, *(o.positions[c] for o in others), axis=0)
+            for c, pos_BS in self.positions.items()
+        }
+        return replace(self, layers=layers, positions=positions)
 
 
 @jax.tree_util.register_dataclass

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_jax.decoder.batch import Batch
+from gemma_jax.decoder.batch import Batch, power_of_two
 from gemma_jax.decoder.cache import Cache
 from gemma_jax.decoder.forward import forward
 from gemma_jax.decoder.model import Gemma
@@ -160,7 +160,7 @@ def _score_batch(
     """Scores by context and continuation."""
     length = min(bucket(max(one.length for one in batch)), model.cfg.max_positions)
     beginnings = [one.beginning for one in batch]
-    count, common = _power(len(batch)), _in_common(beginnings)
+    count, common = power_of_two(len(batch)), _in_common(beginnings)
     if common >= SHARED:
         cache = _read(model, empty_cache(model, 1, length), [beginnings[0][:common]], 0)
         cache = _copies(cache, jnp.zeros(count, jnp.int32))
@@ -199,20 +199,20 @@ def _score_rows(
         [np.minimum(np.arange(len(t)), len(row.ids) - 1) for (_, row), t in zip(rows, targets)]
     )
     target_of = np.concatenate(targets)
-    chosen = [i for i, _ in rows] + [0] * (_power(len(rows)) - len(rows))
+    chosen = [i for i, _ in rows] + [0] * (power_of_two(len(rows)) - len(rows))
     cache = _copies(cache, jnp.asarray(chosen, jnp.int32))
     longest = max(len(row.ids) for _, row in rows)
-    width = min(_power(longest), CHUNK)
+    width = min(power_of_two(longest), CHUNK)
     log_probs, greedy = np.zeros(len(row_of), np.float32), np.zeros(len(row_of), bool)
     for first in range(0, longest, width):
         pieces = [row.ids[first : first + width] for _, row in rows]
         starts = [len(beginnings[i]) + first for i, _ in rows]
         here = np.flatnonzero((place_of >= first) & (place_of < first + width))
-        looked_at = np.zeros((3, max(16, _power(len(here)))), np.int32)
+        looked_at = np.zeros((3, max(16, power_of_two(len(here)))), np.int32)
         looked_at[2] = -1
         looked_at[:, : len(here)] = row_of[here], place_of[here] - first, target_of[here]
-        arrays = _padded(pieces, starts, len(chosen), width)
-        logs, best, cache = _judge(model, cache, *arrays, *looked_at)
+        batch = Batch.padded(pieces, width, count=len(chosen), starts=starts)
+        logs, best, cache = _judge(model, cache, batch, *looked_at)
         log_probs[here], greedy[here] = logs[: len(here)], best[: len(here)]
     cuts = np.cumsum([len(one) for one in targets])[:-1]
     return [TokenScores(*one) for one in zip(np.split(log_probs, cuts), np.split(greedy, cuts))]
@@ -225,49 +225,32 @@ def _read(model: Gemma, cache: Cache, pieces: list[Ids], start: int) -> Cache:
     for first in range(0, longest, width):
         parts = [piece[first : first + width] for piece in pieces]
         starts = [start + first] * len(parts)
-        cache = _advance(model, cache, *_padded(parts, starts, count, width))
+        cache = _advance(model, cache, Batch.padded(parts, width, count=count, starts=starts))
     return cache
-
-
-def _padded(
-    pieces: list[Ids], starts: list[int], count: int, width: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and positions, int32 `[count, width]`, of pieces that begin at these positions."""
-    tokens_BT = np.zeros((count, width), np.int32)
-    positions_BT = np.full_like(tokens_BT, -1)
-    for i, (piece, start) in enumerate(zip(pieces, starts)):
-        tokens_BT[i, : len(piece)] = piece
-        positions_BT[i, : len(piece)] = np.arange(start, start + len(piece))
-    return tokens_BT, positions_BT
 
 
 @jax.jit
 def _copies(cache: Cache, row_B: jax.Array) -> Cache:
     """A cache whose rows are copies of these rows."""
-    layers = jax.tree.map(partial(jnp.take, indices=row_B, axis=1), cache.layers)
-    positions = {c: pos_BS[row_B] for c, pos_BS in cache.positions.items()}
-    return Cache(layers, positions, cache.max_len, cache.slack)
+    return cache.by_rows(lambda array, axis: jnp.take(array, row_B, axis=axis))
 
 
 @partial(jax.jit, donate_argnames=("cache",))
-def _advance(model: Gemma, cache: Cache, tokens_BT: jax.Array, positions_BT: jax.Array) -> Cache:
-    return forward(model, Batch(tokens_BT, positions_BT), cache=cache, logits="none").cache
+def _advance(model: Gemma, cache: Cache, batch: Batch) -> Cache:
+    return forward(model, batch, cache=cache, logits="none").cache
 
 
 @partial(jax.jit, donate_argnames=("cache",))
 def _judge(
     model: Gemma,
     cache: Cache,
-    tokens_BT: jax.Array,
-    positions_BT: jax.Array,
+    batch: Batch,
     rows: jax.Array,
     places: jax.Array,
     targets: jax.Array,
 ) -> tuple[jax.Array, jax.Array, Cache]:
     """Log-probability of each target at its place of its row, whether it is the best, the cache."""
-    out = forward(
-        model, Batch(tokens_BT, positions_BT), cache=cache, logits="none", capture=("final_norm",)
-    )
+    out = forward(model, batch, cache=cache, logits="none", capture=("final_norm",))
     x_BTD = out.captured["final_norm"][rows, places][None]
     losses_BT, best_BT = model.embed.cross_entropy(
         x_BTD, targets[None], soft_cap=model.soft_cap, return_best=True
@@ -282,11 +265,6 @@ def _in_common(rows: list[Ids]) -> int:
     first, last = min(rows), max(rows)  # all others begin as much alike
     pairs = enumerate(zip(first, last))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(last)))
-
-
-def _power(n: int) -> int:
-    """`n` rounded up to 1, 2, 4, 8, ..."""
-    return 1 << (n - 1).bit_length()
 
 
 def _floor_power(n: int) -> int:

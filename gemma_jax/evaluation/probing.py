@@ -90,9 +90,7 @@ def probe(
     if samples < 1:
         raise ValueError(f"{samples=} must be at least 1")
 
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, bos=True, parse_special=False)
-
+    encode = _encoder(tokenizer)
     asked = [
         (length, number, long_question(task, encode, length, depth=depth, seed=number))
         for length in lengths
@@ -106,6 +104,11 @@ def probe(
         if progress is not None:
             progress(done, len(asked))
     return found
+
+
+def _encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    """What turns texts into tokens, whatever markers they seem to have."""
+    return partial(tokenizer.encode, bos=True, parse_special=False)
 
 
 def _ask(
@@ -129,6 +132,17 @@ def _ask(
     )  # fmt: skip
 
 
+def ring_errors(
+    model: Gemma, tokenizer: Tokenizer, lengths: Sequence[int], *, seed: int = 0
+) -> dict[int, float]:
+    """`ring_error` at each length, of a text with a needle."""
+    encode, found = _encoder(tokenizer), {}
+    for length in lengths:
+        question = long_question("needle", encode, length, depth=0.5, seed=seed)
+        found[length] = ring_error(model, encode(question.prompt))
+    return found
+
+
 def ring_error(model: Gemma, ids: Sequence[int]) -> float:
     """How far a text read through the ring caches, chunk by chunk, differs from one pass over it.
 
@@ -148,28 +162,19 @@ def ring_error(model: Gemma, ids: Sequence[int]) -> float:
     cache, logits = empty_cache(model, 1, bucket(len(ids))), None
     for first in range(0, len(ids), CHUNK):
         piece = ids[first : first + CHUNK]
-        cache, logits = _read(model, cache, *_row(piece, first, min(bucket(len(piece)), CHUNK)))
-    whole = _whole(model, *_row(ids, 0, bucket(len(ids))))
+        batch = Batch.padded([piece], min(bucket(len(piece)), CHUNK), starts=[first])
+        cache, logits = _read(model, cache, batch)
+    whole = _whole(model, Batch.padded([ids], bucket(len(ids))))
     return float(np.abs(np.asarray(logits) - np.asarray(whole)).max())
 
 
-def _row(piece: np.ndarray, first: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    tokens_BT = np.zeros((1, width), np.int32)
-    positions_BT = np.full_like(tokens_BT, -1)
-    tokens_BT[0, : len(piece)] = piece
-    positions_BT[0, : len(piece)] = np.arange(first, first + len(piece))
-    return tokens_BT, positions_BT
-
-
 @partial(jax.jit, donate_argnames=("cache",))
-def _read(
-    model: Gemma, cache: Cache, tokens_BT: jax.Array, positions_BT: jax.Array
-) -> tuple[Cache, jax.Array]:
-    out = forward(model, Batch(tokens_BT, positions_BT), cache=cache, logits="last")
+def _read(model: Gemma, cache: Cache, batch: Batch) -> tuple[Cache, jax.Array]:
+    out = forward(model, batch, cache=cache, logits="last")
     return out.cache, jax.nn.log_softmax(out.logits)
 
 
 @jax.jit
-def _whole(model: Gemma, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    out = forward(model, Batch(tokens_BT, positions_BT), logits="last")
+def _whole(model: Gemma, batch: Batch) -> jax.Array:
+    out = forward(model, batch, logits="last")
     return jax.nn.log_softmax(out.logits)

@@ -7,7 +7,7 @@ Local letters: I images.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -142,13 +142,9 @@ def definitions_of(policies: Sequence[str] | Mapping[str, str]) -> Mapping[str, 
 
 def _last_logits(model: Gemma, rows: list[list[int]], pixels: np.ndarray) -> jax.Array:
     """float32 `[B, V]` at the end of each row; all rows show the one image."""
-    tokens_BT = np.zeros((len(rows), bucket(max(map(len, rows)))), np.int32)
-    positions_BT = np.full_like(tokens_BT, -1)
-    for i, row in enumerate(rows):
-        tokens_BT[i, : len(row)] = row
-        positions_BT[i, : len(row)] = np.arange(len(row))
+    batch = Batch.padded(rows, bucket(max(map(len, rows))))
     embeddings_ITD, _ = encode_images(model, pixels)
-    index_BT, block_BT = locate(tokens_BT, image_modality(model.cfg.vision))
+    index_BT, block_BT = locate(batch.tokens_BT, image_modality(model.cfg.vision))
     one_image_BT = jnp.where(index_BT < 0, -1, index_BT % model.cfg.vision.num_soft_tokens)
     soft = SoftTokens(embeddings_ITD=embeddings_ITD, index_BT=one_image_BT, block_BT=block_BT)
-    return forward(model, Batch(tokens_BT, positions_BT, soft=soft), logits="last").logits[:, 0]
+    return forward(model, replace(batch, soft=soft), logits="last").logits[:, 0]

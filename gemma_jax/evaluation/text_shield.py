@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.forward import forward
@@ -95,12 +94,8 @@ def judge_text(
     longest, most = max(map(len, rows)), model.cfg.max_positions
     if longest > most:
         raise ValueError(f"{longest} tokens to judge are more than the {most} that fit the judge")
-    tokens_BT = np.zeros((len(rows), min(bucket(longest), most)), np.int32)
-    positions_BT = np.full_like(tokens_BT, -1)
-    for i, row in enumerate(rows):
-        tokens_BT[i, : len(row)] = row
-        positions_BT[i, : len(row)] = np.arange(len(row))
-    logits_BV = forward(model, Batch(tokens_BT, positions_BT), logits="last").logits[:, 0]
+    batch = Batch.padded(rows, min(bucket(longest), most))
+    logits_BV = forward(model, batch, logits="last").logits[:, 0]
     chosen = jnp.array(answer_ids(tokenizer))
     probabilities = jax.nn.softmax(logits_BV[:, chosen], axis=-1).tolist()
     return {name: Verdict(yes, no) for name, (yes, no) in zip(policies, probabilities)}

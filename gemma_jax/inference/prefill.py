@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_jax.decoder.batch import Batch
+from gemma_jax.decoder.batch import Batch, power_of_two
 from gemma_jax.decoder.soft_tokens import SoftTokens
 from gemma_jax.multimodal.modality import Modality
 from gemma_jax.multimodal.placeholders import check_places
@@ -27,7 +27,7 @@ def bucket(n: int) -> int:
     """`n` rounded up to 16, 32, 64, ..., 1024, 2048, 3072, ..."""
     if n > 1024:
         return -(-n // 1024) * 1024
-    return max(16, _power_of_two(n))
+    return max(16, power_of_two(n))
 
 
 @dataclass(frozen=True)
@@ -141,12 +141,7 @@ def prefill_chunk(rows: list[PromptRow], parts: list[slice | None]) -> PrefillCh
 
 def _stacked(items: list[jax.Array]) -> jax.Array:
     """`[I, T, D]` of items `[T, D]`, both axes filled up with zeros."""
-    width = _power_of_two(max(len(one) for one in items))
+    width = power_of_two(max(len(one) for one in items))
     same = [jnp.pad(one, ((0, width - len(one)), (0, 0))) for one in items]
-    same += [jnp.zeros_like(same[0])] * (_power_of_two(len(same)) - len(same))
+    same += [jnp.zeros_like(same[0])] * (power_of_two(len(same)) - len(same))
     return jnp.stack(same)
-
-
-def _power_of_two(n: int) -> int:
-    """`n` rounded up to 1, 2, 4, 8, ..."""
-    return 1 << (n - 1).bit_length()

@@ -103,7 +103,7 @@ def advance_first(
 
 def _by_rows(change, *states: State) -> State:
     """Applies a function to arrays and to the number of the axis that is their rows."""
-    layers = jax.tree.map(partial(change, axis=1), *(s.cache.layers for s in states))
-    others = [replace(s, cache=replace(s.cache, layers=())) for s in states]
-    rest = jax.tree.map(partial(change, axis=0), *others)
-    return replace(rest, cache=replace(rest.cache, layers=layers))
+    first, *others = (state.cache for state in states)
+    bare = [replace(state, cache=None) for state in states]
+    rest = jax.tree.map(partial(change, axis=0), *bare)
+    return replace(rest, cache=first.by_rows(change, *others))

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_jax.decoder.batch import power_of_two
+
 # Beyond these, float32 no longer tells logits apart: divided by less they overflow, divided by more
 # they all become zero, and the first tokens of the vocabulary would win.
 SMALLEST, LARGEST = 1e-20, 1e20
@@ -149,7 +151,7 @@ class SamplingRows:
             greedy=_among(len(rows) - len(sampled), len(rows)),
             sorted=_among(sum(sorts), len(sampled)),
             # The next power of two: a program serves all top-k up to it.
-            candidates=min(1 << (widest - 1).bit_length(), vocab_size) if widest else 0,
+            candidates=min(power_of_two(widest), vocab_size) if widest else 0,
             top_p=any(row.top_p < 1 for row in sampled),
             min_p=any(row.min_p > 0 for row in sampled),
             penalty=any(row.repetition_penalty != 1 for row in rows),

@@ -16,7 +16,6 @@ from gemma_jax.serving.fields import Fields
 from gemma_jax.serving.generation import Generation
 from gemma_jax.serving.log_probs import completion_lists
 from gemma_jax.serving.schema import Wanted, new_tokens, read_wanted
-from gemma_jax.serving.served import Served
 from gemma_jax.serving.state import State
 from gemma_jax.serving.structured import Structure, constrained, read_structure
 from gemma_jax.serving.text_track import Part
@@ -45,7 +44,7 @@ def read_call(fields: Fields, state: State) -> CompletionCall:
     bound = new_tokens(fields, limits, "max_tokens", default=NEW_TOKENS)
     log_probs = fields.integer("logprobs", low=0, high=limits.log_probs)
     wanted = read_wanted(fields, served, new_tokens=bound, log_probs=log_probs)
-    prompts = _prompts(fields, served)
+    prompts = fields.texts_or_ids("prompt", vocab_size=served.cfg.vocab_size)
     if len(prompts) * wanted.choices > limits.choices:
         raise fields.error(f"more than {limits.choices} answers to one request", "prompt")
     echo = fields.boolean("echo")
@@ -56,22 +55,6 @@ def read_call(fields: Fields, state: State) -> CompletionCall:
     structure = read_structure(fields, limits)
     fields.close()
     return CompletionCall(wanted, prompts, echo, structure)
-
-
-def _prompts(fields: Fields, served: Served) -> list[str | list[int]]:
-    value = fields.raw("prompt")
-    several = isinstance(value, list) and value and isinstance(value[0], (str, list))
-    prompts = value if several else [value]
-    for prompt in prompts:
-        if isinstance(prompt, str) and prompt:
-            continue
-        if isinstance(prompt, list) and prompt and all(type(i) is int for i in prompt):
-            size = served.cfg.vocab_size
-            if all(0 <= i < size for i in prompt):
-                continue
-            raise fields.error(f"expected token ids in [0, {size})", "prompt")
-        raise fields.error("expected a text, token ids, or a list of them, none empty", "prompt")
-    return prompts
 
 
 def make_requests(call: CompletionCall, state: State, owner: str) -> list[Request]:

@@ -42,8 +42,7 @@ async def embeddings(http: HttpRequest) -> Response:
     state: State = http.app.state.server
     call = await state.read(_read_call, await state.fields(http), state)
     http.state.note.update(model=call.model, user=call.user or None)
-    if state.draining:
-        raise unavailable("the server is shutting down")
+    state.require_open()
     usage = Usage(prompt=sum(map(len, call.rows)), begun=time.monotonic(), reasons=["stop"])
     try:
         vectors = state.served.embedder.submit(call.rows, call.dimensions)
@@ -106,43 +105,29 @@ def _read_call(fields: Fields, state: State) -> EmbeddingCall:
 def _rows(
     fields: Fields, embedder: Embedder, tokenizer, task: str | None, truncate: bool
 ) -> list[list[int]]:
-    value = fields.raw("input")
-    several = isinstance(value, list) and value and isinstance(value[0], (str, list))
-    inputs = value if several else [value]
-    if len(inputs) > INPUTS:
-        raise fields.error(f"{len(inputs)} inputs are more than {INPUTS}", "input")
+    cfg = embedder.model.cfg
+    inputs = fields.texts_or_ids("input", vocab_size=cfg.vocab_size, most=INPUTS)
+    if task is not None and not all(isinstance(one, str) for one in inputs):
+        raise fields.error("token ids have their prompt already", "task")
     try:
-        prompt = embedder.model.cfg.text_embedding.prompt(task)
+        prompt = cfg.text_embedding.prompt(task)
     except ValueError as error:
         raise fields.error(str(error), "task") from None
-    rows = []
-    for one in inputs:
-        if isinstance(one, str) and one:
-            try:
-                rows.append(text_ids(embedder.model, tokenizer, one, prompt, truncate))
-            except ValueError as error:
-                raise fields.error(str(error), "input", "context_length_exceeded") from None
-        else:
-            if task is not None:
-                raise fields.error("token ids have their prompt already", "task")
-            rows.append(_token_ids(fields, one, embedder, truncate))
+    try:
+        rows = [
+            text_ids(embedder.model, tokenizer, one, prompt, truncate)
+            if isinstance(one, str)
+            else _fitting(one, max_tokens(embedder.model), truncate)
+            for one in inputs
+        ]
+    except ValueError as error:
+        raise fields.error(str(error), "input", "context_length_exceeded") from None
     if (total := sum(map(len, rows))) > TOKENS:
         raise fields.error(f"{total} tokens are more than {TOKENS}", "input")
     return rows
 
 
-def _token_ids(fields: Fields, one: object, embedder: Embedder, truncate: bool) -> list[int]:
-    if not isinstance(one, list) or not one or not all(type(i) is int for i in one):
-        raise fields.error(
-            "expected a text, token ids, or a list of them, none empty", "input", "invalid_type"
-        )
-    size, longest = embedder.model.cfg.vocab_size, max_tokens(embedder.model)
-    if not all(0 <= i < size for i in one):
-        raise fields.error(f"expected token ids in [0, {size})", "input")
-    if len(one) > longest and not truncate:
-        raise fields.error(
-            f"{len(one)} tokens are more than {longest}; truncate cuts them off",
-            "input",
-            "context_length_exceeded",
-        )
-    return one[:longest]
+def _fitting(ids: list[int], longest: int, truncate: bool) -> list[int]:
+    if len(ids) > longest and not truncate:
+        raise ValueError(f"{len(ids)} tokens are more than {longest}; truncate cuts them off")
+    return ids[:longest]

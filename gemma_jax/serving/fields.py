@@ -168,6 +168,23 @@ class Fields:
             raise self.error(f"{len(value)} entries are more than {most}", name)
         return value
 
+    def texts_or_ids(self, name: str, *, vocab_size: int, most: int = 0) -> list[str | list[int]]:
+        """A text, token ids, or a list of them, at most so many if not 0; as a list."""
+        value = self.raw(name)
+        several = isinstance(value, list) and value and isinstance(value[0], (str, list))
+        found = value if several else [value]
+        if most and len(found) > most:
+            raise self.error(f"{len(found)} entries are more than {most}", name)
+        for one in found:
+            if isinstance(one, str) and one:
+                continue
+            if not isinstance(one, list) or not one or not all(type(i) is int for i in one):
+                expected = "expected a text, token ids, or a list of them, none empty"
+                raise self.error(expected, name)
+            if not all(0 <= i < vocab_size for i in one):
+                raise self.error(f"expected token ids in [0, {vocab_size})", name)
+        return found
+
     def object(self, name: str) -> "Fields | None":
         value = self.raw(name)
         return None if value is None else Fields(value, self.path(name))

@@ -4,7 +4,6 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from gemma_jax.multimodal.modality import modalities_of
-from gemma_jax.serving.errors import unavailable
 from gemma_jax.serving.events import JSON
 from gemma_jax.serving.fields import Fields
 from gemma_jax.serving.messages import read_messages
@@ -88,8 +87,7 @@ async def health(http: HttpRequest) -> Response:
 
 async def ready(http: HttpRequest) -> Response:
     """GET /ready: new requests are welcome."""
-    if _state(http).draining:
-        raise unavailable("the server is shutting down")
+    _state(http).require_open()
     return JSON({"status": "ok"})
 
 

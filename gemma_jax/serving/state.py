@@ -37,6 +37,11 @@ class State:
     running: set[Generation | Future] = field(default_factory=set)
     _readers: anyio.CapacityLimiter | None = None
 
+    def require_open(self) -> None:
+        """Raises `ApiError`, a 503, if no new work is taken."""
+        if self.draining:
+            raise unavailable("the server is shutting down")
+
     def media(self) -> MediaReader:
         """For the pictures and sounds of one request."""
         return MediaReader(self.served.limits, self.media_domains)
@@ -73,8 +78,7 @@ class State:
         shown: Sequence[str] = (),
     ) -> Generation:
         """Hands requests to the engine; for `shown` see `TextTrack`."""
-        if self.draining:
-            raise unavailable("the server is shutting down")
+        self.require_open()
         generation = Generation(self.served, requests, stops, shown)
         self.running.add(generation)
         try:

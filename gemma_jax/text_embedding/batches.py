@@ -6,6 +6,8 @@ from itertools import groupby
 import jax
 import numpy as np
 
+from gemma_jax.decoder.batch import power_of_two
+
 LEAST = 16  # tokens of the narrowest batch
 # Tokens of a batch: on a CPU as many as fill its products, elsewhere as many as fill a chip.
 ON_CPU, ELSEWHERE = 2_048, 32_768
@@ -45,4 +47,4 @@ def batches(
             most *= 2
         for start in range(0, len(members), most):
             some = members[start : start + most]
-            yield np.array(some), min(most, 1 << (len(some) - 1).bit_length()), width
+            yield np.array(some), min(most, power_of_two(len(some))), width

@@ -106,8 +106,7 @@ def text_ids(
 
 def max_tokens(model: Gemma) -> int:
     """How many tokens the longest text may have, those around it included."""
-    said = require_head(model).max_tokens
-    return model.cfg.max_positions if said is None else min(said, model.cfg.max_positions)
+    return require_head(model).longest(model.cfg.max_positions)
 
 
 def embed_tokens(
@@ -145,12 +144,8 @@ def embed_tokens(
             )
     vectors, done = np.zeros((len(rows), dimensions or width), np.float32), 0
     for indices, count, length in batches([len(row) for row in rows], batch_tokens):
-        tokens_BT = np.zeros((count, length), np.int32)
-        positions_BT = np.full((count, length), -1, np.int32)
-        for b, i in enumerate(indices):
-            tokens_BT[b, : len(rows[i])] = rows[i]
-            positions_BT[b, : len(rows[i])] = np.arange(len(rows[i]))
-        made = _embed_batch(model, tokens_BT, positions_BT, dimensions=dimensions)
+        batch = Batch.padded([rows[i] for i in indices], length, count=count)
+        made = _embed_batch(model, batch, dimensions=dimensions)
         vectors[indices], done = np.asarray(made)[: len(indices)], done + len(indices)
         if progress is not None:
             progress(done, len(rows))
@@ -159,13 +154,10 @@ def embed_tokens(
 
 def embedding_width(model: Gemma) -> int:
     """Numbers of a whole vector."""
-    return (model.cfg.d_model, *require_head(model).dense)[-1]
+    return require_head(model).width(model.cfg.d_model)
 
 
 @partial(jax.jit, static_argnames=("dimensions",))
-def _embed_batch(
-    model: Gemma, tokens_BT: jax.Array, positions_BT: jax.Array, *, dimensions: int | None
-) -> jax.Array:
-    batch = Batch(tokens_BT, positions_BT)
+def _embed_batch(model: Gemma, batch: Batch, *, dimensions: int | None) -> jax.Array:
     x_BTD = forward(model, batch, logits="none", capture=("final_norm",)).captured["final_norm"]
-    return model.text_embedding(x_BTD, jnp.asarray(positions_BT) >= 0, dimensions)
+    return model.text_embedding(x_BTD, jnp.asarray(batch.positions_BT) >= 0, dimensions)

@@ -9,11 +9,13 @@ import pytest
 import gemma_jax as gj
 from gemma_jax.cli import evaluate
 
-CHOICES = """
-task: colours
+DATA = """
 dataset_path: json
 dataset_kwargs: {data_files: {test: %(data)s}}
 test_split: test
+"""
+CHOICES = """
+task: colours
 output_type: multiple_choice
 doc_to_text: "{{question}}"
 doc_to_choice: "{{choices}}"
@@ -23,9 +25,6 @@ metadata: {version: 1.0}
 """
 TEXTS = """
 task: texts
-dataset_path: json
-dataset_kwargs: {data_files: {test: %(data)s}}
-test_split: test
 output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{question}}"
@@ -33,9 +32,6 @@ metric_list: [{metric: bits_per_byte}, {metric: word_perplexity}]
 """
 WRITTEN = """
 task: written
-dataset_path: json
-dataset_kwargs: {data_files: {test: %(data)s}}
-test_split: test
 output_type: generate_until
 doc_to_text: "{{question}}"
 doc_to_target: "{{choices[answer]}}"
@@ -64,7 +60,7 @@ def tasks(tmp_path, monkeypatch):
     data = folder / "documents.jsonl"
     data.write_text("".join(json.dumps(one) + "\n" for one in DOCUMENTS))
     for name, text in (("colours", CHOICES), ("texts", TEXTS), ("written", WRITTEN)):
-        (folder / f"{name}.yaml").write_text(text % {"data": json.dumps(str(data))})
+        (folder / f"{name}.yaml").write_text((DATA + text) % {"data": json.dumps(str(data))})
     return folder
 
 

@@ -91,7 +91,7 @@ def test_long_rows_are_read_in_chunks(model, monkeypatch):
     pairs = [(context, rng.integers(3, 96, n).tolist()) for n in (33, 40, 2)]
     monkeypatch.setattr(continuations, "CHUNK", 16)
     monkeypatch.setattr(
-        continuations, "_judge", lambda *args: passes.append(args[2].shape) or judge(*args)
+        continuations, "_judge", lambda *args: passes.append(args[2].tokens_BT.shape) or judge(*args)
     )
     assert_as_alone(model, pairs, gj.score_continuations(model, pairs))
     assert {width for _, width in passes} == {16} and len(passes) == 3
@@ -100,9 +100,9 @@ def test_long_rows_are_read_in_chunks(model, monkeypatch):
 def test_a_context_is_read_once_for_all_its_choices(model, monkeypatch):
     read, advance = [], continuations._advance
 
-    def count(model, cache, tokens_BT, positions_BT):
-        read.append(int((positions_BT >= 0).sum()))
-        return advance(model, cache, tokens_BT, positions_BT)
+    def count(model, cache, batch):
+        read.append(int((batch.positions_BT >= 0).sum()))
+        return advance(model, cache, batch)
 
     monkeypatch.setattr(continuations, "_advance", count)
     context = tiny.tokens(model.cfg, 1, 50)[0].tolist()
