@@ -91,7 +91,9 @@ def test_long_rows_are_read_in_chunks(model, monkeypatch):
     pairs = [(context, rng.integers(3, 96, n).tolist()) for n in (33, 40, 2)]
     monkeypatch.setattr(continuations, "CHUNK", 16)
     monkeypatch.setattr(
-        continuations, "_judge", lambda *args: passes.append(args[2].tokens_BT.shape) or judge(*args)
+        continuations,
+        "_judge",
+        lambda *args: passes.append(args[2].tokens_BT.shape) or judge(*args),
     )
     assert_as_alone(model, pairs, gj.score_continuations(model, pairs))
     assert {width for _, width in passes} == {16} and len(passes) == 3
