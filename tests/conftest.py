@@ -37,8 +37,8 @@ def compile_cache(tmp_path_factory):
 
 
 class Quickly:
-    """While `on`, XLA makes code for CPUs by its older generator: in a third to half of the time, as
-    it optimises little here (where it optimises it would take longer).
+    """While `on`, XLA makes code for CPUs by its older generator: in a third to half of the time,
+    since tests optimise little (with all optimisations that generator would take longer).
 
     What `XLA_FLAGS` say holds for a whole process, and JAX has no option of its own for it. The XLA
     of jaxlib 0.12 has none either: there nothing changes.
