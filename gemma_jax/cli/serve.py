@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gemma_jax.cli import common
-from gemma_jax.cli.model_options import ModelOptions, model_options
+from gemma_jax.cli.model_options import ModelOptions, flag, model_options
 
 if TYPE_CHECKING:
     from gemma_jax.inference.lookup import Lookup
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gemma_jax.serving.served import Served
 
 CONTEXT = 8192  # tokens, where the model's own is longer
+SLOTS, PREFIX_MB, THRESHOLD = 8, 512, 0.5  # where a command line does not say
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -29,7 +30,9 @@ def command(
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a prompt and its answer; default 8192.")
     ] = None,
-    slots: Annotated[int, typer.Option(min=1, help="Requests answered at the same time.")] = 8,
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="Requests answered at the same time; default 8.")
+    ] = None,
     waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait.")] = 64,
     served_name: Annotated[
         str | None, typer.Option(help="Name by which clients ask. Default: that of SRC.")
@@ -64,8 +67,12 @@ def command(
         str, typer.Option(help="Of the names in /metrics; vllm: is what dashboards read.")
     ] = "gemma_jax_",
     prefix_cache_mb: Annotated[
-        int, typer.Option(min=0, help="Memory for beginnings of prompts that come again; 0: none.")
-    ] = 512,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Memory for beginnings of prompts that come again; 0: none; default 512.",
+        ),
+    ] = None,
     speculate: Annotated[
         str | None,
         typer.Option(
@@ -82,8 +89,11 @@ def command(
         ),
     ] = None,
     shield_threshold: Annotated[
-        float, typer.Option(min=0, max=1, help="Probability from which on they are withheld.")
-    ] = 0.5,
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Probability from which on they are withheld; default 0.5."
+        ),
+    ] = None,
     warmup: Annotated[bool, typer.Option(help="Compile all programs before listening.")] = False,
     quiet: Annotated[bool, typer.Option(help="No line on stderr for each request.")] = False,
     *,
@@ -100,13 +110,23 @@ def command(
     keys = Keys.read(api_key_file)
     _check_open(host, keys)
     limits = Limits(body_bytes=max_body_mb << 20, new_tokens=max_new_tokens, seconds=max_seconds)
-    checks = [_shield(source, shield_threshold) for source in shield or ()]
+    if shield_threshold is not None and not shield:
+        raise ValueError("--shield-threshold: nothing is judged without --shield; leave it out")
+    threshold = THRESHOLD if shield_threshold is None else shield_threshold
+    checks = [_shield(source, threshold) for source in shield or ()]
     sizes = slots, context, waiting, prefix_cache_mb
     served = _load(model, options, sizes, served_name, limits, _speculation(speculate))
-    if served.embedder is not None and (checks or speculate or context):
-        raise ValueError(
-            f"{served.name} makes vectors of texts and writes none: leave out --shield, "
-            "--speculate and --context"
+    if served.embedder is not None:
+        _refuse_for_writing(
+            served.name,
+            slots=slots,
+            context=context,
+            prefix_cache_mb=prefix_cache_mb,
+            max_new_tokens=max_new_tokens or None,
+            speculate=speculate,
+            shield=shield or None,
+            allow_media_domains=allow_media_domains,
+            cache_dtype=options.cache_dtype,
         )
     served = replace(served, checks=checks)
     from gemma_jax.multimodal.warm_up import warm_up_towers
@@ -153,7 +173,7 @@ def _run(server, host: str, port: int, name: str) -> None:
 def _load(
     source: str,
     options: ModelOptions,
-    sizes: tuple[int, int | None, int, int],
+    sizes: tuple[int | None, int | None, int, int | None],
     name: str | None,
     limits: "Limits",
     speculation: "Lookup | None",
@@ -179,10 +199,10 @@ def _load(
     else:
         engine = Engine(
             gemma,
-            slots=slots,
+            slots=SLOTS if slots is None else slots,
             context=length,
             queue=waiting,
-            prefix_bytes=kept << 20,
+            prefix_bytes=(PREFIX_MB if kept is None else kept) << 20,
             speculation=speculation,
         )
     return Served(
@@ -197,6 +217,15 @@ def _load(
         adapters=tuple(held_adapters(gemma)),
         structured=_grammars(tokenizer, gemma.cfg.vocab_size, limits),
     )
+
+
+def _refuse_for_writing(name: str, **given: object) -> None:
+    """What a command line says of texts that are written, where none are."""
+    if said := [flag(option) for option, value in given.items() if value is not None]:
+        raise ValueError(
+            f"{', '.join(said)}: {name} makes vectors of texts and writes none; leave out what is "
+            "for models that write"
+        )
 
 
 def _shield(source: str, threshold: float):

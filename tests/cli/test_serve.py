@@ -8,6 +8,7 @@ import sys
 import urllib.request
 
 import pytest
+from parity.goldens import DATA
 
 
 @pytest.mark.parametrize(
@@ -18,10 +19,30 @@ import pytest
         (("--api-key-file", __file__), "entry 1: expected a key"),
         (("--shield", "nowhere"), "nowhere"),
         (("--context", 100_000), "--context 100000: the model's own is 512"),
+        (("--shield-threshold", 0.5), "--shield-threshold: nothing is judged without --shield"),
     ],
 )
 def test_refusals(refused, talker, words, said):
     assert said in refused("serve", "--model", talker, "--port", 0, *words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--slots", 8),
+        ("--prefix-cache-mb", 0),
+        ("--max-new-tokens", 5),
+        ("--speculate", "lookup", "--context", 64),
+        ("--allow-media-domains", "example.com"),
+        ("--cache-dtype", "int8"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_what_is_for_models_that_write_is_refused_for_one_that_makes_vectors(refused, words):
+    model = DATA / "embedding" / "tiny"
+    said = refused("serve", "--model", model, "--port", 0, *words)
+    flags = [str(word) for word in words if str(word).startswith("--")]
+    assert said.startswith(f"{', '.join(sorted(flags))}: tiny makes vectors of texts")
 
 
 def test_a_server_answers_and_ends_in_order(talker):
