@@ -41,13 +41,19 @@ def operations(cfg: GemmaConfig, model: Gemma, work: Work) -> float:
     first = len(cfg.layers) if work.mode == "train" else last_with_keys(cfg.layers)
     of_all, of_read = _matrix_parameters(model, first)
     linear = 2 * (all_tokens * of_all + read * (of_read + cfg.vocab_size * cfg.d_model))
+    return (3 if work.mode == "train" else 1) * linear + score_operations(cfg, work)
+
+
+def score_operations(cfg: GemmaConfig, work: Work) -> float:
+    """Of these, those of attention: scores, and sums over what is seen."""
+    first = len(cfg.layers) if work.mode == "train" else last_with_keys(cfg.layers)
     length = work.context if work.mode != "train" else work.chunk
     pairs = sum(
         pairs_seen(spec.window, work.chunk if layer < first else 1, length)
         for layer, spec in enumerate(cfg.layers)
     )
     scores = 4 * work.batch * pairs * cfg.num_heads * cfg.head_dim
-    return (3 if work.mode == "train" else 1) * (linear + scores)
+    return (3 if work.mode == "train" else 1) * scores
 
 
 def cache_bytes_read(cfg: GemmaConfig, work: Work, cache_bytes: int) -> int:

@@ -8,6 +8,7 @@ import math
 import re
 import tempfile
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,10 +26,11 @@ MOVES = ("copy", "transpose", *COLLECTIVES)
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "f64": 8}
 _SHAPE = re.compile(r"\b(pred|bf16|[fsu]\d+)\[([\d,]*)\]")
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\((.*)$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
 )
+_OPERAND = re.compile(r"%([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
@@ -37,6 +39,7 @@ class Instruction:
     """One line of a computation: what it makes, by which operation, and the rest of the line."""
 
     root: bool
+    name: str
     result: str
     operation: str
     rest: str
@@ -48,6 +51,27 @@ class Instruction:
             (dtype, tuple(int(n) for n in dims.split(",") if n))
             for dtype, dims in _SHAPE.findall(self.result)
         ]
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of what it reads."""
+        depth, end = 1, 0
+        while depth and end < len(self.rest):  # layouts of shapes may have brackets, too
+            depth += {"(": 1, ")": -1}.get(self.rest[end], 0)
+            end += 1
+        return _OPERAND.findall(self.rest[:end])
+
+    def attribute(self, name: str) -> str:
+        """Of the computation that it names so."""
+        return re.search(rf"{name}=%?([\w.\-]+)", self.rest)[1]
+
+    @property
+    def called(self) -> list[str]:
+        """Names of the computations that it runs."""
+        called = _CALLED.findall(self.rest)
+        for group in _BRANCHES.findall(self.rest):
+            called += [branch.strip().lstrip("%") for branch in group.split(",")]
+        return called
 
 
 @dataclass(frozen=True)
@@ -81,14 +105,15 @@ def compiled(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
 def collectives(text: str) -> dict[str, dict[str, int]]:
     """Kind -> how often per step, and bytes of the results on one device."""
     found: dict[str, Counter] = defaultdict(Counter)
-    for instruction, times, _ in _executed(text)[0]:
+    for instruction, times, _ in executed_instructions(text)[0]:
         kind = instruction.operation.removesuffix("-start")
         if kind not in COLLECTIVES or instruction.operation.endswith("-done"):
             continue
         shapes = instruction.shapes
         if instruction.operation.endswith("-start") and len(shapes) > 1:
+            shapes = [shape for shape in shapes if shape[1]]  # others are signs between the two
             shapes = shapes[len(shapes) // 2 :]  # operands come first; all-gather: (in, out)
-        size = sum(_size(*shape) for shape in shapes)
+        size = sum(array_size(*shape) for shape in shapes)
         found[kind].update(count=times, bytes=times * size)
     return {kind: dict(found[kind]) for kind in COLLECTIVES if kind in found}
 
@@ -104,7 +129,7 @@ def moved_weights(text: str, shapes: set[tuple[str, tuple[int, ...]]]) -> list[M
     """
     wanted = {(dtype, _plain(dims)) for dtype, dims in shapes}
     counts: Counter = Counter()
-    executed, has_tokens = _executed(text)
+    executed, has_tokens = executed_instructions(text)
     for instruction, times, where in executed:
         operation = instruction.operation.removesuffix("-start")
         # A copy that begins here and ends elsewhere is a prefetch into faster memory.
@@ -119,24 +144,35 @@ def moved_weights(text: str, shapes: set[tuple[str, tuple[int, ...]]]) -> list[M
 
 
 @dataclass(frozen=True)
-class _Where:
+class Where:
     """What is around an instruction: the loop over tokens, and how many fusions."""
 
     tokens: bool = False
     fusions: int = 0
 
 
-def _executed(text: str) -> tuple[list[tuple[Instruction, int, _Where]], bool]:
+def executed_instructions(text: str) -> tuple[list[tuple[Instruction, int, Where]], bool]:
     """All instructions with how often each runs in a step; whether there is a loop over tokens."""
-    computations, entry = _parse(text)
+    computations, entry = parse(text)
+    times = runs_of(computations, entry)
+    executed = [
+        (instruction, n, where)
+        for (name, where), n in times.items()
+        for instruction in computations.get(name, ())
+    ]
+    return executed, any(where.tokens for _, where in times)
+
+
+def runs_of(
+    computations: Mapping[str, list[Instruction]], entry: str
+) -> Mapping[tuple[str, Where], int]:
+    """How often each computation runs in a step, by what is around it."""
     times: Counter = Counter()
 
-    def visit(name: str, n: int, where: _Where) -> None:
+    def visit(name: str, n: int, where: Where) -> None:
         times[name, where] += n
         for instruction in computations.get(name, ()):
-            called = _CALLED.findall(instruction.rest)
-            for group in _BRANCHES.findall(instruction.rest):
-                called += [branch.strip().lstrip("%") for branch in group.split(",")]
+            called = instruction.called
             turns, inside = 1, where
             if instruction.operation == "fusion":
                 inside = replace(where, fusions=where.fusions + 1)
@@ -146,16 +182,12 @@ def _executed(text: str) -> tuple[list[tuple[Instruction, int, _Where]], bool]:
             for other in called:
                 visit(other, n * (turns or 1), inside)
 
-    visit(entry, 1, _Where())
-    executed = [
-        (instruction, n, where)
-        for (name, where), n in times.items()
-        for instruction in computations.get(name, ())
-    ]
-    return executed, any(where.tokens for _, where in times)
+    visit(entry, 1, Where())
+    return times
 
 
-def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
+def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """Computations by name, and the name of the first one."""
     computations: dict[str, list[Instruction]] = {}
     entry, lines = "", []
     for line in text.splitlines():
@@ -167,24 +199,47 @@ def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     return computations, entry
 
 
-def _turns(computations: dict[str, list[Instruction]], loop: Instruction) -> int | None:
+def _turns(computations: Mapping[str, list[Instruction]], loop: Instruction) -> int | None:
     """The constant that a loop's counter is held against, if that is its whole condition."""
     if match := re.search(r'known_trip_count":?\{"n":"?(\d+)', loop.rest):
         return int(match[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)[1]
-    lines = computations.get(condition, [])
+    lines = computations.get(loop.attribute("condition"), [])
     operations = Counter(line.operation for line in lines)
     constants = [
         match[1] for line in lines
-        if line.operation == "constant" and line.result.startswith("s32[]")
+        if line.operation == "constant" and line.result.startswith(("s32[]", "u32[]"))
         and (match := re.match(r"(\d+)\)", line.rest))
     ]  # fmt: skip
     compares = operations["compare"] + operations["fusion"]
     plain = compares == 1 and not operations["and"] and len(constants) == 1
-    return int(constants[0]) if plain else None
+    if not plain:
+        return None
+    return -(-int(constants[0]) // _step(lines, computations.get(loop.attribute("body"), [])))
 
 
-def _size(dtype: str, dims: tuple[int, ...]) -> int:
+def _step(condition: list[Instruction], body: list[Instruction]) -> int:
+    """By how much a loop's counter grows in a turn; 1 where that cannot be read."""
+    counters = [
+        re.search(r"index=(\d+)", line.rest)[1] for line in condition
+        if line.operation == "get-tuple-element" and line.result.startswith(("s32[]", "u32[]"))
+    ]  # fmt: skip
+    lines = {line.name: line for line in body}
+    root = next((line for line in body if line.root), None)
+    if len(counters) != 1 or root is None or root.operation != "tuple":
+        return 1
+    added = lines.get(root.operands[int(counters[0])])
+    if added is None or added.operation != "add":
+        return 1
+    steps = [
+        int(match[1]) for name in added.operands
+        if name in lines and lines[name].operation == "constant"
+        and (match := re.match(r"(\d+)\)", lines[name].rest))
+    ]  # fmt: skip
+    return max(steps[0], 1) if len(steps) == 1 else 1
+
+
+def array_size(dtype: str, dims: tuple[int, ...]) -> int:
+    """Bytes."""
     return math.prod(dims) * _BYTES.get(dtype, 4)
 
 

@@ -16,8 +16,10 @@ from gemma_jax.config import GemmaConfig
 from gemma_jax.encoder_config import VisionConfig
 from gemma_jax.planning import costs
 from gemma_jax.planning import hlo_text as hlo
+from gemma_jax.planning.bounds import Bounds
 from gemma_jax.planning.hardware import Topology
 from gemma_jax.planning.lowering import Work, abstract_cache, lower, placed_model
+from gemma_jax.planning.program_costs import program_costs
 from gemma_jax.planning.training import Step, Training
 from gemma_jax.sharding import TRAINING, Partition, make_mesh, mesh_sizes
 
@@ -34,6 +36,10 @@ class Compiled:
         memory. Outputs in the place of arguments (`alias`) count once.
       collectives: Kind -> `count` and `bytes` in a step.
       moved_weights: Weights that the step brings into another order or to other devices.
+      operations, moved_bytes: What the program does in a step, loops as often as they turn (see
+        `program_costs`), and what is computed again with it; of kernels, whose operations it does
+        not tell, those that attention cannot do without.
+      kernels: Calls of kernels in a step.
       seconds: Its estimate, in which what a loop runs counts once; `None` where it has none, as
         with some kernels.
     """
@@ -45,6 +51,9 @@ class Compiled:
     code_bytes: int
     collectives: dict[str, dict[str, int]]
     moved_weights: list[hlo.Moved]
+    operations: float
+    moved_bytes: int
+    kernels: int
     seconds: float | None
     lower_seconds: float
     compile_seconds: float
@@ -64,11 +73,14 @@ class Plan:
       usable_bytes: What of it is for all of these; see `Topology.memory_fraction`.
       operations, read_bytes: Of a step on each device, at least; what is computed again to save
         memory is not counted.
-      roofline_seconds: The longer of both at the full speed of the device.
+      needed_seconds: Of the operations alone, at the full speed of the device.
+      roofline_seconds: The longer of both at its full speed.
       link_seconds: Of what passes between devices; `None` if nothing was compiled.
       tokens_per_second: New tokens of all rows, at the roofline and with the links' time: a bound
         that real programs stay below.
       refusal: Why the compiler gives no program, if it does not.
+      bounds: Times of what the compiled program does; without one, of what no program can do
+        without.
       training: What is trained, and how.
     """
 
@@ -85,10 +97,12 @@ class Plan:
     usable_bytes: int
     operations: float
     read_bytes: int
+    needed_seconds: float
     roofline_seconds: float
     link_seconds: float | None
     tokens_per_second: float
     compiled: Compiled | None
+    bounds: Bounds
     refusal: str | None = None
     trained_bytes: int = 0
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -97,8 +111,21 @@ class Plan:
     def fits(self) -> bool:
         return self.refusal is None and self.peak_bytes <= self.usable_bytes
 
+    @property
+    def roofline_share(self) -> float | None:
+        """Of the speed that no program can pass, what the compiled one has at the speeds of its
+        machine; `None` if nothing was compiled."""
+        return None if self.compiled is None else self.roofline_seconds / self.bounds.seconds
+
+    @property
+    def peak_share(self) -> float:
+        """Of the matrix units' full speed, what `operations` make of it in that time: model FLOPs
+        utilisation (MFU), at most."""
+        return self.needed_seconds / self.bounds.seconds
+
     def as_dict(self) -> dict:
-        return {**asdict(self), "fits": self.fits}
+        shares = {"roofline_share": self.roofline_share, "peak_share": self.peak_share}
+        return {**asdict(self), "fits": self.fits, "bound": self.bounds.name, **shares}
 
 
 def make_plan(
@@ -130,7 +157,7 @@ def make_plan(
     else:
         needs = _generation_needs(cfg, work, partition)
     operations, device = needs.operations / topology.count, topology.device
-    roofline = max(operations / device.peak, needs.read / device.bandwidth)
+    bounds = Bounds.of(device, operations, needs.read)
     plan = Plan(
         model=name,
         topology=topology.name,
@@ -145,10 +172,12 @@ def make_plan(
         usable_bytes=topology.usable_bytes,
         operations=operations,
         read_bytes=needs.read,
-        roofline_seconds=roofline,
+        needed_seconds=bounds.compute,
+        roofline_seconds=bounds.seconds,
         link_seconds=0.0 if topology.count == 1 else None,
-        tokens_per_second=needs.tokens / roofline,
+        tokens_per_second=needs.tokens / bounds.seconds,
         compiled=None,
+        bounds=bounds,
         trained_bytes=needs.trained,
         training=training.said if work.mode == "train" else {},
     )
@@ -157,7 +186,8 @@ def make_plan(
 
 @dataclass(frozen=True)
 class _Needs:
-    """What work needs: bytes on each device, operations on all, new tokens; and its program."""
+    """What work needs: bytes on each device, operations on all (of them `scores` of attention), new
+    tokens; and its program."""
 
     weights: int
     towers: int
@@ -165,6 +195,7 @@ class _Needs:
     cache: int
     read: int
     operations: float
+    scores: float
     tokens: int
     arrays: Any
     lower: Callable[[], jax.stages.Lowered]
@@ -181,6 +212,7 @@ def _generation_needs(cfg: GemmaConfig, work: Work, partition: Partition) -> _Ne
         cache=cache,
         read=weights["read"] + costs.cache_bytes_read(cfg, work, cache),
         operations=costs.operations(cfg, model, work),
+        scores=costs.score_operations(cfg, work),
         tokens=work.batch * work.chunk,
         arrays=model,
         lower=lambda: lower(model, work, partition),
@@ -198,6 +230,7 @@ def _training_needs(cfg, work: Work, training: Training, partition: Partition) -
         cache=memory["moments"],
         read=2 * training.micro_batches * memory["all"] + 2 * moved,
         operations=training.operations(step.made.parts, work),
+        scores=training.score_operations(step.made.parts, work),
         tokens=training.micro_batches * training.rows_per_row * work.batch * work.context,
         arrays=(step.state.trained, step.made.parts.frozen),
         lower=step.lower,
@@ -352,6 +385,8 @@ def _compiled(plan: Plan, needs: _Needs, topology: Topology) -> Plan:
     memory = program.memory_analysis()
     traffic = hlo.collectives(text)
     seconds = (program.cost_analysis() or {}).get("optimal_seconds", -1.0)
+    done = program_costs(text)
+    counted = done.operations + (needs.scores / plan.devices if done.kernels else 0.0)
     compiled = Compiled(
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
@@ -360,6 +395,9 @@ def _compiled(plan: Plan, needs: _Needs, topology: Topology) -> Plan:
         code_bytes=memory.generated_code_size_in_bytes,
         collectives=traffic,
         moved_weights=hlo.moved_weights(text, weight_shapes(needs.arrays)),
+        operations=max(counted, plan.operations),
+        moved_bytes=done.moved_bytes,
+        kernels=done.kernels,
         seconds=seconds if seconds > 0 else None,
         lower_seconds=middle - start,
         compile_seconds=end - middle,
@@ -374,6 +412,12 @@ def _compiled(plan: Plan, needs: _Needs, topology: Topology) -> Plan:
         link_seconds=link,
         tokens_per_second=needs.tokens / step,
         compiled=compiled,
+        bounds=Bounds.of(
+            topology.device,
+            compiled.operations,
+            max(compiled.moved_bytes, plan.read_bytes),
+            link,
+        ),
     )
 
 

@@ -84,7 +84,7 @@ class Training:
 
     def operations(self, parts: Trainable, work: Work) -> float:
         """Of a step on all devices together, whose rows are whole texts."""
-        lengths = [work.context] * (self.micro_batches * self.rows_per_row * work.batch)
+        lengths = self._lengths(work)
         once = TrainingCosts.of(parts).operations(lengths)
         total = self.models * once
         models = jax.eval_shape(parts.join, parts.trained, parts.frozen)
@@ -96,6 +96,13 @@ class Training:
         elif self.own_reference:
             total += forward_operations(models, lengths)
         return total
+
+    def score_operations(self, parts: Trainable, work: Work) -> float:
+        """Of these, those of attention, without those of models beside the one that is trained."""
+        return self.models * TrainingCosts.of(parts).score_operations(self._lengths(work))
+
+    def _lengths(self, work: Work) -> list[int]:
+        return [work.context] * (self.micro_batches * self.rows_per_row * work.batch)
 
 
 @dataclass(frozen=True)

@@ -57,11 +57,15 @@ class TrainingCosts:
           lengths: Tokens of each text; texts that share a row do not see each other.
           spans: Tokens of each run that sees itself both ways.
         """
+        lengths = list(lengths)
+        return self.per_token * sum(lengths) + self.score_operations(lengths, spans)
+
+    def score_operations(self, lengths: Iterable[int], spans: Iterable[int] = ()) -> float:
+        """Of these, those of attention."""
         lengths, cfg = list(lengths), self.cfg
         both_ways = sum(n * (n - 1) / 2 for n in spans) * len(cfg.layers)
         pairs = sum(pairs_seen(spec.window, n, n) for spec in cfg.layers for n in lengths)
-        scores = 4 * (pairs + both_ways) * cfg.num_heads * cfg.head_dim
-        return self.per_token * sum(lengths) + 3 * scores
+        return 12 * (pairs + both_ways) * cfg.num_heads * cfg.head_dim  # forward, twice back
 
 
 def forward_operations(model: Gemma, lengths: Iterable[int]) -> float:
