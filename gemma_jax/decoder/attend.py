@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from gemma_jax.decoder.cache import KeysValues, LayerCache
 from gemma_jax.runtime import Runtime
 from gemma_jax.sharding import Partition
+from gemma_jax.weights.contract import HIGHEST
 from gemma_kernels import decode_attention as decoding
 from gemma_kernels.attention import IMPLEMENTATIONS, AttentionSpec, Mask, attention
 
@@ -52,6 +53,15 @@ def attend(
 
     operands = [("BTNH", q_BTNH), (cache.dims, cache), *((MASK_DIMS, mask) for mask in masks)]
     return partition.run(run_part, "BTNH", *operands, whole="S")
+
+
+def weigh(weights_BNTS: jax.Array, kv: KeysValues, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Sums of values by given weights, `[B, T, N, H]`: what attention does after its softmax."""
+    _, v_BKSH = kv.kv.of_layer().widened(jnp.float32)
+    (B, N, T, S), K = weights_BNTS.shape, v_BKSH.shape[1]
+    weights_BKGTS = weights_BNTS.reshape(B, K, N // K, T, S)
+    out_BTKGH = jnp.einsum("BKGTS,BKSH->BTKGH", weights_BKGTS, v_BKSH, precision=HIGHEST)
+    return out_BTKGH.reshape(B, T, N, -1).astype(dtype)
 
 
 def _decode(q_BTNH: jax.Array, cache: LayerCache, mask: Mask, **options) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gemma_jax.config import GemmaConfig, LayerSpec
-from gemma_jax.decoder.attend import attend
+from gemma_jax.decoder.attend import attend, weigh
 from gemma_jax.decoder.cache import KeysValues, LayerCache, extend, write_heads, write_heads_on
 from gemma_jax.decoder.context import Context
 from gemma_jax.nn.einsum import Einsum
@@ -75,9 +75,10 @@ class Attention(nnx.Module):
         if "attention_weights" in ctx.capture:
             k_BKSH, _ = kv.kv.of_layer().widened(q_BTNH.dtype)
             k_BSKH = jnp.moveaxis(k_BKSH, 1, 2)
-            captured["attention_weights"] = attention_weights(
-                q_BTNH, k_BSKH, **mask._asdict(), spec=spec
-            )
+            weights_BNTS = attention_weights(q_BTNH, k_BSKH, **mask._asdict(), spec=spec)
+            weights_BNTS = ctx.note(captured, "attention_weights", weights_BNTS)
+            if "attention_weights" in ctx.patch:
+                out_BTNH = weigh(weights_BNTS, kv, q_BTNH.dtype)
         out_BTD = keep("attn_out", self.o(keep("attn_context", out_BTNH)))
         return out_BTD, cache, kv, captured
 

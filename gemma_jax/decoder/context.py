@@ -10,6 +10,7 @@ from gemma_jax.compat import computed_once
 from gemma_jax.config import GemmaConfig, LayerSpec
 from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.cache import KeysValues, Slots
+from gemma_jax.decoder.patching import Patches, patched
 from gemma_jax.nn.ffn import deviations_below
 from gemma_jax.nn.rope import RopeTable, rope_table
 from gemma_jax.runtime import Runtime
@@ -38,6 +39,9 @@ class Context:
       static_mask: Whether rows are whole texts without padding or soft tokens, so that masks are
         known at compile time.
       capture: Names of intermediate results to return.
+      patch: What takes the place of intermediate results, by name.
+      layer: int32, the number of the layer that runs; `None` before and after them, and where
+        nothing in them is patched.
       shared_kv: kind of layer -> keys and values that layers of the kind read in the place of
         their own.
     """
@@ -51,7 +55,19 @@ class Context:
     in_order: bool = field(metadata={"static": True})
     static_mask: bool = field(metadata={"static": True})
     capture: frozenset[str] = field(metadata={"static": True})
+    patch: Patches = field(default_factory=dict)
+    layer: jax.Array | None = None
     shared_kv: dict[str, KeysValues] = field(default_factory=dict)
+
+    def note(self, captured: dict[str, jax.Array], name: str, x: jax.Array) -> jax.Array:
+        """The value to go on with: `x`, or what a patch makes of it. `captured` keeps it if wanted.
+
+        The one place that all intermediate results with a name pass.
+        """
+        x = patched(self.patch.get(name, ()), name, x, self.layer)
+        if name in self.capture:
+            captured[name] = x
+        return x
 
     def share(self, shared_kv: dict[str, KeysValues]) -> "Context":
         """The context with keys and values that later layers read."""
@@ -102,6 +118,7 @@ def make_context(
     static_mask: bool,
     slots: dict[int, Slots],
     capture: frozenset[str],
+    patch: Patches,
 ) -> Context:
     """One mask per window and one rope table per base, however many layers there are.
 
@@ -144,4 +161,5 @@ def make_context(
         in_order=block_BT is None and not cfg.bidirectional,
         static_mask=static_mask,
         capture=capture,
+        patch=patch,
     )

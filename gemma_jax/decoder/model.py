@@ -45,10 +45,12 @@ class LayerInputs:
     Attributes:
       vector_BTP: Its part of the per-layer inputs, in models that have them.
       width: Feed-forward channels to compute with; `None` for all.
+      layer: Its number, for patches; `None` without.
     """
 
     vector_BTP: jax.Array | None = None
     width: jax.Array | None = None
+    layer: jax.Array | None = None
 
     def at(self, chosen_BT: jax.Array) -> "LayerInputs":
         """The inputs, of all layers, for some tokens alone; see `Context.at`."""
@@ -112,10 +114,11 @@ class Block(nnx.Module):
     ) -> LayerOutput:
         """The stream `[B, T, D]`, or streams `[A, B, T, D]`, after this layer."""
         numerics, extra = ctx.runtime.numerics, {}
+        ctx = replace(ctx, layer=inputs.layer)
+        note = partial(ctx.note, extra)
         if self.altup is not None:
             with jax.named_scope("altup"):
-                x, extra["altup_mixtures"] = self.altup.predict(x, numerics)
-                extra["altup_predictions"] = x
+                x = note("altup_predictions", self.altup.predict(x, numerics, note))
         y_BTD, cache, kv, captured = self.compute(
             x if self.altup is None else x[self.altup.active], ctx, cache, inputs.width
         )
@@ -123,17 +126,17 @@ class Block(nnx.Module):
             x = active_BTD = y_BTD
         else:
             with jax.named_scope("altup"):
-                x, extra["altup_gains"] = self.altup.correct(x, y_BTD, numerics)
+                x = self.altup.correct(x, y_BTD, numerics, note)
                 active_BTD = self.altup.scaled(x)
         if self.per_layer is not None:
             with jax.named_scope("per_layer"):
-                y_BTD, gates = self.per_layer(active_BTD, inputs.vector_BTP, numerics)
-                extra |= gates
+                y_BTD, _ = self.per_layer(active_BTD, inputs.vector_BTP, numerics, note)
+                y_BTD = note("per_layer_outputs", y_BTD)
                 # The first stream is left alone, whichever one is active.
                 x = x + y_BTD if self.altup is None else x.at[1:].add(y_BTD)
         shared_kv = {self.spec.kind: kv} if self.spec.kv == "lent" else {}
-        captured |= extra | {"layer_outputs": x}
-        return LayerOutput(x=x, cache=cache, captured=captured, shared_kv=shared_kv)
+        x = note("layer_outputs", x)
+        return LayerOutput(x=x, cache=cache, captured=captured | extra, shared_kv=shared_kv)
 
     def keys_values(
         self,
@@ -148,7 +151,7 @@ class Block(nnx.Module):
         fewer queries than it has keys.
         """
         numerics = ctx.runtime.numerics
-        x_BTD = x if self.altup is None else self.altup.predict(x, numerics)[0][self.altup.active]
+        x_BTD = x if self.altup is None else self.altup.predict(x, numerics)[self.altup.active]
         kv, cache = self.attn.keys_values(self.pre_attn_norm(x_BTD, numerics), ctx, cache)
         return LayerOutput(x=x, cache=cache, shared_kv={self.spec.kind: kv})
 
@@ -175,18 +178,20 @@ class Block(nnx.Module):
         normed_BTD = self.pre_attn_norm(x_BTD, numerics)
         with jax.named_scope("attention"):
             y_BTD, cache, kv, captured = self.attn(normed_BTD, ctx, cache)
-            x_BTD += y_BTD if self.post_attn_norm is None else self.post_attn_norm(y_BTD, numerics)
+            y_BTD = y_BTD if self.post_attn_norm is None else self.post_attn_norm(y_BTD, numerics)
+            x_BTD += ctx.note(captured, "attention_outputs", y_BTD)
         if self.laurel is not None:
             with jax.named_scope("laurel"):
-                captured["laurel"] = self.laurel(normed_BTD, numerics)
-                x_BTD = (x_BTD + captured["laurel"]) / math.sqrt(2)
+                y_BTD = ctx.note(captured, "laurel", self.laurel(normed_BTD, numerics))
+                x_BTD = (x_BTD + y_BTD) / math.sqrt(2)
         with jax.named_scope("ffn"):
             sparsity = self.spec.sparsity
             given = {"width": width, "deviations": ctx.deviations[sparsity] if sparsity else None}
             given = {name: value for name, value in given.items() if value is not None}
             out = self.ffn(self.pre_ffn_norm(x_BTD, numerics), **given)
             y_BTD, masks = out if isinstance(out, tuple) else (out, {})
-            x_BTD += y_BTD if self.post_ffn_norm is None else self.post_ffn_norm(y_BTD, numerics)
+            y_BTD = y_BTD if self.post_ffn_norm is None else self.post_ffn_norm(y_BTD, numerics)
+            x_BTD += ctx.note(captured, "ffn_outputs", y_BTD)
         return x_BTD, cache, kv, captured | masks
 
 

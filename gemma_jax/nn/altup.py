@@ -12,6 +12,7 @@ from flax import nnx
 from gemma_jax.config import GemmaConfig
 from gemma_jax.nn.einsum import Einsum
 from gemma_jax.nn.norm import RMSNorm
+from gemma_jax.nn.note import Note, unnoted
 from gemma_jax.numerics import Numerics
 from gemma_jax.weights.contract import HIGHEST
 from gemma_jax.weights.protocol import dense
@@ -44,25 +45,33 @@ class AltUp(nnx.Module):
         routed_BTA = self.router(self.router_norm(x_BTD, numerics) * scale)
         return jnp.tanh(routed_BTA.astype(jnp.float32)).astype(x_BTD.dtype)
 
-    def predict(self, x_ABTD: jax.Array, numerics: Numerics) -> tuple[jax.Array, jax.Array]:
-        """What the streams are expected to be after the layer, and the mixture `[B, T, A, A]`.
+    def predict(
+        self, x_ABTD: jax.Array, numerics: Numerics, note: Note = unnoted
+    ) -> jax.Array:
+        """What the streams are expected to be after the layer.
 
-        Each is itself plus a mixture of all; a row of the mixture makes one stream.
+        Each is itself plus a mixture of all; a row of `altup_mixtures [B, T, A, A]` makes one
+        stream.
         """
         A, B, T, _ = x_ABTD.shape
         routed_BTA = self.route(x_ABTD[self.active], numerics)
         mix_BTEA = self._coefs(self.predictor, routed_BTA, numerics).reshape(B, T, A, A)
+        mix_BTEA = note("altup_mixtures", mix_BTEA)
         mixed_EBTD = jnp.einsum("ABTD,BTEA->EBTD", x_ABTD, mix_BTEA, precision=HIGHEST)
-        return x_ABTD + mixed_EBTD, mix_BTEA
+        return x_ABTD + mixed_EBTD
 
     def correct(
-        self, predicted_ABTD: jax.Array, y_BTD: jax.Array, numerics: Numerics
-    ) -> tuple[jax.Array, jax.Array]:
-        """The predictions, moved towards the layer's result, and how far: gains `[B, T, A]`."""
+        self,
+        predicted_ABTD: jax.Array,
+        y_BTD: jax.Array,
+        numerics: Numerics,
+        note: Note = unnoted,
+    ) -> jax.Array:
+        """The predictions, moved towards the layer's result by `altup_gains [B, T, A]`."""
         routed_BTA = self.route(y_BTD, numerics)
-        gain_BTE = 1 + self._coefs(self.corrector, routed_BTA, numerics)
+        gain_BTE = note("altup_gains", 1 + self._coefs(self.corrector, routed_BTA, numerics))
         innovation_BTD = y_BTD - predicted_ABTD[self.active]
-        return predicted_ABTD + innovation_BTD * jnp.moveaxis(gain_BTE, -1, 0)[..., None], gain_BTE
+        return predicted_ABTD + innovation_BTD * jnp.moveaxis(gain_BTE, -1, 0)[..., None]
 
     def scaled(self, x_ABTD: jax.Array) -> jax.Array:
         """The active stream, as the per-layer input reads it."""

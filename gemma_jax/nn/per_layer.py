@@ -13,6 +13,7 @@ from gemma_jax.config import GemmaConfig
 from gemma_jax.nn.activations import ACTIVATIONS
 from gemma_jax.nn.einsum import Einsum
 from gemma_jax.nn.norm import RMSNorm
+from gemma_jax.nn.note import Note, unnoted
 from gemma_jax.numerics import Numerics
 from gemma_jax.weights.gather import lookup
 
@@ -55,8 +56,12 @@ class PerLayerInput(nnx.Module):
         self.norm = RMSNorm(cfg, "D")
 
     def __call__(
-        self, x_BTD: jax.Array, vector_BTP: jax.Array, numerics: Numerics
+        self,
+        x_BTD: jax.Array,
+        vector_BTP: jax.Array,
+        numerics: Numerics,
+        note: Note = unnoted,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """`[B, T, D]` to add to the stream, and captured intermediates."""
-        gate_BTP = ACTIVATIONS[self.activation](self.gate(x_BTD))
+        gate_BTP = note("per_layer_gates", ACTIVATIONS[self.activation](self.gate(x_BTD)))
         return self.norm(self.proj(gate_BTP * vector_BTP), numerics), {"per_layer_gates": gate_BTP}
