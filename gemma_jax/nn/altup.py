@@ -45,9 +45,7 @@ class AltUp(nnx.Module):
         routed_BTA = self.router(self.router_norm(x_BTD, numerics) * scale)
         return jnp.tanh(routed_BTA.astype(jnp.float32)).astype(x_BTD.dtype)
 
-    def predict(
-        self, x_ABTD: jax.Array, numerics: Numerics, note: Note = unnoted
-    ) -> jax.Array:
+    def predict(self, x_ABTD: jax.Array, numerics: Numerics, note: Note = unnoted) -> jax.Array:
         """What the streams are expected to be after the layer.
 
         Each is itself plus a mixture of all; a row of `altup_mixtures [B, T, A, A]` makes one
