@@ -176,7 +176,7 @@ def _forward(
         out = run_wanted(model, x, ctx, layers, inputs, last_B1)
     else:
         out = run_layers(model.blocks, model.layer_groups, x, ctx, layers, inputs)
-    x_BTD = out.x if model.streams is None else model.streams.merge(out.x)
+    x_BTD = _merge(model, out.x)
     x_BTD = note("final_norm", model.final_norm(x_BTD, model.runtime.numerics))
     captured |= out.captured
     for names, what in ((capture, "to capture {} from"), (patch, "whose {} could be patched")):
@@ -198,6 +198,18 @@ for name, method in {
     "_cache_size": _forward._cache_size,  # tests count the programs
 }.items():
     setattr(forward, name, method)
+
+
+@jax.jit
+def unembed(model: Gemma, x: jax.Array) -> jax.Array:
+    """Logits `[B, T, V]` of the stream or streams after a layer, as of those after the last one."""
+    if model.runtime.numerics.float16_matrices:
+        model = with_float16_products(model)
+    return _head(model, model.final_norm(_merge(model, x), model.runtime.numerics), None)
+
+
+def _merge(model: Gemma, x: jax.Array) -> jax.Array:
+    return x if model.streams is None else model.streams.merge(x)
 
 
 def _head(model: Gemma, x_BTD: jax.Array, last_B1: jax.Array | None) -> jax.Array:

@@ -1,0 +1,123 @@
+"""What is read off layers: the model's own head, by hand, in blocks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from intermediates import largest_intermediate
+
+import gemma_jax as gj
+from gemma_jax.decoder.forward import unembed
+from gemma_jax.evaluation import logit_lens as lens_module
+from gemma_jax.evaluation.contributions import _parts
+
+CONFIGS = {
+    "gemma3": tiny.gemma3(2, every=2),
+    "gemma2": tiny.gemma2(),
+    "gemma3n": tiny.gemma3n(4, 1),
+}
+
+
+@pytest.fixture(scope="module", params=list(CONFIGS))
+def cfg(request):
+    return CONFIGS[request.param]
+
+
+@pytest.fixture(scope="module")
+def model(cfg):
+    return tiny.model(cfg)
+
+
+def test_the_last_layer_is_the_model(cfg, model):
+    ids = tiny.tokens(cfg, 2, 7)
+    lens = gj.logit_lens(model, ids, top_k=3, logits=True)
+    out = gj.forward(model, ids, capture="layer_outputs")
+    np.testing.assert_array_equal(lens.logits_LBTV[-1], out.logits)
+    assert float(jnp.abs(lens.kl_LBT[-1]).max()) < 1e-5
+    first = unembed(model, out.captured["layer_outputs"][0])
+    np.testing.assert_allclose(lens.logits_LBTV[0], first, atol=1e-5)
+    assert float(jnp.abs(first - out.logits).max()) > 0.1
+
+
+def test_numbers_by_hand(cfg, model):
+    ids = tiny.tokens(cfg, 2, 7)
+    lens = gj.logit_lens(model, ids, top_k=3, logits=True)
+    log_probs = np.asarray(jax.nn.log_softmax(lens.logits_LBTV), np.float64)
+    order = np.argsort(-log_probs, axis=-1, kind="stable")
+    np.testing.assert_array_equal(lens.ids_LBTX, order[..., :3])
+    best = np.take_along_axis(log_probs, order[..., :3], -1)
+    np.testing.assert_allclose(lens.probs_LBTX, np.exp(best), rtol=1e-4)
+    kl = (np.exp(log_probs[-1]) * (log_probs[-1] - log_probs)).sum(-1)
+    np.testing.assert_allclose(lens.kl_LBT, kl, atol=1e-4)
+    for row, column in ((0, 0), (1, 5)):
+        after = ids[row, column + 1]
+        given = log_probs[:, row, column, after]
+        np.testing.assert_allclose(lens.next_log_probs_LBT[:, row, column], given, atol=1e-4)
+        ranks = (order[:, row, column] == after).argmax(-1)
+        np.testing.assert_array_equal(lens.next_ranks_LBT[:, row, column], ranks)
+    assert np.isnan(lens.next_log_probs_LBT[..., -1]).all()
+    assert (np.asarray(lens.next_ranks_LBT[..., -1]) == -1).all()
+
+
+def test_blocks_change_nothing(monkeypatch):
+    cfg = CONFIGS["gemma3n"]
+    model, ids = tiny.model(cfg), tiny.tokens(cfg, 2, 7)
+    whole = gj.logit_lens(model, ids)
+    monkeypatch.setattr(lens_module, "BLOCK", 3)
+    jax.clear_caches()
+    blocks = gj.logit_lens(model, ids)
+    jax.clear_caches()
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(blocks)):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_all_logits_never_exist():
+    cfg = tiny.gemma3(2, every=2, vocab_size=1024)
+    model, ids = tiny.model(cfg), tiny.tokens(cfg, 1, 4 * lens_module.BLOCK)
+    largest = largest_intermediate(lambda ids: gj.logit_lens(model, ids).kl_LBT, ids)
+    assert largest == lens_module.BLOCK * cfg.vocab_size
+
+
+def test_padding_has_no_next_token():
+    cfg = CONFIGS["gemma3"]
+    rows = [row.tolist() for row in tiny.tokens(cfg, 2, 6)]
+    batch = gj.Batch.padded([rows[0], rows[1][:3]], 6)
+    lens = gj.logit_lens(tiny.model(cfg), batch)
+    alone = gj.logit_lens(tiny.model(cfg), [rows[1][:3]])
+    np.testing.assert_allclose(lens.kl_LBT[:, 1, :3], alone.kl_LBT[:, 0], atol=1e-5)
+    assert (np.asarray(lens.next_ranks_LBT[:, 1, 2:]) == -1).all()
+
+
+def test_what_patches_change_is_read():
+    cfg = CONFIGS["gemma3"]
+    model, ids = tiny.model(cfg), tiny.tokens(cfg, 1, 5)
+    patch = {"layer_outputs": (0, -1, np.ones(cfg.d_model, np.float32))}
+    lens = gj.logit_lens(model, ids, logits=True, patch=patch)
+    np.testing.assert_array_equal(lens.logits_LBTV[-1], gj.forward(model, ids, patch=patch).logits)
+
+
+def test_wrong_numbers_of_choices():
+    cfg = CONFIGS["gemma3"]
+    for top_k in (0, 97):
+        with pytest.raises(ValueError, match=rf"top_k={top_k} must lie in \[1, 96\]"):
+            gj.logit_lens(tiny.model(cfg), [[2, 3]], top_k=top_k)
+
+
+def test_contributions_add_up(cfg, model):
+    ids = tiny.tokens(cfg, 2, 5)
+    parts = gj.contributions(model, ids)
+    names = ["inputs_embeds", "layer_outputs"]
+    names += ["altup_predictions", "per_layer_outputs"] if cfg.altup else []
+    names += ["attention_outputs", "ffn_outputs"]
+    captured = gj.forward(model, ids, capture=names).captured
+    arrays = _parts(model, captured)
+    assert list(arrays) == list(parts)
+    after = captured["layer_outputs"]
+    np.testing.assert_allclose(sum(arrays.values()), after, atol=2e-4)
+    for name, array in arrays.items():
+        norms = np.sqrt((np.asarray(array) ** 2).sum(-1))
+        np.testing.assert_allclose(parts[name], norms, rtol=1e-4, atol=1e-4)
+        assert parts[name].shape == after.shape[:-1]
+    if cfg.altup:
+        assert not parts["per_layer"][:, 0].any() and parts["per_layer"][:, 1:].all()
