@@ -10,7 +10,7 @@ FAST = tests/test_imports.py tests/test_public_names.py tests/test_docs.py tests
   tests/cli/test_errors.py tests/cli/test_tokenize.py tests/cli/test_info.py \
   tests/parity/test_gemma3_text.py
 
-.PHONY: setup check lint types fast test nightly notebooks docs
+.PHONY: setup check lint types fast test nightly parity notebooks docs
 
 setup:
 	python3 -m venv .venv
@@ -34,9 +34,17 @@ test:
 nightly:
 	$(PYTHON) -m pytest -q -n 2 --dist worksteal -m "nightly or not nightly"
 
+# Every golden and invariance on this machine's JAX, Python and device, and the page of their figures;
+# the page is written as well when some fail.
+parity:
+	$(PYTHON) -m pytest -q -n 2 --dist worksteal -m "nightly or not nightly" \
+	  --parity-only --parity-report out/parity.json; \
+	status=$$?; $(PYTHON) docs/parity/page.py out/parity.json out/parity.html; exit $$status
+
 # Runs the notebooks and stores their outputs: after a change of one, or of what they show.
 notebooks:
 	$(PYTHON) notebooks/execute.py
 
+# The site. Figures are those of the stored run, or of a file: `make docs PARITY=out/parity.json`.
 docs:
-	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
+	PARITY=$(PARITY) NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict

@@ -1,4 +1,5 @@
-"""Brings documents that lie elsewhere in the repository into the site, and mends their links.
+"""Brings documents that lie elsewhere in the repository into the site, and mends their links; puts
+the figures of the tests into their page.
 
 Every document is written for its own place, where its links work. Here a link to another document
 becomes a link to its page, and one to a file that is no page becomes the file's name.
@@ -7,6 +8,7 @@ becomes a link to its page, and one to a file that is no page becomes the file's
 import os
 import posixpath
 import re
+import sys
 from pathlib import Path
 
 from mkdocs.structure.files import File, Files
@@ -53,3 +55,17 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
         return f"{mark}[{text}]({relative}{'#' if anchor else ''}{anchor})"
 
     return LINK.sub(mend, markdown)
+
+
+def on_page_content(html: str, page, config, files: Files) -> str:
+    """Into the page of figures, those of the file that `PARITY` names, or the stored ones."""
+    if page.file.src_uri != "parity/index.md":
+        return html
+    sys.path.insert(0, str(ROOT / "docs" / "parity"))
+    import page as figures
+
+    rows = os.environ.get("PARITY")
+    if rows and not Path(rows).exists():
+        raise FileNotFoundError(f"PARITY={rows} does not exist: `make parity` makes it")
+    place = re.compile(r'<div id="parity-rows">.*?</div>', re.DOTALL)
+    return place.sub(lambda _: figures.body(Path(rows) if rows else None), html)

@@ -15,7 +15,7 @@ import pytest
 from flax import config as flax_config
 from jax._src import compiler
 
-pytest_plugins = ["durations"]
+pytest_plugins = ["durations", "parity_rows"]
 
 # Modules are plain pytrees here: no shared references, no state mutated under jit. Any code that
 # leans on more fails with these off.

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from parity_rows import Tolerance, seen
 from safetensors.numpy import load_file
 
 from gemma_checkpoints import save_hf
@@ -21,15 +22,18 @@ def case(folder: str, name: str):
     noise = {k: max(f.get("noise_fp64", 0), f.get("noise_alt", 0)) for k, f in facts.items()}
     tolerances = {k: 10 * value for k, value in noise.items()}
     # The gather and the one product of the embedding have no noise of their own to speak of.
-    tolerances = {k: value or 5e-6 for k, value in tolerances.items()}
+    tolerances = {
+        k: Tolerance(value or 5e-6, k, folder, noise[k]) for k, value in tolerances.items()
+    }
     split = {
         p: {k[len(p) :]: v for k, v in arrays.items() if k.startswith(p)} for p in ("in.", "out.")
     }
     return split["in."], split["out."], tolerances
 
 
-def assert_close(actual, expected, tolerance, where=True):
+def assert_close(actual, expected, tolerance, where=True, of=""):
     error = np.abs(np.asarray(actual) - expected) * where
+    seen(error, tolerance, of)
     assert error.max() <= tolerance
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from parity.goldens import DATA
+from parity_rows import seen
 from safetensors.numpy import load_file, save_file
 
 from gemma_checkpoints import load_weights, save_hf
@@ -54,8 +55,11 @@ def assert_within(actual, expected, tolerance, name: str):
     """By the largest error and by its root mean square."""
     atol, rms_atol = tolerance
     error = np.asarray(actual).reshape(expected.shape).astype(np.float64) - expected
+    rms = np.sqrt(np.mean(np.square(error)))
+    seen(error, atol, name)
+    seen(rms, rms_atol, f"{name}, root mean square")
     assert np.abs(error).max() <= atol, name
-    assert np.sqrt(np.mean(np.square(error))) <= rms_atol, name
+    assert rms <= rms_atol, name
 
 
 def assert_objective(tag: str, case, loss, gradients, each, folder: Path):

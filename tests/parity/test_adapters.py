@@ -15,6 +15,7 @@ import optax
 import pytest
 from marks import nightly
 from parity.goldens import DATA
+from parity_rows import seen
 from safetensors.numpy import load_file
 
 from gemma_checkpoints import load_adapter, load_weights, save_hf
@@ -66,6 +67,7 @@ class Case:
     def assert_close(self, name, ours, where=True):
         expected, tolerance = self.expected[name], self.tolerances[name]
         error = np.abs(np.asarray(ours) - expected) * where
+        seen(error, tolerance["atol"], name)
         assert error.max() <= tolerance["atol"], name
         assert np.sqrt(np.mean(error**2)) <= tolerance.get("rms_atol", np.inf), name
 

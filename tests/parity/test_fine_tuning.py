@@ -95,7 +95,7 @@ def spelled(case, name):
 
 def assert_within(actual, expected, case, name):
     most, rms = CASES[case]["tolerances"][name]
-    assert_close(actual, expected, most)
+    assert_close(actual, expected, most, of=name)
     error = np.asarray(actual, np.float64) - expected
     assert np.sqrt(np.mean(np.square(error))) <= rms, name
 
