@@ -53,7 +53,7 @@ def page(run: dict, known: list[dict], files, defects: list[dict]) -> str:
         defect_table(defects, rows),
         f"<script>\n{script}</script>",
     ]
-    return '<div class="parity" data-search-exclude>\n' + "\n".join(parts) + "\n</div>\n"
+    return '<div class="parity">\n' + "\n".join(parts) + "\n</div>\n"
 
 
 def summary(run: dict) -> str:
@@ -128,9 +128,8 @@ def table(rows: list[dict]) -> str:
     lines = [line for row in rows for line in lines_of(row)]
     heads = "".join(f"<th>{name}</th>" for name in HEADINGS)
     return (
-        f'<div class="wide"><table class="figures"><thead><tr>{heads}</tr></thead><tbody>\n'
-        + "\n".join(lines)
-        + "\n</tbody></table></div>"
+        '<div class="wide" data-search-exclude><table class="figures">'
+        f"<thead><tr>{heads}</tr></thead><tbody>\n" + "\n".join(lines) + "\n</tbody></table></div>"
     )
 
 
@@ -226,7 +225,8 @@ def strips(rows: list[dict]) -> str:
         clipped = min(max(math.log10(ratio) if ratio > 0 else -3.0, -3.0), 1.3)
         return left + (clipped + 3.0) / 4.3 * (width - left - 10)
 
-    parts = [f'<svg class="strips" viewBox="0 0 {width} {height}" role="img">']
+    box = f'viewBox="0 0 {width} {height}"'
+    parts = [f'<div data-search-exclude><svg class="strips" {box} role="img">']
     for ratio, name in ((0.001, "1/1000"), (0.1, "1/10"), (1, "noise"), (10, "tolerance")):
         at = x(ratio)
         parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="4" y2="{height - 26}"/>')
@@ -238,7 +238,7 @@ def strips(rows: list[dict]) -> str:
             f'<circle cx="{x(ratio):.1f}" cy="{y}" r="3.5"><title>{escape(told)}</title></circle>'
             for ratio, told in dots
         ]
-    return "".join(parts) + "</svg>"
+    return "".join(parts) + "</svg></div>"
 
 
 def curves(rows: list[dict]) -> str:
@@ -248,7 +248,11 @@ def curves(rows: list[dict]) -> str:
         for name, figure in row["figures"].items()
         if len(figure.get("layers", ())) > 1
     ]
-    return f'<div class="charts">{"".join(charts)}</div>' if charts else "<p>None.</p>"
+    return (
+        f'<div class="charts" data-search-exclude>{"".join(charts)}</div>'
+        if charts
+        else "<p>None.</p>"
+    )
 
 
 def curve(figure: dict, title: str, case: str) -> str:
