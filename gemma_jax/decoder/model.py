@@ -130,7 +130,7 @@ class Block(nnx.Module):
                 active_BTD = self.altup.scaled(x)
         if self.per_layer is not None:
             with jax.named_scope("per_layer"):
-                y_BTD, _ = self.per_layer(active_BTD, inputs.vector_BTP, numerics, note)
+                y_BTD = self.per_layer(active_BTD, inputs.vector_BTP, numerics, note)
                 y_BTD = note("per_layer_outputs", y_BTD)
                 # The first stream is left alone, whichever one is active.
                 x = x + y_BTD if self.altup is None else x.at[1:].add(y_BTD)

@@ -61,7 +61,7 @@ class PerLayerInput(nnx.Module):
         vector_BTP: jax.Array,
         numerics: Numerics,
         note: Note = unnoted,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """`[B, T, D]` to add to the stream, and captured intermediates."""
+    ) -> jax.Array:
+        """`[B, T, D]` to add to the stream."""
         gate_BTP = note("per_layer_gates", ACTIVATIONS[self.activation](self.gate(x_BTD)))
-        return self.norm(self.proj(gate_BTP * vector_BTP), numerics), {"per_layer_gates": gate_BTP}
+        return self.norm(self.proj(gate_BTP * vector_BTP), numerics)

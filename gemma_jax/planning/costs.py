@@ -38,7 +38,7 @@ def operations(cfg: GemmaConfig, model: Gemma, work: Work) -> float:
     """
     all_tokens = work.batch * work.chunk
     read = all_tokens if work.mode == "train" else work.batch  # logits for all, or for the last
-    first = len(cfg.layers) if work.mode == "train" else last_with_keys(cfg.layers)
+    first = _first_read(cfg, work)
     of_all, of_read = _matrix_parameters(model, first)
     linear = 2 * (all_tokens * of_all + read * (of_read + cfg.vocab_size * cfg.d_model))
     return (3 if work.mode == "train" else 1) * linear + score_operations(cfg, work)
@@ -46,7 +46,7 @@ def operations(cfg: GemmaConfig, model: Gemma, work: Work) -> float:
 
 def score_operations(cfg: GemmaConfig, work: Work) -> float:
     """Of these, those of attention: scores, and sums over what is seen."""
-    first = len(cfg.layers) if work.mode == "train" else last_with_keys(cfg.layers)
+    first = _first_read(cfg, work)
     length = work.context if work.mode != "train" else work.chunk
     pairs = sum(
         pairs_seen(spec.window, work.chunk if layer < first else 1, length)
@@ -54,6 +54,11 @@ def score_operations(cfg: GemmaConfig, work: Work) -> float:
     )
     scores = 4 * work.batch * pairs * cfg.num_heads * cfg.head_dim
     return (3 if work.mode == "train" else 1) * scores
+
+
+def _first_read(cfg: GemmaConfig, work: Work) -> int:
+    """The layer from which on only tokens that are read are computed."""
+    return len(cfg.layers) if work.mode == "train" else last_with_keys(cfg.layers)
 
 
 def cache_bytes_read(cfg: GemmaConfig, work: Work, cache_bytes: int) -> int:

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
@@ -23,8 +24,7 @@ COLLECTIVES = (
     "collective-broadcast",
 )
 MOVES = ("copy", "transpose", *COLLECTIVES)
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "f64": 8}
-_SHAPE = re.compile(r"\b(pred|bf16|[fsu]\d+)\[([\d,]*)\]")
+_SHAPE = re.compile(r"\b(pred|bf16|[fsuc]\d\w*)\[([\d,]*)\](\{[^}]*\})?")
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _CALLED = re.compile(
@@ -32,6 +32,28 @@ _CALLED = re.compile(
 )
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+
+
+class Shape(NamedTuple):
+    """An array as the text has it: `bf16[8,16]{1,0:T(8,128)}`."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    layout: str
+
+    @property
+    def nbytes(self) -> int:
+        """The name of a dtype says its bits, but for `pred`, which takes a byte."""
+        bits = 8 if self.dtype == "pred" else int(re.search(r"\d+", self.dtype)[0])
+        return -(-math.prod(self.dims) * bits // 8)
+
+
+def shapes_in(text: str) -> list[Shape]:
+    """All arrays that stand in a piece of the text."""
+    return [
+        Shape(dtype, tuple(int(n) for n in dims.split(",") if n), layout)
+        for dtype, dims, layout in _SHAPE.findall(text)
+    ]
 
 
 @dataclass(frozen=True)
@@ -45,12 +67,19 @@ class Instruction:
     rest: str
 
     @property
-    def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Dtype and dimensions of what it makes."""
-        return [
-            (dtype, tuple(int(n) for n in dims.split(",") if n))
-            for dtype, dims in _SHAPE.findall(self.result)
-        ]
+    def shapes(self) -> list[Shape]:
+        """Of what it makes."""
+        return shapes_in(self.result)
+
+    @property
+    def made(self) -> list[Shape]:
+        """Of what it makes; of what begins here and ends elsewhere, without the operands that come
+        with it, and the signs between the two."""
+        if not self.operation.endswith("-start") or len(self.shapes) == 1:
+            return self.shapes
+        arrays = [shape for shape in self.shapes if shape.dims]
+        # A copy has its result in front; others their operands: all-gather: (in, out).
+        return arrays[:1] if self.operation == "copy-start" else arrays[len(arrays) // 2 :]
 
     @property
     def operands(self) -> list[str]:
@@ -109,11 +138,7 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
         kind = instruction.operation.removesuffix("-start")
         if kind not in COLLECTIVES or instruction.operation.endswith("-done"):
             continue
-        shapes = instruction.shapes
-        if instruction.operation.endswith("-start") and len(shapes) > 1:
-            shapes = [shape for shape in shapes if shape[1]]  # others are signs between the two
-            shapes = shapes[len(shapes) // 2 :]  # operands come first; all-gather: (in, out)
-        size = sum(array_size(*shape) for shape in shapes)
+        size = sum(shape.nbytes for shape in instruction.made)
         found[kind].update(count=times, bytes=times * size)
     return {kind: dict(found[kind]) for kind in COLLECTIVES if kind in found}
 
@@ -137,7 +162,7 @@ def moved_weights(text: str, shapes: set[tuple[str, tuple[int, ...]]]) -> list[M
             continue
         if where.fusions > 1 or (where.fusions == 1 and not instruction.root):
             continue
-        for dtype, dims in instruction.shapes[-1:]:
+        for dtype, dims, _ in instruction.shapes[-1:]:
             if (dtype, _plain(dims)) in wanted:
                 counts[operation, dtype, dims, has_tokens and not where.tokens] += times
     return [Moved(*key, times, before) for (*key, before), times in counts.items()]
@@ -236,11 +261,6 @@ def _step(condition: list[Instruction], body: list[Instruction]) -> int:
         and (match := re.match(r"(\d+)\)", lines[name].rest))
     ]  # fmt: skip
     return max(steps[0], 1) if len(steps) == 1 else 1
-
-
-def array_size(dtype: str, dims: tuple[int, ...]) -> int:
-    """Bytes."""
-    return math.prod(dims) * _BYTES.get(dtype, 4)
 
 
 def _plain(dims: tuple[int, ...]) -> tuple[int, ...]:

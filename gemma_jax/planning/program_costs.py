@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gemma_jax.planning.hlo_text import Instruction, array_size, parse, runs_of
+from gemma_jax.planning.hlo_text import Instruction, Shape, parse, runs_of, shapes_in
 
 _KERNEL = re.compile(r'custom_call_target="(tpu_custom_call|mosaic_gpu|__gpu\$xla\.gpu\.triton)')
 # These move nothing themselves: names, loops around what is counted, ends of what has begun.
@@ -26,7 +26,6 @@ _FREE = {
 _FREE_CALL = re.compile(r'"(AllocateBuffer|ConcatBitcast|AssumeGatherIndicesInBound|Async\w+)"')
 _TAKES = {"dynamic-slice", "slice", "gather"}  # read of their first operand what they make
 _PASSES = {"bitcast", "reshape"}
-_SHAPE = re.compile(r"\b(pred|bf16|f8\w*|[fsuc]\d+)\[([\d,]*)\](\{[^}]*\})?")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 
 
@@ -106,7 +105,7 @@ class _Computation:
             return 2 * whole[1]
         if operation == "scatter":
             return sum(whole[1:]) + whole[-1]
-        made = _made(line)
+        made = sum(map(_size, line.made))
         if operation in _TAKES:
             return (min(made, whole[0]) if whole[0] else 0) + made + sum(whole[1:])
         return sum(whole) + made
@@ -152,33 +151,17 @@ class _Computation:
 _ALL = 1 << 62
 
 
-def _made(line: Instruction) -> int:
-    """Bytes of results; of what begins here and ends elsewhere, without the operands in them."""
-    if not line.operation.endswith("-start"):
-        return _bytes(line.result)
-    shapes = _SHAPE.findall(line.result)
-    large = [shape for shape in shapes if shape[1]]  # others are signs between the two
-    if line.operation == "copy-start":
-        return sum(map(_size, large[:1]))
-    return sum(map(_size, large[len(large) // 2 :]))
-
-
 def _bytes(result: str, anywhere: bool = False) -> int:
     """Of arrays in the device's memory, or anywhere."""
-    return sum(_size(shape, anywhere) for shape in _SHAPE.findall(result))
+    return sum(_size(shape, anywhere) for shape in shapes_in(result))
 
 
-def _size(shape: tuple[str, str, str], anywhere: bool = False) -> int:
-    dtype, dims, layout = shape
-    if "S(" in layout and not anywhere:
-        return 0
-    return array_size(dtype, tuple(int(n) for n in dims.split(",") if n))
+def _size(shape: Shape, anywhere: bool = False) -> int:
+    return 0 if "S(" in shape.layout and not anywhere else shape.nbytes
 
 
 def _dims(result: str) -> tuple[int, ...]:
-    found = _SHAPE.search(result)
-    assert found is not None, result
-    return tuple(int(n) for n in found[2].split(",") if n)
+    return shapes_in(result)[0].dims
 
 
 def _dot(line: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> float:

@@ -38,7 +38,8 @@ def test_gates_by_definition(name):
 
     gated = PerLayerInput(cfg, rngs=nnx.Rngs(0))
     vector_BTP = jnp.ones((1, 3, cfg.per_layer.width))
-    _, captured = gated(x_BTD, vector_BTP, NUMERICS["hf"])
+    captured = {}
+    gated(x_BTD, vector_BTP, NUMERICS["hf"], captured.setdefault)
     np.testing.assert_allclose(captured["per_layer_gates"], act(gated.gate(x_BTD)), atol=1e-5)
 
 

@@ -20,17 +20,12 @@ CONFIGS = {
 
 
 @pytest.fixture(scope="module", params=list(CONFIGS))
-def cfg(request):
-    return CONFIGS[request.param]
+def model(request):
+    return tiny.model(CONFIGS[request.param])
 
 
-@pytest.fixture(scope="module")
-def model(cfg):
-    return tiny.model(cfg)
-
-
-def test_the_last_layer_is_the_model(cfg, model):
-    ids = tiny.tokens(cfg, 2, 7)
+def test_the_last_layer_is_the_model(model):
+    ids = tiny.tokens(model.cfg, 2, 7)
     lens = gj.logit_lens(model, ids, top_k=3, logits=True)
     out = gj.forward(model, ids, capture="layer_outputs")
     np.testing.assert_array_equal(lens.logits_LBTV[-1], out.logits)
@@ -40,8 +35,8 @@ def test_the_last_layer_is_the_model(cfg, model):
     assert float(jnp.abs(first - out.logits).max()) > 0.1
 
 
-def test_numbers_by_hand(cfg, model):
-    ids = tiny.tokens(cfg, 2, 7)
+def test_numbers_by_hand(model):
+    ids = tiny.tokens(model.cfg, 2, 7)
     lens = gj.logit_lens(model, ids, top_k=3, logits=True)
     log_probs = np.asarray(jax.nn.log_softmax(lens.logits_LBTV), np.float64)
     order = np.argsort(-log_probs, axis=-1, kind="stable")
@@ -104,11 +99,11 @@ def test_wrong_numbers_of_choices():
             gj.logit_lens(tiny.model(cfg), [[2, 3]], top_k=top_k)
 
 
-def test_contributions_add_up(cfg, model):
-    ids = tiny.tokens(cfg, 2, 5)
+def test_contributions_add_up(model):
+    ids = tiny.tokens(model.cfg, 2, 5)
     parts = gj.contributions(model, ids)
     names = ["inputs_embeds", "layer_outputs"]
-    names += ["altup_predictions", "per_layer_outputs"] if cfg.altup else []
+    names += ["altup_predictions", "per_layer_outputs"] if model.cfg.altup else []
     names += ["attention_outputs", "ffn_outputs"]
     captured = gj.forward(model, ids, capture=names).captured
     arrays = _parts(model, captured)
@@ -119,5 +114,5 @@ def test_contributions_add_up(cfg, model):
         norms = np.sqrt((np.asarray(array) ** 2).sum(-1))
         np.testing.assert_allclose(parts[name], norms, rtol=1e-4, atol=1e-4)
         assert parts[name].shape == after.shape[:-1]
-    if cfg.altup:
+    if model.cfg.altup:
         assert not parts["per_layer"][:, 0].any() and parts["per_layer"][:, 1:].all()

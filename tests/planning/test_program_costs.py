@@ -128,6 +128,22 @@ def test_a_text_by_hand():
     assert sent == {"count": turns, "bytes": turns * whole}
 
 
+@pytest.mark.parametrize(
+    "text, size",
+    [
+        ("bf16[3,5]{1,0:T(8,128)}", 30),
+        ("f32[]", 4),
+        ("pred[7]", 7),
+        ("s4[3,5]{1,0:T(8,128)E(4)}", 8),  # two a byte
+        ("f8e4m3fn[3,5]", 15),
+        ("c64[3]", 24),
+        ("(u64[2], s8[3]{0})", 19),
+    ],
+)
+def test_bytes_of_arrays(text, size):
+    assert sum(shape.nbytes for shape in hlo.shapes_in(text)) == size
+
+
 def test_bounds():
     one = Bounds(compute=2.0, memory=3.0)
     assert (one.name, one.seconds) == ("memory", 3.0)
