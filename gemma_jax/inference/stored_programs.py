@@ -93,15 +93,16 @@ class StoredProgram:
             print(f"the program {path} is damaged ({reason}): compiled anew", file=sys.stderr)
         if not _can_write(_folder):
             return plain
-        with _no_cache_of_jax():
+        with no_cache_of_jax():
             program = self._function.lower(*args, **static).compile()
         _write(path, program, trees)
         return program
 
 
 @contextmanager
-def _no_cache_of_jax() -> Iterator[None]:
-    """A program that comes out of JAX's own cache lacks code, once it is written again."""
+def no_cache_of_jax() -> Iterator[None]:
+    """Compiles anew, and leaves nothing: a program out of JAX's own cache lacks code once it is
+    written again, and one for a machine that is not there is written but cannot be read."""
     name = "jax_enable_compilation_cache"
     with _one_at_a_time:
         before = jax.config.values[name]

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import jax
 
+from gemma_jax.inference.stored_programs import no_cache_of_jax
+
 COLLECTIVES = (
     "all-reduce",
     "all-gather",
@@ -126,7 +128,8 @@ def compiled(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
     """
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        program = lowered.compile(compiler_options=options)
+        with no_cache_of_jax():  # out of which the program would come without its text
+            program = lowered.compile(compiler_options=options)
         (file,) = Path(folder).glob("*after_optimizations.txt")
         return program, file.read_text()
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.experimental.compilation_cache import compilation_cache
 
 from gemma_jax.planning import hlo_text as hlo
 from gemma_jax.planning.bounds import Bounds
@@ -154,3 +155,24 @@ def test_bounds():
 def test_a_program_of_nothing():
     assert costs_of(lambda x: x, (3,))[0].operations == 0
     assert ProgramCosts(1.0, 2, 3).kernels == 3
+
+
+def test_a_program_has_its_text_however_often_it_is_compiled(tmp_path):
+    """JAX's cache would keep the program without the text that the compiler writes beside it."""
+    kept = {
+        "jax_compilation_cache_dir": str(tmp_path),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in kept}
+    try:
+        for name, value in kept.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        seen = [costs_of(layer, (48, 48), (48, 48))[0].operations for _ in range(2)]
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+    assert seen == [2 * 48**3] * 2
+    assert not list(tmp_path.iterdir())
