@@ -1,11 +1,12 @@
-"""What narrower weights cost on a text: perplexity, and the distance to the float32 model.
+"""What narrower weights and caches cost on a text: perplexity, and the distance to float32.
 
     python -m gemma_jax.benchmarks.quality --output gemma_jax/benchmarks/results/quality-270m.json
 
-Per storage: perplexity; KL divergence of its distribution from that of float32 weights, in nats per
+Per mode: perplexity; KL divergence of its distribution from that of float32 weights, in nats per
 token (mean over the text); how often both think the same token likeliest; mean change of the
-log-probability of the token that comes; bytes of the weights. Arithmetic is float32 throughout, but
-for the modes that round activations too (`/int8`).
+log-probability of the token that comes; bytes of the weights. Arithmetic is float32, but for the
+modes that round activations too (`/int8`) and those that say bfloat16. Where a mode names a cache,
+the text is read through it in chunks, so that all keys and values are read back as they are kept.
 
 Local letters: V vocabulary.
 """
@@ -13,8 +14,10 @@ Local letters: V vocabulary.
 import argparse
 import json
 import sys
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,22 +25,48 @@ import numpy as np
 
 import gemma_jax as gj
 from gemma_jax.benchmarks.speed import machine_facts
+from gemma_jax.decoder.batch import Batch
+from gemma_jax.decoder.cache import Cache
+from gemma_jax.placement import empty_cache
 from gemma_jax.storages import StorageRules, WeightStorage
 from gemma_jax.weights.protocol import array_bytes
 
 TEXT = Path("checkpoints/elastic/held_out.txt")
 MIXED: StorageRules = {"embed.*": "int8", "*": "int4"}
-MODES: dict[str, tuple[WeightStorage | StorageRules, str]] = {
-    "int8": ("int8", "float"),
-    "int8:32": ("int8:32", "float"),
-    "int8:32/int8": ("int8:32", "int8"),
-    "stored": ("stored", "float"),
-    "stored/int8": ("stored", "int8"),
-    "embedding int8, rest int4": (MIXED, "float"),
-    "int4": ("int4", "float"),
-    "int4:64": ("int4:64", "float"),
-    "int4:128": ("int4:128", "float"),
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How a model is kept, and what it computes in; fields as in `gj.LoadOptions`."""
+
+    weights: WeightStorage | StorageRules | None = None
+    activations: Literal["float", "int8"] = "float"
+    dtype: str = "float32"
+    cache: str | None = None
+
+
+MODES = {
+    "bfloat16": Mode("bfloat16"),
+    "bfloat16, arithmetic too": Mode(dtype="bfloat16"),
+    "int8": Mode("int8"),
+    "int8:32": Mode("int8:32"),
+    "int8:32/int8": Mode("int8:32", "int8"),
+    "stored": Mode("stored"),
+    "stored/int8": Mode("stored", "int8"),
+    "embedding int8, rest int4": Mode(MIXED),
+    "int4": Mode("int4"),
+    "int4:64": Mode("int4:64"),
+    "int4:128": Mode("int4:128"),
+    "float32, float32 cache": Mode(cache="float32"),
+    "float32, bfloat16 cache": Mode(cache="bfloat16"),
+    "float32, int8 cache": Mode(cache="int8"),
+    "bfloat16, arithmetic too, int8 cache": Mode(dtype="bfloat16", cache="int8"),
+    "int8, int8 cache": Mode("int8", cache="int8"),
+    "stored, bfloat16 cache": Mode("stored", cache="bfloat16"),
+    "stored, int8 cache": Mode("stored", cache="int8"),
+    "stored/int8, int8 cache": Mode("stored", "int8", cache="int8"),
 }
+CHUNK = 100  # tokens that are read at once, through a cache
 ROWS = 64  # positions whose logits are looked at together
 
 
@@ -65,9 +94,16 @@ def measure(source: str, text_file: Path, tokens: int, modes: list[str]) -> dict
     exact = log_probs(gj.load_model(source, dtype="float32"), ids)
     rows: dict[str, Any] = {"float32": {"perplexity": _perplexity(exact, ids)}}
     for name in modes:
-        weights, activations = MODES[name]
-        model = gj.load_model(source, dtype="float32", weights=weights, activations=activations)
-        rows[name] = compare(exact, log_probs(model, ids), ids)
+        mode = MODES[name]
+        model = gj.load_model(
+            source,
+            dtype=mode.dtype,
+            weights=mode.weights,
+            activations=mode.activations,
+            cache_dtype=mode.cache,
+        )
+        read = log_probs if mode.cache is None else log_probs_through_cache
+        rows[name] = compare(exact, read(model, ids), ids)
         rows[name]["weight_bytes"] = sum(map(array_bytes, jax.tree.leaves(model)))
     return {
         "model": source,
@@ -87,6 +123,23 @@ def log_probs(model: gj.Gemma, ids: list[int]) -> np.ndarray:
         return jax.nn.log_softmax(gj.forward(model, ids_BT).logits[0].astype(jnp.float32))
 
     return np.asarray(run(model, np.array([ids[:-1]], np.int32)))
+
+
+def log_probs_through_cache(model: gj.Gemma, ids: list[int], chunk: int = CHUNK) -> np.ndarray:
+    """What `log_probs` says, of a text that is read in chunks through the model's cache."""
+
+    @partial(jax.jit, donate_argnames=("cache",))
+    def run(model: gj.Gemma, batch: Batch, cache: Cache) -> tuple[jax.Array, Cache]:
+        out = gj.forward(model, batch, cache=cache)
+        return jax.nn.log_softmax(out.logits[0].astype(jnp.float32)), out.cache
+
+    cache, read = empty_cache(model, 1, len(ids) + chunk), []
+    for start in range(0, len(ids) - 1, chunk):
+        part = ids[start : min(start + chunk, len(ids) - 1)]
+        batch = Batch.padded([part], chunk, starts=[start])
+        found_TV, cache = run(model, batch, cache)
+        read.append(np.asarray(found_TV)[: len(part)])
+    return np.concatenate(read)
 
 
 def compare(exact_TV: np.ndarray, found_TV: np.ndarray, ids: list[int]) -> dict[str, float]:

@@ -26,6 +26,19 @@ def test_figures_of_a_model_against_itself_and_against_a_rounded_one():
     assert 0 < 20 * rounded[0] < rounded[1] < 1
 
 
+def test_a_text_that_is_read_through_the_cache():
+    """In chunks of a size that does not divide the text; narrower caches change more."""
+    ids = gj.load_tokenizer("checkpoints/digits").encode("Which digit is left? The left one is 7.")
+    found = {}
+    for kept in ("float32", "bfloat16", "int8"):
+        model = gj.load_model("checkpoints/digits", modalities=("text",), cache_dtype=kept)
+        exact = quality.log_probs(model, ids)
+        read = quality.log_probs_through_cache(model, ids, chunk=5)
+        assert read.shape == exact.shape
+        found[kept] = quality.compare(exact, read, ids)["log_prob_change"]
+    assert found["float32"] < 1e-5 < found["bfloat16"] < found["int8"] < 0.1
+
+
 def test_the_stored_figures():
     """Blocks that are kept change nothing, 8 bits little, 4 bits much: it was not trained so."""
     modes = json.loads(RESULT.read_text("utf-8"))["modes"]
