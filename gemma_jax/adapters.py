@@ -14,6 +14,7 @@ from flax import nnx
 
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.decoder.names import layer_names
+from gemma_jax.distributed import fetched
 from gemma_jax.weights.adapted import Adapted, row_norms, with_magnitudes
 from gemma_jax.weights.protocol import Weight, dense
 from gemma_jax.weights.tree import flat_params, with_attributes, with_params
@@ -171,7 +172,7 @@ def factors_of(model: Gemma) -> dict[str, Factors]:
 
 def _factors(value: Adapted, magnitude: jax.Array | None, row: int | None) -> Factors | None:
     a, b, scale, m = jax.tree.map(
-        lambda x: np.asarray(x if row is None else x[row]),
+        lambda x: fetched(x if row is None else x[row]),
         (value.a, value.b, value.scale, magnitude),
     )
     used = np.any(a.reshape(len(a), -1) != 0, axis=1) | np.any(b.reshape(-1, len(a)) != 0, axis=0)

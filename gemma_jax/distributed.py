@@ -8,6 +8,8 @@ import os
 import sys
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 # Seconds: to wait for processes that have not come, and until one that is silent counts as dead.
 # Then JAX ends the others, with a message that names it.
@@ -55,6 +57,19 @@ def join(
             f"{reason}"
         ) from error
     _keep_stdout_for_results()
+
+
+def fetched(array: jax.Array) -> np.ndarray:
+    """The whole array, here; of what several processes hold, all of them must ask for it.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> fetched(jnp.arange(3))
+      array([0, 1, 2], dtype=int32)
+    """
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def _keep_stdout_for_results() -> None:

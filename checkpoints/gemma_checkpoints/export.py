@@ -13,6 +13,7 @@ from flax import nnx
 from gemma_jax.config import GemmaConfig
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.decoder.names import EMBEDDERS
+from gemma_jax.distributed import fetched
 from gemma_jax.weights.protocol import StandIn
 from gemma_jax.weights.tree import ParamPath, flat_params, with_attributes
 
@@ -267,9 +268,9 @@ def host_array(param: nnx.Param, row: int | None) -> np.ndarray:
     """One layer's parameter as NumPy; a view where the array lies in host memory."""
     value = param.get_value()
     if row is None:
-        return np.asarray(value)
-    on_cpu = all(device.platform == "cpu" for device in value.devices())
-    return np.asarray(value)[row] if on_cpu else np.asarray(value[row])
+        return fetched(value)
+    in_view = value.is_fully_addressable and all(d.platform == "cpu" for d in value.devices())
+    return np.asarray(value)[row] if in_view else fetched(value[row])
 
 
 def _tensors(

@@ -90,6 +90,8 @@ def _run(path: Path, resume: bool, changes: list[str], check: bool) -> None:
     if not path.is_file():
         raise FileNotFoundError(2, "No such file", str(path))
     common.set_up_jax()
+    import jax
+
     from gemma_jax.runs.config import read_config
     from gemma_jax.runs.folder import RunFolder
     from gemma_jax.runs.prepared import prepare
@@ -101,9 +103,11 @@ def _run(path: Path, resume: bool, changes: list[str], check: bool) -> None:
     RunFolder(config.out, resume=resume).refuse_other(tables)  # before anything is loaded
     with progress.loading() as bar:
         prepared = prepare(config, progress=bar)
-    print(prepared.summary, file=sys.stderr)
+    speaks = jax.process_index() == 0
+    if speaks:
+        print(prepared.summary, file=sys.stderr)
     with progress.steps(prepared.steps) as bar:
-        saved = prepared.run(tables, resume=resume, watchers=[bar])
+        saved = prepared.run(tables, resume=resume, watchers=[bar] if speaks else [])
     print(saved)
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from gemma_jax.atomic_files import replacing
 
@@ -57,6 +58,8 @@ class RunFolder:
                 "a new folder"
             )
         self.begun, self.writes = begun, jax.process_index() == 0
+        if jax.process_count() > 1:  # all of them have looked before the first one writes
+            multihost_utils.sync_global_devices("folder of the run")
 
     @property
     def states(self) -> Path:

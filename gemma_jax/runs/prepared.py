@@ -120,6 +120,11 @@ def prepare(config: RunConfig, *, progress: Callable[[int, int], None] | None = 
     Raises:
       ValueError: A part that cannot be had, or parts that do not fit together.
     """
+    if config.adapter is None and config.save_as == "hf" and jax.process_count() > 1:
+        raise ValueError(
+            "a folder of Hugging Face is written by one process, and several train this model: say "
+            'save_as = "orbax", and convert that'
+        )
     tokenizer = load_tokenizer(config.model)
     options = load_options(config)
     model = load_model(config.model, options, progress=progress)

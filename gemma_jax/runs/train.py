@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -24,7 +24,7 @@ from gemma_jax.training.accumulate import weight_of
 from gemma_jax.training.loop import LossError, Moment, SpikeGuard
 from gemma_jax.training.loop import steps as take_steps
 from gemma_jax.training.objectives import next_token
-from gemma_jax.training.placing import batch_shardings, state_shardings
+from gemma_jax.training.placing import place_batch, state_shardings
 from gemma_jax.training.state import TrainState
 from gemma_jax.training.step import Objective, make_step
 from gemma_jax.training.trainable import Trainable, trainable
@@ -177,9 +177,11 @@ class _Run:
         init, step = make_step(
             self.objective, self.optimizer, self.parts.join, micro_batches=self.micro_batches
         )
-        state = init(self.parts.trained, jax.random.key(self.seed))
-        if (partition := self._partition()) is not None:
-            state = jax.device_put(state, state_shardings(state, partition))
+        given = self.parts.trained, jax.random.key(self.seed)
+        if (partition := self._partition()) is not None:  # made where it lies, by all processes
+            shapes = replace(jax.eval_shape(init, *given), trained=self.parts.trained)
+            init = jax.jit(init, out_shardings=state_shardings(shapes, partition))
+        state = init(*given)
         if folder is None:
             return self._steps(step, state, iter(self.data), None, None)
         from gemma_checkpoints import TrainingStates
@@ -325,16 +327,7 @@ class _Run:
 
 def _placed(batch: Any, partition: Any, stacked: int = 0) -> Any:
     """The batch on the devices of a mesh, by its letters; as it is without one."""
-    if partition is None:
-        return batch
-    shardings = batch_shardings(batch, partition, stacked=stacked)
-    if jax.process_count() == 1:
-        return jax.device_put(batch, shardings)
-    return jax.tree.map(
-        lambda array, sharding: jax.make_array_from_process_local_data(sharding, np.asarray(array)),
-        batch,
-        shardings,
-    )
+    return batch if partition is None else place_batch(batch, partition, stacked=stacked)
 
 
 def _agreed(here: int) -> int:

@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gemma_jax.sharding import Partition
@@ -52,25 +54,68 @@ def state_shardings(state: TrainState, partition: Partition) -> TrainState:
     return replace(placed, trained=trained, moments=moments)
 
 
-def batch_shardings(batch: Any, partition: Partition, *, stacked: int = 0) -> Any:
+def batch_shardings(
+    batch: Any, partition: Partition, *, stacked: int = 0, processes: int = 1
+) -> Any:
     """A sharding for every array of a batch: rows, and the items in them, by the rule of `B`.
 
     What the devices of that rule do not divide is whole on every one of them.
 
     Args:
       stacked: Axes in front of the rows: 1 with micro-batches.
+      processes: How many of them hold as many rows as this one.
     """
     axes = partition.axes("B")
 
     def of(path: Any, array: Any) -> NamedSharding:
-        name = getattr(path[-1], "name", "") if path else ""
-        spec = PartitionSpec(*[None] * stacked, axes)
-        rows = array.shape[stacked : stacked + 1]
-        if name.endswith("_L") or not rows or not axes or rows[0] % _count(partition, axes):
+        if not axes or not _has_rows(path, array, stacked):
             return partition.whole
-        return NamedSharding(partition.mesh, spec)
+        if array.shape[stacked] * processes % _count(partition, axes):
+            return partition.whole
+        return NamedSharding(partition.mesh, PartitionSpec(*[None] * stacked, axes))
 
     return jax.tree_util.tree_map_with_path(of, batch)
+
+
+def place_batch(batch: Any, partition: Partition, *, stacked: int = 0) -> Any:
+    """The batch on the devices of the mesh.
+
+    Of several processes each gives its own rows, which follow those of the process before; what
+    is no row is the same in all of them.
+    """
+    processes = jax.process_count()
+    shardings = batch_shardings(batch, partition, stacked=stacked, processes=processes)
+    if processes == 1:
+        return jax.device_put(batch, shardings)
+
+    def place(path: Any, array: Any, sharding: NamedSharding) -> jax.Array:
+        array = np.asarray(array)
+        if _has_rows(path, array, stacked):
+            return _place_rows(array, sharding, stacked, processes)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree_util.tree_map_with_path(place, batch, shardings)
+
+
+def _place_rows(array: np.ndarray, sharding: NamedSharding, axis: int, processes: int) -> jax.Array:
+    """Rows of all processes; they are exchanged if devices need others than their own process'."""
+    share = array.shape[axis]
+    shape = (*array.shape[:axis], share * processes, *array.shape[axis + 1 :])
+
+    def has_its_own(device: jax.Device, index: tuple[slice, ...]) -> bool:
+        start, stop, _ = index[axis].indices(shape[axis])
+        return share * device.process_index <= start and stop <= share * (device.process_index + 1)
+
+    if all(has_its_own(*of) for of in sharding.devices_indices_map(shape).items()):
+        return jax.make_array_from_process_local_data(sharding, array, shape)
+    rows = np.concatenate(multihost_utils.process_allgather(array), axis)
+    return jax.make_array_from_callback(shape, sharding, lambda index: rows[index])
+
+
+def _has_rows(path: Any, array: Any, stacked: int) -> bool:
+    """Whether this leaf of a batch has an axis of rows, or of items in them, after those."""
+    name = getattr(path[-1], "name", "") if path else ""
+    return not name.endswith("_L") and array.ndim > stacked
 
 
 def _count(partition: Partition, axes: tuple[str, ...]) -> int:
