@@ -30,7 +30,10 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names (tests/test_p
         TokenScores as TokenScores,
         score_continuations as score_continuations,
     )
-    from gemma_jax.evaluation.contributions import contributions as contributions
+    from gemma_jax.evaluation.contributions import (
+        contributions as contributions,
+        logit_contributions as logit_contributions,
+    )
     from gemma_jax.evaluation.logit_lens import LogitLens as LogitLens, logit_lens as logit_lens
     from gemma_jax.evaluation.scoring import score as score
     from gemma_jax.evaluation.shieldgemma import Verdict as Verdict, shield as shield
@@ -130,7 +133,7 @@ _HOMES = {
     "gemma_jax.decoder.losses": ("loss", "token_losses"),
     "gemma_jax.decoder.model": ("Block", "Gemma"),
     "gemma_jax.evaluation.continuations": ("TokenScores", "score_continuations"),
-    "gemma_jax.evaluation.contributions": ("contributions",),
+    "gemma_jax.evaluation.contributions": ("contributions", "logit_contributions"),
     "gemma_jax.evaluation.logit_lens": ("LogitLens", "logit_lens"),
     "gemma_jax.evaluation.scoring": ("score",),
     "gemma_jax.evaluation.shieldgemma": ("Verdict", "shield"),

@@ -1,4 +1,4 @@
-"""What the parts of every layer add to the residual stream, or streams, by size."""
+"""What the parts of every layer add to the residual stream or streams, by size, and to a logit."""
 
 from collections.abc import Sequence
 
@@ -45,6 +45,83 @@ def contributions(
         names[2:] = ["altup_predictions", *(["per_layer_outputs"] if model.per_layer else [])]
     found = forward(model, batch, logits="none", capture=names, patch=patch).captured
     return {name: jnp.linalg.norm(part, axis=-1) for name, part in _parts(model, found).items()}
+
+
+def logit_contributions(
+    model: Gemma,
+    batch: Batch | jax.typing.ArrayLike | Sequence[Sequence[int]],
+    token: int,
+    *,
+    against: int | None = None,
+    position: int = -1,
+) -> dict[str, jax.Array]:
+    """Splits the logit of one token into what each part of each layer adds to it.
+
+    The final norm divides by the size of the whole stream. With that size held, the head is linear
+    and the parts add up to the logit, before a soft cap where the model has one ("direct logit
+    attribution"). What a part does by way of later layers counts as theirs.
+
+    Args:
+      batch: As `forward` takes it.
+      token: Id of the token whose logit is split.
+      against: Id of a token whose logit is taken off: what speaks for one rather than the other.
+      position: Which of the T tokens of each row predicts it; negative counts from the end.
+
+    Returns:
+      float32: `embedding` `[B]`, what enters the first layer; `attention` and `ffn`, `[L, B]`.
+
+    Raises:
+      ValueError: What `forward` refuses, ids or positions that there are not, a model that reads
+        both ways, or Gemma 3n, whose streams are merged in a way that is no sum.
+
+    Examples:
+      >>> import gemma_jax as gj
+      >>> model, tok = gj.load("checkpoints/digits")
+      >>> ids = tok.encode("How many digits?", bos=True)
+      >>> parts = gj.logit_contributions(model, [ids], tok.encode("3")[0])
+      >>> {name: added.shape for name, added in parts.items()}
+      {'embedding': (1,), 'attention': (3, 1), 'ffn': (3, 1)}
+    """
+    model.cfg.require_causal("has no next token whose logit could be split")
+    if model.streams is not None:
+        raise ValueError("Gemma 3n merges its streams, so its logits are no sum over layers")
+    batch = Batch.of(batch)
+    tokens = batch.tokens_BT.shape[1]
+    sizes = [("token", token, 0, model.cfg.vocab_size), ("position", position, -tokens, tokens)]
+    if against is not None:
+        sizes.append(("against", against, 0, model.cfg.vocab_size))
+    for name, given, low, high in sizes:
+        if not low <= given < high:
+            raise ValueError(f"{name}={given} must lie in [{low}, {high})")
+    names = ("inputs_embeds", "attention_outputs", "ffn_outputs", "layer_outputs")
+    found = forward(model, batch, logits="none", capture=names).captured
+    at = {name: found[name][..., position, :] for name in names}
+    added = _added(model, at, token, against)
+    return {name: added[name] for name in ("embedding", "attention", "ffn")}  # jit sorts them
+
+
+@jax.jit
+def _added(
+    model: Gemma, at: dict[str, jax.Array], token: int, against: int | None
+) -> dict[str, jax.Array]:
+    """Logits that parts `[(L,) B, D]` of the last stream add."""
+    at = {name: jnp.asarray(x, jnp.float32) for name, x in at.items()}
+
+    def size(x: jax.Array) -> jax.Array:  # what the norm divides by
+        return jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + model.final_norm.eps)
+
+    whole_BD = at["layer_outputs"][-1]
+
+    def added(x_BD: jax.Array) -> jax.Array:
+        normed_BD = model.final_norm(x_BD, model.runtime.numerics) * size(x_BD) / size(whole_BD)
+        logits_BV = model.embed.decode(normed_BD[:, None])[:, 0].astype(jnp.float32)
+        return logits_BV[:, token] - (0 if against is None else logits_BV[:, against])
+
+    return {
+        "embedding": added(at["inputs_embeds"]),
+        "attention": jax.lax.map(added, at["attention_outputs"]),
+        "ffn": jax.lax.map(added, at["ffn_outputs"]),
+    }
 
 
 def _parts(model: Gemma, found: dict[str, jax.Array]) -> dict[str, jax.Array]:

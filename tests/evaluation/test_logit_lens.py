@@ -116,3 +116,53 @@ def test_contributions_add_up(model):
         assert parts[name].shape == after.shape[:-1]
     if model.cfg.altup:
         assert not parts["per_layer"][:, 0].any() and parts["per_layer"][:, 1:].all()
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma2"])
+def test_a_logit_is_the_sum_of_what_is_added_to_it(family):
+    """Oracle: `forward`; the cap of Gemma 2 is undone, as its logit is what parts add up to."""
+    cfg = CONFIGS[family]
+    model, ids = tiny.model(cfg), tiny.tokens(cfg, 2, 7)
+    logits = np.asarray(gj.forward(model, ids).logits, np.float64)
+    if model.soft_cap is not None:
+        logits = model.soft_cap * np.arctanh(logits / model.soft_cap)
+    for position in (-1, 3):
+        parts = gj.logit_contributions(model, ids, 5, position=position)
+        assert {n: p.shape for n, p in parts.items()} == {
+            "embedding": (2,), "attention": (len(cfg.layers), 2), "ffn": (len(cfg.layers), 2),
+        }  # fmt: skip
+        total = parts["embedding"] + parts["attention"].sum(0) + parts["ffn"].sum(0)
+        np.testing.assert_allclose(total, logits[:, position, 5], atol=2e-5)
+        other = gj.logit_contributions(model, ids, 7, position=position)
+        between = gj.logit_contributions(model, ids, 5, against=7, position=position)
+        for name in parts:
+            np.testing.assert_allclose(between[name], parts[name] - other[name], atol=1e-5)
+
+
+def test_each_part_is_added_where_it_is_said():
+    """By hand, one part of one layer in float64."""
+    cfg = CONFIGS["gemma3"]
+    model, ids = tiny.model(cfg), tiny.tokens(cfg, 1, 5)
+    names = ("layer_outputs", "attention_outputs", "ffn_outputs")
+    found = gj.forward(model, ids, capture=names).captured
+    x = np.asarray(found["layer_outputs"][-1, 0, -1], np.float64)
+    gain = (1 + np.asarray(model.final_norm.scale[...])) / np.sqrt((x**2).mean() + cfg.norm_eps)
+    parts = gj.logit_contributions(model, ids, 11)
+    for name in ("attention", "ffn"):
+        for layer in range(len(cfg.layers)):
+            part = np.asarray(found[f"{name}_outputs"][layer, 0, -1], np.float64)
+            by_hand = (part * gain) @ np.asarray(model.embed.table[...])[11]
+            np.testing.assert_allclose(parts[name][layer, 0], by_hand, atol=1e-5)
+
+
+def test_logits_that_are_not_split():
+    model = tiny.model(CONFIGS["gemma3"])
+    for wrong, message in (
+        ({"token": 96}, r"token=96 must lie in \[0, 96\)"),
+        ({"token": 0, "against": -1}, r"against=-1 must lie in \[0, 96\)"),
+        ({"token": 0, "position": 2}, r"position=2 must lie in \[-2, 2\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gj.logit_contributions(model, [[2, 3]], **wrong)
+    with pytest.raises(ValueError, match="no sum over layers"):
+        gj.logit_contributions(tiny.model(CONFIGS["gemma3n"]), [[2, 3]], 0)

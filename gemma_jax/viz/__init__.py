@@ -5,6 +5,13 @@
 
     gj.viz.draw_crops(image, gj.PanAndScan().boxes(image.width, image.height))
 
+    words = gj.viz.token_labels(tok, ids)
+    gj.viz.plot_logit_lens(gj.logit_lens(model, [ids]), tok, words)
+    gj.viz.plot_contributions(gj.logit_contributions(model, [ids], token))
+    gj.viz.plot_attention(out.captured["attention_weights"][layer, 0, head], words)
+    gj.viz.plot_image_attention(image, heat)
+    gj.viz.plot_patching(restored_LT, words)
+
     gj.viz.plot_mel(log_mel(clip.samples, sounds, num_mels), sounds)
     heat = gj.viz.sound_attention(out.captured["attention_weights"], queries=[-2, -1], span=(9, 33))
     gj.viz.plot_sound_attention(heat, words, seconds=0.16)
@@ -21,10 +28,9 @@ drawn with matplotlib (extra `notebook`) and come back as its axes.
 Local letters: M mel bands.
 """
 
-import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ParamSpec
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -32,6 +38,54 @@ from gemma_jax.config import LayerSpec
 from gemma_jax.encoder_config import SoundProcessing
 from gemma_jax.vision.images import Image, pillow
 from gemma_jax.vision.pan_and_scan import Box
+from gemma_jax.viz.inside import (
+    plot_attention as plot_attention,
+)
+from gemma_jax.viz.inside import (
+    plot_contributions as plot_contributions,
+)
+from gemma_jax.viz.inside import (
+    plot_image_attention as plot_image_attention,
+)
+from gemma_jax.viz.inside import (
+    plot_logit_lens as plot_logit_lens,
+)
+from gemma_jax.viz.inside import (
+    plot_patching as plot_patching,
+)
+from gemma_jax.viz.inside import (
+    token_labels as token_labels,
+)
+from gemma_jax.viz.style import (
+    BLUE as BLUE,
+)
+from gemma_jax.viz.style import (
+    COLOURS as COLOURS,
+)
+from gemma_jax.viz.style import (
+    GREEN as GREEN,
+)
+from gemma_jax.viz.style import (
+    ORANGE as ORANGE,
+)
+from gemma_jax.viz.style import (
+    PURPLE as PURPLE,
+)
+from gemma_jax.viz.style import (
+    RED as RED,
+)
+from gemma_jax.viz.style import (
+    SKY as SKY,
+)
+from gemma_jax.viz.style import (
+    STYLE as STYLE,
+)
+from gemma_jax.viz.style import (
+    Colour,
+    axes,
+    number_layers,
+    styled,
+)
 
 if TYPE_CHECKING:
     import jax
@@ -41,50 +95,7 @@ if TYPE_CHECKING:
     from gemma_jax.evaluation.probing import Found
     from gemma_jax.matformer import Point
 
-Colour = tuple[int, int, int]
-RED: Colour = (255, 32, 0)
-# Told apart by the colour-blind as well (Okabe and Ito, "Color Universal Design").
-BLUE, ORANGE, GREEN, PURPLE, SKY = COLOURS = (
-    "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9",
-)  # fmt: skip
 CROP_COLOURS = (ORANGE, SKY, GREEN, PURPLE)
-
-# Settings of matplotlib, for `plt.style.use`; all plots of this module have them.
-STYLE: dict[str, Any] = {
-    "axes.prop_cycle": f"cycler('color', {list(COLOURS)})",
-    "axes.axisbelow": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": "medium",
-    "figure.constrained_layout.use": True,
-    "figure.dpi": 90,
-    "grid.color": "#e6e6e6",
-    "image.cmap": "viridis",
-    "legend.frameon": False,
-    "lines.markersize": 5,
-}
-
-P = ParamSpec("P")
-
-
-def _styled(plot: "Callable[P, Axes]") -> "Callable[P, Axes]":
-    """Draws in `STYLE`, and sets back what that has changed.
-
-    Not with `rc_context`, which sets back more: that figures are shown, for one, if matplotlib
-    loads a notebook's backend meanwhile.
-    """
-
-    @functools.wraps(plot)
-    def styled(*args: P.args, **kwargs: P.kwargs) -> "Axes":
-        settings = _pyplot().rcParams
-        before = {name: settings[name] for name in STYLE}
-        settings.update(STYLE)
-        try:
-            return plot(*args, **kwargs)
-        finally:
-            settings.update(before)
-
-    return styled
 
 
 def image_attention(
@@ -197,7 +208,7 @@ def draw_crops(image, boxes: Sequence[Box]) -> "PilImage":
     return picture
 
 
-@_styled
+@styled
 def plot_mel(
     mel_TM: np.ndarray,
     processing: SoundProcessing = SoundProcessing(),
@@ -214,7 +225,7 @@ def plot_mel(
     mel_TM = np.asarray(mel_TM, np.float32)
     if mel_TM.ndim != 2 or not mel_TM.size:
         raise ValueError(f"expected mel frames [frames, bands]; got shape {list(mel_TM.shape)}")
-    ax = _axes(ax, (7, 2.4))
+    ax = axes(ax, (7, 2.4))
     seconds = len(mel_TM) * processing.hop_length / processing.sampling_rate
     extent = (0, seconds, 0, mel_TM.shape[1])
     heat = ax.imshow(mel_TM.T, origin="lower", aspect="auto", extent=extent)
@@ -223,7 +234,7 @@ def plot_mel(
     return ax
 
 
-@_styled
+@styled
 def plot_sound_attention(
     heat: np.ndarray, words: Sequence[str], seconds: float, *, ax: "Axes | None" = None
 ) -> "Axes":
@@ -242,7 +253,7 @@ def plot_sound_attention(
             f"expected weights [{len(words)}, soft tokens], a row for each word; got shape "
             f"{list(heat.shape)}"
         )
-    ax = _axes(ax, (7, 0.8 + 0.35 * len(words)))
+    ax = axes(ax, (7, 0.8 + 0.35 * len(words)))
     largest = heat.max(axis=1, keepdims=True)
     shown = heat / np.where(largest > 0, largest, 1)
     extent = (0, heat.shape[1] * seconds, len(words) - 0.5, -0.5)
@@ -252,7 +263,7 @@ def plot_sound_attention(
     return ax
 
 
-@_styled
+@styled
 def plot_layers(
     values: Sequence[float],
     layers: Sequence[LayerSpec],
@@ -270,19 +281,19 @@ def plot_layers(
     """
     if len(values) != len(layers):
         raise ValueError(f"{len(values)} values for {len(layers)} layers; give one for each")
-    ax = _axes(ax, (7, 2.6))
+    ax = axes(ax, (7, 2.6))
     for kind, colour in (("local", SKY), ("global", BLUE)):
         places = [i for i, spec in enumerate(layers) if spec.kind == kind]
         if places:
             ax.bar(places, [values[i] for i in places], color=colour, label=f"{kind} layer")
     ax.set(xlabel="layer", ylabel=label)
     ax.grid(visible=True, axis="y")
-    _number_layers(ax, len(layers))
+    number_layers(ax, len(layers))
     ax.legend()
     return ax
 
 
-@_styled
+@styled
 def plot_sensitivity(
     matrix: np.ndarray, fractions: Sequence[float], *, ax: "Axes | None" = None
 ) -> "Axes":
@@ -299,17 +310,17 @@ def plot_sensitivity(
             f"expected a matrix [L, {len(fractions)}], a column for each fraction; got shape "
             f"{list(matrix.shape)}"
         )
-    ax = _axes(ax, (7, 2.4))
+    ax = axes(ax, (7, 2.4))
     # White is no loss at all; what narrowing happens to improve is not worth a colour of its own.
     heat = ax.imshow(matrix.T, cmap="Reds", vmin=0, aspect="auto")
     ax.set(xlabel="layer", ylabel="width kept", yticks=range(len(fractions)))
     ax.set_yticklabels([f"{100 * fraction:g}%" for fraction in fractions])
-    _number_layers(ax, len(matrix))
+    number_layers(ax, len(matrix))
     ax.figure.colorbar(heat, ax=ax, label="added loss\n(nats per token)")
     return ax
 
 
-@_styled
+@styled
 def plot_depths(found: "Sequence[Found]", *, ax: "Axes | None" = None) -> "Axes":
     """What was found in long texts: lengths from left to right, depths downwards.
 
@@ -327,7 +338,7 @@ def plot_depths(found: "Sequence[Found]", *, ax: "Axes | None" = None) -> "Axes"
         for column, length in enumerate(lengths):
             some = [one.accuracy for one in found if (one.depth, one.length) == (depth, length)]
             shares[row, column] = 100 * np.mean(some) if some else np.nan
-    ax = _axes(ax, (1.5 + 0.7 * len(lengths), 1 + 0.45 * len(depths)))
+    ax = axes(ax, (1.5 + 0.7 * len(lengths), 1 + 0.45 * len(depths)))
     heat = ax.imshow(shares, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
     ax.set(xlabel="length (tokens)", ylabel="depth", xticks=range(len(lengths)))
     ax.set(xticklabels=[str(n) for n in lengths], yticks=range(len(depths)))
@@ -336,7 +347,7 @@ def plot_depths(found: "Sequence[Found]", *, ax: "Axes | None" = None) -> "Axes"
     return ax
 
 
-@_styled
+@styled
 def plot_slices(
     points: "Sequence[Point]",
     *,
@@ -358,7 +369,7 @@ def plot_slices(
         raise ValueError("no points given; give at least one")
     if len(names) > len(points):
         raise ValueError(f"{len(names)} names for {len(points)} points")
-    ax = _axes(ax, (6, 4))
+    ax = axes(ax, (6, 4))
     sizes, losses = zip(*[(point.parameters, point.loss) for point in points])
     dots = ax.scatter(sizes, losses, label=label, zorder=3 - line, marker="o" if line else "D")
     if line:
@@ -392,20 +403,3 @@ def _short(parameters: float, _=None) -> str:
         if parameters >= size:
             return f"{parameters / size:.3g} {unit}"
     return f"{parameters:g}"
-
-
-def _number_layers(ax: "Axes", layers: int) -> None:
-    """Whole numbers below a plot, at most about twenty of them."""
-    ax.set_xticks(range(0, layers, 1 + layers // 20))
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise ImportError("plots need matplotlib: pip install 'gemma-jax[notebook]'") from None
-    return plt
-
-
-def _axes(ax: "Axes | None", size: tuple[float, float]) -> "Axes":
-    return ax if ax is not None else _pyplot().subplots(figsize=size)[1]
