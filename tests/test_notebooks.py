@@ -387,3 +387,21 @@ def test_serve():
     assert re.fullmatch(call, called)
     metrics = printed(done, "/metrics")
     assert 'status="200"} 5.0' in metrics and "running: False" in metrics
+
+
+@pytest.mark.nightly
+def test_look_inside(real_gguf):
+    pytest.importorskip("PIL", reason="pip install 'gemma-jax[vision]'")
+    done = run("09_look_inside", ROOT / "notebooks")
+    plots = ("logit_lens", "attention", "patching", "image_attention")
+    for picture in (*plots, "contributions(parts", "contributions(sizes"):
+        found = outputs(done, f"gj.viz.plot_{picture}")
+        assert any("image/png" in o.get("data", {}) for o in found), picture
+    total, difference = (
+        float(n) for n in re.findall(r"[\d.]+\d", printed(done, "gj.logit_contributions"))
+    )
+    assert total == pytest.approx(difference, abs=0.002) and total > 3
+    looks = printed(done, "def look_away").splitlines()
+    as_it_is, one, four, against = (float(line.split()[-1]) for line in looks)
+    assert as_it_is == pytest.approx(difference, abs=0.01)
+    assert as_it_is > one > four and against > as_it_is + 1

@@ -144,7 +144,7 @@ def plot_contributions(
     ax.axhline(0, color="black", linewidth=0.8)
     ax.set(xlabel="layer", ylabel=label, xticks=range(0, L, 1 + L // 20))
     ax.grid(visible=True, axis="y")
-    ax.legend()
+    ax.legend(ncols=len(values), loc="lower right", bbox_to_anchor=(1, 1))  # above, on no bar
     return ax
 
 
