@@ -9,6 +9,7 @@ import json
 import os
 import pkgutil
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -80,6 +81,14 @@ def test_stored_with_what_it_shows(path):
     assert faults(notebook) == []
     assert len(notebook["cells"]) <= 20
     assert path.stat().st_size < 300_000
+
+
+def test_pictures_in_documents_are_those_of_the_notebooks():
+    """If this fails: `python docs/images/draw.py`."""
+    images = ROOT / "docs" / "images"
+    draw = runpy.run_path(str(images / "draw.py"))
+    for name, source in draw["PICTURES"].items():
+        assert (images / name).read_bytes() == draw["picture"](*source), name
 
 
 def stored() -> dict:

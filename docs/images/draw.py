@@ -1,6 +1,6 @@
-"""Draws the picture of the README: `python docs/images/draw.py`.
+"""Draws pictures of the documents: `python docs/images/draw.py`.
 
-It is stored in notebooks/02_vision.ipynb, below the cell that draws attention over an image.
+They are stored in notebooks, below the cells that make them.
 """
 
 import base64
@@ -8,15 +8,26 @@ import json
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NOTEBOOK = HERE.parent.parent / "notebooks" / "02_vision.ipynb"
+NOTEBOOKS = HERE.parent.parent / "notebooks"
+# File -> notebook, and what is called in the cell that draws it.
+PICTURES = {
+    "attention.png": ("02_vision", "image_attention"),
+    "patching.png": ("09_look_inside", "plot_patching"),
+}
+
+
+def picture(notebook: str, call: str) -> bytes:
+    """The one picture of the one cell of a notebook that calls this."""
+    cells = json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text("utf-8"))["cells"]
+    (cell,) = (c for c in cells if c["cell_type"] == "code" and call in "".join(c["source"]))
+    pictures = [output.get("data", {}).get("image/png") for output in cell["outputs"]]
+    (png,) = (picture for picture in pictures if picture)
+    return base64.b64decode("".join(png))
 
 
 def main() -> None:
-    cells = json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
-    (cell,) = (cell for cell in cells if "image_attention" in "".join(cell["source"]))
-    pictures = [output.get("data", {}).get("image/png") for output in cell["outputs"]]
-    (png,) = (picture for picture in pictures if picture)
-    (HERE / "attention.png").write_bytes(base64.b64decode("".join(png)))
+    for name, source in PICTURES.items():
+        (HERE / name).write_bytes(picture(*source))
 
 
 if __name__ == "__main__":

@@ -39,48 +39,23 @@ from gemma_jax.encoder_config import SoundProcessing
 from gemma_jax.vision.images import Image, pillow
 from gemma_jax.vision.pan_and_scan import Box
 from gemma_jax.viz.inside import (
-    plot_attention as plot_attention,
-)
-from gemma_jax.viz.inside import (
-    plot_contributions as plot_contributions,
-)
-from gemma_jax.viz.inside import (
-    plot_image_attention as plot_image_attention,
-)
-from gemma_jax.viz.inside import (
-    plot_logit_lens as plot_logit_lens,
-)
-from gemma_jax.viz.inside import (
-    plot_patching as plot_patching,
-)
-from gemma_jax.viz.inside import (
-    token_labels as token_labels,
+    plot_attention,
+    plot_contributions,
+    plot_image_attention,
+    plot_logit_lens,
+    plot_patching,
+    soft_token_grid,
+    token_labels,
 )
 from gemma_jax.viz.style import (
-    BLUE as BLUE,
-)
-from gemma_jax.viz.style import (
-    COLOURS as COLOURS,
-)
-from gemma_jax.viz.style import (
-    GREEN as GREEN,
-)
-from gemma_jax.viz.style import (
-    ORANGE as ORANGE,
-)
-from gemma_jax.viz.style import (
-    PURPLE as PURPLE,
-)
-from gemma_jax.viz.style import (
-    RED as RED,
-)
-from gemma_jax.viz.style import (
-    SKY as SKY,
-)
-from gemma_jax.viz.style import (
-    STYLE as STYLE,
-)
-from gemma_jax.viz.style import (
+    BLUE,
+    COLOURS,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    RED,
+    SKY,
+    STYLE,
     Colour,
     axes,
     number_layers,
@@ -94,6 +69,34 @@ if TYPE_CHECKING:
 
     from gemma_jax.evaluation.probing import Found
     from gemma_jax.matformer import Point
+
+__all__ = [
+    "BLUE",
+    "COLOURS",
+    "CROP_COLOURS",
+    "GREEN",
+    "ORANGE",
+    "PURPLE",
+    "RED",
+    "SKY",
+    "STYLE",
+    "attention_overlay",
+    "draw_crops",
+    "image_attention",
+    "plot_attention",
+    "plot_contributions",
+    "plot_depths",
+    "plot_image_attention",
+    "plot_layers",
+    "plot_logit_lens",
+    "plot_mel",
+    "plot_patching",
+    "plot_sensitivity",
+    "plot_slices",
+    "plot_sound_attention",
+    "sound_attention",
+    "token_labels",
+]
 
 CROP_COLOURS = (ORANGE, SKY, GREEN, PURPLE)
 
@@ -181,12 +184,7 @@ def attention_overlay(
       colour: Red, green and blue of the veil, 0 to 255.
       alpha: How much the veil hides where the weight is largest; without weight it is not there.
     """
-    grid = np.asarray(weights, np.float32)
-    if grid.ndim != 2 or not grid.size or not (np.isfinite(grid) & (grid >= 0)).all():
-        raise ValueError(
-            f"expected finite weights [rows, columns], none negative; got shape {list(grid.shape)}"
-            + (f" with values from {grid.min():g} to {grid.max():g}" if grid.size else "")
-        )
+    grid = soft_token_grid(weights)
     if not 0 <= alpha <= 1:
         raise ValueError(f"{alpha=} must lie in [0, 1]")
     picture = Image(image).to_pil()

@@ -12,7 +12,7 @@ import numpy as np
 
 from gemma_jax.text import Tokenizer
 from gemma_jax.vision.images import Image
-from gemma_jax.viz.style import COLOURS, RED, axes, pyplot, styled
+from gemma_jax.viz.style import COLOURS, RED, axes, number_layers, pyplot, styled
 
 if TYPE_CHECKING:
     import jax
@@ -142,7 +142,8 @@ def plot_contributions(
             before += 1
             ax.bar(-before, float(v), 0.8, color=colour, label=name)
     ax.axhline(0, color="black", linewidth=0.8)
-    ax.set(xlabel="layer", ylabel=label, xticks=range(0, L, 1 + L // 20))
+    ax.set(xlabel="layer", ylabel=label)
+    number_layers(ax, L)
     ax.grid(visible=True, axis="y")
     ax.legend(ncols=len(values), loc="lower right", bbox_to_anchor=(1, 1))  # above, on no bar
     return ax
@@ -192,11 +193,7 @@ def plot_image_attention(
       weights: `[rows, columns]` of soft tokens, not negative, as from `image_attention`.
       ax: Where to draw; default: a figure of its own.
     """
-    grid = np.asarray(weights, np.float32)
-    if grid.ndim != 2 or not grid.size or not (np.isfinite(grid) & (grid >= 0)).all():
-        raise ValueError(
-            f"expected finite weights [rows, columns], none negative; got shape {list(grid.shape)}"
-        )
+    grid = soft_token_grid(weights)
     picture = Image(image).to_pil()
     ax = axes(ax, (4.4, 0.4 + 3.6 * min(picture.height / picture.width, 3)))
     ax.imshow(picture, interpolation="nearest")
@@ -206,15 +203,25 @@ def plot_image_attention(
     red = [channel / 255 for channel in RED]
     veil = LinearSegmentedColormap.from_list("veil", [(*red, 0.0), (*red, 0.8)])
     top = float(grid.max()) or 1.0
-    heat = ax.imshow(
-        grid, cmap=veil, vmin=0, vmax=top, extent=extent, interpolation="nearest"
-    )  # fmt: skip
+    options = {"vmin": 0, "vmax": top, "extent": extent, "interpolation": "nearest"}
+    heat = ax.imshow(grid, cmap=veil, **options)
     ax.set(xticks=[], yticks=[])
     for spine in ax.spines.values():
         spine.set_visible(False)
     label = f"attention to each soft token\n({100 * grid.sum():.0f}% in all)"
     ax.figure.colorbar(heat, ax=ax, label=label)
     return ax
+
+
+def soft_token_grid(weights: "np.ndarray | jax.Array") -> np.ndarray:
+    """Attention weights `[rows, columns]` in float32; refuses what cannot be such."""
+    grid = np.asarray(weights, np.float32)
+    if grid.ndim != 2 or not grid.size or not (np.isfinite(grid) & (grid >= 0)).all():
+        raise ValueError(
+            f"expected finite weights [rows, columns], none negative; got shape {list(grid.shape)}"
+            + (f" with values from {grid.min():g} to {grid.max():g}" if grid.size else "")
+        )
+    return grid
 
 
 def _by_layer(
