@@ -203,9 +203,14 @@ for name, method in {
 @jax.jit
 def unembed(model: Gemma, x: jax.Array) -> jax.Array:
     """Logits `[B, T, V]` of the stream or streams after a layer, as of those after the last one."""
+    return logits_of(model, model.final_norm(_merge(model, x), model.runtime.numerics))
+
+
+def logits_of(model: Gemma, x_BTD: jax.Array) -> jax.Array:
+    """Logits `[B, T, V]` of what `final_norm` is captured as: those that `forward` gives."""
     if model.runtime.numerics.float16_matrices:
         model = with_float16_products(model)
-    return _head(model, model.final_norm(_merge(model, x), model.runtime.numerics), None)
+    return _head(model, x_BTD, None)
 
 
 def _merge(model: Gemma, x: jax.Array) -> jax.Array:

@@ -14,16 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from gemma_jax.decoder.model import Gemma
+from gemma_jax.inference.admission import check_request
 from gemma_jax.inference.lookup import Lookup, NextTokens, next_tokens
 from gemma_jax.inference.prefill import PromptRow, bucket
 from gemma_jax.inference.prefix_cache import PrefixCache
 from gemma_jax.inference.requests import FinishReason, Full, OnPiece, Piece, Request
 from gemma_jax.inference.scheduler import FairQueue
-from gemma_jax.inference.slots import MOST_BEST, MOST_BIASES, Slots, every_rules
+from gemma_jax.inference.slots import Slots, every_rules
 from gemma_jax.inference.work import Counters, Work
-from gemma_jax.multimodal.modality import check_media, modalities_of
+from gemma_jax.multimodal.modality import modalities_of
 from gemma_jax.multimodal.prompts import encode_prompt
-from gemma_jax.resident_adapters import held_adapters
 
 FORCED = 4  # tokens without a choice that are read in one pass, where nothing else is drafted
 
@@ -128,7 +128,7 @@ class Engine:
             than the context holds, an adapter that there is not.
           Full: Too many wait, or the engine is to stop.
         """
-        self._check(request)
+        check_request(request, self.model, self.context, self._modalities)
         work = Work(request, on_piece, self._notify)
         with self._change:
             if self._closing or self._draining:
@@ -192,15 +192,22 @@ class Engine:
         with self._change:
             return bool(self._all())
 
-    def programs(self) -> list[str]:
-        """Names of the programs that serve everything."""
-        return [name for name, _ in self._warm_ups()]
+    def programs(self, *, prompt_log_probs: bool = False) -> list[str]:
+        """Names of the programs that serve everything; see `warm_up`."""
+        return [name for name, _ in self._warm_ups(prompt_log_probs)]
 
-    def warm_up(self, progress: Callable[[str], None] | None = None) -> None:
+    def warm_up(
+        self,
+        progress: Callable[[str], None] | None = None,
+        *,
+        prompt_log_probs: bool = False,
+    ) -> None:
         """Makes all programs ahead, while nothing runs; those of encoders come when needed.
 
         Args:
           progress: Is told the name of each before it is made.
+          prompt_log_probs: Whether to make those for log-probabilities of prompts too, one more
+            for each width of a chunk of text; else they come when needed.
 
         Raises:
           ValueError: Requests are on their way.
@@ -208,7 +215,7 @@ class Engine:
         with self._change:
             if self._all():
                 raise ValueError("an engine warms up while nothing runs; do it before start")
-        for name, make in self._warm_ups():
+        for name, make in self._warm_ups(prompt_log_probs):
             if progress is not None:
                 progress(name)
             make()
@@ -235,7 +242,7 @@ class Engine:
                 getattr(counters, name).clear()
             return out
 
-    def _warm_ups(self) -> list[tuple[str, Callable[[], None]]]:
+    def _warm_ups(self, prompt_log_probs: bool) -> list[tuple[str, Callable[[], None]]]:
         slots, width, out = self._slots, 16, []
         widths = [width]
         while width < slots.chunk:
@@ -244,44 +251,18 @@ class Engine:
         for soft in (False, True) if self._modalities else (False,):
             for width in widths:
                 name = f"read {width}" + (", soft tokens" if soft else "")
-                out.append((name, lambda w=width, s=soft: slots.warm_up_reading(w, s)))
-        out.append(("clear", slots.clear_reader))
+                out.append((name, lambda w=width, s=soft: slots.reader.warm_up(w, s)))
+        for width in widths if prompt_log_probs else ():
+            name = f"read {width}, log-probabilities"
+            out.append((name, lambda w=width: slots.reader.warm_up_scored(w)))
+        out.append(("clear", slots.reader.clear))
         if self._prefixes is not None:
-            out.append(("snapshot", lambda: slots.snapshot(slice(0, 1))))
+            out.append(("snapshot", lambda: slots.reader.snapshot(slice(0, 1))))
         out.append(("insert", lambda: slots.insert(0, 0, 0, [])))
         for rules in every_rules(self._speculation is not None):
             for n in slots.widths(rules):
                 out.append((f"{rules}, {n} rows", lambda r=rules, n=n: slots.warm_up(r, n)))
         return out
-
-    def _check(self, request: Request) -> None:
-        ids, V = request.prompt.token_ids, self.model.cfg.vocab_size
-        if not ids:
-            raise ValueError("the prompt is empty; give at least one token")
-        if request.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={request.max_new_tokens} must be at least 1")
-        if (need := len(ids) + request.max_new_tokens) > self.context:
-            raise ValueError(
-                f"{need} tokens needed ({len(ids)} of prompt, {request.max_new_tokens} new), but "
-                f"the context holds {self.context}; shorten the prompt or ask for fewer new tokens"
-            )
-        placeholders = {modality.placeholder for modality in self._modalities}
-        if min(ids) < 0 or max(set(ids) - placeholders, default=0) >= V:
-            raise ValueError(f"the prompt has ids outside [0, {V}), the model's vocabulary")
-        if ids[-1] in placeholders:
-            raise ValueError("the prompt ends in soft tokens of a file; put text behind it")
-        check_media(request.prompt.media, self._modalities)
-        if len(request.logit_bias) > MOST_BIASES:
-            raise ValueError(f"{len(request.logit_bias)} biases; at most {MOST_BIASES} are taken")
-        if bad := [i for i in request.logit_bias if not 0 <= i < V]:
-            raise ValueError(f"logit_bias has id {bad[0]} outside [0, {V}), the vocabulary")
-        if not 0 <= request.top_log_probs <= MOST_BEST:
-            raise ValueError(
-                f"top_log_probs={request.top_log_probs} must be between 0 and {MOST_BEST}"
-            )
-        if request.adapter is not None and request.adapter not in held_adapters(self.model):
-            held = ", ".join(held_adapters(self.model)) or "none"
-            raise ValueError(f"no adapter {request.adapter!r}; the model holds {held}")
 
     def _run(self) -> None:
         while not self._closing:
@@ -349,7 +330,7 @@ class Engine:
                 self._begin(work)
             if work.parts:
                 part = work.parts.pop(0)
-                self._slots.read(work.row, part, work.request.adapter)
+                self._read_part(work, part)
                 self._keep(work, part)
             if work.parts:
                 return True
@@ -362,18 +343,28 @@ class Engine:
             self._fail([work, *self._running.values()], error)
         return True
 
+    def _read_part(self, work: Work, part: slice) -> None:
+        request, reader = work.request, self._slots.reader
+        if not request.prompt_log_probs:
+            reader.read(work.row, part, request.adapter)
+            return
+        next_ids = request.prompt.token_ids[part.start + 1 : part.stop + 1]
+        scores = reader.read_scored(work.row, part, request.adapter, next_ids)
+        log_probs, best = scores.told(len(next_ids), request.top_log_probs)
+        self._tell(work, Piece(prompt_log_probs=log_probs, prompt_top_log_probs=best))
+
     def _begin(self, work: Work) -> None:
         prompt = work.request.prompt
         self._counters.queue_seconds.append(time.monotonic() - work.arrived)
         soft = encode_prompt(self.model, prompt, self._modalities) if self._modalities else None
-        self._slots.clear_reader()
+        self._slots.reader.clear()
         work.row = PromptRow.of(prompt.token_ids[:-1], 0, soft, self._modalities)
         work.parts = work.row.cuts(self._slots.chunk)
-        if self._prefixes is not None and work.request.reuse:
+        if self._prefixes is not None and work.reuses:
             parts = [part for part in work.parts if self._may_keep(work, part)]
             work.chain = self._prefixes.find(work.row, parts, work.request.adapter)
             if work.chain:
-                self._slots.restore(work.chain)
+                self._slots.reader.restore(work.chain)
                 work.cached_tokens = work.chain[-1].stop
                 work.parts = work.parts[len(work.chain) :]
 
@@ -384,21 +375,25 @@ class Engine:
     def _keep(self, work: Work, part: slice) -> None:
         whole = not work.chain or work.chain[-1].stop == part.start
         known = whole and (work.chain or part.start == 0)
-        if self._prefixes is None or not (work.request.reuse and known):
+        if self._prefixes is None or not (work.reuses and known):
             return
         if self._may_keep(work, part):
-            arrays = self._slots.snapshot(part)
+            arrays = self._slots.reader.snapshot(part)
             new = self._prefixes.put(work.row, part, work.request.adapter, work.chain, arrays)
             work.chain += [] if new is None else [new]
 
     def _insert(self, work: Work) -> None:
+        with self._change:
+            self._counters.prompt_tokens += work.prompt_tokens
+            self._counters.cached_tokens += work.cached_tokens
+        if not work.left:  # the prompt was all
+            self._end(work, "length")
+            return
         ids = work.request.prompt.token_ids
         slot = next(s for s in range(self._slots.count) if s not in self._running)
         self._slots.insert(slot, ids[-1], work.request.seed, ids)
         with self._change:
             self._running[slot], self._reading = work, None
-            self._counters.prompt_tokens += work.prompt_tokens
-            self._counters.cached_tokens += work.cached_tokens
         self._look_ahead(work)
 
     def _look_ahead(self, work: Work) -> None:
@@ -423,7 +418,7 @@ class Engine:
         if lost or not self._running:
             self._slots.reset()
         else:
-            self._slots.reset_reader()
+            self._slots.reader.reset()
 
     def _write(self) -> None:
         nexts = self._nexts()

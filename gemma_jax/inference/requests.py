@@ -43,11 +43,13 @@ class Request:
 
     Attributes:
       prompt: Token ids, at least one, with the media that their placeholders stand for.
-      max_new_tokens: Bound on the continuation, at least 1.
+      max_new_tokens: Bound on the continuation, at least 1; with `prompt_log_probs` it may be 0.
       sampling: How to choose tokens.
       seed: The same prompt, seed and sampling give the same text, whatever runs beside it.
       stop_ids: Tokens that end the text.
       top_log_probs: How many of the most probable tokens to tell of at each place; 0: none.
+      prompt_log_probs: Whether to tell of the tokens of the prompt too, which is then read whole,
+        whatever is kept of earlier ones.
       logit_bias: Token id -> what is added to its logit.
       adapter: One of those that the model holds; `None`: the model alone.
       constraint: Which tokens are legal; `None`: all.
@@ -68,6 +70,7 @@ class Request:
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
     top_log_probs: int = 0
+    prompt_log_probs: bool = False
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     adapter: str | None = None
     constraint: Constraint | None = None
@@ -84,6 +87,8 @@ class Piece:
       token_ids: New ones, a stop token included.
       log_probs: Of each under the model, before any sampling rule, in nats.
       top_log_probs: Per token the most probable ones as `(id, log-probability)`, best first.
+      prompt_log_probs, prompt_top_log_probs: The same of tokens of the prompt, in its order, where
+        they were asked for; the first one has none. All of them come before new tokens.
       finish_reason: `None` until the last piece.
       error: What went wrong, with `finish_reason="error"`.
       refused: Whether what was asked for is to blame: its constraint could not go on.
@@ -92,6 +97,8 @@ class Piece:
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     top_log_probs: list[list[tuple[int, float]]] = field(default_factory=list)
+    prompt_log_probs: list[float] = field(default_factory=list)
+    prompt_top_log_probs: list[list[tuple[int, float]]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: str = ""
     refused: bool = False

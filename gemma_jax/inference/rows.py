@@ -5,12 +5,51 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gemma_jax.decoder.cache import Cache
 from gemma_jax.decoder.model import Gemma
-from gemma_jax.inference.decode import Allow, Propose, State, advance, constrained
+from gemma_jax.inference.decode import (
+    Allow,
+    Propose,
+    State,
+    advance,
+    constrained,
+    empty_state,
+)
 from gemma_jax.inference.logits_processors import LogitsProcessor
+from gemma_jax.inference.sampling import SamplingRows
 from gemma_jax.sharding import Partition
+
+
+def empty_rows(
+    model: Gemma,
+    sampling: SamplingRows,
+    *,
+    max_len: int,
+    new_tokens: int = 0,
+    slack: int = 0,
+    stops: int = 1,
+) -> State:
+    """Rows of a model with nothing in them, as many as `sampling` has.
+
+    Args:
+      max_len, new_tokens, slack: As for `empty_state`.
+      stops: Most stop ids of a row.
+    """
+    batch, runtime = len(sampling.temperature_B), model.runtime
+    return empty_state(
+        np.zeros(batch, np.uint32),
+        sampling,
+        np.full((batch, stops), -1, np.int32),
+        cfg=model.cfg,
+        layer_groups=model.layer_groups,
+        max_len=max_len,
+        dtype=runtime.kv_dtype,
+        new_tokens=new_tokens,
+        slack=slack,
+        partition=runtime.partition,
+    )
 
 
 @partial(jax.jit, static_argnames=("partition",), donate_argnames=("state",))

@@ -1,11 +1,6 @@
 """The device's side of an engine: slots that write, and one row beside them that reads.
 
-A prompt is read in a batch of its own, a chunk at a time, and then put into a slot: a pass over all
-slots for the sake of one prompt would cost as many times more. The row reads all of the prompt but
-its last token. That one is fed by the loop, like any token chosen before: so reading chooses
-nothing, and how tokens are chosen is a matter of the loop's programs alone.
-
-There is a program for each width of a chunk, one to put a row into a slot, and one for each way of
+There is a program to put a row that was read (`reader.py`) into a slot, and one for each way of
 choosing, see `Rules`, and number of slots from the first on that write, see `Slots.widths`; which
 rows have which values is plain input.
 
@@ -13,27 +8,22 @@ Local letters: U ids with a bias, or best tokens;
 I stop ids; X tokens of one burst.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from gemma_jax.decoder.batch import Batch
-from gemma_jax.decoder.cache import Cache
 from gemma_jax.decoder.model import Gemma
-from gemma_jax.decoder.soft_tokens import SoftTokens
-from gemma_jax.inference.decode import State, advance, empty_state
+from gemma_jax.inference.decode import State
 from gemma_jax.inference.legal_tokens import LegalTokens
 from gemma_jax.inference.lookup import GivenDrafts
-from gemma_jax.inference.prefill import PrefillChunk, PromptRow, bucket
-from gemma_jax.inference.prefix_cache import Snapshot
+from gemma_jax.inference.prefill import bucket
+from gemma_jax.inference.reader import MOST_BEST, Reader
 from gemma_jax.inference.requests import Request
-from gemma_jax.inference.rows import advance_first, emptied, inserted
+from gemma_jax.inference.rows import advance_first, empty_rows, inserted
 from gemma_jax.inference.sampling import Sampling, SamplingRows
 from gemma_jax.inference.session import padded
 from gemma_jax.inference.stored_programs import StoredProgram
@@ -41,7 +31,6 @@ from gemma_jax.resident_adapters import choose_adapters, held_adapters
 from gemma_kernels.platform import target_platform
 
 MOST_BIASES = 300  # ids with a bias per request, as in OpenAI's API
-MOST_BEST = 20  # most probable tokens told of at one place, as there
 MOST_STOPS = 16  # stop ids that end a row inside a burst; the host looks at all
 FEW = 128  # candidates in order, while no row asks for more
 
@@ -141,14 +130,13 @@ class Slots:
         self.model, self.count, self.burst, self.chunk = model, slots, burst, bucket(chunk)
         self.context = min(bucket(context), model.cfg.max_positions)
         self.vocab_size = model.cfg.vocab_size
-        partition = model.runtime.partition
-        axes = () if partition is None else partition.axes("B")
-        self._readers = math.prod(partition.mesh.shape[axis] for axis in axes) if axes else 1
         self._adapted: dict[tuple, Gemma] = {}
         self._has_adapters = bool(held_adapters(model))
-        self._advance = StoredProgram(advance, like=1)
+        self.reader = Reader(
+            model, self.context, self.chunk, slack=slack, adapted=self._with_adapters
+        )
         self._advance_first = StoredProgram(advance_first, like=1)
-        self.reset()
+        self._empty()
         self._with_adapters((None,) * slots)
 
     def widths(self, rules: Rules) -> list[int]:
@@ -160,105 +148,18 @@ class Slots:
 
     def reset(self) -> None:
         """Empties everything, after a failure that may have taken the arrays along."""
-        self.state = self._empty(self.count, self.burst + self.drafts, Rules(extras=True))
-        self.reset_reader()
+        self._empty()
+        self.reader.reset()
 
-    def reset_reader(self) -> None:
-        """The same for the row that reads alone."""
-        self.reader = self._empty(self._readers, 0, Rules())
-
-    def _empty(self, batch: int, new_tokens: int, rules: Rules) -> State:
-        runtime = self.model.runtime
-        return empty_state(
-            np.zeros(batch, np.uint32),
-            rules.rows([Sampling()] * batch, self.vocab_size),
-            np.full((batch, MOST_STOPS), -1, np.int32),
-            cfg=self.model.cfg,
-            layer_groups=self.model.layer_groups,
+    def _empty(self) -> None:
+        self.state = empty_rows(
+            self.model,
+            Rules(extras=True).rows([Sampling()] * self.count, self.vocab_size),
             max_len=self.context,
-            dtype=runtime.kv_dtype,
-            new_tokens=new_tokens,
+            new_tokens=self.burst + self.drafts,
             slack=self._slack,
-            partition=runtime.partition,
+            stops=MOST_STOPS,
         )
-
-    def clear_reader(self) -> None:
-        """Forgets what was read."""
-        size = self._readers
-        self.reader = emptied(
-            self.reader,
-            np.ones(size, bool),
-            np.zeros(size, np.uint32),
-            partition=self.model.runtime.partition,
-        )
-
-    def read(self, row: PromptRow, part: slice, adapter: str | None) -> None:
-        """Reads a part of a prompt, behind what was read before."""
-        whole = part.stop < len(row.ids)  # a part before others: always in the widest program
-        width = self.chunk if whole else bucket(part.stop - part.start)
-        self._read(_chunk(row, part, max(width, bucket(part.stop - part.start))), adapter)
-
-    def _read(self, batch: Batch, adapter: str | None) -> None:
-        fill = self._readers - len(batch.tokens_BT)
-        if fill:
-            tokens_BT = np.pad(batch.tokens_BT, ((0, fill), (0, 0)))
-            positions_BT = np.pad(batch.positions_BT, ((0, fill), (0, 0)), constant_values=-1)
-            soft = batch.soft
-            if soft is not None:
-                index_BT = np.pad(soft.index_BT, ((0, fill), (0, 0)), constant_values=-1)
-                soft = replace(soft, index_BT=index_BT)
-                if soft.block_BT is not None:
-                    soft = replace(soft, block_BT=np.pad(soft.block_BT, ((0, fill), (0, 0))))
-            batch = replace(batch, tokens_BT=tokens_BT, positions_BT=positions_BT, soft=soft)
-        model = self._with_adapters((adapter,) * self._readers)
-        reader = self._advance(model, self.reader, PrefillChunk(batch, None), loop=False)
-        self.reader = jax.block_until_ready(reader)  # who reads counts the seconds
-
-    def snapshot(self, part: slice) -> list[np.ndarray]:
-        """What the reading row holds: rings with their positions, of other layers this part."""
-        start = min(part.start, max(self.context - self.chunk, 0))
-        arrays = jax.tree.leaves(_cut(self.reader.cache, np.int32(start), width=self.chunk))
-        within = slice(part.start - start, part.stop - start)
-        return [
-            np.asarray(a)[..., within, :] if full and a.ndim == 5
-            else np.asarray(a)[..., within] if full
-            else np.asarray(a)
-            for a, full in zip(arrays, self._full())
-        ]  # fmt: skip
-
-    def restore(self, chain: Sequence[Snapshot]) -> None:
-        """Puts what snapshots hold, which follow one another, into the reading row."""
-        leaves, structure = jax.tree.flatten(self.reader.cache)
-        new = []
-        for i, (old, full) in enumerate(zip(leaves, self._full())):
-            position = jnp.issubdtype(old.dtype, jnp.integer) and old.ndim == 2
-            array = np.full(old.shape, -1 if position else 0, old.dtype)
-            row = array[:1] if position else array[:, :1]
-            if not full:
-                row[...] = chain[-1].arrays[i]
-            else:
-                axis = 3 if old.ndim > 2 else 1
-                for one in chain:
-                    at = (slice(None),) * axis + (slice(one.start, one.stop),)
-                    row[at] = one.arrays[i]
-            new.append(array)
-        cache = jax.tree.unflatten(structure, new)
-        partition = self.model.runtime.partition
-        if partition is not None:
-            cache = partition.place(cache)
-        self.reader = replace(self.reader, cache=cache)
-
-    def _full(self) -> list[bool]:
-        """Whether each array of a cache has a slot for every position."""
-        cache = self.reader.cache
-        layers = [
-            array.shape[3] == cache.max_len
-            for group in cache.layers
-            for layer in group
-            if layer is not None
-            for array in layer.arrays.values()
-        ]
-        return [*layers, *(capacity == cache.max_len for capacity in sorted(cache.positions))]
 
     def insert(self, slot: int, last: int, seed: int, token_ids: Sequence[int]) -> None:
         """Puts what was read into a slot; `last` goes behind it."""
@@ -269,7 +170,7 @@ class Slots:
         rules = Rules(extras=True).rows([Sampling()] * self.count, self.vocab_size)
         self.state = inserted(
             replace(self.state, sampling=rules),
-            self.reader.cache,
+            self.reader.state.cache,
             np.int32(slot),
             np.int32(last),
             np.uint32(seed % 2**32),
@@ -352,20 +253,6 @@ class Slots:
         """Makes the program of these rules for the first rows, none of which takes part."""
         self.write({}, {}, {}, {}, rules, rows)
 
-    def warm_up_reading(self, width: int, soft: bool) -> None:
-        """Makes the program that reads a chunk of a width, with or without soft tokens."""
-        tokens_BT = np.zeros((1, width), np.int32)
-        nothing_BT = np.full_like(tokens_BT, -1)
-        batch = Batch(tokens_BT, nothing_BT)
-        if soft:
-            D = self.model.cfg.d_model
-            none_ITD = np.zeros((1, width, D), self.model.runtime.dtype)
-            batch = replace(
-                batch,
-                soft=SoftTokens(embeddings_ITD=none_ITD, index_BT=nothing_BT, block_BT=tokens_BT),
-            )
-        self._read(batch, None)
-
     def _with_adapters(self, chosen: tuple[str | None, ...]) -> Gemma:
         if not self._has_adapters:
             return self.model
@@ -374,45 +261,6 @@ class Slots:
                 self._adapted.clear()
             self._adapted[chosen] = choose_adapters(self.model, list(chosen))
         return self._adapted[chosen]
-
-
-@partial(jax.jit, static_argnames=("width",))
-def _cut(cache: Cache, start: jax.Array, *, width: int) -> Cache:
-    """The first row: rings whole, and some slots of what has one for every position."""
-
-    def cut(a: jax.Array, axis: int) -> jax.Array:
-        a = jax.lax.slice_in_dim(a, 0, 1, axis=0 if a.ndim == 2 else 1)
-        if a.shape[axis] != cache.max_len:
-            return a
-        return jax.lax.dynamic_slice_in_dim(a, start, min(width, a.shape[axis]), axis=axis)
-
-    layers = jax.tree.map(partial(cut, axis=3), cache.layers)
-    return replace(
-        cache, layers=layers, positions={c: cut(p, 1) for c, p in cache.positions.items()}
-    )
-
-
-def _chunk(row: PromptRow, part: slice, width: int) -> Batch:
-    """A part of one row in so many places; all of its soft tokens in one item, place by place."""
-    n = part.stop - part.start
-    tokens_BT = np.zeros((1, width), np.int32)
-    positions_BT = np.full_like(tokens_BT, -1)
-    tokens_BT[0, :n] = row.ids[part]
-    positions_BT[0, :n] = row.start + np.arange(part.start, part.stop)
-    at = np.flatnonzero(row.item[part] >= 0)
-    if not len(at):
-        return Batch(tokens_BT, positions_BT)
-    pieces = [np.asarray(row.soft[row.item[part][i]])[row.offset[part][i]] for i in at]
-    soft_ITD = np.zeros((1, width, pieces[0].shape[-1]), pieces[0].dtype)
-    soft_ITD[0, at] = pieces
-    index_BT, block_BT = np.full_like(tokens_BT, -1), np.zeros_like(tokens_BT)
-    index_BT[0, at] = at
-    block_BT[0, :n] = row.block[part] + 1
-    return Batch(
-        tokens_BT,
-        positions_BT,
-        soft=SoftTokens(embeddings_ITD=soft_ITD, index_BT=index_BT, block_BT=block_BT),
-    )
 
 
 def _fetched(state: State, each: Sequence[Request | None]) -> Burst:

@@ -39,6 +39,15 @@ class Work:
         return self.prompt_tokens + self.request.max_new_tokens
 
     @property
+    def reuses(self) -> bool:
+        """Whether its beginning may come from, and go to, what is kept.
+
+        Not where log-probabilities are told of all its prompt: those of what is skipped would be
+        missing, and what their program reads may differ in rounding from what others would.
+        """
+        return self.request.reuse and not self.request.prompt_log_probs
+
+    @property
     def text(self) -> np.ndarray:
         """Ids of the prompt and of what was chosen; placeholders of media among them."""
         return self._text[: self.prompt_tokens + self.count]

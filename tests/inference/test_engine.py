@@ -192,10 +192,11 @@ def test_pictures_are_read_whole():
 
 
 def test_nothing_compiles_after_warming_up(model, engine, compilations):
-    engine.warm_up()
+    engine.warm_up(prompt_log_probs=True)
     assert (
         len(engine.programs()) == len(set(engine.programs())) == 21
     )  # one row has programs of its own
+    assert len(engine.programs(prompt_log_probs=True)) == 22
     compilations.clear()
     for n, rules in enumerate(RULES):
         submitted(engine, request(30 - 9 * n, 6, sampling=rules, top_log_probs=n, seed=n))
@@ -203,6 +204,9 @@ def test_nothing_compiles_after_warming_up(model, engine, compilations):
     run(engine)
     for n in range(4):
         submitted(engine, request(3 + n, 6, sampling=RULES[n % 3], seed=n))
+    run(engine)
+    for n in range(2):
+        submitted(engine, request(30 - n, n, top_log_probs=n, prompt_log_probs=True))
     run(engine)
     assert not compilations
 

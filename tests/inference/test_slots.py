@@ -24,8 +24,8 @@ def filled(slots):
     requests = {}
     for slot, length in enumerate(LENGTHS):
         ids = tiny.tokens(CFG, 1, length, seed=length)[0].tolist()
-        slots.clear_reader()
-        slots.read(PromptRow.of(ids[:-1], 0, None, ()), slice(0, length - 1), None)
+        slots.reader.clear()
+        slots.reader.read(PromptRow.of(ids[:-1], 0, None, ()), slice(0, length - 1), None)
         slots.insert(slot, ids[-1], slot, ids)
         requests[slot] = gj.Request(prompt=gj.Prompt(ids), max_new_tokens=16)
     return requests
