@@ -3,7 +3,7 @@
 import secrets
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -25,11 +25,16 @@ NEW_TOKENS = 16  # where a request does not say, as the API has it
 
 @dataclass(frozen=True)
 class CompletionCall:
-    """Holds a request as it was read; prompts are texts or token ids."""
+    """Holds a request as it was read; prompts are texts or token ids.
+
+    Attributes:
+      scored: Whether the log-probabilities of the prompts are told, or nothing is to be written.
+    """
 
     wanted: Wanted
     prompts: list[str | list[int]]
     echo: bool
+    scored: bool
     structure: Structure | None
     shown: tuple[str, ...] = ()  # special tokens are no text here
 
@@ -41,20 +46,20 @@ def read_call(fields: Fields, state: State) -> CompletionCall:
       ApiError: The first that is wrong.
     """
     served, limits = state.served, state.served.limits
-    bound = new_tokens(fields, limits, "max_tokens", default=NEW_TOKENS)
+    echo = fields.boolean("echo")
+    least = 0 if echo else 1
+    bound = new_tokens(fields, limits, "max_tokens", default=NEW_TOKENS, least=least)
     log_probs = fields.integer("logprobs", low=0, high=limits.log_probs)
     wanted = read_wanted(fields, served, new_tokens=bound, log_probs=log_probs)
     prompts = fields.texts_or_ids("prompt", vocab_size=served.cfg.vocab_size)
     if len(prompts) * wanted.choices > limits.choices:
         raise fields.error(f"more than {limits.choices} answers to one request", "prompt")
-    echo = fields.boolean("echo")
-    if echo and log_probs is not None:
-        raise fields.error("the log-probabilities of a prompt are not told; leave one out", "echo")
     fields.only("suffix", because="the model writes at the end alone")
     fields.only("best_of", wanted.choices, because="all answers are returned; give n")
     structure = read_structure(fields, limits)
     fields.close()
-    return CompletionCall(wanted, prompts, echo, structure)
+    scored = echo and (log_probs is not None or bound == 0)
+    return CompletionCall(wanted, prompts, echo, scored, structure)
 
 
 def make_requests(call: CompletionCall, state: State, owner: str) -> list[Request]:
@@ -70,6 +75,7 @@ def make_requests(call: CompletionCall, state: State, owner: str) -> list[Reques
             deadline=deadline,
             model_stops=tuple(served.tokenizer.stop_ids),
         )
+    requests = [replace(one, prompt_log_probs=call.scored) for one in requests]
     if call.structure is None:
         return requests
     return [constrained(r, call.structure, served) for r in requests]
@@ -86,7 +92,7 @@ class CompletionAnswer:
     def __init__(self, call: CompletionCall, state: State, generation: Generation):
         self._call, self._served, self._generation = call, state.served, generation
         self._count = len(call.prompts) * call.wanted.choices
-        self._offsets = [0] * self._count
+        self._echoes = [self._echo(i) for i in range(self._count)]
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
@@ -96,11 +102,11 @@ class CompletionAnswer:
 
     async def whole(self) -> dict:
         """The body of an answer that is not streamed."""
-        texts, tokens = [self._echo(i) for i in range(self._count)], [[] for _ in self._offsets]
+        texts, tokens = list(self._echoes), [[] for _ in self._echoes]
         reasons: list[str | None] = [None] * self._count
         async for part in self._generation.parts():
             texts[part.index] += part.text
-            tokens[part.index] += part.tokens
+            tokens[part.index] += [*part.prompt, *part.tokens]  # all of the prompt come first
             reasons[part.index] = part.finish_reason
         choices = [
             {
@@ -115,8 +121,8 @@ class CompletionAnswer:
 
     async def events(self) -> AsyncIterator[bytes]:
         """The events of a stream."""
-        for i in range(self._count):
-            if text := self._echo(i):
+        for i, text in enumerate(self._echoes):
+            if text:
                 yield self._chunk(Part(i, text))
         async for part in self._generation.parts():
             yield self._chunk(part)
@@ -148,7 +154,5 @@ class CompletionAnswer:
         top = self._call.wanted.log_probs
         if top is None:
             return None
-        offset = self._offsets[part.index]
-        lists = completion_lists(self._served.tokenizer, part.tokens, top, offset)
-        self._offsets[part.index] += sum(map(len, lists["tokens"]))
-        return lists
+        tokens, offset = [*part.prompt, *part.tokens], len(self._echoes[part.index])
+        return completion_lists(self._served.tokenizer, tokens, top, offset)

@@ -4,14 +4,14 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import anyio
 
 from gemma_jax.inference.requests import Full, Piece, Request, Ticket
 from gemma_jax.serving.errors import failed, refused, too_many, unavailable
 from gemma_jax.serving.served import Served
-from gemma_jax.serving.text_track import Part, TextTrack
+from gemma_jax.serving.text_track import Part, PromptTrack, TextTrack
 
 PATIENCE = 60.0  # seconds beyond its deadline after which an engine is given up
 
@@ -61,8 +61,12 @@ class Generation:
     ):
         self._served, self._requests = served, requests
         self._tracks = [
-            TextTrack(i, served.tokenizer, stops, one.stop_ids, shown)
+            TextTrack(i, served.tokenizer, stops, one.stop_ids, shown, one.prompt_log_probs)
             for i, one in enumerate(requests)
+        ]
+        self._prompts = [
+            PromptTrack(served.tokenizer, one.prompt.token_ids) if one.prompt_log_probs else None
+            for one in requests
         ]
         self._arrived: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self._tickets: dict[int, Ticket] = {}
@@ -149,18 +153,22 @@ class Generation:
             raise refused(piece.error, code="constraint_failed")
         if reason == "error":
             raise failed(piece.error or "the engine failed")
-        part = track.push(piece)
+        part, prompt = track.push(piece), self._prompts[i]
+        if prompt is not None:
+            part = replace(part, prompt=prompt.push(piece))
         if track.stopped and reason is None:
             self._tickets[i].cancel()
         elif reason == "cancelled" and not track.stopped:
             raise unavailable("the server is shutting down")
         elif reason is None:
-            return part if part.text or part.tokens else None
+            return part if part.text or part.tokens or part.prompt else None
         self._open.discard(i)
         # What a deadline cuts off is too long, to clients.
         end = track.close("length" if reason == "deadline" else reason or "stop")
         self.usage.reasons.append(end.finish_reason or "")
-        return Part(i, part.text + end.text, part.tokens + end.tokens, end.finish_reason)
+        return replace(
+            end, text=part.text + end.text, tokens=part.tokens + end.tokens, prompt=part.prompt
+        )
 
     def _count(self, i: int, piece: Piece) -> None:
         now, usage = time.monotonic(), self.usage

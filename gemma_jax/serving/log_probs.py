@@ -22,18 +22,21 @@ def chat_content(tokenizer: Tokenizer, tokens: Sequence[Token], top: int) -> lis
 def completion_lists(
     tokenizer: Tokenizer, tokens: Sequence[Token], top: int, offset: int
 ) -> dict[str, list]:
-    """Of completions: parallel lists; `offset` is where the text of the first token begins."""
+    """Of completions: parallel lists; `offset` is where the text of the answer begins."""
     lists: dict[str, list] = {
         "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []
     }  # fmt: skip
     for token in tokens:
         text, _ = spelled(tokenizer, token.id)
         lists["tokens"].append(text)
+        lists["text_offset"].append(max(0, offset + token.begin))  # BOS is no part of a text
+        if token.log_prob is None:
+            lists["token_logprobs"].append(None)
+            lists["top_logprobs"].append(None)
+            continue
         lists["token_logprobs"].append(_finite(token.log_prob))
         pairs = [(spelled(tokenizer, i)[0], _finite(value)) for i, value in token.top[:top]]
         lists["top_logprobs"].append(dict(reversed(pairs)))  # of texts met twice, the likelier
-        lists["text_offset"].append(offset)
-        offset += len(text)
     return lists
 
 

@@ -104,12 +104,12 @@ class Screened:
         held: dict[int, Part] = {}
         async for part in self._generation.parts():
             had = held.get(part.index, Part(part.index))
-            tokens = [*had.tokens, *part.tokens]
-            whole = Part(part.index, had.text + part.text, tokens, part.finish_reason)
+            tokens, prompt = [*had.tokens, *part.tokens], [*had.prompt, *part.prompt]
+            whole = Part(part.index, had.text + part.text, tokens, part.finish_reason, prompt)
             held[part.index] = whole
             if whole.finish_reason is None:
                 continue
             if whole.text and await self._safety.answer_violates(whole.index, whole.text):
-                whole = Part(whole.index, finish_reason="content_filter")
+                whole = Part(whole.index, finish_reason="content_filter", prompt=prompt)
                 self.usage.reasons[-1] = "content_filter"
             yield whole

@@ -67,9 +67,10 @@ class Wanted:
         room, length = served.context - len(prompt.token_ids), len(prompt.token_ids)
         bound = served.limits.new_tokens or served.context
         new = min(room, bound) if self.max_new_tokens is None else self.max_new_tokens
-        if new > room or room < 1:
+        needed = 0 if self.max_new_tokens == 0 else max(new, 1)
+        if needed > room:
             raise refused(
-                f"the prompt has {length} tokens and its answer up to {max(new, 1)}, together more "
+                f"the prompt has {length} tokens and its answer up to {needed}, together more "
                 f"than the {served.context} of this server's context",
                 "messages",
                 "context_length_exceeded",
@@ -171,10 +172,12 @@ def read_stops(fields: Fields, served: Served) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def new_tokens(fields: Fields, limits: Limits, *names: str, default: int | None = None):
+def new_tokens(
+    fields: Fields, limits: Limits, *names: str, default: int | None = None, least: int = 1
+) -> int | None:
     """Bound on an answer, under whichever of its names it is given."""
     most = limits.new_tokens or (1 << 31)
-    given = {name: fields.integer(name, low=1, high=most) for name in names}
+    given = {name: fields.integer(name, low=least, high=most) for name in names}
     values = {value for value in given.values() if value is not None}
     if len(values) > 1:
         raise fields.error(f"give {' or '.join(names)}, not both", names[0])

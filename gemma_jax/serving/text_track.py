@@ -13,12 +13,15 @@ class Token:
     """One token of a text, and what else was probable there.
 
     Attributes:
+      log_prob: `None` of the first token of a prompt, which follows nothing.
       top: `(id, log-probability)` of the most probable ones, best first.
+      begin: Characters of the answer in front of it; below 0 in the prompt.
     """
 
     id: int
-    log_prob: float
+    log_prob: float | None
     top: Sequence[tuple[int, float]] = ()
+    begin: int = 0
 
 
 @dataclass(frozen=True)
@@ -27,14 +30,41 @@ class Part:
 
     Attributes:
       index: Of the answer.
-      tokens: Those whose text has been told of in full with this part; no stop token.
+      tokens: Those whose text has been told of in full with this part.
       finish_reason: `"stop"`, `"length"`, or `None` while there is more to come.
+      prompt: Tokens of the prompt, where their log-probabilities were asked for.
     """
 
     index: int
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
     finish_reason: str | None = None
+    prompt: list[Token] = field(default_factory=list)
+
+
+class PromptTrack:
+    """Turns what pieces tell of a prompt into its tokens, the first one included.
+
+    Args:
+      token_ids: All of the prompt.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, token_ids: Sequence[int]):
+        self._decoder, self._ids = StreamDecoder(tokenizer), iter(token_ids)
+        self._begin = -len(tokenizer.decode(token_ids))
+        self._first = True
+
+    def push(self, piece: Piece) -> list[Token]:
+        """The next tokens."""
+        told = list(zip(piece.prompt_log_probs, piece.prompt_top_log_probs, strict=True))
+        if self._first:
+            told, self._first = [(None, ()), *told], False
+        return [self._next(log_prob, top) for log_prob, top in told]
+
+    def _next(self, log_prob: float | None, top: Sequence[tuple[int, float]]) -> Token:
+        token, begin = next(self._ids), self._begin
+        self._begin += len(self._decoder.push([token]))
+        return Token(token, log_prob, top, begin)
 
 
 class TextTrack:
@@ -42,6 +72,7 @@ class TextTrack:
 
     Args:
       shown: Special tokens that are part of the text.
+      with_end: Whether a stop token is among the tokens of the parts; it is never in the text.
     """
 
     def __init__(
@@ -51,7 +82,9 @@ class TextTrack:
         stops: Sequence[str],
         stop_ids: Sequence[int],
         shown: Sequence[str] = (),
+        with_end: bool = False,
     ):
+        self._with_end = with_end
         self.index, self.count = index, 0  # of tokens that were taken
         self._decoder = StreamDecoder(tokenizer)
         special = tokenizer.special_ids
@@ -72,14 +105,15 @@ class TextTrack:
             if self.stopped:
                 break
             self.count += 1
-            if token in self._stop_ids:
+            ends = token in self._stop_ids
+            if ends and not self._with_end:
                 continue
             told = piece.top_log_probs[i] if i < len(piece.top_log_probs) else ()
             log_prob = piece.log_probs[i] if i < len(piece.log_probs) else 0.0
             begin = self._seen
-            new = "" if token in self._hidden else self._decoder.push([token])
+            new = "" if ends or token in self._hidden else self._decoder.push([token])
             self._seen += len(new)
-            self._held.append((begin, self._seen, Token(token, log_prob, told)))
+            self._held.append((begin, self._seen, Token(token, log_prob, told, begin)))
             text.append(self._guard.push(new))
         return self._part("".join(text))
 
