@@ -13,7 +13,13 @@ from gemma_jax.serving.structured import Structure
 from gemma_jax.serving.text_track import Part, Token
 from gemma_jax.text import Tokenizer
 from gemma_jax.text.tool_calls import CallDelta, CallParser, Delta, TextDelta
-from gemma_jax.text.tool_choice import Choice, call_grammar, chosen_tools, triggered_grammar
+from gemma_jax.text.tool_choice import (
+    Choice,
+    call_grammar,
+    call_or_answer_grammar,
+    chosen_tools,
+    triggered_grammar,
+)
 from gemma_jax.text.tool_formats import FUNCTIONGEMMA, JSON, ToolFormat, marker_ids
 from gemma_jax.text.tool_messages import render_functiongemma, with_tools
 from gemma_jax.text.tools import Tool, as_tools
@@ -63,19 +69,24 @@ class ToolUse:
           free: Whether text beside calls of strict tools may follow a grammar that leaves it free.
 
         Raises:
-          ApiError: A schema that no grammar of this format holds; both, as one grammar cannot
-            hold an answer that is either.
+          ApiError: A schema that no grammar of this format holds; a grammar of the answer that is
+            no schema, beside tools.
         """
-        if self.declared and answer is not None:
+        if self.declared and answer is not None and answer.kind != "schema":
             message = f"{answer.param} and tools cannot both be followed; give tool_choice 'none'"
             raise refused(f"{message} or leave one out", answer.param, "unsupported_value")
         try:
-            grammar = self._grammar(free)
+            grammar = self._grammar(answer, free)
         except ValueError as error:
             raise refused(f"tools: {error}", "tools", "unsupported_value") from None
-        return answer if grammar is None else Structure("lark", grammar, "tool_choice")
+        if grammar is None:
+            return answer
+        return Structure("lark", grammar, "tool_choice" if answer is None else answer.param)
 
-    def _grammar(self, free: bool) -> str | None:
+    def _grammar(self, answer: Structure | None, free: bool) -> str | None:
+        if self.declared and answer is not None and self.choice == "auto":
+            schema = json.loads(answer.text)
+            return call_or_answer_grammar(self.tools, schema, self.format, parallel=self.parallel)
         if self.choice != "auto":
             return call_grammar(self.tools, self.choice, self.format, parallel=self.parallel)
         if not (free and self.strict):

@@ -39,7 +39,12 @@ def json_rule(schema: Schema) -> str:
     Raises:
       ValueError: It asks for distinct items, which no grammar can tell.
     """
-    return "%json " + json.dumps({"x-guidance": _LAYOUT, **_without_nullable(schema)})
+    return schema_rule(_without_nullable(schema))
+
+
+def schema_rule(schema: Schema) -> str:
+    """A rule for JSON of a schema as the engine of grammars reads it."""
+    return "%json " + json.dumps({"x-guidance": _LAYOUT, **schema})
 
 
 def _without_nullable(schema: Schema) -> dict[str, object]:

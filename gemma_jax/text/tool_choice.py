@@ -11,7 +11,14 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from .tool_call_rules import FUNCTIONGEMMA_STYLE, PYTHON_STYLE, ValueRules, json_rule, quoted
+from .tool_call_rules import (
+    FUNCTIONGEMMA_STYLE,
+    PYTHON_STYLE,
+    ValueRules,
+    json_rule,
+    quoted,
+    schema_rule,
+)
 from .tool_formats import FUNCTIONGEMMA, PYTHON, ToolFormat
 from .tool_marker_reader import END_CALL, START_CALL
 from .tools import Tool
@@ -58,16 +65,57 @@ def call_grammar(
     chosen = chosen_tools(tools, choice)
     if chosen is None:
         return None
-    rules: Rules = {"start": "", "call": ""}
     write, start = _WRITERS[format.name]
-    names = [f"call_{i}" for i in range(len(chosen))]
-    rules["call"] = " | ".join(names)
-    for name, tool in zip(names, chosen, strict=True):
+    return _text({"start": start(parallel), **_call_rules(chosen, write)})
+
+
+def call_or_answer_grammar(
+    tools: Sequence[Tool],
+    schema: Mapping[str, object],
+    format: ToolFormat,
+    *,
+    parallel: bool = True,
+) -> str:
+    """The grammar of an answer that is either calls of tools or JSON of a schema.
+
+    What could be both is a call to whoever reads it.
+
+    Args:
+      tools: At least one; see `call_grammar`.
+      schema: Of the answer.
+      format: functiongemma or json.
+
+    Raises:
+      ValueError: The format python; as `call_grammar`; in the format json, parameters that refer
+        to themselves as a whole (`"#"`).
+
+    Examples:
+      >>> from gemma_jax.text.tool_formats import FUNCTIONGEMMA
+      >>> grammar = call_or_answer_grammar([Tool("now")], {"type": "null"}, FUNCTIONGEMMA)
+      >>> grammar.splitlines()[:2]
+      ['start: calls | answer', 'calls: call+']
+    """
+    write, start = _WRITERS[format.name]
+    if format.name == PYTHON.name:
+        raise ValueError(f"no answer stands beside calls in the format {format.name}; use json")
+    if format.name == "json":
+        write = _json_call_by_parts
+    rules = {"start": "calls | answer", "calls": start(parallel), "answer": schema_rule(schema)}
+    return _text(rules | _call_rules(tools, write))
+
+
+def _call_rules(tools: Sequence[Tool], write: _Writer) -> Rules:
+    names = [f"call_{i}" for i in range(len(tools))]
+    rules: Rules = {"call": " | ".join(names)}
+    for name, tool in zip(names, tools, strict=True):
         try:
             write(tool, name, rules)
         except RecursionError:
             raise ValueError(f"the schema of {tool.name} is nested too deep") from None
-    rules["start"] = start(parallel)
+    return rules
+
+
+def _text(rules: Rules) -> str:
     return "\n".join(f"{name}: {body}" for name, body in rules.items())
 
 
@@ -102,7 +150,7 @@ def triggered_grammar(tools: Sequence[Tool], format: ToolFormat) -> str:
             rules |= _triggered_json(tool, f"call_{i}")
     else:
         raise ValueError(f"text is not free beside calls in the format {format.name}; use json")
-    return "\n".join(f"{name}: {body}" for name, body in rules.items())
+    return _text(rules)
 
 
 def _triggered_json(tool: Tool, name: str) -> Rules:
@@ -158,6 +206,29 @@ def _json_call(tool: Tool, name: str, rules: Rules) -> None:
     opening = quoted(f'{{"name": {json.dumps(tool.name)}, "parameters": ')
     rules[name] = f'{opening} {name}_parameters "}}"'
     rules[f"{name}_parameters"] = json_rule(_closed(tool))
+
+
+def _json_call_by_parts(tool: Tool, name: str, rules: Rules) -> None:
+    """In the words that any JSON is made of: after a longer one no other answer could follow."""
+    parameters = _closed(tool)
+    kept = {key: parameters.pop(key) for key in ("$defs", "definitions") if key in parameters}
+    if _refers_to_root(parameters | kept):
+        raise ValueError(f"the parameters of {tool.name} refer to '#'; name what it means in $defs")
+    rules[name] = json_rule(
+        {
+            "type": "object",
+            "properties": {"name": {"const": tool.name}, "parameters": parameters},
+            "required": ["name", "parameters"],
+            "additionalProperties": False,
+            **kept,
+        }
+    )
+
+
+def _refers_to_root(schema: object) -> bool:
+    if isinstance(schema, Mapping):
+        return schema.get("$ref") == "#" or any(map(_refers_to_root, schema.values()))
+    return isinstance(schema, list) and any(map(_refers_to_root, schema))
 
 
 def _python_call(tool: Tool, name: str, rules: Rules) -> None:

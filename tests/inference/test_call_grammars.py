@@ -11,7 +11,7 @@ import tiny_vocabulary
 import gemma_jax as gj
 from gemma_jax.inference.constraints import NAMED, GrammarCompiler
 from gemma_jax.text.tool_calls import ToolCall
-from gemma_jax.text.tool_choice import call_grammar, triggered_grammar
+from gemma_jax.text.tool_choice import call_grammar, call_or_answer_grammar, triggered_grammar
 from gemma_jax.text.tool_formats import FUNCTIONGEMMA, JSON, PYTHON
 from gemma_jax.text.tools import Tool
 
@@ -67,6 +67,58 @@ def test_text_is_free_until_a_call(tokenizer, compiler, format):
         constraint.accept(tokenizer.encode("z"))
     with pytest.raises(ValueError, match="format python"):
         triggered_grammar(TOOLS, PYTHON)
+
+
+NAMED_ALIKE = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]},
+    },
+    "required": ["name"],
+    "additionalProperties": False,
+}
+ONE = {"properties": {"a": {"enum": [1]}}, "required": ["a"]}
+ONE_IN_PARTS = {
+    "properties": {"a": {"$ref": "#/$defs/A"}}, "$defs": {"A": {"enum": [1]}}, "required": ["a"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("format", [JSON, FUNCTIONGEMMA], ids=lambda f: f.name)
+def test_an_answer_is_calls_or_fits_its_schema(tokenizer, compiler, format, parallel):
+    """An answer may begin as a call does, and each schema has references of its own."""
+
+    def ends(text):
+        constraint = compiler.constraint("lark", grammar)
+        constraint.accept(tokenizer.encode(text))
+        return constraint.may_end
+
+    # functiongemma knows no parts
+    tools = [*TOOLS, Tool("f", "", ONE_IN_PARTS if format is JSON else ONE)]
+    grammar = call_or_answer_grammar(tools, NAMED_ALIKE, format, parallel=parallel)
+    single = ToolCall("f", {"a": 1})
+    answers = ('{"name": "weatherman"}', '{"name": "f", "next": {"name": "x", "next": null}}')
+    for text in (*answers, *(format.write_calls([one]) for one in (*CALLS, single))):
+        assert ends(text)
+    both = format.write_calls([*CALLS, single])
+    if parallel:
+        assert ends(both)
+    else:
+        with pytest.raises(ValueError, match="not legal"):
+            ends(both)
+    wrong = format.write_calls([ToolCall("f", {"a": 2})])
+    for text in ("the capital", '{"name": 3}', '{"names": "x"}', wrong):
+        with pytest.raises(ValueError, match="not legal"):
+            ends(text)
+    with pytest.raises(ValueError, match="format python"):
+        call_or_answer_grammar(tools, NAMED_ALIKE, PYTHON)
+
+
+def test_parameters_that_are_their_own_parts(compiler):
+    tree = Tool("tree", "", {"properties": {"left": {"$ref": "#"}}})
+    with pytest.raises(ValueError, match="the parameters of tree refer to '#'"):
+        call_or_answer_grammar([tree], {"type": "null"}, JSON)
 
 
 def test_markers_are_legal_where_they_are_named(tokenizer, compiler):

@@ -273,6 +273,38 @@ def test_a_named_call(caller):
     assert made and all(isinstance(c.function.parsed_arguments, Weather) for c in made)
 
 
+class Capital(pydantic.BaseModel):
+    """An answer."""
+
+    capital: Literal["Paris", "Rome"]
+
+
+def test_an_answer_that_is_a_call_or_fits_its_schema(caller):
+    """Of a random model: in eight answers there are some of either kind, and no others."""
+    fields = dict(model="tiny", messages=[USER], max_tokens=200, n=8, seed=1, tools=TOOLS)
+    done = caller.chat.completions.parse(
+        **fields, response_format=Capital, parallel_tool_calls=False
+    )
+    kinds = set()
+    for choice in done.choices:
+        kinds.add(choice.finish_reason)
+        if choice.finish_reason == "tool_calls":
+            (call,) = choice.message.tool_calls
+            assert isinstance(call.function.parsed_arguments, (Weather, Now))
+            assert choice.message.content is None
+        else:
+            assert isinstance(choice.message.parsed, Capital) and not choice.message.tool_calls
+    assert kinds == {"stop", "tool_calls"}
+    fields |= dict(n=1, response_format=Capital)
+    called = caller.chat.completions.parse(**fields, tool_choice="required").choices[0]
+    assert called.finish_reason == "tool_calls" and called.message.content is None
+    said = caller.chat.completions.parse(**fields, tool_choice="none").choices[0]
+    assert isinstance(said.message.parsed, Capital)
+    with pytest.raises(openai.BadRequestError, match="guided_regex and tools cannot both"):
+        fields.pop("response_format")
+        caller.chat.completions.create(**fields, extra_body={"guided_regex": "a+"})
+
+
 def test_a_strict_tool_is_held_to_its_schema_where_it_is_called(served_by, tokenizer):
     engine, grammars = Scripted(), GrammarCompiler(tokenizer, tokenizer.vocab_size)
     engine.script = saying(tokenizer, PARIS)
