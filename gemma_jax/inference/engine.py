@@ -399,9 +399,8 @@ class Engine:
     def _look_ahead(self, work: Work) -> None:
         if (constraint := work.request.constraint) is not None:
             width = min(self._slots.drafts, work.left - 1)
-            work.next = self._pool.submit(
-                next_tokens, constraint, width, self._text(work), self._speculation
-            )
+            lookup = self._speculation if work.patience.drafts_at(work.count) else None
+            work.next = self._pool.submit(next_tokens, constraint, width, self._text(work), lookup)
 
     def _text(self, work: Work) -> np.ndarray:
         """What drafts may be looked up in."""
@@ -431,7 +430,8 @@ class Engine:
         drafts = {slot: n.drafts for slot, n in nexts.items()}
         if self._speculation is not None:
             for slot, work in free.items():
-                drafts[slot] = self._speculation.drafts(self._text(work))[: work.left - 1]
+                if work.patience.drafts_at(work.count):
+                    drafts[slot] = self._speculation.drafts(self._text(work))[: work.left - 1]
         requests = {slot: work.request for slot, work in self._running.items()}
         masks = {slot: n.masks for slot, n in nexts.items()}
         try:
@@ -441,7 +441,8 @@ class Engine:
             return
         for slot, work in list(self._running.items()):
             if slot in limits:
-                self._count(drafts.get(slot, []), out.tokens[slot])
+                forced = nexts[slot].forced if slot in nexts else 0
+                self._count(work, drafts.get(slot, []), forced, out.tokens[slot])
                 self._collect(work, out.tokens[slot], out.log_probs[slot], out.best[slot])
 
     def _nexts(self) -> dict[int, NextTokens]:
@@ -457,11 +458,12 @@ class Engine:
                     self._refuse(work, error)
         return nexts
 
-    def _count(self, drafts: list[int], ids: list[int]) -> None:
-        same = [draft == own for draft, own in zip(drafts, ids)]
+    def _count(self, work: Work, drafts: list[int], forced: int, ids: list[int]) -> None:
+        kept = [*(draft == own for draft, own in zip(drafts, ids)), False].index(False)
+        work.patience.saw(len(drafts) - forced, max(kept - forced, 0), work.count + len(ids))
         with self._change:
             self._counters.drafted_tokens += len(drafts)
-            self._counters.kept_tokens += [*same, False].index(False)
+            self._counters.kept_tokens += kept
 
     def _collect(self, work: Work, ids: list[int], log_probs: list[float], best: list) -> None:
         """Tells of new tokens, and ends what they end."""

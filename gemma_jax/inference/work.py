@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gemma_jax.inference.lookup import NextTokens
+from gemma_jax.inference.lookup import NextTokens, Patience
 from gemma_jax.inference.prefill import PromptRow
 from gemma_jax.inference.prefix_cache import Snapshot
 from gemma_jax.inference.requests import OnPiece, Request
@@ -29,6 +29,7 @@ class Work:
         self.parts: list[slice] = []  # still to be read
         self.chain: list[Snapshot] = []  # of what was read
         self.next: Future[NextTokens] | None = None  # where there is a constraint
+        self.patience = Patience()
         # Prompt and answer, as far as they go; a pass may bring some tokens more than asked for.
         self._text = np.full(self.tokens, -1, np.int32)
         self._text[: self.prompt_tokens] = request.prompt.token_ids

@@ -9,6 +9,7 @@ from inference.test_engine import (
     CFG,
     RULES,
     Listed,
+    alone,
     assert_alone,
     assert_as_offline,
     drawn,
@@ -23,7 +24,7 @@ import gemma_jax as gj
 from gemma_jax.inference.decode import advance
 from gemma_jax.inference.engine import Engine
 from gemma_jax.inference.legal_tokens import LegalTokens
-from gemma_jax.inference.lookup import GivenDrafts, Lookup, next_tokens
+from gemma_jax.inference.lookup import GivenDrafts, Lookup, Patience, next_tokens
 
 EAGER = Lookup(draft_tokens=3, lengths=(2, 1))  # drafts whenever it can, mostly wrongly
 
@@ -49,6 +50,46 @@ def test_lookup_drafts_what_followed():
     for options, message in ((dict(draft_tokens=0), "at least 1"), (dict(lengths=()), "lengths")):
         with pytest.raises(ValueError, match=message):
             Lookup(**options)
+
+
+class Never(Lookup):
+    """Drafts a token that the model does not say, and remembers behind how many."""
+
+    def __init__(self, token: int):
+        super().__init__(draft_tokens=2)
+        object.__setattr__(self, "token", token)
+        object.__setattr__(self, "asked", [])
+
+    def drafts(self, text):
+        self.asked.append(len(text))
+        return [self.token] * self.draft_tokens
+
+
+def test_a_row_rests_from_drafts_that_keep_missing(model):
+    """The same text, with fewer and fewer passes that check them."""
+    one = request(4, 40)
+    wanted = alone(model, one).token_ids
+    never = Never(next(i for i in range(CFG.vocab_size) if i not in wanted))
+    engine = Engine(model, slots=1, context=64, chunk=16, burst=1, speculation=never)
+    _, answer = submitted(engine, one)
+    run(engine)
+    assert answer.ids == wanted
+    assert [length - 4 for length in never.asked] == [0, 1, 6, 15, 32]
+    stats = engine.stats()
+    assert (stats["drafted_tokens"], stats["kept_tokens"]) == (10, 0)
+
+
+def test_what_is_kept_ends_the_rest():
+    patience = Patience()
+    for n in range(8):
+        assert patience.drafts_at(100 * n)
+        patience.saw(drafted=2, kept=0, count=100 * n)
+    assert patience.until == 700 + 64  # not without bound
+    patience.saw(drafted=0, kept=0, count=720)  # a pass without drafts says nothing
+    assert not patience.drafts_at(763) and patience.drafts_at(764)
+    patience.saw(drafted=2, kept=1, count=766)
+    patience.saw(drafted=2, kept=0, count=767)
+    assert patience.drafts_at(767)
 
 
 @pytest.mark.parametrize(
