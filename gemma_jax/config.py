@@ -4,18 +4,20 @@ A model is one `GemmaConfig`; what may differ from layer to layer lives in a `La
 generations differ only in these values: Gemma 1 has global layers alone, Gemma 2 adds soft caps
 and post-norms and alternates local with global, Gemma 3 drops the caps for QK-norm and makes five
 of six layers local. Gemma 3n brings parts of its own, each in a config of its own: AltUp, LAuReL,
-per-layer embeddings; its last layers share keys and values, its first ones are sparse.
+per-layer embeddings; its last layers share keys and values, its first ones are sparse. Gemma 4
+keeps the per-layer embeddings, and gives global layers heads of another size than local ones.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from gemma_jax.encoder_config import AudioConfig, MobileNetConfig, VisionConfig
 from gemma_jax.field_types import check_positive, check_types
 from gemma_jax.text_embedding_config import TextEmbeddingConfig
 
 Activation = Literal["gelu_tanh", "gelu", "silu", "relu"]
+SubBlock = Literal["attention", "ffn", "per_layer", "layer_scale"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +35,18 @@ class LayerSpec:
       sparsity: Share of the gate that is cut off, by a threshold that would be exact if the gate
         were normally distributed (Gemma 3n's first layers, 0.95).
       kv: Whose keys and values the layer attends to: its `"own"`; its own, which later layers of
-        its kind read as well (`"lent"`); or those that were lent (`"shared"`, Gemma 3n's last
-        layers). See `share_kv`.
+        its kind read as well (`"lent"`); or those that were lent (`"shared"`, the last layers of
+        Gemma 3n and 4). See `share_kv`.
+      head_dim, num_kv_heads: H and K of this layer; `None` for those of the model. Gemma 4's global
+        layers have heads twice as wide as its local ones.
+      rotary_share: Share of a head's dimensions that the rotary embedding turns; the others pass as
+        they are. Wavelengths count from the whole head (Gemma 4's global layers, a quarter; hf
+        `_compute_proportional_rope_parameters`).
+      values: What values are made of: a projection of their `"own"`, or that of the `"keys"`,
+        before its norm and rotation (the global layers of the larger Gemma 4).
+      sub_blocks: What the layer consists of, in order: `"attention"` and `"ffn"`, then, if named,
+        `"per_layer"` (its per-layer input) and `"layer_scale"` (the stream times one stored number,
+        Gemma 4). `None`: what the model has, without a scale.
 
     Examples:
       >>> import gemma_jax as gj
@@ -49,9 +61,27 @@ class LayerSpec:
     d_ff: int
     sparsity: float = 0.0
     kv: Literal["own", "lent", "shared"] = "own"
+    head_dim: int | None = None
+    num_kv_heads: int | None = None
+    rotary_share: float = 1.0
+    values: Literal["own", "keys"] = "own"
+    sub_blocks: tuple[SubBlock, ...] | None = None
 
     def __post_init__(self):
         check_types(self)
+        for size in ("head_dim", "num_kv_heads"):
+            if getattr(self, size) is not None:
+                check_positive(self, size)
+        if not 0 < self.rotary_share <= 1:
+            raise ValueError(f"rotary_share={self.rotary_share} must lie in (0, 1]")
+        order = get_args(SubBlock)
+        if self.sub_blocks is not None:
+            named = tuple(name for name in order if name in self.sub_blocks)
+            if self.sub_blocks != named or named[:2] != order[:2]:
+                raise ValueError(
+                    f"sub_blocks={self.sub_blocks} must be {order[:2]}, and then as many as there "
+                    f"are of {order[2:]}, in this order"
+                )
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity={self.sparsity} must lie in [0, 1)")
         if (self.window is not None) != (self.kind == "local"):
@@ -59,6 +89,11 @@ class LayerSpec:
         check_positive(self, "rope_theta", "rope_scale", "d_ff")
         if self.window is not None:
             check_positive(self, "window")
+
+    @property
+    def makes_keys(self) -> bool:
+        """Whether the layer makes keys and values, for itself or for others too."""
+        return self.kv != "shared"
 
 
 def share_kv(specs: Sequence[LayerSpec], num_shared: int) -> tuple[LayerSpec, ...]:
@@ -153,9 +188,11 @@ class GemmaConfig:
     """Describes the architecture of one model: sizes, switches and one `LayerSpec` per layer.
 
     Attributes:
-      vocab_size, d_model, num_heads, num_kv_heads, head_dim: V, D, N, K, H.
+      vocab_size, d_model, num_heads, num_kv_heads, head_dim: V, D, N, K, H; the last two of layers
+        that do not say otherwise.
       query_pre_attn_scalar: Attention scores are multiplied by its inverse square root. It is
-        `head_dim` everywhere except Gemma 2 27B (144) and Gemma 3 27B (168).
+        `head_dim` everywhere except Gemma 2 27B (144), Gemma 3 27B (168), and Gemma 3n and 4 (1),
+        which leave the scale to their norms.
       layers: One spec per decoder layer, first to last.
       max_positions: Context length the model was trained for, in tokens.
       norm_eps: Added to the mean square in every RMSNorm.
@@ -167,11 +204,11 @@ class GemmaConfig:
       optional_final_cap: The final cap is one that the numerics may leave out (Gemma 3n; see
         `Numerics.optional_final_cap`).
       scale_plus_one: RMSNorm multiplies by one plus its stored scale (Gemma 1 to 3), or by the
-        scale itself (Gemma 3n).
-      v_norm: RMSNorm without a scale over each value head (Gemma 3n).
+        scale itself (Gemma 3n and 4).
+      v_norm: RMSNorm without a scale over each value head (Gemma 3n and 4).
       altup: Several residual streams (Gemma 3n).
       laurel_rank: R of the low-rank residual beside attention (Gemma 3n).
-      per_layer: Per-layer embeddings (Gemma 3n).
+      per_layer: Per-layer embeddings (Gemma 3n and 4).
       modality_vocabularies: Ids with embeddings of their own: of images, then of sounds (Gemma 3n).
       bidirectional: Tokens see those after them as well as those before (EmbeddingGemma): a local
         layer those less than `window` away, a global layer all. Such a model reads texts whole; it
@@ -233,23 +270,46 @@ class GemmaConfig:
         for cap in ("attn_soft_cap", "final_soft_cap"):
             if getattr(self, cap) is not None:
                 check_positive(self, cap)
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
+        self._check_heads(self.head_dim, self.num_kv_heads)
         if not self.layers:
             raise ValueError("layers must hold at least one LayerSpec")
+        for spec in dict.fromkeys(self.layers):
+            self._check_heads(*self.heads_of(spec))
+            if "per_layer" in (spec.sub_blocks or ()) and self.per_layer is None:
+                raise ValueError("sub_blocks name per_layer, but the model has no such config")
         if self.laurel_rank is not None:
             check_positive(self, "laurel_rank")
-        _check_sharing(self.layers)
+        self._check_sharing()
         if self.bidirectional:
             self._check_bidirectional()
         if isinstance(self.vision, MobileNetConfig):
             self._check_vocabulary("vision", self.vision.image_token, self.vision.d_tower)
         if self.audio is not None:
             self._check_vocabulary("audio", self.audio.audio_token, self.audio.d_tower)
+
+    def _check_heads(self, head_dim: int, num_kv_heads: int) -> None:
+        if self.num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} must be a multiple of num_kv_heads={num_kv_heads}"
+            )
+        if head_dim % 2:
+            raise ValueError(f"head_dim={head_dim} must be even: RoPE rotates pairs")
+
+    def _check_sharing(self) -> None:
+        lent: dict[str, tuple[int, int]] = {}
+        for i, spec in enumerate(self.layers):
+            heads = self.heads_of(spec)
+            if spec.makes_keys and spec.kind in lent:
+                raise ValueError(
+                    f"layer {i} has keys and values of its own after others are shared"
+                )
+            if spec.kv == "lent":
+                lent[spec.kind] = heads
+            elif not spec.makes_keys and (lender := lent.get(spec.kind)) != heads:
+                reason = f"no {spec.kind} layer lends any"
+                if lender is not None:
+                    reason = f"head_dim and num_kv_heads are {heads}, of what is lent {lender}"
+                raise ValueError(f"layer {i} shares keys and values, but {reason}")
 
     def _check_bidirectional(self) -> None:
         if self.vision is not None or self.audio is not None:
@@ -291,9 +351,25 @@ class GemmaConfig:
                 return i
         return None
 
+    def heads_of(self, spec: LayerSpec) -> tuple[int, int]:
+        """The width of a layer's heads, and its number of key/value heads."""
+        return spec.head_dim or self.head_dim, spec.num_kv_heads or self.num_kv_heads
+
+    def layer_sizes(self, spec: LayerSpec) -> Mapping[str, int]:
+        """Dimension letter -> size in a layer."""
+        width, count = self.heads_of(spec)
+        own = {"F": spec.d_ff, "H": width, "K": count, "G": self.num_heads // count}
+        return {**self.sizes, **own}
+
+    def sub_blocks_of(self, spec: LayerSpec) -> tuple[SubBlock, ...]:
+        """What a layer consists of, in order."""
+        if spec.sub_blocks is not None:
+            return spec.sub_blocks
+        return ("attention", "ffn") if self.per_layer is None else ("attention", "ffn", "per_layer")
+
     @property
     def sizes(self) -> Mapping[str, int]:
-        """Dimension letter -> size, for every letter that is the same in all layers."""
+        """Dimension letter -> size, where no layer says otherwise; `layer_sizes` for one layer."""
         return {
             "V": self.vocab_size,
             "D": self.d_model,
@@ -306,16 +382,3 @@ class GemmaConfig:
             "P": self.per_layer.width if self.per_layer else 0,
             "R": self.laurel_rank or 0,
         }
-
-
-def _check_sharing(layers: tuple[LayerSpec, ...]) -> None:
-    lent = set()
-    for i, spec in enumerate(layers):
-        if spec.kv == "shared" and spec.kind not in lent:
-            raise ValueError(
-                f"layer {i} shares keys and values, but no {spec.kind} layer lends any"
-            )
-        if spec.kv != "shared" and spec.kind in lent:
-            raise ValueError(f"layer {i} has keys and values of its own after others are shared")
-        if spec.kv == "lent":
-            lent.add(spec.kind)

@@ -284,7 +284,7 @@ def mesh_sizes(cfg: GemmaConfig, count: int, sizes: Mapping[str, int]) -> dict[s
         there = "is 1; leave the mesh out" if count == 1 else there
         raise ValueError(f"mesh {given} is for {wanted}, but there {there}")
     if "group" not in sizes and (tensor := sizes.get("tensor", 1)) > 1:
-        sizes["tensor"] = math.gcd(tensor, cfg.num_kv_heads)
+        sizes["tensor"] = math.gcd(tensor, *(cfg.heads_of(spec)[1] for spec in cfg.layers))
         if tensor > sizes["tensor"]:
             sizes["group"] = tensor // sizes["tensor"]
     return {axis: sizes[axis] for axis in AXES if axis in sizes}

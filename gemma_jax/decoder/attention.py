@@ -22,26 +22,30 @@ class Attention(nnx.Module):
 
     Gemma 3 normalises each query and key head before rotating it, with one scale vector for all
     heads (hf `Gemma3Attention`). Gemma 1 and 2 do not. Gemma 3n normalises the values too, and its
-    last layers have no keys and values of their own (hf `Gemma3nTextAttention`).
+    last layers have no keys and values of their own (hf `Gemma3nTextAttention`). Of Gemma 4, global
+    layers have heads of another size, and some make values of the keys' projection (hf
+    `Gemma4TextAttention`).
     """
 
     def __init__(self, cfg: GemmaConfig, spec: LayerSpec, *, rngs: nnx.Rngs):
         self.spec = spec
+        sizes = cfg.layer_sizes(spec)
         self.scale = cfg.query_pre_attn_scalar**-0.5
         self.soft_cap = cfg.attn_soft_cap
 
         def norm() -> RMSNorm | None:
             if not cfg.qk_norm:
                 return None
-            return RMSNorm(cfg, "H")
+            return RMSNorm(cfg, "H", size=sizes["H"])
 
-        self.q = Einsum("BTD,NHD->BTNH", cfg.sizes, rngs=rngs)
-        self.o = Einsum("BTNH,DNH->BTD", cfg.sizes, rngs=rngs)
+        self.q = Einsum("BTD,NHD->BTNH", sizes, rngs=rngs)
+        self.o = Einsum("BTNH,DNH->BTD", sizes, rngs=rngs)
         self.q_norm = norm()
         self.v_norm_eps = cfg.norm_eps if cfg.v_norm else None
-        if spec.kv != "shared":
-            self.k = Einsum("BTD,KHD->BTKH", cfg.sizes, rngs=rngs)
-            self.v = Einsum("BTD,KHD->BTKH", cfg.sizes, rngs=rngs)
+        if spec.makes_keys:
+            self.k = Einsum("BTD,KHD->BTKH", sizes, rngs=rngs)
+            if spec.values == "own":
+                self.v = Einsum("BTD,KHD->BTKH", sizes, rngs=rngs)
             self.k_norm = norm()
 
     def __call__(
@@ -87,7 +91,9 @@ class Attention(nnx.Module):
     ) -> tuple[KeysValues, LayerCache | None]:
         """New keys and values, or those of the cache and the new ones; and the cache after."""
         numerics = ctx.runtime.numerics
-        k_BTKH, v_BTKH = keep("attn_k", self.k(x_BTD)), keep("attn_v", self.v(x_BTD))
+        k_BTKH = v_BTKH = keep("attn_k", self.k(x_BTD))
+        if self.spec.values == "own":
+            v_BTKH = keep("attn_v", self.v(x_BTD))
         if self.k_norm is not None:
             k_BTKH = self.k_norm(k_BTKH, numerics)
         if self.v_norm_eps is not None:

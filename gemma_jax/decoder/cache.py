@@ -255,10 +255,11 @@ def init_cache(
     cfg.require_causal("writes none: it has no cache")
 
     def layer(spec: LayerSpec, repeats: int) -> LayerCache | None:
-        if spec.kv == "shared":
+        if not spec.makes_keys:
             return None
+        head_dim, num_kv_heads = cfg.heads_of(spec)
         capacity = layer_capacity(spec, max_len, slack)
-        shape = (repeats, batch, cfg.num_kv_heads, capacity, cfg.head_dim)
+        shape = (repeats, batch, num_kv_heads, capacity, head_dim)
         cache = LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
         if jnp.dtype(dtype) != jnp.int8:
             return cache
@@ -289,10 +290,13 @@ def cache_bytes(cfg: GemmaConfig, batch: int, max_len: int, dtype: jax.typing.DT
     if cfg.bidirectional:
         return 0
     dtype = jnp.dtype(dtype)
-    per_head = cfg.head_dim * dtype.itemsize + (4 if dtype == jnp.int8 else 0)
-    per_slot = 2 * batch * cfg.num_kv_heads * per_head
-    owners = (spec for spec in cfg.layers if spec.kv != "shared")
-    return per_slot * sum(layer_capacity(spec, max_len) for spec in owners)
+    scale = 4 if dtype == jnp.int8 else 0
+
+    def per_slot(head_dim: int, num_kv_heads: int) -> int:
+        return 2 * batch * num_kv_heads * (head_dim * dtype.itemsize + scale)
+
+    owners = (spec for spec in cfg.layers if spec.makes_keys)
+    return sum(layer_capacity(spec, max_len) * per_slot(*cfg.heads_of(spec)) for spec in owners)
 
 
 def plan_slots(cache: Cache, pos_BT: jax.Array) -> tuple[dict[int, Slots], dict[int, jax.Array]]:

@@ -21,6 +21,13 @@ from gemma_kernels.attention import (
     two_sided_interval,
 )
 
+Rope = tuple[float, float, float, int]  # theta, scale, share, width of a head; 0 for the model's
+
+
+def rope_of(spec: LayerSpec) -> Rope:
+    """What layers with one rope table have in common."""
+    return spec.rope_theta, spec.rope_scale, spec.rotary_share, spec.head_dim or 0
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +37,7 @@ class Context:
     Attributes:
       pos_BT: Positions of the new tokens, -1 for padding.
       intervals: window (0 for global) -> `(lo_BT, hi_BT)`, the key positions each query sees.
-      tables: `(theta, scale)` -> rope table.
+      tables: What `rope_of` says of a layer -> its rope table.
       deviations: sparsity -> where the threshold of a sparse layer lies.
       slots: cache capacity -> where new tokens go; empty without a cache.
       in_order: Whether queries stand in the order of the keys, and none sees a key after its own.
@@ -49,7 +56,7 @@ class Context:
     runtime: Runtime = field(metadata={"static": True})
     pos_BT: jax.Array
     intervals: dict[int, tuple[jax.Array, jax.Array]]
-    tables: dict[tuple[float, float], RopeTable]
+    tables: dict[Rope, RopeTable]
     deviations: dict[float, jax.Array]
     slots: dict[int, Slots]
     in_order: bool = field(metadata={"static": True})
@@ -97,7 +104,7 @@ class Context:
         return self.intervals[spec.window or 0]
 
     def table(self, spec: LayerSpec) -> RopeTable:
-        return self.tables[spec.rope_theta, spec.rope_scale]
+        return self.tables[rope_of(spec)]
 
 
 def tokens_at(chosen_BT: jax.Array, x: jax.Array, axis: int) -> jax.Array:
@@ -139,17 +146,20 @@ def make_context(
     rope_pos_BT = pos_BT if rope_pos_BT is None else rope_pos_BT
     sparsities = sorted({spec.sparsity for spec in cfg.layers if spec.sparsity})
     windows = {spec.window for spec in cfg.layers}
-    ropes = {(spec.rope_theta, spec.rope_scale) for spec in cfg.layers}
+    ropes = {rope_of(spec) for spec in cfg.layers}
 
     def interval(window: int | None) -> tuple[jax.Array, jax.Array]:
         if not cfg.bidirectional:
             return causal_interval(pos_BT, window, last_BT, first_BT)
         return two_sided_interval(pos_BT, None if window is None else window - 1)
 
+    def table(theta: float, scale: float, share: float, head_dim: int) -> RopeTable:
+        return rope_table(rope_pos_BT, head_dim or cfg.head_dim, theta, scale, numerics, share)
+
     def read_by_layers() -> dict[str, Any]:
         return {
             "intervals": {window or 0: interval(window) for window in windows},
-            "tables": {r: rope_table(rope_pos_BT, cfg.head_dim, *r, numerics) for r in ropes},
+            "tables": {rope: table(*rope) for rope in ropes},
             "deviations": dict(zip(sparsities, deviations_below(sparsities))),
         }
 

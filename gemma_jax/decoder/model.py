@@ -6,7 +6,8 @@ for each layer:  x = x + post_norm(attention(pre_norm(x)))
 logits = embed.T(final_norm(x)), or head.T(...) of a model with a head of its own
 
 Gemma 3n puts this into the middle of several streams: a layer predicts them all, computes one, and
-corrects them all by its result.
+corrects them all by its result. Gemma 4 has one stream; a layer ends with its per-layer input, and
+a scale.
 """
 
 import math
@@ -29,6 +30,7 @@ from gemma_jax.nn.encoders import encoders_of
 from gemma_jax.nn.ffn import FeedForward
 from gemma_jax.nn.laurel import Laurel
 from gemma_jax.nn.layer_groups import Layout, group_layers
+from gemma_jax.nn.layer_scale import LayerScale
 from gemma_jax.nn.layer_stack import LayerOutput, stack_layers
 from gemma_jax.nn.norm import RMSNorm
 from gemma_jax.nn.per_layer import PerLayerEmbedder, PerLayerInput
@@ -62,8 +64,8 @@ class LayerInputs:
 class Block(nnx.Module):
     """Computes one decoder layer: attention and feed-forward, each between norms, on a stream.
 
-    With AltUp, LAuReL and per-layer inputs as far as the config has them (hf
-    `Gemma3nTextDecoderLayer`).
+    With AltUp and LAuReL as far as the config has them, and the sub-blocks that the spec names:
+    per-layer inputs, a scale (hf `Gemma3nTextDecoderLayer`, `Gemma4TextDecoderLayer`).
 
     A subclass may put other modules in the place of its own, or have another `compute`;
     `Gemma(cfg, block=...)` makes a model of it. The feed-forward `ffn` may be any module that maps
@@ -94,16 +96,17 @@ class Block(nnx.Module):
         def norm():
             return RMSNorm(cfg, "D")
 
-        self.spec = spec
+        self.spec, named = spec, cfg.sub_blocks_of(spec)
         self.altup = AltUp(cfg, rngs=rngs) if cfg.altup else None
         self.laurel = Laurel(cfg, rngs=rngs) if cfg.laurel_rank else None
-        self.per_layer = PerLayerInput(cfg, rngs=rngs) if cfg.per_layer else None
+        self.per_layer = PerLayerInput(cfg, rngs=rngs) if "per_layer" in named else None
         self.pre_attn_norm = norm()
         self.attn = Attention(cfg, spec, rngs=rngs)
         self.post_attn_norm = norm() if cfg.post_norms else None
         self.pre_ffn_norm = norm()
         self.ffn = FeedForward(cfg, spec, rngs=rngs)
         self.post_ffn_norm = norm() if cfg.post_norms else None
+        self.layer_scale = LayerScale() if "layer_scale" in named else None
 
     def __call__(
         self,
@@ -134,6 +137,8 @@ class Block(nnx.Module):
                 y_BTD = note("per_layer_outputs", y_BTD)
                 # The first stream is left alone, whichever one is active.
                 x = x + y_BTD if self.altup is None else x.at[1:].add(y_BTD)
+        if self.layer_scale is not None:
+            x = self.layer_scale(x)
         shared_kv = {self.spec.kind: kv} if self.spec.kv == "lent" else {}
         x = note("layer_outputs", x)
         return LayerOutput(x=x, cache=cache, captured=captured | extra, shared_kv=shared_kv)

@@ -44,7 +44,7 @@ def _is_plain(model: Gemma) -> bool:
 
 def last_with_keys(specs: Sequence[LayerSpec]) -> int:
     """The last layer that makes keys and values of its own."""
-    return max(i for i, spec in enumerate(specs) if spec.kv != "shared")
+    return max(i for i, spec in enumerate(specs) if spec.makes_keys)
 
 
 def run_wanted(

@@ -127,7 +127,7 @@ def shares_cache(cfg: GemmaConfig, submodel: Slice) -> bool:
     last layer that has keys and values of its own.
     """
     widths = dict(zip(submodel.kept(len(cfg.layers)), submodel.widths(cfg)))
-    last = max(i for i, spec in enumerate(cfg.layers) if spec.kv != "shared")
+    last = max(i for i, spec in enumerate(cfg.layers) if spec.makes_keys)
     return last in widths and all(widths.get(i) == cfg.layers[i].d_ff for i in range(last))
 
 

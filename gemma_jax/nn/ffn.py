@@ -20,7 +20,7 @@ class FeedForward(nnx.Module):
     """
 
     def __init__(self, cfg: GemmaConfig, spec: LayerSpec, *, rngs: nnx.Rngs):
-        sizes = {**cfg.sizes, "F": spec.d_ff}
+        sizes = cfg.layer_sizes(spec)
         self.activation = cfg.activation
         self.gate = Einsum("BTD,FD->BTF", sizes, rngs=rngs)
         self.up = Einsum("BTD,FD->BTF", sizes, rngs=rngs)

@@ -10,13 +10,21 @@ RopeTable = tuple[jax.Array, jax.Array]  # cos, sin, each [B, T, H/2] in float32
 
 
 def rope_table(
-    pos_BT: jax.Array, head_dim: int, theta: float, scale: float, numerics: Numerics
+    pos_BT: jax.Array,
+    head_dim: int,
+    theta: float,
+    scale: float,
+    numerics: Numerics,
+    share: float = 1.0,
 ) -> RopeTable:
     """Cosine and sine of the angles `pos * theta^(-2i/H) / scale`, in radians.
 
     At position 131,072 one unit in the last place of a float32 angle is 0.008 rad, so the order of
     the roundings is part of the definition: hf rounds the inverse frequency and multiplies, gdm
     divides (`numerics.divide_positions`).
+
+    Args:
+      share: Of the pairs, those with the shortest wavelengths turn; the angle of the others is 0.
     """
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     timescale = np.float32(theta) ** exponent
@@ -25,6 +33,8 @@ def rope_table(
         angle_BTh = pos_BT1 / timescale / np.float32(scale)
     else:
         angle_BTh = pos_BT1 * (np.float32(1) / timescale / np.float32(scale))
+    if (turning := int(share * head_dim // 2)) < head_dim // 2:
+        angle_BTh = jnp.where(np.arange(head_dim // 2) < turning, angle_BTh, 0)
     return jnp.cos(angle_BTh), jnp.sin(angle_BTh)
 
 

@@ -1,11 +1,12 @@
 """Bytes and operations of a step, from the architecture alone: what no program can do without."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 
-from gemma_jax.config import GemmaConfig
+from gemma_jax.config import GemmaConfig, LayerSpec
 from gemma_jax.decoder.cache import layer_capacity
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.decoder.skipping import last_with_keys
@@ -49,10 +50,10 @@ def score_operations(cfg: GemmaConfig, work: Work) -> float:
     first = _first_read(cfg, work)
     length = work.context if work.mode != "train" else work.chunk
     pairs = sum(
-        pairs_seen(spec.window, work.chunk if layer < first else 1, length)
+        pairs_seen(spec.window, work.chunk if layer < first else 1, length) * cfg.heads_of(spec)[0]
         for layer, spec in enumerate(cfg.layers)
     )
-    scores = 4 * work.batch * pairs * cfg.num_heads * cfg.head_dim
+    scores = 4 * work.batch * pairs * cfg.num_heads
     return (3 if work.mode == "train" else 1) * scores
 
 
@@ -65,9 +66,13 @@ def cache_bytes_read(cfg: GemmaConfig, work: Work, cache_bytes: int) -> int:
     """Of one device's caches, when they are full; layers that share those of others read too."""
     if work.mode == "train":
         return 0
-    slots = lambda specs: sum(layer_capacity(spec, work.context) for spec in specs)  # noqa: E731
-    owners = [spec for spec in cfg.layers if spec.kv != "shared"]
-    return cache_bytes * slots(cfg.layers) // slots(owners)
+
+    def size(specs: Iterable[LayerSpec]) -> int:
+        return sum(
+            layer_capacity(spec, work.context) * math.prod(cfg.heads_of(spec)) for spec in specs
+        )
+
+    return cache_bytes * size(cfg.layers) // size(spec for spec in cfg.layers if spec.makes_keys)
 
 
 def _matrix_parameters(model: Gemma, first: int) -> tuple[int, int]:

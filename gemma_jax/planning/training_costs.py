@@ -63,17 +63,27 @@ class TrainingCosts:
     def score_operations(self, lengths: Iterable[int], spans: Iterable[int] = ()) -> float:
         """Of these, those of attention."""
         lengths, cfg = list(lengths), self.cfg
-        both_ways = sum(n * (n - 1) / 2 for n in spans) * len(cfg.layers)
-        pairs = sum(pairs_seen(spec.window, n, n) for spec in cfg.layers for n in lengths)
-        return 12 * (pairs + both_ways) * cfg.num_heads * cfg.head_dim  # forward, twice back
+        both_ways = sum(n * (n - 1) / 2 for n in spans)
+        return 12 * _products(cfg, lengths, both_ways)  # forward, twice back
 
 
 def forward_operations(model: Gemma, lengths: Iterable[int]) -> float:
     """Of a pass without gradients, as of a reference or a teacher."""
     lengths, cfg = list(lengths), model.cfg
-    pairs = sum(pairs_seen(spec.window, n, n) for spec in cfg.layers for n in lengths)
     matrices = 2 * sum(_matrices(model).values()) * sum(lengths)
-    return matrices + 4 * pairs * cfg.num_heads * cfg.head_dim
+    return matrices + 4 * _products(cfg, lengths)
+
+
+def _products(cfg: GemmaConfig, lengths: list[int], more: float = 0) -> float:
+    """Multiplications of all queries with the keys that they see.
+
+    Args:
+      more: Pairs of them that every layer has besides.
+    """
+    return cfg.num_heads * sum(
+        cfg.heads_of(spec)[0] * (more + sum(pairs_seen(spec.window, n, n) for n in lengths))
+        for spec in cfg.layers
+    )
 
 
 def _matrices(model: Gemma) -> dict[ParamPath, int]:

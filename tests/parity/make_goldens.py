@@ -43,6 +43,17 @@ GRADIENTS = (
     "model.layers.6.pre_feedforward_layernorm.weight",
     "model.layers.6.post_feedforward_layernorm.weight",
 )
+GRADIENTS_OF = {  # by `model_type`: those of parts that no other has
+    "gemma4_text": (
+        "model.embed_tokens_per_layer.weight",
+        "model.per_layer_model_projection.weight",
+        "model.layers.4.self_attn.k_proj.weight",
+        "model.layers.4.self_attn.v_proj.weight",
+        "model.layers.5.per_layer_input_gate.weight",
+        "model.layers.9.mlp.down_proj.weight",
+        "model.layers.9.self_attn.q_proj.weight",
+    ),
+}
 VARIANTS = {  # name -> dtype, attention; the first is the golden
     "value": (torch.float32, "eager"),
     "noise_fp64": (torch.float64, "eager"),
@@ -134,7 +145,8 @@ def run_gradients(model, inputs: dict) -> dict:
     loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters()}
     norm = torch.sqrt(sum(g.square().sum() for g in grads.values()))
-    chosen = {f"grad.{name}": grads[name] for name in GRADIENTS if name in grads}
+    names = GRADIENTS + GRADIENTS_OF.get(model.config.model_type, ())
+    chosen = {f"grad.{name}": grads[name] for name in names if name in grads}
     return {"loss": loss.detach()[None], "grad_global_norm": norm[None]} | chosen
 
 
@@ -206,6 +218,9 @@ def write(folder: Path, config: Path, seed: int) -> None:
             parameter.copy_(
                 torch.randn_like(parameter) * (0.3 if vector else parameter.shape[-1] ** -0.5)
             )
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):  # Gemma 4 stores it, and never trains it
+                buffer.copy_(1 + 0.3 * torch.randn_like(buffer))
     model.to(torch.bfloat16).save_pretrained(folder)
     for name, inputs in (image_cases if hasattr(cfg, "vision_config") else text_cases)(cfg).items():
         outputs, facts = compute(folder, name, inputs)

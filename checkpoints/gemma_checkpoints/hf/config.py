@@ -4,7 +4,7 @@ Two spellings are in the wild and both are read: published files (`rope_theta`,
 `rope_local_base_freq`, `rope_scaling`, `sliding_window_pattern`) and those that transformers 5
 writes (`layer_types`, `rope_parameters`). A key that is missing means the default of the
 transformers class, which the published multimodal configs rely on.
-Source: `models/gemma{,2,3,3n}/configuration_gemma{,2,3,3n}.py` of transformers.
+Source: `models/gemma{,2,3,3n,4}/configuration_gemma{,2,3,3n,4}.py` of transformers.
 """
 
 from collections.abc import Collection, Mapping
@@ -23,6 +23,7 @@ from gemma_jax.config import (
 from gemma_jax.storages import one_of
 
 from ..json_values import Json, depth, flag, nested, positive, whole
+from . import layer_heads
 from .audio_config import audio_from_hf
 from .config_keys import refuse_unknown_keys
 from .mobilenet_config import mobilenet_from_hf
@@ -92,6 +93,7 @@ DEFAULTS: Mapping[str, Json] = {
         "num_kv_shared_layers": 15,
         "laurel_rank": 64,
     },
+    layer_heads.FAMILY: layer_heads.DEFAULTS,
 }
 ARCHITECTURES = {
     "gemma": "GemmaForCausalLM",
@@ -99,6 +101,7 @@ ARCHITECTURES = {
     "vaultgemma": "VaultGemmaForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "gemma3n_text": "Gemma3nForCausalLM",
+    "gemma4_text": "Gemma4ForCausalLM",
 }
 # Relatives that are more than this decoder with towers, and what keeps them out.
 OTHERS: Mapping[str, str] = {
@@ -109,7 +112,14 @@ OTHERS: Mapping[str, str] = {
 }
 BARE = "Gemma3TextModel"  # without a head: what reads both ways has no next token to guess
 # Layers of a period, of which the last is global.
-PATTERN = {"gemma": 1, "gemma2": 2, "vaultgemma": 2, "gemma3_text": 6, "gemma3n_text": 5}
+PATTERN = {
+    "gemma": 1,
+    "gemma2": 2,
+    "vaultgemma": 2,
+    "gemma3_text": 6,
+    "gemma3n_text": 5,
+    "gemma4_text": 6,
+}
 THETA = {"global": 1_000_000.0, "local": 10_000.0}
 Kind = Literal["local", "global"]
 KINDS: dict[str, Kind] = {
@@ -134,6 +144,11 @@ ACTIVATION_KEYS = (
 MULTIMODAL = ("gemma3", "shieldgemma2")
 # Towers for images and sounds around a `gemma3n_text`.
 GEMMA3N = "gemma3n"
+# Families whose config has a text config inside, and what that is.
+INNER = dict.fromkeys(MULTIMODAL, "gemma3_text") | {
+    GEMMA3N: "gemma3n_text",
+    layer_heads.OUTER: layer_heads.FAMILY,
+}
 TOWERS = ("image", "audio")  # modalities that a model may have beside text
 
 
@@ -141,17 +156,17 @@ def text_config(raw: Json) -> Json:
     """The part of a config that describes the text decoder, as a config of its own if need be.
 
     `Gemma3ForConditionalGeneration` never applies `final_logit_softcapping`, so it is cleared; that
-    of Gemma 3n applies it.
+    of Gemma 3n and 4 applies it.
     """
-    if raw.get("model_type") not in (*MULTIMODAL, GEMMA3N):
+    if raw.get("model_type") not in tuple(INNER):
         return raw
-    family = "gemma3n_text" if raw["model_type"] == GEMMA3N else "gemma3_text"
+    family = INNER[raw["model_type"]]
     inner = nested(raw, "text_config")
     if (kind := inner.get("model_type", family)) != family:
         raise ValueError(f"model_type {kind!r} of text_config is not {family!r}")
     tied = {"tie_word_embeddings": _is_tied(raw, inner)}
     fixed = {"model_type": family, "architectures": [ARCHITECTURES[family]]}
-    uncapped = {} if family == "gemma3n_text" else {"final_logit_softcapping": None}
+    uncapped = {"final_logit_softcapping": None} if family == "gemma3_text" else {}
     return inner | tied | fixed | uncapped
 
 
@@ -183,13 +198,20 @@ def config_from_hf(raw: Json, *, modalities: Collection[str] = TOWERS) -> GemmaC
     if family not in tuple(DEFAULTS):
         raise ValueError(
             f"model_type {raw.get('model_type')!r} is not supported; "
-            f"expected one of: {', '.join([*DEFAULTS, *MULTIMODAL, GEMMA3N])}"
+            f"expected one of: {', '.join([*DEFAULTS, *INNER])}"
         )
+    gemma3n, gemma4 = family == "gemma3n_text", family == layer_heads.FAMILY
+    if gemma4:
+        layer_heads.refuse_towers(raw, [one for one in TOWERS if one in modalities])
+        layer_heads.refuse_variants(text)
     refuse_unknown_keys(raw, modalities)
     text = DEFAULTS[family] | text
     layers = depth(text, "num_hidden_layers")
-    gemma3n, capped = family == "gemma3n_text", family in ("gemma2", "vaultgemma")
+    capped = family in ("gemma2", "vaultgemma")
     specs, bidirectional = _layer_specs(text, layers), _bidirectional(text)
+    if gemma3n or gemma4:
+        specs = share_kv(specs, whole(text, "num_kv_shared_layers", least=0))
+    specs = layer_heads.with_heads(text, specs) if gemma4 else specs
     cfg = GemmaConfig(
         vocab_size=whole(text, "vocab_size"),
         d_model=whole(text, "hidden_size"),
@@ -197,10 +219,10 @@ def config_from_hf(raw: Json, *, modalities: Collection[str] = TOWERS) -> GemmaC
         num_kv_heads=whole(text, "num_key_value_heads"),
         head_dim=whole(text, "head_dim"),
         query_pre_attn_scalar=_query_scalar(text),
-        layers=share_kv(specs, whole(text, "num_kv_shared_layers", least=0)) if gemma3n else specs,
+        layers=specs,
         max_positions=whole(text, "max_position_embeddings"),
         norm_eps=positive(text, "rms_norm_eps"),
-        qk_norm=family in ("gemma3_text", "gemma3n_text"),
+        qk_norm=family in ("gemma3_text", "gemma3n_text", layer_heads.FAMILY),
         post_norms=family not in ("gemma", "vaultgemma"),
         activation=_activation(text),
         # Gemma3Attention never applies attn_logit_softcapping, whatever its config says.
@@ -210,7 +232,7 @@ def config_from_hf(raw: Json, *, modalities: Collection[str] = TOWERS) -> GemmaC
         bidirectional=bidirectional,
         origin=family,
         tied_head=flag(text, "tie_word_embeddings", default=True),
-        **_gemma3n_parts(text) if gemma3n else {},
+        **_gemma3n_parts(text) if gemma3n else layer_heads.parts(text) if gemma4 else {},
     )
     if raw["model_type"] in MULTIMODAL and "image" in modalities:
         return replace(cfg, vision=vision_from_hf(raw))
@@ -250,8 +272,8 @@ def _query_scalar(text: Json) -> float:
     match text["model_type"]:
         case "gemma":
             return whole(text, "head_dim")
-        case "gemma3n_text":
-            return 1  # Gemma3nTextAttention leaves the scale to its norms
+        case "gemma3n_text" | layer_heads.FAMILY:
+            return 1  # their attention leaves the scale to its norms
         case _:
             return positive(text, "query_pre_attn_scalar")
 
@@ -299,6 +321,12 @@ def _named_activation(text: Json, key: str) -> Activation | None:
 
 
 def _kinds(text: Json, layers: int) -> list[Kind]:
+    kinds = _named_kinds(text, layers)
+    # Gemma4TextConfig makes the last layer global, whatever the file says of it.
+    return [*kinds[:-1], "global"] if text["model_type"] == layer_heads.FAMILY else kinds
+
+
+def _named_kinds(text: Json, layers: int) -> list[Kind]:
     names = text.get("layer_types")
     if names is None:
         period = text.get("sliding_window_pattern")
@@ -329,6 +357,7 @@ def _layer_specs(text: Json, layers: int) -> tuple[LayerSpec, ...]:
             window=_window(text) if kind == "local" else None,
             rope_theta=ropes[kind][0],
             rope_scale=ropes[kind][1],
+            rotary_share=ropes[kind][2],
             d_ff=whole({"intermediate_size": width}, "intermediate_size"),
             sparsity=sparsity,
         )
@@ -345,6 +374,8 @@ def _window(text: Json) -> int:
 
 def _bidirectional(text: Json) -> bool:
     key = "use_bidirectional_attention"
+    if text["model_type"] == layer_heads.FAMILY:
+        return False  # or only between soft tokens
     if not flag(text, key, default=False):
         return False
     if text["model_type"] != "gemma3_text":
@@ -376,9 +407,10 @@ def _sparsities(text: Json, layers: int) -> list[float]:
     return [float(v) for v in values]
 
 
-def _read_rope(text: Json, kind: str) -> tuple[float, float]:
-    """`(theta, scale)`. Gemma 3's `rope_scaling` is for global layers only."""
-    per_kind = text["model_type"] in ("gemma3_text", "gemma3n_text")
+def _read_rope(text: Json, kind: str) -> tuple[float, float, float]:
+    """`(theta, scale, share)`. Gemma 3's `rope_scaling` is for global layers only."""
+    gemma4 = text["model_type"] == layer_heads.FAMILY
+    per_kind = gemma4 or text["model_type"] in ("gemma3_text", "gemma3n_text")
     name = {ours: theirs for theirs, ours in KINDS.items()}[kind]
     rope = nested(text, "rope_parameters")
     rope = nested(rope, name) if per_kind else rope
@@ -387,11 +419,16 @@ def _read_rope(text: Json, kind: str) -> tuple[float, float]:
         rope = rope | nested(text, "rope_scaling")
     theta_key = "rope_local_base_freq" if local else "rope_theta"
     default = THETA[kind] if per_kind else THETA["local"]
+    if gemma4 and not rope and kind == "global":
+        rope = {"rope_type": "proportional", "partial_rotary_factor": layer_heads.ROTARY_SHARE}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "linear") or rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"rope {rope} is not supported; expected rope_type 'default' or 'linear'")
+    known = ("default", "linear", *(("proportional",) if gemma4 else ()))
+    share = rope.get("partial_rotary_factor", 1)
+    if rope_type not in known or (share != 1 and rope_type != "proportional"):
+        raise ValueError(f"rope {rope} is not supported; expected rope_type {one_of(known)}")
     theta = positive({theta_key: rope.get("rope_theta", text.get(theta_key, default))}, theta_key)
-    return theta, positive(rope, "factor") if rope_type == "linear" else 1.0
+    scaled = rope_type == "linear" or (rope_type == "proportional" and "factor" in rope)
+    return theta, positive(rope, "factor") if scaled else 1.0, float(share)
 
 
 def _cap(text: Json, key: str) -> float | None:

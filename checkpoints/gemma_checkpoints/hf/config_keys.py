@@ -39,6 +39,12 @@ READ: Mapping[str, frozenset[str]] = {
             "hidden_size_per_layer_input altup_active_idx altup_coef_clip altup_correct_scale",
             "altup_num_inputs num_kv_shared_layers laurel_rank activation_sparsity_pattern",
         ),
+        "gemma4_text": (
+            _DECODER, _WINDOWS, "vocab_size_per_layer_input hidden_size_per_layer_input",
+            "num_kv_shared_layers use_double_wide_mlp attention_k_eq_v enable_moe_block",
+            "global_head_dim num_global_key_value_heads per_layer_config",
+        ),
+        "gemma4": ("model_type text_config vision_config audio_config tie_word_embeddings",),
         "gemma3": (_OUTER,),
         "shieldgemma2": (_OUTER,),
         "gemma3n": (
@@ -99,6 +105,15 @@ UNREAD_OF: Mapping[str, Mapping[str, str]] = {
         "attn_logit_softcapping": "Gemma3nTextAttention never applies it",
         "query_pre_attn_scalar": "Gemma3nTextAttention leaves the scale to its norms",
     },
+    "gemma4_text": dict.fromkeys(
+        ("num_experts", "top_k_experts", "moe_intermediate_size"),
+        "of mixtures of experts, which enable_moe_block would ask for",
+    ),
+    "gemma4": dict.fromkeys(
+        "boi_token_id eoi_token_id image_token_id video_token_id boa_token_id eoa_token_id "
+        "eoa_token_index audio_token_id vision_soft_tokens_per_image".split(),
+        "of images, sounds and videos, which only models with towers read",
+    ),
     "siglip_vision_model": {"tie_word_embeddings": "a tower has no words"},
     "gemma3n_vision": {
         "do_pooling": "Gemma3nModel asks the tower for places, not for their mean",
@@ -126,7 +141,12 @@ UNSET: Mapping[str, tuple[object, ...]] = {
 ROPE = "rope_type type rope_theta factor partial_rotary_factor".split()
 UNREAD_ROPE = {"original_max_position_embeddings": "of kinds of rope that are refused"}
 LAYER_TYPES = ("full_attention", "sliding_attention")
-_TEXT = {"gemma3": "gemma3_text", "shieldgemma2": "gemma3_text", "gemma3n": "gemma3n_text"}
+_TEXT = {
+    "gemma3": "gemma3_text",
+    "shieldgemma2": "gemma3_text",
+    "gemma3n": "gemma3n_text",
+    "gemma4": "gemma4_text",
+}
 
 # Modality -> where its tower lies, and of which kind it is by the model's.
 _TOWERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
@@ -202,7 +222,7 @@ def _unknown_ropes(raw: Json) -> list[str]:
     ropes = {"rope_scaling": nested(text, "rope_scaling")}
     parameters = nested(text, "rope_parameters")
     unknown = []
-    if _TEXT.get(kind, kind) in ("gemma3_text", "gemma3n_text"):
+    if _TEXT.get(kind, kind) in ("gemma3_text", "gemma3n_text", "gemma4_text"):
         unknown += [f"rope_parameters.{key}" for key in parameters if key not in LAYER_TYPES]
         known = [key for key in LAYER_TYPES if key in parameters]
         ropes |= {f"rope_parameters.{key}": nested(parameters, key) for key in known}

@@ -10,6 +10,7 @@ from gemma_jax.config import GemmaConfig, LayerSpec
 from gemma_jax.encoder_config import MobileNetConfig, VisionConfig
 
 from ..json_values import Json
+from . import layer_heads
 from .audio_config import audio_to_hf
 from .config import ACTIVATION_KEYS, ACTIVATIONS, ARCHITECTURES, BARE, DEFAULTS, KINDS
 from .mobilenet_config import mobilenet_to_hf
@@ -69,7 +70,8 @@ def _text_to_hf(cfg: GemmaConfig) -> Json:
     """The same for the decoder alone."""
     family = _family(cfg)
     by_kind = {spec.kind: spec for spec in cfg.layers}
-    alike = {spec if family != "gemma3n_text" else _kind_facts(spec) for spec in cfg.layers}
+    varied = ("gemma3n_text", layer_heads.FAMILY)
+    alike = {_kind_facts(spec) if family in varied else spec for spec in cfg.layers}
     if len(alike) != len(by_kind):
         raise ValueError(
             "layers of one kind differ from each other: no transformers class has that"
@@ -94,7 +96,9 @@ def _text_to_hf(cfg: GemmaConfig) -> Json:
         "pad_token_id": 0,
     }
     ropes = {theirs: _rope(by_kind[ours]) for theirs, ours in KINDS.items() if ours in by_kind}
-    if family in ("gemma3_text", "gemma3n_text"):
+    if family == layer_heads.FAMILY:
+        out |= {"rope_parameters": ropes}
+    elif family in ("gemma3_text", "gemma3n_text"):
         out |= {"rope_parameters": ropes} | _legacy_ropes(by_kind)
     elif len({tuple(rope.items()) for rope in ropes.values()}) == 1:
         rope = next(iter(ropes.values()))
@@ -111,8 +115,13 @@ def _text_to_hf(cfg: GemmaConfig) -> Json:
         out |= {
             "layer_types": [theirs[spec.kind] for spec in cfg.layers],
             "sliding_window": _window(cfg, local, family),
-            "query_pre_attn_scalar": _int_if_whole(cfg.query_pre_attn_scalar),
             "final_logit_softcapping": cfg.final_soft_cap,
+        }
+    if family == layer_heads.FAMILY:
+        return out | layer_heads.to_hf(cfg)
+    if family != "gemma":
+        out |= {
+            "query_pre_attn_scalar": _int_if_whole(cfg.query_pre_attn_scalar),
             "attn_logit_softcapping": cfg.attn_soft_cap,
         }
     if cfg.bidirectional:
@@ -137,7 +146,7 @@ def _activation_name(cfg: GemmaConfig, family: str) -> str:
 
 
 def _kind_facts(spec: LayerSpec) -> LayerSpec:
-    """What layers of one kind have in common in Gemma 3n, whose others are lists in its config."""
+    """What layers of one kind have in common in Gemma 3n and 4; their configs say the rest."""
     return replace(spec, d_ff=1, sparsity=0.0, kv="own")
 
 
@@ -165,6 +174,15 @@ def _family(cfg: GemmaConfig) -> str:
         raise ValueError("of models that read both ways, transformers has Gemma 3 alone")
     if all(parts) and cfg.qk_norm and cfg.post_norms and cfg.query_pre_attn_scalar == 1:
         return "gemma3n_text"
+    if layer_heads.is_gemma4(cfg):
+        return layer_heads.FAMILY
+    if any("layer_scale" in cfg.sub_blocks_of(spec) for spec in cfg.layers) or any(
+        cfg.heads_of(spec) != (cfg.head_dim, cfg.num_kv_heads)
+        or spec.rotary_share != 1
+        or spec.values == "keys"
+        for spec in cfg.layers
+    ):
+        raise ValueError("transformers has heads by layer and layer scales in Gemma 4 alone")
     if any(parts) or any(spec.sparsity or spec.kv != "own" for spec in cfg.layers):
         raise ValueError("transformers has parts of Gemma 3n only all together")
     if cfg.qk_norm and cfg.post_norms and cfg.attn_soft_cap is None:
@@ -182,6 +200,8 @@ def _family(cfg: GemmaConfig) -> str:
 def _rope(spec: LayerSpec) -> Json:
     scaling = {} if spec.rope_scale == 1 else {"factor": spec.rope_scale}
     kind = {"rope_type": "linear" if scaling else "default"}
+    if spec.rotary_share != 1:
+        kind = {"rope_type": "proportional", "partial_rotary_factor": spec.rotary_share}
     return kind | {"rope_theta": spec.rope_theta} | scaling
 
 

@@ -45,10 +45,9 @@ CORE: Table = (
     Row("final_norm.scale", "norm.weight"),
 )
 
-KEYS_VALUES: Table = (
-    Row("blocks.{i}.attn.k.w", _LAYER + "self_attn.k_proj.weight", "(K H) D -> K H D"),
-    Row("blocks.{i}.attn.v.w", _LAYER + "self_attn.v_proj.weight", "(K H) D -> K H D"),
-)
+KEYS: Table = (Row("blocks.{i}.attn.k.w", _LAYER + "self_attn.k_proj.weight", "(K H) D -> K H D"),)
+VALUES = Row("blocks.{i}.attn.v.w", _LAYER + "self_attn.v_proj.weight", "(K H) D -> K H D")
+LAYER_SCALE = Row("blocks.{i}.layer_scale.scale", _LAYER + "layer_scalar")
 
 Q_NORM: Table = (Row("blocks.{i}.attn.q_norm.scale", _LAYER + "self_attn.q_norm.weight"),)
 K_NORM: Table = (Row("blocks.{i}.attn.k_norm.scale", _LAYER + "self_attn.k_norm.weight"),)
@@ -165,11 +164,13 @@ def hf_table(cfg: GemmaConfig) -> Table:
     """The rows that a model with the features of `cfg` has."""
     return (
         CORE
-        + _of_owners(KEYS_VALUES + (K_NORM if cfg.qk_norm else ()), cfg)
+        + _of_owners(KEYS + (K_NORM if cfg.qk_norm else ()), cfg)
+        + tuple(VALUES.at(i) for i in _owners(cfg) if cfg.layers[i].values == "own")
         + (SANDWICH_NORMS if cfg.post_norms else PRE_NORMS if is_gemma1(cfg) else VAULT_NORMS)
         + (Q_NORM if cfg.qk_norm else ())
         + (LAUREL if cfg.laurel_rank else ())
         + (PER_LAYER if cfg.per_layer else ())
+        + _layer_scales(cfg)
         + (_altup(cfg.altup) if cfg.altup else ())
         + _vision(cfg)
         + (AUDIO if cfg.audio else ())
@@ -177,15 +178,23 @@ def hf_table(cfg: GemmaConfig) -> Table:
         + BUFFERS
         + _embedders(cfg)
         + dense_rows(cfg)
-        + (_unread(cfg) if cfg.origin == "gemma3n_text" else ())
+        + (_unread(cfg) if cfg.origin in ("gemma3n_text", "gemma4_text") else ())
         + unused(cfg)
     )
 
 
 def _of_owners(table: Table, cfg: GemmaConfig) -> Table:
     """The rows for layers with keys and values of their own, one by one."""
-    owners = [i for i, spec in enumerate(cfg.layers) if spec.kv != "shared"]
-    return tuple(row.at(i) for row in table for i in owners)
+    return tuple(row.at(i) for row in table for i in _owners(cfg))
+
+
+def _owners(cfg: GemmaConfig) -> list[int]:
+    return [i for i, spec in enumerate(cfg.layers) if spec.makes_keys]
+
+
+def _layer_scales(cfg: GemmaConfig) -> Table:
+    scaled = [i for i, spec in enumerate(cfg.layers) if "layer_scale" in cfg.sub_blocks_of(spec)]
+    return tuple(LAYER_SCALE.at(i) for i in scaled)
 
 
 def _altup(altup: AltUpConfig) -> Table:
@@ -238,7 +247,7 @@ def dense_rows(cfg: GemmaConfig) -> Table:
 
 
 def _unread(cfg: GemmaConfig) -> Table:
-    """What files of Gemma 3n hold for modalities that the model does not have."""
+    """What files of Gemma 3n and 4 hold for modalities that the model does not have."""
     has = {_EMBED_VISION: cfg.vision is not None, _EMBED_AUDIO: cfg.audio is not None}
     if not any(has.values()) and cfg.modality_vocabularies:
         has = dict.fromkeys(has, True)

@@ -45,7 +45,7 @@ def run_ablation(
 
 def cached_positions(cfg: GemmaConfig, length: int) -> int:
     """Positions whose keys and values a decoder keeps after so many tokens, over all layers."""
-    return sum(min(spec.window or length, length) for spec in cfg.layers if spec.kv != "shared")
+    return sum(min(spec.window or length, length) for spec in cfg.layers if spec.makes_keys)
 
 
 class _Training:
