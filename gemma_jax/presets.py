@@ -9,6 +9,8 @@ soft tokens, and padding.
 Gemma 3n's E2B is a slice of its E4B: fewer layers, and half the feed-forward width. Both see and
 hear, by MobileNetV5 and a USM conformer. Their vocabulary has 256 rows more than their per-layer
 table, for images and audio.
+
+Gemma 4's E2B and E4B are here as decoders of text (transformers 5.24, `configuration_gemma4.py`).
 """
 
 from dataclasses import replace
@@ -174,6 +176,55 @@ def _gemma3n(layers: int, d_ff: int, num_shared: int, *, num_sparse: int = 10) -
     )
 
 
+def _gemma4(
+    layers: int,
+    d_model: int,
+    d_ff: int,
+    num_kv_heads: int,
+    num_shared: int,
+    *,
+    period: int,
+    wider: int = 1,
+) -> GemmaConfig:
+    """A decoder of Gemma 4.
+
+    Args:
+      period: One of so many layers is global.
+      wider: Feed-forwards of layers that share keys and values are so many times as wide.
+    """
+
+    def spec(i: int) -> LayerSpec:
+        wide = (i + 1) % period == 0
+        return LayerSpec(
+            kind="global" if wide else "local",
+            window=None if wide else 512,
+            rope_theta=GLOBAL_THETA if wide else LOCAL_THETA,
+            d_ff=d_ff,
+            head_dim=512 if wide else None,
+            rotary_share=0.25 if wide else 1.0,
+            sub_blocks=("attention", "ffn", "per_layer", "layer_scale"),
+        )
+
+    specs = share_kv([spec(i) for i in range(layers)], num_shared)
+    return GemmaConfig(
+        vocab_size=262_144,
+        d_model=d_model,
+        num_heads=8,
+        num_kv_heads=num_kv_heads,
+        head_dim=256,
+        query_pre_attn_scalar=1,
+        layers=tuple(s if s.makes_keys else replace(s, d_ff=wider * d_ff) for s in specs),
+        max_positions=131_072,
+        qk_norm=True,
+        post_norms=True,
+        final_soft_cap=30.0,
+        origin="gemma4_text",
+        scale_plus_one=False,
+        v_norm=True,
+        per_layer=PerLayerConfig(width=256, vocab_size=262_144),
+    )
+
+
 def _embedding_gemma() -> GemmaConfig:
     """A Gemma 3 that reads both ways.
 
@@ -203,12 +254,17 @@ PRESETS: dict[str, GemmaConfig] = {
     "embeddinggemma-300m": _embedding_gemma(),
     "gemma3n-e2b": _gemma3n(30, 8_192, 10),
     "gemma3n-e4b": _gemma3n(35, 16_384, 15),
+    "gemma4-e2b": _gemma4(35, 1_536, 6_144, 1, 20, period=5, wider=2),
+    "gemma4-e4b": _gemma4(42, 2_560, 10_240, 2, 18, period=6),
 }
 
 
 def _tiny(cfg: GemmaConfig, **changes: Any) -> GemmaConfig:
     """The same architecture in miniature, for the vocabulary of checkpoints/elastic."""
-    layers = tuple(replace(spec, window=spec.window and 64) for spec in cfg.layers)
+    layers = tuple(
+        replace(spec, window=spec.window and 64, head_dim=spec.head_dim and 32)
+        for spec in cfg.layers
+    )
     sizes = dict(vocab_size=1_024, d_model=64, num_heads=4, head_dim=16, max_positions=1_024)
     return replace(cfg, layers=layers, **sizes, **changes)
 
@@ -232,6 +288,10 @@ TINY: dict[str, GemmaConfig] = {
         audio=None,
         laurel_rank=8,
         per_layer=PerLayerConfig(width=16, vocab_size=1_000),
+    ),
+    "tiny-gemma4": _tiny(
+        _gemma4(15, 64, 96, 2, 5, period=5, wider=2),
+        per_layer=PerLayerConfig(width=16, vocab_size=1_024),
     ),
 }
 

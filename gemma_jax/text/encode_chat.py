@@ -8,6 +8,8 @@ from . import chat
 from .chat import GEMMA3_MEDIA, Message
 from .tokenizer import Tokenizer
 
+OTHER_TURN = "<|turn>"  # of Gemma 4, whose format is not that of `chat.py`
+
 
 def render_chat(
     tokenizer: Tokenizer,
@@ -16,10 +18,24 @@ def render_chat(
     add_generation_prompt: bool = True,
     media: Mapping[str, str] = GEMMA3_MEDIA,
 ) -> str:
-    """The prompt of a conversation, by the checkpoint's template, or in Gemma 3's format."""
+    """The prompt of a conversation, by the checkpoint's template, or in Gemma 3's format.
+
+    Raises:
+      ValueError: There is no template, and the tokenizer is of models with another format.
+    """
     template = tokenizer.chat_template
+    if template is None and _marks_other_turns(tokenizer):
+        raise ValueError(
+            f"this tokenizer marks turns by {OTHER_TURN}, as Gemma 4 does, and has no chat "
+            "template: put the model's chat_template.jinja beside it"
+        )
     render = chat.render if template is None else template.render
     return render(messages, add_generation_prompt=add_generation_prompt, media=media)
+
+
+def _marks_other_turns(tokenizer: Tokenizer) -> bool:
+    known = tokenizer.special_ids
+    return OTHER_TURN in known and "<start_of_turn>" not in known
 
 
 def chat_bos(tokenizer: Tokenizer) -> bool:
@@ -29,7 +45,9 @@ def chat_bos(tokenizer: Tokenizer) -> bool:
 
 def in_gemma_format(tokenizer: Tokenizer) -> bool:
     """Whether conversations are in the format of `chat.py`, which can be written turn by turn."""
-    return tokenizer.chat_template is None or tokenizer.chat_template.gemma is not None
+    if (template := tokenizer.chat_template) is None:
+        return not _marks_other_turns(tokenizer)
+    return template.gemma is not None
 
 
 def chat_stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -96,6 +96,19 @@ CONFIG_KEYS = {
         vocab_size_per_layer_input hidden_size_per_layer_input altup_active_idx altup_coef_clip
         altup_correct_scale altup_num_inputs num_kv_shared_layers laurel_rank
         activation_sparsity_pattern""",
+    ("Gemma4TextConfig of transformers 5.24", "gemma4_text"): """
+        architectures attention_bias attention_dropout attention_k_eq_v bos_token_id dtype
+        enable_moe_block eos_token_id final_logit_softcapping head_dim hidden_activation hidden_size
+        hidden_size_per_layer_input initializer_range intermediate_size layer_types
+        max_position_embeddings model_type moe_intermediate_size num_attention_heads num_experts
+        num_hidden_layers num_key_value_heads num_kv_shared_layers pad_token_id per_layer_config
+        rms_norm_eps rope_parameters sliding_window tie_word_embeddings top_k_experts
+        transformers_version use_bidirectional_attention use_cache use_double_wide_mlp vocab_size
+        vocab_size_per_layer_input""",
+    ("Gemma4Config of transformers 5.24", "gemma4"): """
+        architectures audio_config audio_token_id boa_token_id boi_token_id dtype eoa_token_index
+        eoi_token_id image_token_id initializer_range model_type text_config tie_word_embeddings
+        transformers_version video_token_id vision_config""",
     ("SiglipVisionConfig of transformers 5.24", "siglip_vision_model"): """
         hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels image_size
         patch_size hidden_act layer_norm_eps attention_dropout vision_use_head dtype model_type""",

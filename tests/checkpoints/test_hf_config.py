@@ -89,6 +89,8 @@ def test_there_and_back(name, spelling):
         "published": ("rope_parameters", "layer_types"),
     }
     text = hf.get("text_config", hf)
+    if name.startswith("gemma4"):  # published when there was one spelling
+        unread["published"] = ()
     for key in unread[spelling]:
         text.pop(key, None)
     assert config_from_hf(json.loads(json.dumps(hf))) == cfg

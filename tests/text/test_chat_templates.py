@@ -13,11 +13,20 @@ from hypothesis import given
 from test_chat_format import conversations
 from text_samples import DATA, TEXTS, patient
 
-from gemma_jax.text import ChatTemplate, Tokenizer, encode_chat, render, render_chat
+from gemma_jax.text import (
+    ChatTemplate,
+    Tokenizer,
+    encode_chat,
+    in_gemma_format,
+    render,
+    render_chat,
+)
 from gemma_jax.text import chat_template as module
 from gemma_jax.text.chat import GEMMA3_MEDIA, GEMMA3N_MEDIA
 from gemma_jax.text.gguf_config import read_gguf_config
 from gemma_jax.text.gguf_header import read_header, read_vocabulary
+from gemma_jax.text.tokenizer_config import TokenizerConfig
+from gemma_jax.text.train_vocabulary import train_vocabulary
 
 PUBLISHED = {
     name: entry["text"]
@@ -286,3 +295,20 @@ def test_keys_that_may_change_ids_are_refused_by_name(tiny, key, value):
     """The keys are those of `LLM_KV_TOKENIZER_*` in llama.cpp's src/llama-arch.cpp."""
     with pytest.raises(ValueError, match=rf"tokenizer\.{key} is "):
         Tokenizer.from_gguf_header(read_header(tiny.gguf) | {f"tokenizer.{key}": value})
+
+
+def test_a_tokenizer_of_gemma_4_needs_its_own_template(tmp_path):
+    """Its turns are not those of Gemma 3, so no format of ours is put in the place of its own."""
+    lines, path = ["the dog is here\n"] * 3, tmp_path / "tokenizer.model"
+    turns = ["<|turn>", "<turn|>"]
+    path.write_bytes(train_vocabulary(lines, 300, [*turns, "\n"], hard_vocab_limit=False))
+    tokenizer = Tokenizer.from_file(path, TokenizerConfig(specials=tuple(turns)))
+    with pytest.raises(
+        ValueError, match=r"marks turns by <\|turn>, as Gemma 4 does, .*no chat tem"
+    ):
+        encode_chat(tokenizer, [USER])
+    assert not in_gemma_format(tokenizer)
+    tokenizer.chat_template = template(
+        "{% for m in messages %}<|turn>{{ m['content'] }}{% endfor %}"
+    )
+    assert render_chat(tokenizer, [USER]) == "<|turn>the dog"

@@ -23,6 +23,7 @@ from ..errors import CheckpointError
 from ..export import host_array
 from ..formats import open_source
 from ..generation_config import generation_defaults
+from ..hf.layer_heads import is_gemma4
 from ..name_table import Row, expand
 from ..params import Slot, depths, named_slots
 from ..rearrange import shape as side_shape
@@ -84,6 +85,10 @@ def save_gguf(
             target,
             "a model that makes embeddings is another architecture in llama.cpp, which is not "
             "written here; save_hf keeps it",
+        )
+    if is_gemma4(model.cfg):
+        raise CheckpointError(
+            target, "GGUF files of Gemma 4 are not written here; save_hf keeps the model"
         )
     if mix not in MIXES:
         raise ValueError(f"{mix=} must be one of: {', '.join(MIXES)}")

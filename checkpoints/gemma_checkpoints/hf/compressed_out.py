@@ -26,10 +26,12 @@ _STORAGE = re.compile(r"int(?P<bits>[48])(:(?P<group>\d+|channel))?")
 GROUP = {4: 32, 8: None}  # inputs with one scale where a storage does not say it; `None`: all
 SHAPE = "weight_shape"
 _TOWERS = ("re:.*vision_tower.*", "re:.*audio_tower.*", "re:.*embed_vision.*", "re:.*embed_audio.*")
-_GEMMA3N = (
-    "re:.*altup.*", "re:.*laurel.*", "re:.*per_layer_input_gate", "re:.*per_layer_projection",
+_ALTUP = ("re:.*altup.*", "re:.*laurel.*")
+_PER_LAYER = (
+    "re:.*per_layer_input_gate",
+    "re:.*per_layer_projection",
     "re:.*per_layer_model_projection",
-)  # fmt: skip
+)
 
 
 class PlainTensor(Protocol):
@@ -89,7 +91,9 @@ def _ignored(cfg: GemmaConfig) -> list[str]:
     if cfg.vision is not None or cfg.audio is not None:
         names += _TOWERS
     if cfg.altup is not None:
-        names += _GEMMA3N
+        names += _ALTUP
+    if cfg.per_layer is not None:
+        names += _PER_LAYER
     if shared := [str(i) for i, spec in enumerate(cfg.layers) if spec.kv == "shared"]:
         names.append(rf"re:.*layers\.({'|'.join(shared)})\.self_attn\.[kv]_proj")
     return names
