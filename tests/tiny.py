@@ -122,6 +122,28 @@ def gemma3n(layers: int = 9, num_shared: int = 3) -> GemmaConfig:
     )
 
 
+def gemma4(**changes) -> GemmaConfig:
+    """One layer of each kind and role. Global ones have wider heads, fewer keys, values from them.
+
+    The published models have either these or per-layer embeddings and shared keys.
+    """
+    named = ("attention", "ffn", "per_layer", "layer_scale")
+    local = LayerSpec(kind="local", window=WINDOW, d_ff=48, sub_blocks=named)
+    wide = LayerSpec(
+        kind="global", rope_theta=1e6, rotary_share=0.25, head_dim=32, num_kv_heads=1,
+        values="keys", d_ff=48, sub_blocks=named,
+    )  # fmt: skip
+    specs = share_kv((local, wide) * 2, 2)
+    fields = dict(
+        layers=tuple(spec if spec.makes_keys else replace(spec, d_ff=96) for spec in specs),
+        query_pre_attn_scalar=1,
+        scale_plus_one=False,
+        v_norm=True,
+        per_layer=PerLayerConfig(width=8, vocab_size=96),
+    )
+    return replace(gemma3(), **(fields | changes))
+
+
 def mobilenet(**changes) -> MobileNetConfig:
     """One block of each kind; images of 64 pixels become 2 x 2 soft tokens."""
     fields = dict(
@@ -180,6 +202,7 @@ FAMILIES = {
     "gemma2": gemma2,
     "gemma3": gemma3,
     "gemma3n": lambda: gemma3n(6, 3),  # as few as have every kind of layer
+    "gemma4": gemma4,
 }
 
 

@@ -14,7 +14,9 @@ from gemma_jax.decoder.model import abstract_model
 from gemma_jax.presets import PRESETS
 
 # The reader refuses the architecture; of the last, llama.cpp has one of its own.
-NOT_AS_GGUF = ("gemma3n-e2b", "gemma3n-e4b", "embeddinggemma-300m")
+NOT_AS_GGUF = (
+    "gemma3n-e2b", "gemma3n-e4b", "embeddinggemma-300m", "gemma4-e2b", "gemma4-e4b"
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(

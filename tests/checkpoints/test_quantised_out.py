@@ -73,15 +73,17 @@ def test_it_is_kept_as_codes(tmp_path):
     np.testing.assert_allclose(*logits, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["g3_mm", "g3n_mm"])
+@pytest.mark.parametrize("name", ["g3_mm", "g3n_mm", "g4_text"])
 def test_towers_and_what_gemma3n_has_beside_stay_plain(name, tmp_path):
     model = gc.load_weights(DATA / name)
     width = min(spec.d_ff for spec in model.cfg.layers)
     group = np.gcd.reduce([model.cfg.d_model, width, model.cfg.num_heads * model.cfg.head_dim, 32])
     saved = gc.save_hf(model, tmp_path / "out", weights=f"int8:{group}", source=DATA / name)
     said = json.loads((saved / "config.json").read_text())["quantization_config"]
-    assert "lm_head" in said["ignore"] and "re:.*vision_tower.*" in said["ignore"]
+    assert "lm_head" in said["ignore"]
+    assert ("re:.*vision_tower.*" in said["ignore"]) == (name != "g4_text")
     assert ("re:.*altup.*" in said["ignore"]) == (name == "g3n_mm")
+    assert ("re:.*per_layer_input_gate" in said["ignore"]) == (name != "g3_mm")
     names = [n for n in load_file(saved / "model.safetensors") if n.endswith("weight_packed")]
     assert len(names) > 5
     assert all("self_attn" in n or ".mlp." in n for n in names)

@@ -27,6 +27,7 @@ LENGTHS = np.array([2 * tiny.WINDOW + 3, 5, 2 * tiny.WINDOW])
 CONFIGS = {
     "gemma3n": lambda: tiny.gemma3n(6, 3),
     "small gemma3n": lambda: tiny.gemma3n(4, 1),  # the layer with the last keys lends none
+    "gemma4": tiny.gemma4,
     "gemma2": tiny.gemma2,  # the last layer ends a period
     "gemma": tiny.gemma1,  # the last layer is one of three alike
     "gemma3": lambda: tiny.gemma3(4),
@@ -55,7 +56,8 @@ def assert_same_caches(ours, theirs):
     [
         *(("gemma3n", "scan"), ("gemma2", "scan"), ("gemma", "scan"), ("one layer", "scan")),
         ("small gemma3n", "unrolled"),
-        *nightly(("gemma3n", "unrolled"), ("gemma2", "unrolled")),
+        ("gemma4", "scan"),
+        *nightly(("gemma3n", "unrolled"), ("gemma2", "unrolled"), ("gemma4", "unrolled")),
         *nightly(("gemma3", "scan"), ("gemma3", "unrolled")),
     ],
 )

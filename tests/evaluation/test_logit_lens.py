@@ -16,6 +16,7 @@ CONFIGS = {
     "gemma3": tiny.gemma3(2, every=2),
     "gemma2": tiny.gemma2(),
     "gemma3n": tiny.gemma3n(4, 1),
+    "gemma4": tiny.gemma4(),
 }
 
 
@@ -103,7 +104,8 @@ def test_contributions_add_up(model):
     ids = tiny.tokens(model.cfg, 2, 5)
     parts = gj.contributions(model, ids)
     names = ["inputs_embeds", "layer_outputs"]
-    names += ["altup_predictions", "per_layer_outputs"] if model.cfg.altup else []
+    names += ["altup_predictions"] if model.cfg.altup else []
+    names += ["per_layer_outputs"] if model.cfg.per_layer else []
     names += ["attention_outputs", "ffn_outputs"]
     captured = gj.forward(model, ids, capture=names).captured
     arrays = _parts(model, captured)

@@ -125,6 +125,7 @@ KINDS = [  # family, layout, options of the runtime
         ("gemma3", "scan", dict(attention_impl="reference")),
         ("gemma3n", "unrolled", {}),
         ("gemma2", "scan", {}),
+        ("gemma4", "scan", {}),
         ("gemma", "unrolled", {}),
         ("gemma3", "scan", dict(cache_dtype="int8")),
         *(("gemma3", "unrolled", dict(attention_impl=name)) for name in ("reference", "xla")),

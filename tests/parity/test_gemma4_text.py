@@ -14,8 +14,10 @@ from parity.goldens import DATA, assert_close, assert_gradient, case, loss_gradi
 from safetensors.numpy import load_file
 
 from gemma_checkpoints import load_weights, save_hf
-from gemma_jax import forward, generate, init_cache
+from gemma_jax import forward, generate, init_cache, quantise
 from gemma_jax.decoder.batch import Batch
+from gemma_jax.weights.protocol import dense
+from gemma_jax.weights.tree import map_params
 
 FOLDERS = ("g4_text", "g4_keys_as_values")
 CAPTURES = ("embeddings", "layer_outputs", "final_norm")
@@ -99,6 +101,25 @@ def test_the_table_on_the_host_gives_the_same_logits():
         for place in ("device", "host")
     )
     np.testing.assert_array_equal(here, host)
+
+
+@pytest.mark.parametrize(
+    "folder, storage",
+    [
+        ("g4_text", "int8"),
+        *nightly(("g4_text", "int4:channel"), ("g4_keys_as_values", "int8")),
+    ],
+)
+def test_narrow_weights_compute_what_their_numbers_say(folder, storage):
+    """To rounding; the golden, whose weights are not rounded, is much farther away."""
+    given, expected, _ = case(folder, "forward")
+    ids = given["input_ids"].astype(np.int32)
+    narrow = quantise(load_weights(DATA / folder, dtype="float32"), storage)
+    logits = forward(narrow, ids).logits
+    widened = map_params(narrow, lambda param: dense(param.get_value()))
+    np.testing.assert_allclose(logits, forward(widened, ids).logits, atol=1e-5)
+    error = np.abs(np.asarray(logits) - expected["logits"]).max()
+    assert 2e-4 < error < (0.05 if storage == "int8" else 1)
 
 
 def test_comes_back_from_an_export(folder, tmp_path):

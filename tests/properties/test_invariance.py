@@ -18,7 +18,7 @@ ROWS = 3  # in every test that can: other shapes would be other programs
 ATOL = 2e-5  # ten times the rounding of float32 sums in another order; mistakes show at 0.1
 
 
-@pytest.fixture(scope="module", params=["gemma2", "gemma3n", *nightly("gemma", "gemma3")])
+@pytest.fixture(scope="module", params=["gemma2", "gemma3n", "gemma4", *nightly("gemma", "gemma3")])
 def model(request):
     return tiny.model(tiny.FAMILIES[request.param]())
 
@@ -40,14 +40,14 @@ def in_chunks(model, ids, cuts, positions=None, slack=0):
 
 
 def test_families_by_day_have_every_feature():
-    """Whatever a family switches on, and every kind of layer, is in Gemma 2 or in Gemma 3n."""
+    """Whatever a family switches on, and every kind of layer, is in Gemma 2, 3n or 4."""
 
     def features(*families):
         cfgs = [tiny.FAMILIES[family]() for family in families]
         fields = {f.name for c in cfgs for f in dataclasses.fields(c) if getattr(c, f.name)}
         return fields | {(s.kind, s.kv, bool(s.sparsity)) for c in cfgs for s in c.layers}
 
-    assert features("gemma2", "gemma3n") >= features(*tiny.FAMILIES)
+    assert features("gemma2", "gemma3n", "gemma4") >= features(*tiny.FAMILIES)
 
 
 def test_shapes(model):

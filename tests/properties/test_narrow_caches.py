@@ -18,6 +18,7 @@ from gemma_jax.weights.int8 import to_int8
 
 LENGTH = 4 * tiny.WINDOW + 3  # several wraps of every ring
 CONFIGS = {"gemma3": tiny.gemma3(2, every=2), "gemma3n": tiny.gemma3n(6, 3)}
+CONFIGS["gemma4"] = tiny.gemma4()
 
 
 def with_caches(cfg, dtype):
@@ -52,7 +53,7 @@ def test_int8_is_off_by_half_a_scale_at_most(scale, zeros, dtype, seed):
     np.testing.assert_array_equal(np.abs(values).max(3), np.where(x_BKTH.any(3), 127, 0))
 
 
-@pytest.mark.parametrize("family", ["gemma3n", *nightly("gemma3")])
+@pytest.mark.parametrize("family", ["gemma3n", *nightly("gemma3", "gemma4")])
 def test_layout_of_the_prompt_changes_nothing(family):
     """Pieces, single tokens and one pass agree far better than int8 and float32 do.
 
