@@ -5,7 +5,7 @@ from gemma_jax.cli import common
 
 def command(as_json: common.Json = False) -> None:
     """Show the models that have a name: parameters, whether on this machine, origin, terms."""
-    from gemma_checkpoints.catalog import CATALOG, TERMS, stored
+    from gemma_checkpoints.catalog import CATALOG, stored
 
     rows = [
         {
@@ -14,7 +14,7 @@ def command(as_json: common.Json = False) -> None:
             "path": None if (path := stored(name)) is None else str(path),
             "origin": entry.origin,
             "verified": entry.verified or None,
-            "terms": TERMS,
+            "terms": entry.terms,
         }
         for name, entry in CATALOG.items()
     ]
@@ -30,7 +30,11 @@ def command(as_json: common.Json = False) -> None:
     for said in dict.fromkeys(row["verified"] for row in rows if row["verified"]):
         names = ", ".join(row["name"] for row in rows if row["verified"] == said)
         print(f"* verified is {said}: {names}")
-    print(f"Terms: {TERMS}. `gemma-jax info NAME` says more.")
+    for terms in dict.fromkeys(row["terms"] for row in rows):
+        names = [row["name"] for row in rows if row["terms"] == terms]
+        of = "" if len(names) > len(rows) / 2 else f" (of {', '.join(names)})"
+        print(f"Terms: {terms}{of}.")
+    print("`gemma-jax info NAME` says more.")
 
 
 def _parameters(name: str) -> int | None:

@@ -65,6 +65,8 @@ def test_a_local_path_wins_over_a_name(monkeypatch, tmp_path):
         ("gemma2-2b", "google/gemma-2-2b"),
         ("gemma2-9b-it", "google/gemma-2-9b-it"),
         ("gemma-7b", "google/gemma-7b"),
+        ("gemma4-e2b", "google/gemma-4-E2B"),
+        ("gemma4-e4b-it", "google/gemma-4-E4B-it"),
     ],
 )
 def test_official_repositories(name, repository):
@@ -82,7 +84,8 @@ def test_told_once(hub, tmp_path):
     for _ in range(2):
         assert gc.resolve("gemma3-1b-it", notify=told.append) == tmp_path
     gc.resolve("gemma3-4b-it", notify=told.append)
-    assert len(told) == 2
+    gc.resolve("gemma4-e2b-it", notify=told.append)
+    assert len(told) == 3 and "Apache License 2.0" in told[2] and catalog.TERMS not in told[2]
     assert "https://huggingface.co/google/gemma-3-1b-it" in told[0] and catalog.TERMS in told[0]
 
 

@@ -174,4 +174,17 @@ def test_a_slice(cli, refused, no_network, tmp_path):
     told = json.loads(cli("info", "gemma3n-e4b", "--slice", file, "--json").out)
     assert told["d_ff"] == [1000] * 34 + [2000]
     assert "choose one of: e4b" in refused("info", "gemma3n-e4b", "--slice", "e1b")
-    assert "only Gemma 3n has" in refused("info", "gemma3-1b", "--placement")
+    assert "only Gemma 3n and 4 have" in refused("info", "gemma3-1b", "--placement")
+
+
+def test_heads_that_differ_by_layer(cli, no_network):
+    told = facts(cli, "gemma4-e2b")
+    assert told["parameters"] == 4_628_569_344 + 35  # and a scale per layer
+    assert told["head_dim"] == [256, 256, 256, 256, 512] * 7 and told["kv_heads"] == 1
+    assert told["d_ff"] == [6_144] * 15 + [12_288] * 20
+    assert told["per_layer_table_parameters"] == 262_144 * 35 * 256
+    assert "published_parameters" not in told  # its files have not been seen
+    # 12 rings of 512 slots and 3 global layers, of keys and values in two bytes.
+    assert told["cache_bytes_bfloat16"]["8192"] == 4 * (12 * 512 * 256 + 3 * 8_192 * 512)
+    whole = told["cache_bytes_if_all_layers_were_global_bfloat16"]["8192"]
+    assert whole == 4 * 8_192 * (28 * 256 + 7 * 512)

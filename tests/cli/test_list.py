@@ -14,7 +14,11 @@ def test_every_name_is_listed(cli):
     models = {row["name"]: row for row in json.loads(ran.out)["models"]}
     assert list(models) == list(CATALOG)
     assert models["gemma3-1b-pt"]["parameters"] == 999_885_952  # of its Hugging Face page
-    assert all(row["terms"].startswith("Gemma Terms of Use") for row in models.values())
+    terms = {name: row["terms"].partition(",")[0] for name, row in models.items()}
+    apache = {name for name in models if name.startswith("gemma4-")}
+    assert len(apache) == 4
+    assert {n for n in terms if terms[n] == "Apache License 2.0"} == apache
+    assert all(terms[name] == "Gemma Terms of Use" for name in models.keys() - apache)
 
 
 def test_what_is_on_this_machine(cli, tmp_path, monkeypatch):
