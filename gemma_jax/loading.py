@@ -81,7 +81,7 @@ class LoadOptions:
       attention_impl: A name out of `gemma_kernels.attention.IMPLEMENTATIONS`, or `"auto"` for the
         best by platform and shape.
       layout: `"scan"` compiles fast, `"unrolled"` decodes fast on CPU. Default: by platform.
-      per_layer_table: Gemma 3n's table of per-layer embeddings, half of its parameters: on the
+      per_layer_table: The per-layer embeddings of Gemma 3n and 4, half of their parameters: on the
         `"device"`, in the memory of the `"host"`, or left in its file on `"disk"`. Rows of the
         current tokens are gathered there and sent to the device. With int8 weights, a table off the
         device is bfloat16.

@@ -109,7 +109,8 @@ def save_hf(
 
     A model that was loaded with `dtype=None` comes out with the bytes that went in. One that sees
     becomes a `gemma3` or `gemma3n` folder; if only its decoder was loaded, a `gemma3_text` or
-    `gemma3n_text` folder. transformers has Gemma 3n with both of its towers or with none.
+    `gemma3n_text` folder, and Gemma 4 a `gemma4_text` folder. transformers has Gemma 3n with both
+    of its towers or with none.
 
     Args:
       model: Dense parameters in float32, float16 or bfloat16.

@@ -123,6 +123,9 @@ def test_the_decoder_of_a_folder_with_towers(tmp_path):
     ids = np.arange(4, 16)[None]
     assert decoder.cfg == alone.cfg
     np.testing.assert_array_equal(forward(decoder, ids).logits, forward(alone, ids).logits)
+    again = gc.save_hf(decoder, tmp_path / "decoder", source=tmp_path)
+    saved = json.loads((again / "config.json").read_text())
+    assert saved["model_type"] == "gemma4_text" and gc.load_weights(again).cfg == decoder.cfg
 
 
 def test_gguf_files_are_refused_by_name(tmp_path):
