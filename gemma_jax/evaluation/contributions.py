@@ -74,7 +74,8 @@ def logit_contributions(
 
     Raises:
       ValueError: What `forward` refuses, ids or positions that there are not, a model that reads
-        both ways, or Gemma 3n, whose streams are merged in a way that is no sum.
+        both ways, Gemma 3n, whose streams are merged in a way that is no sum, or Gemma 4, which
+        scales what all layers before added.
 
     Examples:
       >>> import gemma_jax as gj
@@ -87,6 +88,8 @@ def logit_contributions(
     model.cfg.require_causal("has no next token whose logit could be split")
     if model.streams is not None:
         raise ValueError("Gemma 3n merges its streams, so its logits are no sum over layers")
+    if _scales(model):
+        raise ValueError("Gemma 4 scales its stream in every layer, so its logits are no plain sum")
     batch = Batch.of(batch)
     tokens = batch.tokens_BT.shape[1]
     sizes = [("token", token, 0, model.cfg.vocab_size), ("position", position, -tokens, tokens)]
@@ -135,11 +138,14 @@ def _parts(model: Gemma, found: dict[str, jax.Array]) -> dict[str, jax.Array]:
         named = ("attention", "ffn", "per_layer")
         parts = {name: found[key] for name in named if (key := f"{name}_outputs") in found}
         parts = {"stream": before} | parts
-        scaled = any("layer_scale" in model.cfg.sub_blocks_of(spec) for spec in model.cfg.layers)
-        return parts | ({"scale": after - sum(parts.values())} if scaled else {})
+        return parts | ({"scale": after - sum(parts.values())} if _scales(model) else {})
     predicted = found["altup_predictions"]
     parts = {"stream": before, "prediction": predicted - before}
     if (added := found.get("per_layer_outputs")) is None:
         return parts | {"correction": after - predicted}
     added = jnp.repeat(added[:, None], after.shape[1], axis=1).at[:, 0].set(0)
     return parts | {"correction": after - added - predicted, "per_layer": added}
+
+
+def _scales(model: Gemma) -> bool:
+    return any("layer_scale" in model.cfg.sub_blocks_of(spec) for spec in model.cfg.layers)

@@ -166,8 +166,9 @@ def test_logits_that_are_not_split():
     ):
         with pytest.raises(ValueError, match=message):
             gj.logit_contributions(model, [[2, 3]], **wrong)
-    with pytest.raises(ValueError, match="no sum over layers"):
-        gj.logit_contributions(tiny.model(CONFIGS["gemma3n"]), [[2, 3]], 0)
+    for family, message in (("gemma3n", "no sum over layers"), ("gemma4", "no plain sum")):
+        with pytest.raises(ValueError, match=message):
+            gj.logit_contributions(tiny.model(CONFIGS[family]), [[2, 3]], 0)
     both_ways = tiny.model(tiny.gemma3(1, bidirectional=True))
     with pytest.raises(ValueError, match="no next token whose logit could be split"):
         gj.logit_contributions(both_ways, [[2, 3]], 0)
