@@ -6,11 +6,14 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from inference.test_engine import CFG, request, run, submitted
+from inference.test_engine import CFG, alone, request, run, submitted
 from marks import nightly
+from training.test_lora import filled
 
 import gemma_jax as gj
 from gemma_jax.inference.engine import Engine
+from gemma_jax.placement import shard
+from gemma_jax.sharding import INFERENCE, make_mesh
 
 ATOL = 2e-5  # ten times the rounding of float32 sums in another order; mistakes show at 0.1
 
@@ -126,3 +129,30 @@ def test_what_cannot_be_told_is_refused(model):
         engine.submit(request(5, 0), print)
     with pytest.raises(ValueError, match="65 tokens needed"):
         engine.submit(request(65, 0, prompt_log_probs=True), print)
+
+
+def test_each_prompt_has_its_own_adapter(model):
+    loras = {n: filled(model, gj.Lora(rank=2, targets=("blocks.*.attn.*",)), i)
+             for i, n in enumerate(("one", "two"))}  # fmt: skip
+    held = gj.with_adapters(model, loras)
+    engine, found = Engine(held, slots=2, context=64, chunk=16), []
+    for name in (*loras, None):
+        one = request(20, 0, adapter=name, prompt_log_probs=True)
+        _, answer = submitted(engine, one)
+        run(engine)
+        found.append(told(answer)[0])
+        wanted = gj.score(gj.choose_adapters(held, name), one.prompt.token_ids)
+        np.testing.assert_allclose(found[-1], wanted, atol=ATOL)
+    assert not np.allclose(found[0], found[1], atol=1e-3)
+
+
+def test_on_a_mesh(model):
+    """Where rows are divided, the row that reads has empty ones beside it."""
+    split = shard(model, make_mesh(CFG, jax.devices()[:4], data=2, tensor=2), INFERENCE)
+    engine = Engine(split, slots=2, context=64, chunk=16)
+    one = request(41, 3, prompt_log_probs=True, top_log_probs=2)
+    _, answer = submitted(engine, one)
+    run(engine)
+    values, best = told(answer)
+    np.testing.assert_allclose(values, gj.score(model, one.prompt.token_ids), atol=ATOL)
+    assert len(best) == 40 and answer.ids == alone(model, one).token_ids
