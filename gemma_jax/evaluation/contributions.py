@@ -4,11 +4,16 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gemma_jax.decoder.batch import Batch
 from gemma_jax.decoder.forward import forward
 from gemma_jax.decoder.model import Gemma
+from gemma_jax.decoder.names import layer_names
 from gemma_jax.decoder.patching import Patch
+from gemma_jax.weights.tree import flat_params
+
+_SUB_BLOCKS = ("attention", "ffn", "per_layer")  # those that add to the stream
 
 
 def contributions(
@@ -61,7 +66,8 @@ def logit_contributions(
 
     The final norm divides by the size of the whole stream. With that size held, the head is linear
     and the parts add up to the logit, before a soft cap where the model has one ("direct logit
-    attribution"). What a part does by way of later layers counts as theirs.
+    attribution"). What a part does by way of later layers counts as theirs, but for the scales of
+    Gemma 4, which multiply all that was added before.
 
     Args:
       batch: As `forward` takes it.
@@ -70,12 +76,12 @@ def logit_contributions(
       position: Which of the T tokens of each row predicts it; negative counts from the end.
 
     Returns:
-      float32: `embedding` `[B]`, what enters the first layer; `attention` and `ffn`, `[L, B]`.
+      float32: `embedding` `[B]`, what enters the first layer; `attention`, `ffn`, and `per_layer`
+      where layers have such inputs, `[L, B]`.
 
     Raises:
       ValueError: What `forward` refuses, ids or positions that there are not, a model that reads
-        both ways, Gemma 3n, whose streams are merged in a way that is no sum, or Gemma 4, which
-        scales what all layers before added.
+        both ways, or Gemma 3n, whose streams are merged in a way that is no sum.
 
     Examples:
       >>> import gemma_jax as gj
@@ -88,8 +94,6 @@ def logit_contributions(
     model.cfg.require_causal("has no next token whose logit could be split")
     if model.streams is not None:
         raise ValueError("Gemma 3n merges its streams, so its logits are no sum over layers")
-    if _scales(model):
-        raise ValueError("Gemma 4 scales its stream in every layer, so its logits are no plain sum")
     batch = Batch.of(batch)
     tokens = batch.tokens_BT.shape[1]
     sizes = [("token", token, 0, model.cfg.vocab_size), ("position", position, -tokens, tokens)]
@@ -98,35 +102,47 @@ def logit_contributions(
     for name, given, low, high in sizes:
         if not low <= given < high:
             raise ValueError(f"{name}={given} must lie in [{low}, {high})")
-    names = ("inputs_embeds", "attention_outputs", "ffn_outputs", "layer_outputs")
+    parts = [*_SUB_BLOCKS[:2], *([_SUB_BLOCKS[2]] if model.per_layer else [])]
+    names = ["inputs_embeds", "layer_outputs", *(f"{part}_outputs" for part in parts)]
     found = forward(model, batch, logits="none", capture=names).captured
     at = {name: found[name][..., position, :] for name in names}
-    added = _added(model, at, token, against)
-    return {name: added[name] for name in ("embedding", "attention", "ffn")}  # jit sorts them
+    added = _added(model, at, _reaching_L(model), token, against)
+    return {name: added[name] for name in ("embedding", *parts)}  # jit sorts them
 
 
 @jax.jit
 def _added(
-    model: Gemma, at: dict[str, jax.Array], token: int, against: int | None
+    model: Gemma, at: dict[str, jax.Array], share_L: jax.Array, token: int, against: int | None
 ) -> dict[str, jax.Array]:
-    """Logits that parts `[(L,) B, D]` of the last stream add."""
+    """Logits that parts `[(L,) B, D]` of the last stream add, of which these shares reach it."""
     at = {name: jnp.asarray(x, jnp.float32) for name, x in at.items()}
 
     def size(x: jax.Array) -> jax.Array:  # what the norm divides by
         return jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + model.final_norm.eps)
 
-    whole_BD = at["layer_outputs"][-1]
+    whole_BD = at.pop("layer_outputs")[-1]
 
     def added(x_BD: jax.Array) -> jax.Array:
         normed_BD = model.final_norm(x_BD, model.runtime.numerics) * size(x_BD) / size(whole_BD)
         logits_BV = model.embed.decode(normed_BD[:, None])[:, 0].astype(jnp.float32)
         return logits_BV[:, token] - (0 if against is None else logits_BV[:, against])
 
-    return {
-        "embedding": added(at["inputs_embeds"]),
-        "attention": jax.lax.map(added, at["attention_outputs"]),
-        "ffn": jax.lax.map(added, at["ffn_outputs"]),
+    first_BD = at.pop("inputs_embeds")
+    by_layer = {
+        name.removesuffix("_outputs"): jax.lax.map(added, share_L[:, None, None] * part_LBD)
+        for name, part_LBD in at.items()
     }
+    return {"embedding": added(share_L[0] * first_BD)} | by_layer
+
+
+def _reaching_L(model: Gemma) -> jax.Array:
+    """float32 `[L]`: what the layer scales leave, at the end, of what a layer adds."""
+    scale_L = np.ones(len(model.cfg.layers), np.float32)
+    for path, param in flat_params(model).items():
+        if path[-2:] == ("layer_scale", "scale"):
+            for name, row in layer_names(path, model):
+                scale_L[int(name.split(".")[1])] = param.get_value()[row].item()
+    return jnp.asarray(np.cumprod(scale_L[::-1])[::-1])
 
 
 def _parts(model: Gemma, found: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -135,8 +151,7 @@ def _parts(model: Gemma, found: dict[str, jax.Array]) -> dict[str, jax.Array]:
     first = first if model.streams is None else model.streams.spread(first)
     before = jnp.concatenate([first[None], after[:-1]])
     if model.streams is None:
-        named = ("attention", "ffn", "per_layer")
-        parts = {name: found[key] for name in named if (key := f"{name}_outputs") in found}
+        parts = {name: found[key] for name in _SUB_BLOCKS if (key := f"{name}_outputs") in found}
         parts = {"stream": before} | parts
         return parts | ({"scale": after - sum(parts.values())} if _scales(model) else {})
     predicted = found["altup_predictions"]
