@@ -20,6 +20,8 @@ SHAPES = {
     "4B, global": (2048, 2048, 8, 4, 256, None),
     "4B, chunk on a long cache": (512, 4096, 8, 4, 256, None),
     "12B, local, odd length": (1021, 1500, 16, 8, 256, 1024),
+    "Gemma 4 E2B, global": (1024, 8192, 8, 1, 512, None),
+    "Gemma 4 E4B, global": (1024, 8192, 8, 2, 512, None),
     "SigLIP": (4096, 4096, 16, 16, 72, None),
 }
 BY_DAY = [("v5e", name) for name in ("4B, local", "4B, global", "SigLIP")]
@@ -27,6 +29,8 @@ ALL = [
     *((target, "4B, local") for target in CHIPS),
     *(("v5e", name) for name in SHAPES if name != "4B, local"),
     ("tpu7x", "4B, global"),
+    *((target, "Gemma 4 E2B, global") for target in CHIPS if target != "v5e"),
+    *((target, "Gemma 4 E4B, global") for target in CHIPS if target != "v5e"),
 ]
 
 

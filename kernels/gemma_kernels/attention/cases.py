@@ -71,6 +71,7 @@ CASES = (
     Case(name="local, many query blocks", T=700, S=700, window=64),
     Case(name="local, window 1", T=300, S=300, window=1),
     Case(name="one kv head, as 270M and 1B", T=40, S=40, N=4, K=1, H=256, window=16),
+    Case(name="global heads of 512, as Gemma 4", T=40, S=300, N=8, K=1, H=512, first=260),
     Case(name="27B: 32 heads of 128 on 16", T=24, S=24, N=32, K=16, H=128),
     Case(name="every head its own, as Gemma 1 7B", T=33, S=33, N=4, K=4),
     Case(name="soft cap, as Gemma 2", T=200, S=200, soft_cap=2.0, window=32),
