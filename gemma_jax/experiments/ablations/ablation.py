@@ -65,10 +65,14 @@ class Ablation:
         )
 
 
+# Fields that configs got after results were stored, with what they say where nothing is new.
+_LATER = {"rotary_share": 1.0, "values": "own"}
+
+
 def _plain(value: Any) -> Any:
     if is_dataclass(value):
         named = {f.name: _plain(getattr(value, f.name)) for f in fields(value) if f.compare}
-        return {name: v for name, v in named.items() if v not in (None, False, [], {})}
+        return {n: v for n, v in named.items() if v not in (None, False, [], {}, _LATER.get(n))}
     if isinstance(value, Mapping):
         return {name: _plain(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
