@@ -14,10 +14,9 @@ Local letters: V vocabulary.
 import argparse
 import json
 import sys
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,36 +34,32 @@ TEXT = Path("checkpoints/elastic/held_out.txt")
 MIXED: StorageRules = {"embed.*": "int8", "*": "int4"}
 
 
-@dataclass(frozen=True)
-class Mode:
-    """How a model is kept, and what it computes in; fields as in `gj.LoadOptions`."""
-
-    weights: WeightStorage | StorageRules | None = None
-    activations: Literal["float", "int8"] = "float"
-    dtype: str = "float32"
-    cache: str | None = None
+def _mode(
+    weights: WeightStorage | StorageRules | None = None, dtype: str = "float32", **more: Any
+) -> gj.LoadOptions:
+    return gj.LoadOptions(weights=weights, dtype=dtype, **more)
 
 
 MODES = {
-    "bfloat16": Mode("bfloat16"),
-    "bfloat16, arithmetic too": Mode(dtype="bfloat16"),
-    "int8": Mode("int8"),
-    "int8:32": Mode("int8:32"),
-    "int8:32/int8": Mode("int8:32", "int8"),
-    "stored": Mode("stored"),
-    "stored/int8": Mode("stored", "int8"),
-    "embedding int8, rest int4": Mode(MIXED),
-    "int4": Mode("int4"),
-    "int4:64": Mode("int4:64"),
-    "int4:128": Mode("int4:128"),
-    "float32, float32 cache": Mode(cache="float32"),
-    "float32, bfloat16 cache": Mode(cache="bfloat16"),
-    "float32, int8 cache": Mode(cache="int8"),
-    "bfloat16, arithmetic too, int8 cache": Mode(dtype="bfloat16", cache="int8"),
-    "int8, int8 cache": Mode("int8", cache="int8"),
-    "stored, bfloat16 cache": Mode("stored", cache="bfloat16"),
-    "stored, int8 cache": Mode("stored", cache="int8"),
-    "stored/int8, int8 cache": Mode("stored", "int8", cache="int8"),
+    "bfloat16": _mode("bfloat16"),
+    "bfloat16, arithmetic too": _mode(dtype="bfloat16"),
+    "int8": _mode("int8"),
+    "int8:32": _mode("int8:32"),
+    "int8:32/int8": _mode("int8:32", activations="int8"),
+    "stored": _mode("stored"),
+    "stored/int8": _mode("stored", activations="int8"),
+    "embedding int8, rest int4": _mode(MIXED),
+    "int4": _mode("int4"),
+    "int4:64": _mode("int4:64"),
+    "int4:128": _mode("int4:128"),
+    "float32, float32 cache": _mode(cache_dtype="float32"),
+    "float32, bfloat16 cache": _mode(cache_dtype="bfloat16"),
+    "float32, int8 cache": _mode(cache_dtype="int8"),
+    "bfloat16, arithmetic too, int8 cache": _mode(dtype="bfloat16", cache_dtype="int8"),
+    "int8, int8 cache": _mode("int8", cache_dtype="int8"),
+    "stored, bfloat16 cache": _mode("stored", cache_dtype="bfloat16"),
+    "stored, int8 cache": _mode("stored", cache_dtype="int8"),
+    "stored/int8, int8 cache": _mode("stored", activations="int8", cache_dtype="int8"),
 }
 CHUNK = 100  # tokens that are read at once, through a cache
 ROWS = 64  # positions whose logits are looked at together
@@ -94,15 +89,8 @@ def measure(source: str, text_file: Path, tokens: int, modes: list[str]) -> dict
     exact = log_probs(gj.load_model(source, dtype="float32"), ids)
     rows: dict[str, Any] = {"float32": {"perplexity": _perplexity(exact, ids)}}
     for name in modes:
-        mode = MODES[name]
-        model = gj.load_model(
-            source,
-            dtype=mode.dtype,
-            weights=mode.weights,
-            activations=mode.activations,
-            cache_dtype=mode.cache,
-        )
-        read = log_probs if mode.cache is None else log_probs_through_cache
+        model = gj.load_model(source, MODES[name])
+        read = log_probs if MODES[name].cache_dtype is None else log_probs_through_cache
         rows[name] = compare(exact, read(model, ids), ids)
         rows[name]["weight_bytes"] = sum(map(array_bytes, jax.tree.leaves(model)))
     return {

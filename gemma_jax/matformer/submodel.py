@@ -7,6 +7,7 @@ from numbers import Integral
 from pathlib import Path
 
 from gemma_jax.config import GemmaConfig, LayerSpec, share_kv
+from gemma_jax.decoder.skipping import last_with_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +128,7 @@ def shares_cache(cfg: GemmaConfig, submodel: Slice) -> bool:
     last layer that has keys and values of its own.
     """
     widths = dict(zip(submodel.kept(len(cfg.layers)), submodel.widths(cfg)))
-    last = max(i for i, spec in enumerate(cfg.layers) if spec.makes_keys)
+    last = last_with_keys(cfg.layers)
     return last in widths and all(widths.get(i) == cfg.layers[i].d_ff for i in range(last))
 
 

@@ -60,6 +60,7 @@ from gemma_jax.viz.style import (
     axes,
     number_layers,
     styled,
+    with_columns,
 )
 
 if TYPE_CHECKING:
@@ -302,12 +303,8 @@ def plot_sensitivity(
       fractions: Those that it was measured at.
       ax: Where to draw; default: a figure of its own.
     """
-    matrix = np.asarray(matrix, np.float32)
-    if matrix.ndim != 2 or matrix.shape[1] != len(fractions) or not matrix.size:
-        raise ValueError(
-            f"expected a matrix [L, {len(fractions)}], a column for each fraction; got shape "
-            f"{list(matrix.shape)}"
-        )
+    count = len(fractions)
+    matrix = with_columns(matrix, count, f"a matrix [L, {count}], a column for each fraction")
     ax = axes(ax, (7, 2.4))
     # White is no loss at all; what narrowing happens to improve is not worth a colour of its own.
     heat = ax.imshow(matrix.T, cmap="Reds", vmin=0, aspect="auto")

@@ -12,7 +12,7 @@ import numpy as np
 
 from gemma_jax.text import Tokenizer
 from gemma_jax.vision.images import Image
-from gemma_jax.viz.style import COLOURS, RED, axes, number_layers, pyplot, styled
+from gemma_jax.viz.style import COLOURS, RED, axes, number_layers, pyplot, styled, with_columns
 
 if TYPE_CHECKING:
     import jax
@@ -96,12 +96,8 @@ def plot_patching(
       label: What the values are.
       ax: Where to draw; default: a figure of its own.
     """
-    values = np.asarray(restored_LT, np.float32)
-    if values.ndim != 2 or values.shape[1] != len(words) or not values.size:
-        raise ValueError(
-            f"expected values [L, {len(words)}], a column for each token; got shape "
-            f"{list(values.shape)}"
-        )
+    count = len(words)
+    values = with_columns(restored_LT, count, f"values [L, {count}], a column for each token")
     largest = float(np.nanmax(np.abs(values))) or 1.0
     heat = _by_layer(values, words, ax, width=0.5, cmap="RdBu", vmin=-largest, vmax=largest)
     heat.axes.figure.colorbar(heat, ax=heat.axes, label=label, pad=0.01)

@@ -4,6 +4,8 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec
 
+import numpy as np
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -55,6 +57,21 @@ def styled(plot: "Callable[P, Axes]") -> "Callable[P, Axes]":
 def number_layers(ax: "Axes", layers: int) -> None:
     """Whole numbers below a plot, at most about twenty of them."""
     ax.set_xticks(range(0, layers, 1 + layers // 20))
+
+
+def with_columns(values: Any, columns: int, what: str) -> np.ndarray:
+    """The values as float32 `[L, columns]`.
+
+    Args:
+      what: What is expected, for the message.
+
+    Raises:
+      ValueError: They have another shape, or there are none.
+    """
+    array = np.asarray(values, np.float32)
+    if array.ndim != 2 or array.shape[1] != columns or not array.size:
+        raise ValueError(f"expected {what}; got shape {list(array.shape)}")
+    return array
 
 
 def pyplot() -> Any:

@@ -10,7 +10,7 @@ from parity_rows import Tolerance, seen
 from safetensors.numpy import load_file
 
 from gemma_checkpoints import save_hf
-from gemma_jax import forward
+from gemma_jax import forward, generate
 
 DATA = Path(__file__).parent / "data"
 
@@ -35,6 +35,19 @@ def assert_close(actual, expected, tolerance, where=True, of=""):
     error = np.abs(np.asarray(actual) - expected) * where
     seen(error, tolerance, of)
     assert error.max() <= tolerance
+
+
+def assert_continues(model, folder: str, name: str):
+    """Holds what a model writes greedily, and how probable it finds it, against a stored case."""
+    given, expected, tolerance = case(folder, name)
+    mask = given.get("attention_mask", np.ones_like(given["input_ids"])) == 1
+    rows = [ids[keep].tolist() for ids, keep in zip(given["input_ids"], mask)]
+    done = generate(model, None, rows, max_new_tokens=expected["gen_ids"].shape[1])
+    assert [row.token_ids for row in done] == expected["gen_ids"].tolist()
+    log_probs = jax.nn.log_softmax(expected["gen_logits"], axis=-1)
+    chosen = np.take_along_axis(log_probs, expected["gen_ids"][..., None], axis=-1)[..., 0]
+    # A log-probability differs by at most twice what the logits do.
+    assert_close([row.log_probs for row in done], chosen, 2 * tolerance["gen_logits"])
 
 
 def next_token_loss(logits_BTV, labels_BT):
