@@ -259,6 +259,7 @@ class Engine:
         if self._prefixes is not None:
             out.append(("snapshot", lambda: slots.reader.snapshot(slice(0, 1))))
         out.append(("insert", lambda: slots.insert(0, 0, 0, [])))
+        out.append(("move", lambda: slots.move(0, 0)))
         for rules in every_rules(self._speculation is not None):
             for n in slots.widths(rules):
                 out.append((f"{rules}, {n} rows", lambda r=rules, n=n: slots.warm_up(r, n)))
@@ -420,21 +421,24 @@ class Engine:
             self._slots.reader.reset()
 
     def _write(self) -> None:
-        nexts = self._nexts()
-        free = {slot: work for slot, work in self._running.items() if work.next is None}
-        burst = self._slots.burst if len(free) > len(nexts) else 1
-        limits = {slot: min(burst, work.left) for slot, work in free.items()}
-        limits |= dict.fromkeys(nexts, 1)
-        if not limits:
-            return
-        drafts = {slot: n.drafts for slot, n in nexts.items()}
-        if self._speculation is not None:
-            for slot, work in free.items():
-                if work.patience.drafts_at(work.count):
-                    drafts[slot] = self._speculation.drafts(self._text(work))[: work.left - 1]
-        requests = {slot: work.request for slot, work in self._running.items()}
-        masks = {slot: n.masks for slot, n in nexts.items()}
         try:
+            places = self._slots.close_ranks({s: w.request for s, w in self._running.items()})
+            with self._change:
+                self._running = {places[slot]: work for slot, work in self._running.items()}
+            nexts = self._nexts()
+            free = {slot: work for slot, work in self._running.items() if work.next is None}
+            burst = self._slots.burst if len(free) > len(nexts) else 1
+            limits = {slot: min(burst, work.left) for slot, work in free.items()}
+            limits |= dict.fromkeys(nexts, 1)
+            if not limits:
+                return
+            drafts = {slot: n.drafts for slot, n in nexts.items()}
+            if self._speculation is not None:
+                for slot, work in free.items():
+                    if work.patience.drafts_at(work.count):
+                        drafts[slot] = self._speculation.drafts(self._text(work))[: work.left - 1]
+            requests = {slot: work.request for slot, work in self._running.items()}
+            masks = {slot: n.masks for slot, n in nexts.items()}
             out = self._slots.write(requests, limits, masks, drafts)
         except Exception as error:
             self._fail(list(self._running.values()), error)

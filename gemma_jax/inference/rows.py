@@ -112,6 +112,23 @@ def inserted(
     return constrained(state, partition)
 
 
+@partial(jax.jit, static_argnames=("partition",), donate_argnames=("state",))
+def moved(
+    state: State, source: jax.Array, target: jax.Array, *, partition: Partition | None
+) -> State:
+    """The state with all of one row in the place of another.
+
+    Args:
+      source, target: int32; numbers of rows.
+    """
+
+    def move(array: jax.Array, axis: int) -> jax.Array:
+        row = jax.lax.dynamic_slice_in_dim(array, source, 1, axis=axis)
+        return jax.lax.dynamic_update_slice_in_dim(array, row, target, axis=axis)
+
+    return constrained(_by_rows(move, state), partition)
+
+
 @partial(jax.jit, static_argnames=("rows",), donate_argnames=("state",))
 def advance_first(
     model: Gemma,

@@ -23,7 +23,7 @@ from gemma_jax.inference.lookup import GivenDrafts
 from gemma_jax.inference.prefill import bucket
 from gemma_jax.inference.reader import MOST_BEST, Reader
 from gemma_jax.inference.requests import Request
-from gemma_jax.inference.rows import advance_first, empty_rows, inserted
+from gemma_jax.inference.rows import advance_first, empty_rows, inserted, moved
 from gemma_jax.inference.sampling import Sampling, SamplingRows
 from gemma_jax.inference.session import padded
 from gemma_jax.inference.stored_programs import StoredProgram
@@ -166,10 +166,8 @@ class Slots:
         seen_V = np.zeros(self.vocab_size, bool)
         ids = np.array(token_ids, np.int64)
         seen_V[ids[(ids >= 0) & (ids < self.vocab_size)]] = True
-        # With the switches of sampling as at first: they are part of what a program is made for.
-        rules = Rules(extras=True).rows([Sampling()] * self.count, self.vocab_size)
         self.state = inserted(
-            replace(self.state, sampling=rules),
+            self._plain(),
             self.reader.state.cache,
             np.int32(slot),
             np.int32(last),
@@ -177,6 +175,38 @@ class Slots:
             seen_V,
             partition=self.model.runtime.partition,
         )
+
+    def move(self, source: int, target: int) -> None:
+        """Puts the row of one slot into another, which is free."""
+        self.state = moved(
+            self._plain(),
+            np.int32(source),
+            np.int32(target),
+            partition=self.model.runtime.partition,
+        )
+
+    def close_ranks(self, requests: Mapping[int, Request]) -> dict[int, int]:
+        """Brings rows to the first slots, where a program for fewer of them then does.
+
+        Args:
+          requests: Slot -> what runs in it.
+
+        Returns:
+          Slot as it was -> slot as it is now.
+        """
+        rules = Rules.of(list(requests.values()), self.vocab_size)
+        rows = next(n for n in self.widths(rules) if n >= len(requests))
+        free = (slot for slot in range(rows) if slot not in requests)
+        places = {slot: slot if slot < rows else next(free) for slot in requests}
+        for source, target in places.items():
+            if source != target:
+                self.move(source, target)
+        return places
+
+    def _plain(self) -> State:
+        """With the switches of sampling as at first: programs are made for them, too."""
+        rules = Rules(extras=True).rows([Sampling()] * self.count, self.vocab_size)
+        return replace(self.state, sampling=rules)
 
     def write(
         self,

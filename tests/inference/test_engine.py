@@ -195,9 +195,9 @@ def test_pictures_are_read_whole():
 def test_nothing_compiles_after_warming_up(model, engine, compilations):
     engine.warm_up(prompt_log_probs=True)
     assert (
-        len(engine.programs()) == len(set(engine.programs())) == 21
+        len(engine.programs()) == len(set(engine.programs())) == 22
     )  # one row has programs of its own
-    assert len(engine.programs(prompt_log_probs=True)) == 22
+    assert len(engine.programs(prompt_log_probs=True)) == 23
     compilations.clear()
     for n, rules in enumerate(RULES):
         submitted(engine, request(30 - 9 * n, 6, sampling=rules, top_log_probs=n, seed=n))
@@ -210,6 +210,26 @@ def test_nothing_compiles_after_warming_up(model, engine, compilations):
         submitted(engine, request(30 - n, n, top_log_probs=n, prompt_log_probs=True))
     run(engine)
     assert not compilations
+
+
+def test_rows_that_are_left_move_to_the_first_slots(model, monkeypatch):
+    """Where six of seven requests have ended, a step for the first slot alone goes on."""
+    engine, widths = Engine(model, slots=7, context=64, chunk=16, burst=2), []
+    monkeypatch.setattr(engine._slots, "write", spied(engine._slots.write, widths))
+    asked = [request(9 + n, 24 if n >= 5 else 4, seed=n, sampling=RULES[n % 2]) for n in range(7)]
+    answers = [submitted(engine, one)[1] for one in asked]
+    run(engine)
+    for one, answer in zip(asked, answers):
+        assert_alone(model, one, answer)
+    assert max(widths) == 7 and widths[-1] == 2
+
+
+def spied(write, widths):
+    def noted(requests, *rest):
+        widths.append(1 + max(requests))
+        return write(requests, *rest)
+
+    return noted
 
 
 def test_a_cancelled_request_frees_its_slot(model):
