@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax.decoder.batch import power_of_two
+from gemma_kernels.platform import target_platform
 
 # Beyond these, float32 no longer tells logits apart: divided by less they overflow, divided by more
 # they all become zero, and the first tokens of the vocabulary would win.
@@ -197,7 +198,7 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, rows: SamplingRows) -> jax.A
       keys_B: A random key per row.
     """
     if rows.greedy == "all":
-        return _best(logits_BV)
+        return best(logits_BV)
     draw = jax.vmap(_draw)
     if rows.candidates > FEW:
         few = replace(rows, candidates=FEW)
@@ -211,7 +212,7 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, rows: SamplingRows) -> jax.A
         drawn_B = draw(logits_BV, keys_B, rows)
     if rows.greedy == "none":
         return drawn_B
-    return jnp.where(rows.greedy_B, _best(logits_BV), drawn_B)
+    return jnp.where(rows.greedy_B, best(logits_BV), drawn_B)
 
 
 def distribution(logits_BTV: jax.Array, rows: SamplingRows) -> jax.Array:
@@ -231,13 +232,20 @@ def distribution(logits_BTV: jax.Array, rows: SamplingRows) -> jax.Array:
             )
         if row.greedy == "none":
             return log_p_V
-        return jnp.where(row.greedy_B, lowest_V.at[_best(logits_V)].set(0), log_p_V)
+        return jnp.where(row.greedy_B, lowest_V.at[best(logits_V)].set(0), log_p_V)
 
     return jax.vmap(jax.vmap(one, in_axes=(0, None)))(logits_BTV, rows)
 
 
-def _best(logits: jax.Array) -> jax.Array:
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+def best(logits: jax.Array) -> jax.Array:
+    """The token with the largest logit, the first of equal ones, int32 `[...]`."""
+    if target_platform() != "cpu":
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    # XLA's CPU backend has no vector instructions for argmax, but has them for both of these: of
+    # 262,144 tokens 0.2 ms instead of 1.2, a tenth of a small model's step.
+    below = logits < jnp.max(logits, axis=-1, keepdims=True)
+    ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    return jnp.min(jnp.where(below, logits.shape[-1], ids), axis=-1).astype(jnp.int32)
 
 
 def _draw(logits_V: jax.Array, key: jax.Array, row: SamplingRows) -> jax.Array:

@@ -14,7 +14,7 @@ Local letters: X drafts of one pass, T = X + 1 tokens of which one is the model'
 import jax
 import jax.numpy as jnp
 
-from gemma_jax.inference.sampling import SamplingRows, distribution, penalised, sample
+from gemma_jax.inference.sampling import SamplingRows, best, distribution, penalised, sample
 
 
 def verify(
@@ -39,7 +39,7 @@ def verify(
     """
     X = drafts_BX.shape[1]
     if sampling.greedy == "all":
-        best_BT = jnp.argmax(logits_BTV, axis=-1).astype(jnp.int32)
+        best_BT = best(logits_BTV)
         return best_BT, _leading(drafts_BX == best_BT[:, :X])
     log_p_BTV = distribution(logits_BTV, sampling)
 
@@ -125,7 +125,7 @@ def draft_keys(keys_B: jax.Array, position_B: jax.Array, use: int) -> jax.Array:
 def draw(keys_B: jax.Array, log_p_BV: jax.Array, sampling: SamplingRows) -> jax.Array:
     """Draws a token per row from a `distribution`, int32 `[B]`."""
     if sampling.greedy == "all":
-        return jnp.argmax(log_p_BV, axis=-1).astype(jnp.int32)
+        return best(log_p_BV)
     return jax.vmap(jax.random.categorical)(keys_B, log_p_BV).astype(jnp.int32)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gemma_jax import Sampling
-from gemma_jax.inference.sampling import SamplingRows, distribution, penalised, sample
+from gemma_jax.inference.sampling import SamplingRows, best, distribution, penalised, sample
 
 PROBS = np.array([0.5, 0.25, 0.15, 0.07, 0.03])
 LOGITS = jnp.log(jnp.asarray(PROBS, jnp.float32))
@@ -97,6 +97,14 @@ def test_greedy_takes_the_first_of_equals():
     logits = jnp.array([[0.0, 2.0, 2.0], [1.0, 0.0, -1.0]])
     keys = jax.random.split(jax.random.key(0), 2)
     assert sample(logits, keys, rows(2)).tolist() == [1, 0]
+
+
+def test_the_best_token_is_that_of_argmax():
+    logits = np.random.default_rng(0).integers(-3, 3, (200, 37)).astype(np.float32)  # many equals
+    logits[::3, ::2] = -np.inf
+    logits[7] = -np.inf
+    np.testing.assert_array_equal(jax.jit(best)(logits), logits.argmax(-1))
+    np.testing.assert_array_equal(best(logits.reshape(4, 50, 37)), logits.argmax(-1).reshape(4, 50))
 
 
 def test_a_draw_depends_on_its_own_key_alone():
