@@ -13,13 +13,14 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from gemma_jax.encoder_config import AudioConfig, MobileNetConfig, VisionConfig
-from gemma_jax.field_types import check_positive, check_types
+from gemma_jax.field_types import check_positive, check_types, named_fields
 from gemma_jax.text_embedding_config import TextEmbeddingConfig
 
 Activation = Literal["gelu_tanh", "gelu", "silu", "relu"]
 SubBlock = Literal["attention", "ffn", "per_layer", "layer_scale"]
 
 
+@named_fields
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
     """Describes one decoder layer: its attention, rotary embedding and feed-forward width.
@@ -120,6 +121,7 @@ def share_kv(specs: Sequence[LayerSpec], num_shared: int) -> tuple[LayerSpec, ..
     return tuple(replace(spec, kv=role(i)) for i, spec in enumerate(specs))
 
 
+@named_fields
 @dataclass(frozen=True, kw_only=True)
 class AltUpConfig:
     """Alternating updates: several residual streams, of which one layer computes but one.
@@ -143,6 +145,7 @@ class AltUpConfig:
             raise ValueError(f"active={self.active} must lie in [0, {self.num_streams})")
 
 
+@named_fields
 @dataclass(frozen=True, kw_only=True)
 class PerLayerConfig:
     """Per-layer embeddings: every token has a short vector for every layer.
@@ -160,6 +163,7 @@ class PerLayerConfig:
         check_positive(self, "width", "vocab_size")
 
 
+@named_fields
 @dataclass(frozen=True, kw_only=True)
 class ModalityVocabulary:
     """Ids at the end of the vocabulary that are embedded in a tower's width (Gemma 3n).
@@ -183,6 +187,7 @@ class ModalityVocabulary:
         check_positive(self, "first_id", "vocab_size", "width", "norm_eps")
 
 
+@named_fields
 @dataclass(frozen=True, kw_only=True)
 class GemmaConfig:
     """Describes the architecture of one model: sizes, switches and one `LayerSpec` per layer.

@@ -4,18 +4,49 @@ Annotations may be `int`, `float`, `bool`, `str`, a class, `Literal[...]`, union
 None`, and `tuple[...]` of these.
 """
 
+from collections.abc import Collection, Iterable
 from dataclasses import fields
-from functools import reduce
+from difflib import get_close_matches
+from functools import reduce, wraps
 from numbers import Integral, Real
 from operator import or_
 from reprlib import repr as shortened
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from gemma_jax.storages import one_of
 
 _EXPECTED = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
 _NUMBERS = {int: Integral, float: Real}  # those of NumPy too
+Class = TypeVar("Class", bound=type)
+
+
+def check_keywords(
+    owner: str, given: Iterable[str], known: Collection[str], what: str = "argument"
+) -> None:
+    """Refuses a keyword that there is not, and names the nearest one.
+
+    Raises:
+      TypeError: `load has no argument 'wights'; did you mean weights?`
+    """
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
+            raise TypeError(f"{owner} has no {what} {name!r}; {hint}")
+
+
+def named_fields(cls: Class) -> Class:
+    """Lets a dataclass refuse keywords as `check_keywords` does, in `replace` too."""
+    init, known = cls.__init__, [field.name for field in fields(cls) if field.init]
+
+    @wraps(init)
+    def checked(self, *args, **values):
+        check_keywords(cls.__name__, values, known)
+        init(self, *args, **values)
+
+    cls.__init__ = checked
+    return cls
 
 
 def check_types(owner: Any) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import jax
@@ -11,6 +10,7 @@ from jax.sharding import Mesh
 
 from gemma_jax.config import GemmaConfig
 from gemma_jax.decoder.model import Block, Gemma, MakeBlock
+from gemma_jax.field_types import check_keywords, checked_value, named_fields
 from gemma_jax.inference.sampling import Sampling
 from gemma_jax.nn.layer_groups import Layout
 from gemma_jax.numerics import Numerics, resolve_numerics
@@ -19,6 +19,7 @@ from gemma_jax.sharding import Partition, Rules, make_mesh
 from gemma_jax.storages import (
     ACTIVATIONS,
     AUTO,
+    CACHE_STORAGES,
     STORED,
     WEIGHT_STORAGES,
     Activations,
@@ -30,9 +31,12 @@ from gemma_jax.storages import (
 )
 from gemma_jax.text import Tokenizer
 from gemma_jax.weights.off_device import Place
+from gemma_kernels.attention import IMPLEMENTATIONS
 
 if TYPE_CHECKING:
     from gemma_checkpoints import Source
+
+ARITHMETIC = ("float32", "bfloat16", "float16")
 
 
 class LoadKeywords(TypedDict, total=False):
@@ -53,6 +57,7 @@ class LoadKeywords(TypedDict, total=False):
     rules: Rules | None
 
 
+@named_fields
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
     """Says how a model is loaded: parts, dtypes, whose numerics, and where its weights go.
@@ -116,6 +121,17 @@ class LoadOptions:
 
     def __post_init__(self):
         resolve_numerics(self.numerics)
+        _check_dtype("dtype", self.dtype, ARITHMETIC)
+        _check_dtype("vision_dtype", self.vision_dtype, ARITHMETIC)
+        _check_dtype("cache_dtype", self.cache_dtype, CACHE_STORAGES)
+        if self.layout is not None:
+            checked_value("layout", self.layout, Layout)
+        checked_value("per_layer_table", self.per_layer_table, Place)
+        implementations = ("auto", *IMPLEMENTATIONS)
+        if self.attention_impl not in implementations:
+            raise ValueError(
+                f"attention_impl={self.attention_impl!r} must be {one_of(implementations)}"
+            )
         if self.mesh is not None and self.per_layer_table != "device":
             raise ValueError(
                 f"per_layer_table={self.per_layer_table!r} is for one device; on a mesh leave it "
@@ -144,6 +160,15 @@ class LoadOptions:
         if isinstance(weights, Mapping):
             return tuple(weights.values())
         return () if weights is None else (weights,)
+
+
+def _check_dtype(name: str, value: jax.typing.DTypeLike | None, known: tuple[str, ...]) -> None:
+    try:
+        found = None if value is None else jnp.dtype(value).name
+    except TypeError:
+        found = ""
+    if found is not None and found not in known:
+        raise ValueError(f"{name}={value!r} must be {one_of(known)}")
 
 
 def load(
@@ -192,12 +217,10 @@ def load(
 
 def _changed(options: LoadOptions, changes: LoadKeywords) -> LoadOptions:
     """The options with other values; refuses a name that is none of them."""
+    if not isinstance(options, LoadOptions):
+        raise TypeError(f"options must be LoadOptions, got {options!r}; single ones go by name")
     known = [field.name for field in fields(LoadOptions)]
-    for name in changes:
-        if name not in known:
-            near = get_close_matches(name, [*known, "config", "block", "progress"], n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
-            raise TypeError(f"load has no argument {name!r}; {hint}")
+    check_keywords("load", changes, [*known, "config", "block", "progress"])
     return replace(options, **changes)
 
 

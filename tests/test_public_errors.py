@@ -1,9 +1,12 @@
 """What a natural mistake in Python gets: what was meant, or one line that says what to do."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 
 import gemma_jax as gj
 
@@ -160,3 +163,92 @@ def test_a_single_stop_needs_no_list(model):
 def test_model_and_tokenizer_are_not_swapped(model):
     with pytest.raises(TypeError, match="expected a model and a tokenizer, got int first"):
         gj.generate(7, model, IDS)
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: gj.GemmaConfig(vocab=3), "GemmaConfig has no argument 'vocab'; .* vocab_size"),
+        (lambda: replace(CFG, actvation="silu"), "GemmaConfig has no .*; did you mean activation"),
+        (lambda: gj.LayerSpec(kind="local", windw=3), "LayerSpec has no .*; did you mean window"),
+        (lambda: gj.LoadOptions(wights="int8"), "LoadOptions has no .*; did you mean weights"),
+        (lambda: gj.Sampling(temprature=1), "Sampling has no .*; did you mean temperature"),
+        (lambda: gj.load("checkpoints/digits", "int8"), "options must be LoadOptions, got 'int8'"),
+    ],
+)
+def test_a_wrong_keyword_of_a_config_names_the_nearest_right_one(make, words):
+    with pytest.raises(TypeError, match=words):
+        make()
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(dtype="int32"), "dtype='int32' must be 'float32', 'bfloat16' or 'float16'"),
+        (dict(dtype="float33"), "dtype='float33' must be 'float32'"),
+        (dict(cache_dtype="int3"), "cache_dtype='int3' must be 'float32', 'bfloat16' or 'int8'"),
+        (dict(attention_impl="flsh"), "attention_impl='flsh' must be 'auto', "),
+        (dict(per_layer_table="dsk"), "per_layer_table='dsk' must be 'device', 'host' or 'disk'"),
+        (dict(layout="scna"), "layout='scna' must be 'scan' or 'unrolled'"),
+    ],
+)
+def test_an_option_of_loading_that_there_is_not_is_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        gj.LoadOptions(**changes)
+
+
+def test_a_source_is_a_name_or_a_path():
+    with pytest.raises(ValueError, match="3: expected a name or a path"):
+        gj.load(3)
+
+
+class Deaf(gj.Block):
+    def __init__(self, cfg):
+        pass
+
+
+@pytest.mark.parametrize(
+    "block, words",
+    [
+        (3, r"block=<int> must be called as block\(cfg, spec, rngs=rngs\)"),
+        (Deaf, "block=Deaf must be called as"),
+        (nnx.Linear, "block=Linear makes Linear, which is no layer"),
+        (lambda cfg, spec, *, rngs: nnx.Module(), "makes Module, which is no layer"),
+        (lambda cfg, spec, *, rngs: None, "makes NoneType, which is no layer"),
+    ],
+)
+def test_a_block_that_makes_no_layers_is_refused(block, words):
+    with pytest.raises(TypeError, match=words):
+        gj.Gemma(CFG, rngs=nnx.Rngs(0), block=block)
+
+
+@pytest.mark.parametrize("cfg, rngs", [(CFG, 0), (CFG, jax.random.key(0)), ("tiny-gemma3", 0)])
+def test_a_model_is_made_of_a_config_and_rngs(cfg, rngs):
+    with pytest.raises(TypeError, match=r"rngs must be nnx.Rngs\(seed\)|cfg must be a GemmaConfig"):
+        gj.Gemma(cfg, rngs=rngs)
+
+
+@pytest.mark.parametrize("run", [gj.forward, gj.loss])
+def test_a_text_longer_than_the_context_is_refused(model, run):
+    with pytest.raises(ValueError, match="tokens do not fit the model's context of"):
+        run(model, np.ones((1, CFG.max_positions + 1), np.int32))
+
+
+@pytest.mark.parametrize("texts", [["a", "b"], [[2, 3, 5], [2, 3]], IDS * 2, np.array(IDS * 2)])
+def test_scores_are_of_one_text(model, texts):
+    with pytest.raises(ValueError, match="score takes one text; call it for each"):
+        gj.score(model, texts)
+
+
+def test_an_unknown_role_is_named():
+    tok = gj.load_tokenizer("checkpoints/digits")
+    with pytest.raises(ValueError, match="expected role 'user' or .* got 'usr'"):
+        gj.encode_chat(tok, [{"role": "usr", "content": "x"}])
+
+
+@pytest.mark.parametrize(
+    "text, words", [([2, 3], r"put a single text into a list"), ("hi", "encode")]
+)
+def test_a_slice_is_searched_on_rows_of_ids(model, text, words):
+    with pytest.raises(ValueError, match=words):
+        gj.matformer.search(model, text, 1000)

@@ -128,6 +128,8 @@ def resolve(src: str | Path, *, notify: Notify | None = None) -> Path:
       >>> gc.resolve("checkpoints/digits").name
       'digits'
     """
+    if not isinstance(src, (str, os.PathLike)):
+        raise CheckpointError(repr(src), "expected a name or a path")
     path = Path(src).expanduser()
     if path.exists():
         return path

@@ -96,9 +96,16 @@ class Batch:
         real; widths in NumPy arrays; shapes always.
 
         Raises:
-          ValueError: Ids that the model has no row for, or widths that it does not have.
+          ValueError: Ids that the model has no row for, widths that it does not have, or a text
+            longer than its context.
         """
         plain = self.positions_BT is None and self.soft is None
+        count, most = self.tokens_BT.shape[1], cfg.max_positions
+        if self.positions_BT is None and self.documents_BT is None and count > most:
+            raise ValueError(
+                f"{count} tokens do not fit the model's context of {most}; shorten the text, or "
+                f"load the model with config=lambda cfg: replace(cfg, max_positions={count})"
+            )
         if plain and isinstance(self.tokens_BT, np.ndarray):
             _check_ids(self.tokens_BT, cfg)
         if self.ffn_widths_L is None:

@@ -89,9 +89,9 @@ def forward(
 
     Raises:
       ValueError: Tokens that are not `[B, T]`, names that cannot be captured or patched, layers,
-        positions or values that do not fit, other `logits`,
-        widths that the model does not have, or packed documents together with a cache. Ids outside
-        the vocabulary are refused in lists and NumPy arrays of plain text. On a device they are not
+        positions or values that do not fit, other `logits`, widths that the model does not have, a
+        text longer than its context, or packed documents together with a cache. Ids outside the
+        vocabulary are refused in lists and NumPy arrays of plain text. On a device they are not
         looked at, which would mean to wait for it: there, ids beyond the vocabulary read row 0.
 
     Examples:

@@ -10,6 +10,7 @@ corrects them all by its result. Gemma 4 has one stream; a layer ends with its p
 a scale.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -203,6 +204,38 @@ class Block(nnx.Module):
 MakeBlock = Callable[..., nnx.Module]  # of config and spec, and of `rngs` by name
 
 
+def make_block(block: MakeBlock, cfg: GemmaConfig, spec: LayerSpec, rngs: nnx.Rngs) -> nnx.Module:
+    """A layer by a factory of the user's.
+
+    Raises:
+      TypeError: The factory takes other arguments, or what it makes is called with others.
+    """
+    name = getattr(block, "__name__", None) or f"<{type(block).__name__}>"
+    # What a class takes is asked of its own method: that of nnx's metaclass takes everything.
+    made_by = partial(block.__init__, None) if inspect.isclass(block) else block
+    if not (callable(block) and _takes(made_by, cfg, spec, rngs=rngs)):
+        raise TypeError(
+            f"block={name} must be called as block(cfg, spec, rngs=rngs): a subclass of "
+            "gj.Block, or a function that makes one"
+        )
+    made = block if inspect.isclass(block) else type(layer := block(cfg, spec, rngs=rngs))
+    is_layer = issubclass(made, nnx.Module) and "__call__" in dir(made)  # not the metaclass's
+    if not (is_layer and _takes(made.__call__, None, None, None, None, None)):
+        raise TypeError(
+            f"block={name} makes {made.__name__}, which is no layer: give a subclass of "
+            "gj.Block, or what is called as one, (x, ctx, cache, inputs)"
+        )
+    return block(cfg, spec, rngs=rngs) if inspect.isclass(block) else layer
+
+
+def _takes(function: Callable, *args: object, **named: object) -> bool:
+    try:
+        inspect.signature(function).bind(*args, **named)
+    except TypeError:
+        return False
+    return True
+
+
 class Gemma(nnx.Module):
     """Holds the parameters of a model. Stateless: caches go into `forward` and come back from it.
 
@@ -246,6 +279,12 @@ class Gemma(nnx.Module):
         layout: Layout = "scan",
         block: MakeBlock = Block,
     ):
+        if not isinstance(cfg, GemmaConfig):
+            raise TypeError(
+                f"cfg must be a GemmaConfig, such as gj.preset(name), got {type(cfg).__name__}"
+            )
+        if not isinstance(rngs, nnx.Rngs):
+            raise TypeError(f"rngs must be nnx.Rngs(seed), got {type(rngs).__name__}")
         self.cfg, self.runtime, self.make_block = cfg, runtime, block
         self.layer_groups = group_layers(cfg.layers, layout)
         self.embed = Embedder(cfg, rngs=rngs)
@@ -253,7 +292,7 @@ class Gemma(nnx.Module):
             [ModalityEmbedder(cfg, ids, rngs=rngs) for ids in cfg.modality_vocabularies]
         )
         self.blocks = stack_layers(
-            lambda spec, r: block(cfg, spec, rngs=r), self.layer_groups, rngs
+            lambda spec, r: make_block(block, cfg, spec, r), self.layer_groups, rngs
         )
         self.per_layer = PerLayerEmbedder(cfg, rngs=rngs) if cfg.per_layer else None
         self.streams = Streams(cfg, rngs=rngs) if cfg.altup else None

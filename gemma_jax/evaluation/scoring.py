@@ -59,6 +59,8 @@ def score(
       >>> len(long), model.cfg.max_positions, gj.score(model, long, stride=512).shape
       (1801, 1024, (1800,))
     """
+    if _are_texts(token_ids):
+        raise ValueError("score takes one text; call it for each: [gj.score(model, ids) for ...]")
     ids = np.asarray(token_array(token_ids), np.int64)
     cfg = model.cfg
     if ids.ndim != 1 or len(ids) < 2:
@@ -82,6 +84,13 @@ def score(
             if progress is not None:
                 progress(read := read + tokens, total)
     return np.concatenate(scores)
+
+
+def _are_texts(token_ids: object) -> bool:
+    """Whether there are several rows of ids, or several strings."""
+    several = isinstance(token_ids, (list, tuple)) and len(token_ids) > 1
+    nested = several and (isinstance(token_ids[0], str) or np.ndim(token_ids[0]) > 0)
+    return nested or np.ndim(token_ids if hasattr(token_ids, "shape") else 0) > 1
 
 
 def _context(most: int, window: int | None) -> int:

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from functools import partial
 from inspect import signature
 from numbers import Integral
 from typing import Any
 
 from gemma_jax.decoder.model import Gemma
+from gemma_jax.field_types import check_keywords
 from gemma_jax.inference.constrained import ConstrainedSession
 from gemma_jax.inference.constraints import GrammarCompiler, GrammarConstraint
 from gemma_jax.inference.grammar import Grammar
@@ -34,8 +34,8 @@ class Completion:
         tokenizer.
       token_ids: New tokens, a stop token included.
       prompt_token_ids: What the model was given.
-      finish_reason: `"stop"` (stop token or stop text), `"length"`, or `"left"` of a stream that
-        was not read to its end.
+      finish_reason: `"stop"` (stop token or stop text), `"length"`, or `"unfinished"` of a stream
+        that was not read to its end (yet).
       log_probs: Log-probability of each new token under the model, before sampling rules; nats.
       proposed_drafts, accepted_drafts: With a draft model, how many tokens it proposed, and how
         many of them were kept.
@@ -110,7 +110,7 @@ class Continuation:
     def _reason(self, writer: TextWriter, ended: bool) -> str:
         if ended:
             return "stop"
-        return "length" if writer.count >= self.new_tokens else "left"
+        return "length" if writer.count >= self.new_tokens else "unfinished"
 
 
 def begin(
@@ -207,11 +207,7 @@ def check_names(function: Callable, sampling_fields: Mapping[str, float]) -> Non
     """Refuses a keyword that is neither an argument of a function nor a field of `Sampling`."""
     own = [name for name in signature(function).parameters if name != "sampling_fields"]
     known = [*own, *(field.name for field in fields(Sampling))]
-    for name in sampling_fields:
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
-            raise TypeError(f"{function.__name__} has no argument {name!r}; {hint}")
+    check_keywords(function.__name__, sampling_fields, known)
 
 
 def _default_stops(tokenizer: Tokenizer | None, prompts: Sequence) -> tuple[int, ...]:

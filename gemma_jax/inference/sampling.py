@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax.decoder.batch import power_of_two
+from gemma_jax.field_types import named_fields
 from gemma_kernels.platform import target_platform
 
 # Beyond these, float32 no longer tells logits apart: divided by less they overflow, divided by more
@@ -20,6 +21,7 @@ SMALLEST, LARGEST = 1e-20, 1e20
 FEW = 1024
 
 
+@named_fields
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """Says how to choose tokens: greedily by default. Raises `ValueError` for impossible values.

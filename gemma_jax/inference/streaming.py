@@ -30,7 +30,7 @@ class TextStream(Iterator[str]):
       >>> three = "checkpoints/digits/three.png"
       >>> text = gj.stream(model, tok, "Read the digits.", images=[three])
       >>> next(text), text.completion.text, text.completion.finish_reason
-      ('9', '9', 'left')
+      ('9', '9', 'unfinished')
       >>> "".join(text), text.completion.text, text.completion.finish_reason
       ('64', '964', 'stop')
     """

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_jax.decoder.batch import Batch
+from gemma_jax.decoder.batch import Batch, token_array
 from gemma_jax.decoder.losses import loss
 from gemma_jax.decoder.model import Gemma
 
@@ -37,10 +37,11 @@ class Measure:
     """Loss of a model on a text, as a function of its layers' widths: one compiled program."""
 
     def __init__(self, model: Gemma, tokens_BT: np.ndarray):
-        tokens_BT = np.asarray(tokens_BT, np.int32)
+        tokens_BT = np.asarray(token_array(tokens_BT), np.int32)
         if tokens_BT.ndim != 2 or not (tokens_BT[:, 1:] >= 0).any():
             raise ValueError(
-                f"tokens_BT of shape {list(tokens_BT.shape)} must be [B, T] with T of 2 or more"
+                f"tokens_BT of shape {list(tokens_BT.shape)} must be [B, T] with T of 2 or more; "
+                "put a single text into a list: [ids]"
             )
         real_BT = tokens_BT >= 0
         positions_BT = np.where(real_BT, np.arange(tokens_BT.shape[1], dtype=np.int32), -1)

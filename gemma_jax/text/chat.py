@@ -62,7 +62,7 @@ def render(
         raise ValueError("expected at least one user message, got none")
     turns = []
     for i, message in enumerate(messages):
-        if (_role(message) == "user") != (i % 2 == 0):
+        if (_role(message) == "user") != (i % 2 == 0) and _role(message) in (*_ROLES, "system"):
             raise ValueError(
                 "Conversation roles must alternate user/assistant/user/assistant/...; "
                 f"message {i} after the system message, if any, is from {_role(message)!r}"

@@ -98,7 +98,7 @@ def test_leaving_early_ends_the_generation_and_frees_the_cache(model, words, mon
         made = len(calls)
         assert made == 1
         so_far = text.completion
-        assert so_far.text.startswith(piece) and so_far.finish_reason == "left"
+        assert so_far.text.startswith(piece) and so_far.finish_reason == "unfinished"
         assert len(so_far.token_ids) == len(so_far.log_probs) < 400
         assert threading.active_count() == threads
         del text
