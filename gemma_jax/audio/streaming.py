@@ -13,6 +13,7 @@ Local letters: I clips; M mel bands; C width of the tower.
 
 from collections.abc import Callable
 from functools import partial
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -136,8 +137,8 @@ class AudioStream:
         embed: Callable[[jax.Array], jax.Array] | None = None,
         tokens_per_step: int = 1,
     ) -> None:
-        if tokens_per_step < 1:
-            raise ValueError(f"{tokens_per_step=} must be positive")
+        if not isinstance(tokens_per_step, Integral) or tokens_per_step < 1:
+            raise ValueError(f"{tokens_per_step=} must be a positive integer")
         cfg = encoder.cfg
         self._encoder, self._runtime, self._embed = encoder, runtime, embed
         self._piece = tokens_per_step * frames_per_token(cfg)
@@ -166,6 +167,12 @@ class AudioStream:
 
     def push_mel(self, mel_TM: np.ndarray) -> np.ndarray:
         """The same for mel frames, `[T, M]`; not to be mixed with samples."""
+        mel_TM, bands = np.asarray(mel_TM), self._waiting_TM.shape[1]
+        if mel_TM.ndim != 2 or mel_TM.shape[1] != bands or mel_TM.dtype.kind != "f":
+            shape = list(mel_TM.shape)
+            raise ValueError(f"expected mel frames as floats [T, {bands}], got {shape}")
+        if not np.isfinite(mel_TM).all():  # the state would keep what they make for good
+            raise ValueError("mel frames hold NaN or infinity")
         self.num_frames += len(mel_TM)
         self._waiting_TM = np.concatenate([self._waiting_TM, mel_TM])
         tokens = []

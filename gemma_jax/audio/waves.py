@@ -101,7 +101,10 @@ class Audio:
 
 def mono_piece(samples: np.ndarray, rate: int) -> np.ndarray:
     """float32 `[samples]` of a piece of sound as `Audio` reads it, but that it may be empty."""
-    array = np.asarray(samples)
+    if not (hasattr(samples, "__array__") or isinstance(samples, list)):
+        kind = type(samples).__name__
+        raise ValueError(f"expected samples at {rate} Hz as an array, got {kind}")
+    array = np.atleast_1d(samples)
     return Audio(array, sampling_rate=rate).samples if len(array) else np.zeros(0, np.float32)
 
 

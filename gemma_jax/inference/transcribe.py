@@ -123,7 +123,9 @@ def instruction(language: str | None = None, translate_to: str | None = None) ->
     language; without one it is left out.
     """
     for name in (language, translate_to):
-        if name is not None and (not name.isprintable() or set(name) & set("<>")):
+        if name is None:
+            continue
+        if not isinstance(name, str) or not name.isprintable() or set(name) & set("<>"):
             raise ValueError(f"expected the name of a language, such as 'Spanish', got {name!r}")
     spoken = f" in {language}" if language else ""
     further = f", then translate it into {translate_to}" if translate_to else ""

@@ -21,7 +21,7 @@ from gemma_jax.audio.mel import log_mel
 from gemma_jax.audio.waves import Audio, split_at_quiet
 from gemma_jax.decoder.model import Gemma
 from gemma_jax.encoder_config import AudioConfig
-from gemma_jax.multimodal.encode import Clips, encode_audio
+from gemma_jax.multimodal.encode import Clips, check_frames, encode_audio
 from gemma_jax.multimodal.modality import Item, Modality, modality_of
 from gemma_jax.text import GEMMA3N_MEDIA
 
@@ -82,6 +82,7 @@ def _encode(model: Gemma, clips: Clips | jax.Array, *, pad: bool) -> jax.Array:
     """Of mel frames `[I, T, M]`, or `Clips`."""
     if isinstance(clips, Clips) or isinstance(clips, jax.core.Tracer):
         return encode_audio(model, clips, pad=pad)[0]
+    check_frames(clips, model.cfg.audio)
     I, T, _ = clips.shape
     most = model.cfg.audio.num_soft_tokens * frames_per_token(model.cfg.audio)
     mel_ITM = np.pad(clips, ((0, 0), (0, max(0, min(-T % BUCKET, most - T))), (0, 0)))

@@ -11,8 +11,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gemma_jax.decoder.model import Gemma
+from gemma_jax.encoder_config import AudioConfig
 from gemma_jax.nn.embed import ModalityEmbedder
 
 Captured = dict[str, jax.Array | tuple[jax.Array, ...]]
@@ -78,12 +80,13 @@ def encode_audio(
         padding.
 
     Raises:
-      ValueError: The model has no tower, a clip has more soft tokens than a run of placeholders, or
-        the tower has nothing of such a name to capture.
+      ValueError: The model has no tower, frames of another shape than it reads, a clip has more
+        soft tokens than a run of placeholders, or the tower has nothing of such a name to capture.
     """
     if (cfg := model.cfg.audio) is None:
         raise ValueError("this model has no audio tower; sounds need one that has")
     clips = clips if isinstance(clips, Clips) else Clips(clips)
+    check_frames(clips.mel_ITM, cfg)
     inside = _names(capture, model.audio.captures, AUDIO_TOKENS)
     x_ITC, counts_I, captured = model.audio(
         jnp.asarray(clips.mel_ITM), clips.lengths_I, model.runtime, inside
@@ -101,6 +104,13 @@ def encode_audio(
         real_IT = jnp.arange(cfg.num_soft_tokens) < counts_I[:, None]
         soft_ITD = jnp.where(real_IT[:, :, None], soft_ITD, audio_filling(model))
     return soft_ITD, {name: captured[name] for name in capture}
+
+
+def check_frames(mel_ITM: jax.Array, cfg: AudioConfig) -> None:
+    """Raises `ValueError` if these are no mel frames that the tower of `cfg` reads."""
+    shape = list(np.shape(mel_ITM))
+    if len(shape) != 3 or shape[1] < 1 or shape[2] != cfg.num_mels:
+        raise ValueError(f"expected mel frames [clips, frames, {cfg.num_mels}], got {shape}")
 
 
 @jax.jit

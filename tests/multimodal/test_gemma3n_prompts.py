@@ -15,7 +15,7 @@ from gemma_jax.inference.transcribe import instruction
 from gemma_jax.multimodal.audio_prompt import MARKER
 from gemma_jax.multimodal.image_prompt import PLACEHOLDER
 from gemma_jax.multimodal.modality import modalities_of
-from gemma_jax.multimodal.prompts import PromptReader, is_one_prompt
+from gemma_jax.multimodal.prompts import Prompt, PromptReader, is_one_prompt
 
 CFG = tiny.seeing_and_hearing(tiny.gemma3n(4, 1))
 IMAGE, SOUND = CFG.vision, CFG.audio
@@ -177,8 +177,16 @@ def test_the_published_prompts():
     assert instruction("Spanish") == "Transcribe the following speech segment in Spanish:"
     both = "Transcribe the following speech segment in Spanish, then translate it into English:"
     assert instruction("Spanish", "English") == both
-    with pytest.raises(ValueError, match="expected the name of a language"):
-        instruction("<end_of_turn>")
+    for wrong in ("<end_of_turn>", 3):
+        with pytest.raises(ValueError, match="expected the name of a language"):
+            instruction(wrong)
+
+
+@pytest.mark.parametrize("shape", [(20, 9), (0, 10), (20,)])
+def test_frames_that_the_tower_cannot_read(model, shape):
+    prompt = Prompt([2, *SOUND_RUN], media={"audio": [np.zeros(shape, np.float32)]})
+    with pytest.raises(ValueError, match=r"expected mel frames \[clips, frames, 10\], got"):
+        generate(model, Words(98), prompt, max_new_tokens=1)
 
 
 def test_a_model_that_does_not_hear_transcribes_nothing():

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import audio_tower
 
-from gemma_jax import Runtime
+from gemma_jax import Audio, Runtime
 from gemma_jax.audio import streaming
 from gemma_jax.audio.encoder import AudioEncoder, num_tokens
 from gemma_jax.audio.mel import log_mel
@@ -121,8 +121,43 @@ def test_an_ended_or_empty_stream(encoder):
     assert stream.finish().shape == (0, 24)
     with pytest.raises(ValueError, match="this stream has ended; begin another"):
         stream.push(np.zeros(10, np.float32))
-    with pytest.raises(ValueError, match="tokens_per_step=0 must be positive"):
-        AudioStream(encoder, tokens_per_step=0)
+    for count in (0, 1.5, "2"):
+        with pytest.raises(ValueError, match=f"tokens_per_step={count!r} must be a positive int"):
+            AudioStream(encoder, tokens_per_step=count)
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (None, "expected samples at 16000 Hz as an array, got NoneType"),
+        (b"1234", "as an array, got bytes"),
+        (Audio(np.zeros(9), sampling_rate=8_000), "as an array, got Audio"),
+        ((np.zeros(9), 8_000), "as an array, got tuple"),
+        (np.zeros(9, np.int64), "has dtype int64"),
+        (np.full(9, np.nan), "no finite numbers"),
+    ],
+)
+def test_a_stream_refuses_what_is_no_piece_and_goes_on(encoder, samples, message):
+    mel_TM = log_mel(np.zeros(4_000, np.float32), encoder.cfg.sounds, encoder.cfg.num_mels)
+    stream = AudioStream(encoder)
+    first = stream.push(np.zeros(2_000))
+    with pytest.raises(ValueError, match=message):
+        stream.push(samples)
+    tokens = np.concatenate([first, stream.push(np.zeros(2_000)), stream.finish()])
+    np.testing.assert_allclose(tokens, whole(encoder, mel_TM), rtol=0, atol=NOISE)
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        (np.zeros((16, 9), np.float32), r"mel frames as floats \[T, 10\], got \[16, 9\]"),
+        (np.zeros(16, np.float32), r"mel frames as floats \[T, 10\], got \[16\]"),
+        (np.full((16, 10), np.nan, np.float32), "mel frames hold NaN or infinity"),
+    ],
+)
+def test_mel_frames_that_cannot_be_heard(encoder, frames, message):
+    with pytest.raises(ValueError, match=message):
+        AudioStream(encoder).push_mel(frames)
 
 
 def test_the_state_is_two_megabytes_whatever_the_length():

@@ -84,7 +84,8 @@ def train(
     bias[...] = 0.1 * jax.random.normal(jax.random.key(seed), bias.shape)
     rows, random = Rows(tokenizer, cfg, clips), np.random.default_rng(seed)
     for phase in PHASES:
-        model = learn(model, rows, random, phase, round(phase.length * steps), seed)
+        length = max(1, round(phase.length * steps))
+        model = learn(model, rows, random, phase, length, seed)
     return model
 
 
