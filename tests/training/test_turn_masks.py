@@ -161,7 +161,7 @@ def test_cutting_leaves_images_whole(tmp_path):
         (Plain("the <bos> dog"), "<bos> stands inside"),
         (Plain(" <bos>dog", "the"), "<bos> stands inside"),
         (turns("a", "b", "c", "<bos>"), "<bos> stands inside"),
-        (Chat([{"role": "tool", "content": "a"}]), "must alternate .* from 'tool'"),
+        (Chat([{"role": "tool", "content": "a"}]), "expected role 'user' .* got 'tool'"),
         (Chat(chat("a", "b")["messages"][::-1]), "must alternate"),
     ],
 )
